@@ -1,0 +1,87 @@
+"""L0. Checks of arguments: each says what is allowed, what came, and the repair.
+
+To add one: a function that takes the argument's name and its value, and returns the value as the library uses it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+__all__ = ["check_choice", "check_count", "check_fraction", "from_catalogue", "unknown"]
+
+
+def check_fraction(name: str, value: object) -> float:
+    """A share in [0, 1], as a float.
+
+    Args:
+        name: The argument's name, for the message.
+        value: Any real number; booleans, text and tensors are refused.
+
+    Raises:
+        TypeError: `value` is not a real number.
+        ValueError: `value` is not in [0, 1]; a percentage is answered with the fraction that was meant.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number in [0, 1], got {value!r} ({type(value).__name__})")
+    share = float(value)
+    if 0.0 <= share <= 1.0:
+        return share
+    repair = f"; pass {share / 100:g} for {share:g} %" if 1.0 < share <= 100.0 else ""
+    raise ValueError(f"{name} must be in [0, 1], got {value!r}{repair}")
+
+
+def check_count(name: str, value: object, minimum: int = 1) -> int:
+    """A whole number of at least `minimum`.
+
+    Raises:
+        TypeError: `value` is not a whole number (infinity and NaN are not).
+        ValueError: `value` is below `minimum`.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite whole number of at least {minimum}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be a whole number of at least {minimum}, got {value!r} ({type(value).__name__})")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+    return int(value)
+
+
+def check_choice(name: str, value: object, known: Iterable[str]) -> str:
+    """One of the known names.
+
+    Raises:
+        TypeError: `value` is not text.
+        ValueError: `value` is not known; the known ones are listed, the closest first named.
+    """
+    names = list(known)
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {', '.join(names)}, got {value!r} ({type(value).__name__})")
+    if value not in names:
+        raise unknown(name, value, names)
+    return value
+
+
+def unknown(name: str, value: str, known: Iterable[str], kind: str = "one of") -> ValueError:
+    """The error for a name that is not known, with the closest known one as the repair."""
+    names = list(known)
+    close = difflib.get_close_matches(value, names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    shown = ", ".join(names[:30]) + (", ..." if len(names) > 30 else "")
+    return ValueError(f"{name} must be {kind} {shown or '(there is none)'}, got {value!r}{hint}")
+
+
+def from_catalogue(name: str, value: Any, catalogue: ModuleType) -> Any:
+    """The entry of a catalogue with that name, or the value itself if it is no text.
+
+    Raises:
+        ValueError: There is no entry of that name; the known ones are listed.
+    """
+    if not isinstance(value, str):
+        return value
+    entries = {entry.rstrip("_"): entry for entry in catalogue.__all__}  # `global` is a keyword, its entry `global_`
+    return getattr(catalogue, entries[check_choice(name, value, sorted(entries))])

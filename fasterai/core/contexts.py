@@ -1,0 +1,272 @@
+"""L2. The catalogue of contexts: which units compete, and how many of each target go.
+
+A context is a frozen value: unit scores and a sparsity -> a decision per unit. Of the n units that compete exactly
+`round(s * n)` go (Python's `round`: halves to the even number), ties settled by position; at least `min_keep` units of every
+target stay.
+To add one: a frozen class, its ready-made value, its name in `__all__`, a row in `tests/core/test_contexts.py` and a line in
+`docs/contexts.md`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fasterai.core.checks import check_count, check_fraction
+from fasterai.core.selection import Scores, TensorScores, keep_highest, round_kept
+from fasterai.core.types import Layout, Limits
+
+# `global` is a Python keyword, so the value is `global_`; its name, as text, is "global".
+__all__ = ["erk", "global_", "lamp", "local", "two_four"]
+
+
+class Context(ABC):
+    """Which units compete."""
+
+    def __call__(
+        self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits | None = None
+    ) -> list[Tensor]:
+        """Which units stay.
+
+        Args:
+            scores: Unit scores of each target.
+            layouts: How each target's parameter is read, in the same order.
+            sparsity: The share of the units that go, in [0, 1].
+            limits: How many stay in each target, whether pruned units may come back, rounding of the kept counts.
+
+        Returns:
+            For each target a bool tensor of the units' shape, True = keep.
+
+        Raises:
+            ValueError: The sparsity is out of range, or a score is NaN or infinite.
+        """
+        limits = limits or Limits()
+        check_fraction("sparsity", sparsity)
+        return round_kept(scores, self.select(scores, layouts, sparsity, limits), limits)
+
+    @abstractmethod
+    def select(
+        self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits
+    ) -> list[Tensor]:
+        """The choice itself; what comes in has been checked."""
+
+    def asked(self, counts: Mapping[str, int], sparsity: float) -> tuple[int, ...]:
+        """How many units are asked for: as long as this stays the same, so do the masks.
+
+        Args:
+            counts: Target name -> number of its units.
+            sparsity: The share of the units that go, in [0, 1].
+        """
+        return (round(sparsity * sum(counts.values())), *(round(sparsity * n) for n in counts.values()))
+
+    def check(self, sparsity: float) -> None:
+        """Refuse a sparsity that the context can never reach.
+
+        Raises:
+            ValueError: It is out of reach.
+        """
+
+    def fits(self, shape: tuple[int, ...], layout: Layout) -> str | None:
+        """Why a target with units of this shape cannot take part; None if it can."""
+        return None
+
+
+@dataclass(frozen=True)
+class Local(Context):
+    """Each target by itself: `round(s * n)` of its n units go."""
+
+    def select(self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits) -> list[Tensor]:
+        return [keep_highest([s], round(sparsity * s.count), limits)[0] for s in scores]
+
+
+@dataclass(frozen=True)
+class Global(Context):
+    """All units of all targets together."""
+
+    def select(self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits) -> list[Tensor]:
+        return keep_highest(scores, round(sparsity * sum(s.count for s in scores)), limits)
+
+
+@dataclass(frozen=True)
+class PerTarget(Context):
+    """Each target by itself, with a sparsity of its own; the sparsity given at the call scales them.
+
+    Attributes:
+        sparsities: Target name -> sparsity in [0, 1]; a target without one stays as it is.
+    """
+
+    sparsities: Mapping[str, float] = field(default_factory=dict)
+
+    def select(self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits) -> list[Tensor]:
+        keeps = []
+        for s in scores:
+            if s.name in self.sparsities:
+                keeps += keep_highest([s], round(sparsity * self.sparsities[s.name] * s.count), limits)
+            else:
+                keeps.append(_as_it_is(s))
+        return keeps
+
+    def asked(self, counts: Mapping[str, int], sparsity: float) -> tuple[int, ...]:
+        return tuple(round(sparsity * self.sparsities.get(name, 0.0) * n) for name, n in counts.items())
+
+
+def _as_it_is(s: Scores) -> Tensor:
+    return torch.ones(s.shape, dtype=torch.bool, device=s.device) if s.keep is None else s.keep.clone()
+
+
+@dataclass(frozen=True)
+class ERK(Context):
+    """Erdős-Rényi-Kernel: a layer's density follows (n_in + n_out + kernel sizes) / (their product).
+
+    The whole reaches exactly the asked number of units; layers whose density would pass 1 stay dense and the others make up
+    for it (Evci et al. 2020, RigL, arXiv 1911.11134). Kept counts grow and shrink together, so that no unit comes
+    back while the sparsity rises.
+    """
+
+    def select(self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits) -> list[Tensor]:
+        counts = [s.count for s in scores]
+        kept = sum(counts) - round(sparsity * sum(counts))
+        floors = [min(limits.min_keep, n) for n in counts]
+        shares = [_erdos_renyi(layout) * n for layout, n in zip(layouts, counts, strict=True)]
+        kept_counts = apportion(kept, shares, floors, counts)
+        return [keep_highest([s], s.count - k, limits)[0] for s, k in zip(scores, kept_counts, strict=True)]
+
+
+def _erdos_renyi(layout: Layout) -> float:
+    """Sum of the axes' sizes over their product; a grouped convolution's inputs are those that one filter reads."""
+    sizes = [layout.size("out")]
+    sizes += [n for n, names in zip(layout.shape, layout.axes, strict=True) if "out" not in names]
+    product = 1
+    for n in sizes:
+        product *= n
+    return sum(sizes) / max(1, product)
+
+
+def apportion(total: int, shares: Sequence[float], floors: Sequence[int], ceilings: Sequence[int]) -> list[int]:
+    """Whole numbers in proportion to shares, between floors and ceilings, that add up to `total` (Sainte-Laguë).
+
+    One more in total never takes one away from anybody, which rounding by largest remainders does not promise.
+
+    >>> apportion(10, [1.0, 3.0], [0, 0], [10, 6])
+    [4, 6]
+    """
+    total = min(max(total, sum(floors)), sum(ceilings))
+    low, high = 0.0, 1.0
+    parts = _at_scale(high, shares, floors, ceilings)
+    while sum(parts) < total:
+        low, high = high, 2 * high
+        parts = _at_scale(high, shares, floors, ceilings)
+    while sum(parts) != total and low < (middle := (low + high) / 2) < high:
+        parts = _at_scale(middle, shares, floors, ceilings)
+        low, high = (middle, high) if sum(parts) < total else (low, middle)
+    # What is left stands at one scale, up to rounding: give it out in turn, the first by position first.
+    parts = _at_scale(low, shares, floors, ceilings)
+    queue = [((parts[i] + 0.5) / shares[i], i) for i in range(len(parts)) if parts[i] < ceilings[i]]
+    heapq.heapify(queue)
+    for _ in range(total - sum(parts)):
+        _, i = heapq.heappop(queue)
+        parts[i] += 1
+        if parts[i] < ceilings[i]:
+            heapq.heappush(queue, ((parts[i] + 0.5) / shares[i], i))
+    return parts
+
+
+def _at_scale(scale: float, shares: Sequence[float], floors: Sequence[int], ceilings: Sequence[int]) -> list[int]:
+    rounded = [int(min(scale * share, top) + 0.5) for share, top in zip(shares, ceilings, strict=True)]
+    return [min(max(part, low), top) for part, low, top in zip(rounded, floors, ceilings, strict=True)]
+
+
+@dataclass(frozen=True)
+class LAMP(Context):
+    """All together by layer-adaptive magnitude: `s_u^2 / sum of s_v^2 over the v of the target that score at least s_u`.
+
+    Lee et al. 2021 (arXiv 2010.07611), equation 2, there for magnitudes. The same formula is applied to the scores of any
+    criterion; where some are negative, a target's scores are first shifted to start at zero, which is ours.
+    """
+
+    def select(self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits) -> list[Tensor]:
+        adapted = [TensorScores(s.name, lamp_scores(s.tensor()), s.keep) for s in scores]
+        return keep_highest(adapted, round(sparsity * sum(s.count for s in scores)), limits)
+
+
+def lamp_scores(scores: Tensor) -> Tensor:
+    """LAMP scores of one target, same shape, in float64; equals score the same."""
+    flat = scores.reshape(-1).double()
+    if not flat.numel():
+        return flat.view(scores.shape)
+    squares = (flat - flat.min().clamp(max=0)).square()
+    ordered, order = torch.sort(squares)
+    remaining = ordered.flip(0).cumsum(0).flip(0)[torch.searchsorted(ordered, ordered)]
+    adapted = torch.where(ordered == 0, ordered, ordered / remaining)
+    return torch.empty_like(flat).scatter_(0, order, adapted).view(scores.shape)
+
+
+@dataclass(frozen=True)
+class NM(Context):
+    """N:M: of every M neighbouring inputs at least N stay; at sparsity 1 - N/M exactly N do.
+
+    Groups run along the input axis, for each output and kernel position, as the hardware reads them (Zhou et al. 2021,
+    arXiv 2102.04010). Below 1 - N/M the lowest of those go that N:M lets go, target by target.
+
+    Attributes:
+        n: How many of a group stay.
+        m: The size of a group.
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        check_count("n", self.n)
+        check_count("m", self.m)
+        if self.n > self.m:
+            raise ValueError(f"n must be at most m, got n={self.n}, m={self.m}")
+
+    def check(self, sparsity: float) -> None:
+        if sparsity > 1 - self.n / self.m:
+            raise ValueError(f"sparsity must be at most {1 - self.n / self.m:g} for {self.n}:{self.m}, got {sparsity!r}")
+
+    def fits(self, shape: tuple[int, ...], layout: Layout) -> str | None:
+        if shape != layout.shape:
+            return f"{self.n}:{self.m} needs granularity 'weight'"
+        length = layout.shape[_input_dim(layout)]
+        if length % self.m:
+            return f"its {length} inputs are not a multiple of {self.m}"
+        return None
+
+    def select(self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits) -> list[Tensor]:
+        self.check(sparsity)
+        keeps = []
+        for s, layout in zip(scores, layouts, strict=True):
+            reason = self.fits(s.shape, layout)
+            if reason:
+                raise ValueError(f"{s.name} cannot be {self.n}:{self.m} sparse: {reason}")
+            winners = self._winners(s, _input_dim(layout))
+            values = torch.where(winners, s.tensor().double().abs().max() + 1 + s.tensor().abs(), s.tensor())
+            keeps += keep_highest([TensorScores(s.name, values, s.keep)], round(sparsity * s.count), limits)
+        return keeps
+
+    def _winners(self, s: Scores, dim: int) -> Tensor:
+        """The N highest of every group, of equals the last; what is pruned already cannot win against what is not."""
+        values = s.tensor() if s.keep is None else s.tensor().masked_fill(~s.keep, -torch.inf)
+        groups = values.movedim(dim, -1).unflatten(-1, (-1, self.m))
+        order = torch.sort(groups, dim=-1, stable=True).indices[..., -self.n :]
+        winners = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True)
+        return winners.flatten(-2).movedim(-1, dim)
+
+
+def _input_dim(layout: Layout) -> int:
+    """The dimension of the view that runs over the inputs that one output reads."""
+    return max(i for i, names in enumerate(layout.axes) if "in" in names)
+
+
+local = Local()
+global_ = Global()
+erk = ERK()
+lamp = LAMP()
+two_four = NM(2, 4)

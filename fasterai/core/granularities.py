@@ -1,0 +1,240 @@
+"""L2. The catalogue of granularities: which weights share one decision.
+
+A granularity keeps some named axes apart and lets one decision stand for all others. It is a pair of inverse views:
+`reduce` (a target's scores -> scores of its units) and `expand` (a decision per unit -> the target's mask).
+To add one: a frozen value below, its name in `__all__`, a row in `tests/core/test_granularities.py` and a line in
+`docs/granularities.md`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fasterai.core.checks import check_count
+from fasterai.core.types import Layout
+
+__all__ = [
+    "channel",
+    "column",
+    "filter",
+    "horizontal_slice",
+    "kernel",
+    "layer",
+    "row",
+    "shared_channel",
+    "shared_column",
+    "shared_horizontal_slice",
+    "shared_kernel",
+    "shared_row",
+    "shared_vertical_slice",
+    "shared_weight",
+    "vertical_slice",
+    "weight",
+]
+
+AXES = ("expert", "out", "in", "depth", "height", "width")
+
+
+class Granularity(ABC):
+    """Which weights of a target share one decision."""
+
+    @abstractmethod
+    def fits(self, layout: Layout) -> bool:
+        """Whether a parameter of this layout has such units."""
+
+    @abstractmethod
+    def unit_shape(self, layout: Layout) -> tuple[int, ...]:
+        """The shape of the units' scores; as many dimensions as the layout's view."""
+
+    @abstractmethod
+    def reduce(self, scores: Tensor, layout: Layout, reducer: str = "mean") -> Tensor:
+        """Scores of the units.
+
+        Args:
+            scores: One score per weight, any shape with the parameter's number of elements.
+            layout: How the parameter is read.
+            reducer: `mean` or `sum` over the weights of a unit.
+
+        Returns:
+            Scores of shape `unit_shape(layout)`.
+        """
+
+    @abstractmethod
+    def expand(self, keep: Tensor, layout: Layout) -> Tensor:
+        """A mask that broadcasts against `parameter.view(layout.shape)`.
+
+        Args:
+            keep: One decision per unit, shape `unit_shape(layout)`.
+            layout: How the parameter is read.
+        """
+
+    def drops_outputs(self, layout: Layout) -> bool:
+        """Whether a pruned unit silences whole outputs of the layer."""
+        return False
+
+    def is_whole(self, layout: Layout) -> bool:
+        """Whether the target is one single unit by definition."""
+        return False
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether every weight is a unit of its own."""
+        return False
+
+
+@dataclass(frozen=True)
+class Keep(Granularity):
+    """One decision for every combination of indices of the named axes; `Keep("out")` drops outputs of any layer.
+
+    Attributes:
+        axes: Of `expert`, `out`, `in`, `depth`, `height`, `width`; none makes the whole parameter one unit.
+    """
+
+    axes: frozenset[str]
+
+    def __init__(self, *axes: str) -> None:
+        for axis in axes:
+            if axis not in AXES:
+                raise ValueError(f"axes must be of {', '.join(AXES)}, got {axis!r}")
+        object.__setattr__(self, "axes", frozenset(axes))
+
+    def __repr__(self) -> str:
+        return f"Keep({', '.join(repr(a) for a in AXES if a in self.axes)})"
+
+    def fits(self, layout: Layout) -> bool:
+        return self.axes <= layout.names
+
+    def kept(self, layout: Layout) -> frozenset[str]:
+        return self.axes
+
+    def unit_shape(self, layout: Layout) -> tuple[int, ...]:
+        kept = self.kept(layout)
+        return tuple(n if names & kept else 1 for n, names in zip(layout.shape, layout.axes, strict=True))
+
+    def reduce(self, scores: Tensor, layout: Layout, reducer: str = "mean") -> Tensor:
+        kept = self.kept(layout)
+        dims = [i for i, names in enumerate(layout.axes) if not names & kept]
+        scores = scores.reshape(layout.shape)
+        if not dims:
+            return scores
+        return scores.mean(dims, keepdim=True) if reducer == "mean" else scores.sum(dims, keepdim=True)
+
+    def expand(self, keep: Tensor, layout: Layout) -> Tensor:
+        return keep
+
+    def drops_outputs(self, layout: Layout) -> bool:
+        return self.kept(layout) <= {"out"}
+
+    def is_whole(self, layout: Layout) -> bool:
+        return not self.kept(layout)
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Named(Keep):
+    """A granularity under its name in the field.
+
+    On a convolution it keeps the axes given first; on a matrix, which has no kernel axes, those given second. A depth axis
+    (3-d convolutions) is kept with the other kernel axes; an expert axis is kept wherever outputs or inputs are.
+    """
+
+    name: str
+    matrix: frozenset[str] | None
+
+    def __init__(self, name: str, kernel: str, matrix: str | None = None) -> None:
+        super().__init__(*kernel.split())
+        if self.axes & {"height", "width"}:
+            object.__setattr__(self, "axes", self.axes | {"depth"})
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "matrix", None if matrix is None else frozenset(matrix.split()))
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def fits(self, layout: Layout) -> bool:
+        return layout.has_kernel or self.matrix is not None
+
+    def kept(self, layout: Layout) -> frozenset[str]:
+        if layout.has_kernel:
+            return self.axes
+        assert self.matrix is not None
+        return self.matrix | {"expert"} if self.matrix else self.matrix
+
+    @property
+    def is_weight(self) -> bool:
+        return self.name == "weight"
+
+
+@dataclass(frozen=True)
+class Block(Granularity):
+    """Blocks of `rows` outputs by `columns` inputs, for each kernel position; at the edges they may be smaller.
+
+    Attributes:
+        rows: Neighbouring outputs in one block.
+        columns: Neighbouring inputs in one block.
+    """
+
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        check_count("rows", self.rows)
+        check_count("columns", self.columns)
+
+    def fits(self, layout: Layout) -> bool:
+        return {"out", "in"} <= layout.names
+
+    def _steps(self, layout: Layout) -> list[int]:
+        """How many neighbours of each dimension share a block. A group dimension, which is both, stays apart."""
+        sizes = {frozenset({"out"}): self.rows, frozenset({"in"}): self.columns}
+        return [sizes.get(names, 1) for names in layout.axes]
+
+    def unit_shape(self, layout: Layout) -> tuple[int, ...]:
+        return tuple(-(-n // step) for n, step in zip(layout.shape, self._steps(layout), strict=True))
+
+    def _pool(self, x: Tensor, layout: Layout) -> Tensor:
+        """The sum over each block of a tensor in the layout's view."""
+        for dim, step in enumerate(self._steps(layout)):
+            if step > 1:
+                x = x.movedim(dim, -1)
+                x = F.pad(x, (0, -x.shape[-1] % step)).unflatten(-1, (-1, step)).sum(-1).movedim(-1, dim)
+        return x
+
+    def reduce(self, scores: Tensor, layout: Layout, reducer: str = "mean") -> Tensor:
+        total = self._pool(scores.reshape(layout.shape), layout)
+        if reducer == "sum":
+            return total
+        return total / self._pool(torch.ones(layout.shape, dtype=total.dtype, device=total.device), layout)
+
+    def expand(self, keep: Tensor, layout: Layout) -> Tensor:
+        for dim, (step, length) in enumerate(zip(self._steps(layout), layout.shape, strict=True)):
+            if step > 1:
+                keep = keep.repeat_interleave(step, dim).narrow(dim, 0, length)
+        return keep
+
+
+weight = Named("weight", "out in height width", "out in")
+shared_weight = Named("shared_weight", "in height width")
+channel = Named("channel", "out height width")
+column = Named("column", "out in width", "in")
+row = Named("row", "out in height", "out")
+kernel = Named("kernel", "out in")
+filter = Named("filter", "out")
+shared_channel = Named("shared_channel", "height width")
+shared_column = Named("shared_column", "in width")
+shared_row = Named("shared_row", "in height")
+vertical_slice = Named("vertical_slice", "out width")
+horizontal_slice = Named("horizontal_slice", "out height")
+shared_vertical_slice = Named("shared_vertical_slice", "width")
+shared_horizontal_slice = Named("shared_horizontal_slice", "height")
+shared_kernel = Named("shared_kernel", "in")
+layer = Named("layer", "", "")
+
+
+def allowed(layout: Layout) -> list[str]:
+    """The names of the granularities that a parameter of this layout has."""
+    return [name for name in __all__ if globals()[name].fits(layout)]

@@ -1,0 +1,342 @@
+"""L2. The catalogue of schedules: how much of the asked sparsity is reached at which moment of training.
+
+A schedule is a frozen value: `schedule(position) -> share`, both in [0, 1]. Same position, same answer; nothing to reset.
+To add one: a function `(start, end, position) -> value`, a frozen class that calls it, a ready-made value, their names in
+`__all__`, a row in `tests/core/test_schedules.py` and a line in `docs/schedules.md`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fasterai.core.checks import check_count, check_fraction
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["agp", "cos", "dsd", "iterative", "lin", "one_cycle", "one_shot"]
+
+
+class Schedule(ABC):
+    """The interface; calling it as `Schedule(function, start_pct, end_pct, start_val, end_val)` makes a `Custom` one."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Schedule:
+        """Familiar spelling: the base class, called, builds a schedule from a function."""
+        return super().__new__(Custom if cls is Schedule else cls)
+
+    @abstractmethod
+    def __call__(self, position: float) -> float:
+        """The share of the asked sparsity at a position of training, both in [0, 1].
+
+        Raises:
+            ValueError: `position` is not in [0, 1].
+        """
+
+    def plot(self, target: float = 1.0, num_points: int = 1000, ax: Axes | None = None) -> Axes:
+        """Draw the sparsity over the training.
+
+        Args:
+            target: The sparsity asked for, in [0, 1].
+            num_points: How many positions are drawn.
+            ax: Where to draw; a new figure if it is left out.
+        """
+        import matplotlib.pyplot as plt
+
+        check_fraction("target", target)
+        axes = ax or plt.subplots(figsize=(5, 3))[1]
+        positions = [i / (num_points - 1) for i in range(num_points)]
+        axes.plot(positions, [target * self(p) for p in positions], label=repr(self))
+        axes.set(xlabel="position in the training", ylabel="sparsity", xlim=(0, 1), ylim=(-0.02, 1.02))
+        return axes
+
+
+def _check_window(start_pct: float, end_pct: float) -> None:
+    check_fraction("start_pct", start_pct)
+    check_fraction("end_pct", end_pct)
+    if start_pct > end_pct:
+        raise ValueError(f"start_pct must be at most end_pct, got start_pct={start_pct!r}, end_pct={end_pct!r}")
+
+
+def _inside(position: float, start_pct: float, end_pct: float) -> float | None:
+    """The position inside the window, None before it."""
+    check_fraction("position", position)
+    if position < start_pct:
+        return None
+    if position >= end_pct:
+        return 1.0
+    return (position - start_pct) / (end_pct - start_pct)
+
+
+def sched_oneshot(start: float, end: float, pos: float) -> float:
+    """All at once."""
+    return end
+
+
+def sched_iterative(start: float, end: float, pos: float, n_steps: int = 3) -> float:
+    """`n_steps` equal stairs: `start + (end - start) ceil(pos n) / n` (Hubens, One-Cycle Pruning, author's code)."""
+    return start + (end - start) / n_steps * math.ceil(pos * n_steps)
+
+
+def sched_agp(start: float, end: float, pos: float) -> float:
+    """`end + (start - end)(1 - pos)^3` (Zhu & Gupta 2017, arXiv 1710.01878, equation 1)."""
+    return end + (start - end) * (1 - pos) ** 3
+
+
+def sched_onecycle(start: float, end: float, pos: float, α: float = 14, β: float = 6) -> float:  # noqa: PLC2401
+    """`start + (end - start)(1 + e^(β-α)) / (1 + e^(β-α pos))` (Hubens et al. 2021, One-Cycle Pruning, arXiv 2107.02086)."""
+    return start + (end - start) * (1 + math.exp(β - α)) / (1 + math.exp(β - α * pos))
+
+
+def sched_cos(start: float, end: float, pos: float) -> float:
+    """Half a cosine, as in fastai."""
+    return start + (1 + math.cos(math.pi * (1 - pos))) * (end - start) / 2
+
+
+def sched_lin(start: float, end: float, pos: float) -> float:
+    """A straight line."""
+    return start + pos * (end - start)
+
+
+def sched_dsd(start: float, end: float, pos: float) -> float:
+    """Dense, sparse, dense: a cosine up to the middle and the same way back (after Han et al. 2016, arXiv 1607.04381)."""
+    return start + (1 + math.cos(math.pi * (1 - 2 * pos))) * (end - start) / 2
+
+
+class _Windowed(Schedule):
+    """A curve from 0 to 1 inside a window of the training; 0 before it, the curve's end after it."""
+
+    start_pct: float
+    end_pct: float
+
+    def __post_init__(self) -> None:
+        _check_window(self.start_pct, self.end_pct)
+
+    @abstractmethod
+    def curve(self, pos: float) -> float:
+        """The share at a position inside the window, both in [0, 1]."""
+
+    def __call__(self, position: float) -> float:
+        pos = _inside(position, self.start_pct, self.end_pct)
+        return 0.0 if pos is None else self.curve(pos)
+
+
+@dataclass(frozen=True)
+class OneShot(_Windowed):
+    """Everything at `start_pct` of the training."""
+
+    start_pct: float = 0.5
+    end_pct: float = 1.0
+
+    def curve(self, pos: float) -> float:
+        return sched_oneshot(0.0, 1.0, pos)
+
+
+@dataclass(frozen=True)
+class Iterative(_Windowed):
+    """`n_steps` equal stairs between `start_pct` and `end_pct`."""
+
+    n_steps: int = 3
+    start_pct: float = 0.2
+    end_pct: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("n_steps", self.n_steps)
+
+    def curve(self, pos: float) -> float:
+        return sched_iterative(0.0, 1.0, pos, self.n_steps)
+
+
+@dataclass(frozen=True)
+class AGP(_Windowed):
+    """Automated gradual pruning: steep at the start, flat at the end (Zhu & Gupta 2017)."""
+
+    start_pct: float = 0.2
+    end_pct: float = 1.0
+
+    def curve(self, pos: float) -> float:
+        return sched_agp(0.0, 1.0, pos)
+
+
+@dataclass(frozen=True)
+class OneCycle(_Windowed):
+    """One-Cycle Pruning: a logistic rise with its inflection at `beta / alpha` (Hubens et al. 2021, arXiv 2107.02086).
+
+    The author's README gives alpha 14 and beta 5, all released code 14 and 6; the default is the code's.
+
+    Attributes:
+        alpha: The slope, above 0.
+        beta: The offset.
+    """
+
+    alpha: float = 14.0
+    beta: float = 6.0
+    start_pct: float = 0.0
+    end_pct: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be above 0, got {self.alpha!r}")
+
+    def curve(self, pos: float) -> float:
+        return sched_onecycle(0.0, 1.0, pos, self.alpha, self.beta)
+
+
+@dataclass(frozen=True)
+class Cosine(_Windowed):
+    """Half a cosine from 0 to 1."""
+
+    start_pct: float = 0.0
+    end_pct: float = 1.0
+
+    def curve(self, pos: float) -> float:
+        return sched_cos(0.0, 1.0, pos)
+
+
+@dataclass(frozen=True)
+class Linear(_Windowed):
+    """A straight line from 0 to 1."""
+
+    start_pct: float = 0.0
+    end_pct: float = 1.0
+
+    def curve(self, pos: float) -> float:
+        return sched_lin(0.0, 1.0, pos)
+
+
+@dataclass(frozen=True)
+class DSD(_Windowed):
+    """Dense-sparse-dense: up to 1 in the middle of the window and back to 0 at its end."""
+
+    start_pct: float = 0.0
+    end_pct: float = 1.0
+
+    def curve(self, pos: float) -> float:
+        return sched_dsd(0.0, 1.0, pos)
+
+
+@dataclass(frozen=True)
+class Piecewise(Schedule):
+    """Straight lines between points `(position, share)`.
+
+    Before the first point the share is the first one's, after the last point the last one's. Two points at one position
+    make a jump, which counts from that position on.
+
+    >>> Piecewise(((0.2, 0.0), (0.6, 0.8), (0.6, 0.9), (1.0, 1.0)))(0.4)
+    0.4
+    """
+
+    points: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "points", tuple((float(p), float(s)) for p, s in self.points))
+        if not self.points:
+            raise ValueError("points must be at least one pair (position, share), got none")
+        for position, share in self.points:
+            check_fraction("points' position", position)
+            check_fraction("points' share", share)
+        if any(a[0] > b[0] for a, b in zip(self.points, self.points[1:], strict=False)):
+            raise ValueError(f"points must be in the order of their positions, got {self.points!r}")
+
+    def __call__(self, position: float) -> float:
+        check_fraction("position", position)
+        if position < self.points[0][0]:
+            return self.points[0][1]
+        left = max(i for i, (p, _) in enumerate(self.points) if p <= position)
+        p0, s0 = self.points[left]
+        if left + 1 == len(self.points):
+            return s0
+        p1, s1 = self.points[left + 1]
+        return s0 + (s1 - s0) * (position - p0) / (p1 - p0)
+
+
+@dataclass(frozen=True)
+class Custom(Schedule):
+    """A schedule from a function `f(start, end, pos)`; `Schedule(f, ...)` makes one.
+
+    Inside the window the share is `f(start_val, end_val, pos)`, before it `start_val`, after it what `f` gives at `pos` 1.
+
+    Attributes:
+        sched_func: The function; `pos` in [0, 1] is the position inside the window.
+        start_pct: Where in the training the window starts, in [0, 1].
+        end_pct: Where it ends, in [0, 1].
+        start_val: The share before the window, in [0, 1].
+        end_val: The share that `f` goes to, in [0, 1].
+    """
+
+    sched_func: Callable[[float, float, float], float]
+    start_pct: float = 0.0
+    end_pct: float = 1.0
+    start_val: float = 0.0
+    end_val: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not callable(self.sched_func):
+            raise TypeError(f"sched_func must be a function (start, end, pos), got {self.sched_func!r}")
+        _check_window(self.start_pct, self.end_pct)
+        check_fraction("start_val", self.start_val)
+        check_fraction("end_val", self.end_val)
+
+    def __call__(self, position: float) -> float:
+        pos = _inside(position, self.start_pct, self.end_pct)
+        if pos is None:
+            return self.start_val
+        return check_fraction("what sched_func returns", self.sched_func(self.start_val, self.end_val, pos))
+
+
+@dataclass(frozen=True)
+class Phases(Schedule):
+    """Several schedules one after the other: at each moment the last one whose window has begun.
+
+    A list of schedules, given where a schedule is expected, makes one.
+    """
+
+    schedules: tuple[Custom, ...]
+
+    def __post_init__(self) -> None:
+        if not self.schedules or not all(hasattr(s, "start_pct") for s in self.schedules):
+            raise TypeError(f"schedules must be schedules with a window (start_pct, end_pct), got {self.schedules!r}")
+
+    def __call__(self, position: float) -> float:
+        begun = [s for s in self.schedules if s.start_pct <= position]
+        return (begun[-1] if begun else self.schedules[0])(position)
+
+
+@dataclass(frozen=True)
+class Position(Schedule):
+    """A schedule from a plain function of the position."""
+
+    function: Callable[[float], float]
+
+    def __call__(self, position: float) -> float:
+        check_fraction("position", position)
+        return check_fraction("what the schedule returns", self.function(position))
+
+
+one_shot = OneShot()
+iterative = Iterative()
+agp = AGP()
+one_cycle = OneCycle()
+cos = Cosine()
+lin = Linear()
+dsd = DSD()
+
+
+def as_schedule(schedule: Schedule | Callable[[float], float] | Sequence[Custom]) -> Schedule:
+    """A schedule from a schedule, a plain function of the position, or a list of schedules with windows.
+
+    Raises:
+        TypeError: It is none of these.
+    """
+    if isinstance(schedule, Schedule):
+        return schedule
+    if callable(schedule):
+        return Position(schedule)
+    if isinstance(schedule, Sequence) and not isinstance(schedule, str):
+        return Phases(tuple(schedule))
+    raise TypeError(f"schedule must be a schedule, its name, or a function of the position, got {schedule!r}")

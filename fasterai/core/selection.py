@@ -1,0 +1,336 @@
+"""L1. The exact choice: which units of a pool stay when a given number goes.
+
+One function, `keep_highest`, behind which everything that makes it fast is hidden. On a CPU it reads the scores in pieces
+that fit into the cache, brackets the threshold from a sample, counts what lies below and partitions only what lies
+inside: no copy of the pooled scores is made. On other devices it uses torch's own selection.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasterai.core.types import Evidence, Limits
+
+if TYPE_CHECKING:
+    from fasterai.core.criteria import Criterion
+
+__all__ = ["EvidenceScores", "Scores", "TensorScores", "keep_highest", "round_kept"]
+
+PIECE = 1 << 18  # 1 MiB of float32: two of them live in a second-level cache
+SAMPLE = 1 << 15  # the bracket then holds about 2 % of the scores
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Mark(Enum):
+    """What the masks so far mean for the next choice."""
+
+    NONE = 0
+    PRUNED_FIRST = 1  # rising: what is pruned stays pruned
+    KEPT_LAST = 2  # falling: what is kept stays kept
+
+
+class Scores(ABC):
+    """The unit scores of one target.
+
+    Attributes:
+        name: The target's name.
+        shape: The shape of the units.
+        keep: The decision so far, bool of that shape; None before the first.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    keep: Tensor | None
+
+    @property
+    def count(self) -> int:
+        """How many units there are."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def pruned(self) -> int:
+        """How many units are pruned so far."""
+        return 0 if self.keep is None else self.count - count_true(self.keep)
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the scores are."""
+
+    @abstractmethod
+    def tensor(self) -> Tensor:
+        """All scores, of shape `shape`."""
+
+    @abstractmethod
+    def pieces(self, mark: Mark, step: int = 1) -> Iterator[Array]:
+        """The marked scores in order, flat; only every `step`-th if that is above 1. A piece is valid until the next.
+
+        Raises:
+            ValueError: A score is NaN or infinite.
+        """
+
+
+def count_true(mask: Tensor) -> int:
+    """How many entries of a bool tensor are True."""
+    return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.sum())
+
+
+def _finite(name: str, piece: Array, nonnegative: bool = False) -> Array:
+    # A maximum is one pass over the cache and carries NaN; isfinite would write a second array.
+    bad = piece.size and not (np.isfinite(piece.max()) and (nonnegative or np.isfinite(piece.min())))
+    if bad:
+        raise _not_finite(name)
+    return piece
+
+
+def _not_finite(name: str) -> ValueError:
+    return ValueError(f"scores must be finite, got NaN or infinity for {name}; look for NaN or infinite weights there")
+
+
+def _marked(piece: Array, keep: Array | None, mark: Mark) -> Array:
+    if keep is None or mark is Mark.NONE:
+        return piece
+    if mark is Mark.PRUNED_FIRST:
+        return np.where(keep, piece, piece.dtype.type(-np.inf))
+    return np.where(keep, piece.dtype.type(np.inf), piece)
+
+
+@dataclass(frozen=True)
+class TensorScores(Scores):
+    """Scores held in a tensor."""
+
+    name: str
+    values: Tensor
+    keep: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return tuple(self.values.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def tensor(self) -> Tensor:
+        return self.values
+
+    def pieces(self, mark: Mark, step: int = 1) -> Iterator[Array]:
+        flat = self.values.reshape(-1).numpy()[::step]
+        keep = None if self.keep is None else self.keep.reshape(-1).numpy()[::step]
+        for i in range(0, flat.size, PIECE):
+            piece = _finite(self.name, flat[i : i + PIECE])
+            yield _marked(piece, None if keep is None else keep[i : i + PIECE], mark)
+
+
+@dataclass(frozen=True)
+class EvidenceScores(Scores):
+    """Scores of single weights, worked out piece by piece and held nowhere; for elementwise criteria on a CPU.
+
+    Attributes:
+        evidence: What is known of the target; its tensors contiguous.
+        criterion: An elementwise criterion without normaliser.
+    """
+
+    name: str
+    evidence: Evidence
+    criterion: Criterion
+    keep: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return tuple(self.evidence.weight.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.evidence.weight.device
+
+    def tensor(self) -> Tensor:
+        return self.criterion(self.evidence)
+
+    def pieces(self, mark: Mark, step: int = 1) -> Iterator[Array]:
+        flat = self.evidence.map(lambda x: x.view(-1)[::step])
+        keep = None if self.keep is None else self.keep.view(-1).numpy()[::step]
+        for i in range(0, flat.weight.numel(), PIECE):
+            scores = self.criterion(flat.map(lambda x, i=i: x[i : i + PIECE])).numpy()  # type: ignore[misc]
+            piece = _finite(self.name, scores, self.criterion.nonnegative)
+            kept = None if keep is None else keep[i : i + PIECE]
+            if kept is not None and mark is Mark.PRUNED_FIRST and self.criterion.nonnegative:
+                # Zero is the lowest score, and half the price of minus infinity; ties go to the pruned first.
+                yield np.multiply(piece, kept)
+            else:
+                yield _marked(piece, kept, mark)
+
+
+def keep_highest(pool: Sequence[Scores], prune: int, limits: Limits) -> list[Tensor]:
+    """Which units stay when the `prune` lowest of a pool go.
+
+    Ties are settled by position: in the order of the pool, and of each target's units, the first go first; but among
+    equals what is pruned already goes before what is not, and while the number rises no pruned unit comes back. While it
+    falls, no kept unit goes.
+
+    Args:
+        pool: The scores of the targets that compete.
+        prune: How many units of the pool go. Fewer go, with a warning, if `limits.min_keep` would be broken.
+        limits: How many stay in each target, and whether the number may fall below what is pruned already.
+
+    Returns:
+        For each target a new bool tensor of the units' shape, True = keep.
+
+    Raises:
+        ValueError: A score is NaN or infinite.
+    """
+    floors = [min(limits.min_keep, s.count) for s in pool]
+    most = sum(s.count - floor for s, floor in zip(pool, floors, strict=True))
+    if prune > most:
+        warnings.warn(
+            f"{prune} of {sum(s.count for s in pool)} units were to go, {most} do: min_keep={limits.min_keep} of each "
+            f"target stay; pass min_keep=0 to let whole targets go",
+            stacklevel=2,
+        )
+        prune = most
+    pruned = sum(s.pruned for s in pool)
+    if not limits.may_fall:
+        prune = max(prune, pruned)
+    if prune == pruned and pruned and all(s.keep is not None for s in pool):
+        return [s.keep.clone() for s in pool if s.keep is not None]
+    mark = Mark.NONE if not pruned else Mark.PRUNED_FIRST if prune >= pruned else Mark.KEPT_LAST
+    if any(s.device.type != "cpu" for s in pool):
+        return _select_on_device(pool, prune, mark, floors)
+    return _select_with_floors(pool, prune, mark, floors)
+
+
+def round_kept(scores: Sequence[Scores], keeps: Sequence[Tensor], limits: Limits) -> list[Tensor]:
+    """The decisions with the kept count of each target rounded up to a multiple of `limits.round_to`, as far as it goes."""
+    if limits.round_to is None:
+        return list(keeps)
+    result = []
+    for s, keep in zip(scores, keeps, strict=True):
+        kept = count_true(keep)
+        rounded = min(s.count, -(-kept // limits.round_to) * limits.round_to)
+        result.append(keep if rounded == kept else keep_highest([s], s.count - rounded, limits)[0])
+    return result
+
+
+def _select_with_floors(pool: Sequence[Scores], prune: int, mark: Mark, floors: Sequence[int]) -> list[Tensor]:
+    """Select; where a target is left with too little, settle it alone and let the others make up for it."""
+    keeps = _select(pool, prune, mark)
+    short = {i for i, (keep, floor) in enumerate(zip(keeps, floors, strict=True)) if floor and count_true(keep) < floor}
+    if not short:
+        return keeps
+    for i in short:
+        keeps[i] = _select([pool[i]], pool[i].count - floors[i], mark)[0]
+    rest = [i for i in range(len(pool)) if i not in short]
+    left = prune - sum(pool[i].count - floors[i] for i in short)
+    others = _select_with_floors([pool[i] for i in rest], left, mark, [floors[i] for i in rest])
+    for i, keep in zip(rest, others, strict=True):
+        keeps[i] = keep
+    return keeps
+
+
+def _select(pool: Sequence[Scores], prune: int, mark: Mark) -> list[Tensor]:
+    if prune == 0:
+        return [torch.ones(s.shape, dtype=torch.bool) for s in pool]
+    if prune == sum(s.count for s in pool):
+        return [torch.zeros(s.shape, dtype=torch.bool) for s in pool]
+    threshold = _kth_lowest(pool, prune, mark)
+    keeps = []
+    for s in pool:
+        keep = np.empty(s.count, dtype=np.bool_)
+        start = 0
+        for piece in s.pieces(mark):
+            np.greater(piece, threshold, out=keep[start : start + piece.size])
+            start += piece.size
+        keeps.append(torch.from_numpy(keep).view(s.shape))
+    surplus = sum(s.count for s in pool) - sum(map(count_true, keeps)) - prune
+    if surplus:
+        _give_back_ties_(keeps, pool, mark, threshold, surplus)
+    return keeps
+
+
+def _kth_lowest(pool: Sequence[Scores], k: int, mark: Mark) -> float:
+    """The k-th lowest marked score of the pool, k from 1."""
+    n = sum(s.count for s in pool)
+    low, high = _bracket(pool, k / n, mark) if n > 2 * SAMPLE else (-np.inf, np.inf)
+    while True:
+        below, inside = 0, []
+        for s in pool:
+            for piece in s.pieces(mark):
+                within = piece <= high
+                under = piece < low
+                below += np.count_nonzero(under)
+                within ^= under
+                inside.append(piece[within])
+        candidates = np.concatenate(inside)
+        rank = k - below - 1
+        if 0 <= rank < candidates.size:
+            return np.partition(candidates, rank)[rank]  # type: ignore[no-any-return]
+        low, high = (-np.inf, low) if rank < 0 else (high, np.inf)  # the sample misled: look on that side
+
+
+def _bracket(pool: Sequence[Scores], share: float, mark: Mark) -> tuple[float, float]:
+    """Two scores between which, by a sample, the given share of the pool almost surely ends."""
+    step = max(1, sum(s.count for s in pool) // SAMPLE)
+    sample = np.concatenate([piece for s in pool for piece in s.pieces(mark, step)])
+    margin = 4 * np.sqrt(sample.size * share * (1 - share)) + 2
+    ranks = np.clip([share * sample.size - margin, share * sample.size + margin], 0, sample.size - 1).astype(int)
+    low, high = np.partition(sample, ranks)[ranks]
+    return low if ranks[0] > 0 else -np.inf, high if ranks[1] < sample.size - 1 else np.inf
+
+
+def _give_back_ties_(keeps: list[Tensor], pool: Sequence[Scores], mark: Mark, threshold: float, surplus: int) -> None:
+    """Keep the last `surplus` of the units that score exactly the threshold; what is pruned already is not among them
+    as long as there are others."""
+    places = [
+        np.concatenate([i * PIECE + np.flatnonzero(piece == threshold) for i, piece in enumerate(s.pieces(mark))])
+        for s in pool
+    ]
+    if sum(p.size for p in places) == sum(s.count for s in pool) and mark is Mark.NONE:
+        warnings.warn(
+            f"all scores of {', '.join(s.name for s in pool[:3])}{', ...' if len(pool) > 3 else ''} are equal: "
+            "which units go was settled by their position",
+            stacklevel=2,
+        )
+    fresh = [np.ones(p.size, bool) if s.keep is None else s.keep.reshape(-1).numpy()[p] for s, p in zip(pool, places)]
+    for wanted in (True, False):  # first those that are not pruned yet
+        for keep, place, new in zip(reversed(keeps), reversed(places), reversed(fresh), strict=True):
+            chosen = place[new == wanted][::-1][:surplus]
+            keep.view(-1).numpy()[chosen] = True
+            surplus -= chosen.size
+
+
+def _select_on_device(pool: Sequence[Scores], prune: int, mark: Mark, floors: Sequence[int]) -> list[Tensor]:
+    """The same choice with torch's operations; one synchronisation, for the check of the scores."""
+    flats = [(s.tensor().flatten().clone(), s, floor) for s, floor in zip(pool, floors, strict=True)]
+    if not bool(torch.stack([torch.isfinite(flat).all() for flat, _, _ in flats]).all()):
+        raise _not_finite(next(s.name for flat, s, _ in flats if not torch.isfinite(flat).all()))
+    for flat, s, floor in flats:
+        if s.keep is not None and mark is Mark.PRUNED_FIRST:
+            flat.masked_fill_(~s.keep.reshape(-1), -torch.inf)
+        elif s.keep is not None and mark is Mark.KEPT_LAST:
+            flat.masked_fill_(s.keep.reshape(-1), torch.inf)
+        if floor:
+            flat[_last_to_go(flat, floor)] = torch.inf
+    scores = torch.cat([flat for flat, _, _ in flats])
+    keep = torch.ones_like(scores, dtype=torch.bool)
+    if prune:
+        threshold = scores.kthvalue(prune).values
+        ties = scores == threshold
+        spare = prune - (scores < threshold).sum()
+        keep = (scores > threshold) | (ties & (ties.cumsum(0) > spare))
+    parts = keep.split([s.count for s in pool])
+    return [part.view(s.shape).clone() for part, s in zip(parts, pool, strict=True)]
+
+
+def _last_to_go(flat: Tensor, count: int) -> Tensor:
+    """Where the `count` units are that would go last: the highest scores, the last by position among equals."""
+    order = torch.sort(flat, stable=True).indices
+    return order[-count:]

@@ -1,0 +1,132 @@
+"""L0. The values that flow between the layers: how a parameter is read, what is known of it, and the limits of a choice.
+
+To add evidence: a field of `Evidence`, its name in `EVIDENCE`, and who gathers it in `fasterai/sparse/evidence.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["EVIDENCE", "Evidence", "Layout", "Limits", "Target"]
+
+#: What a criterion may ask for beyond the weight.
+EVIDENCE = ("gradient", "initial", "previous", "activation", "hessian_gradient", "synaptic_flow")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a parameter's dimensions are read.
+
+    A grouped convolution's weight `(O, I/G, *K)` is viewed as `(G, O/G, I/G, *K)`; its first dimension then belongs to
+    the axis `out` and to the axis `in`. For all other parameters the view is the parameter's own shape.
+
+    Attributes:
+        shape: The view's shape; `parameter.view(shape)` is valid.
+        axes: For each dimension of the view the axes it belongs to: `out`, `in`, `expert`, `depth`, `height`, `width`.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[frozenset[str], ...]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All axes that the parameter has."""
+        return frozenset().union(*self.axes)
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether there are kernel axes, as a convolution's weight has."""
+        return bool(self.names & {"depth", "height", "width"})
+
+    def size(self, axis: str) -> int:
+        """How many indices an axis has (1 if the parameter has not got it)."""
+        result = 1
+        for length, names in zip(self.shape, self.axes, strict=True):
+            result *= length if axis in names else 1
+        return result
+
+
+@dataclass(frozen=True)
+class Target:
+    """A prunable parameter.
+
+    Attributes:
+        name: Its name in `model.named_parameters()`, without the prefixes that wrappers add.
+        module: The module that holds it.
+        attribute: Its name in that module.
+        kind: `convolution`, `linear`, `attention`, `recurrent`, `embedding` or `other`.
+        layout: How its dimensions are read.
+        aliases: Further names of the same (tied) parameter.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+    kind: str
+    layout: Layout
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter itself, looked up anew each time."""
+        parameter = self.module._parameters[self.attribute]
+        assert parameter is not None
+        return parameter
+
+    @property
+    def module_name(self) -> str:
+        """The module's name; empty for the model itself."""
+        return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of one target when it is scored.
+
+    Attributes:
+        name: The target's name.
+        weight: `(O, I, *K)`, or whatever shape the parameter has; never written to.
+        gradient: dL/dw, shape of the weight.
+        initial: The weight when the sparsifier was made, shape of the weight.
+        previous: The weight when the masks last moved, shape of the weight.
+        activation: The 2-norm of every input feature over batch and positions; broadcasts against the weight.
+        hessian_gradient: Hg, shape of the weight (GraSP).
+        synaptic_flow: dR/d|w|, shape of the weight (SynFlow).
+    """
+
+    name: str
+    weight: Tensor
+    gradient: Tensor | None = None
+    initial: Tensor | None = None
+    previous: Tensor | None = None
+    activation: Tensor | None = None
+    hessian_gradient: Tensor | None = None
+    synaptic_flow: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Evidence:
+        """The same evidence with a function applied to every tensor in it."""
+        changed = {f.name: function(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **changed)
+
+    def at_least_float32(self) -> Evidence:
+        """The same evidence with half precision widened, so that scores do not tie; others are not copied."""
+        return self.map(lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a context has to respect besides the sparsity.
+
+    Attributes:
+        min_keep: How many units of each target stay, whatever is asked.
+        may_fall: Whether pruned units may come back. If not, what is pruned stays pruned.
+        round_to: Kept units of each target are rounded up to a multiple of it.
+    """
+
+    min_keep: int = 1
+    may_fall: bool = True
+    round_to: int | None = None

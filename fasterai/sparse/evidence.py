@@ -1,0 +1,205 @@
+"""L3. Gathers what criteria need beyond the weight, without leaving a trace in the model.
+
+One function per kind of evidence, `(model, targets, source) -> target name -> tensor`; to add one, write it and put it
+into `GATHERERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasterai.core.loop import Batch
+from fasterai.core.targets import unwrap
+from fasterai.core.types import Target
+from fasterai.sparse.dataflow import evaluating, leaves, undisturbed
+
+__all__ = ["GATHERERS", "Source", "as_batch"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where evidence comes from.
+
+    Attributes:
+        data: Batches given by the user, else None.
+        batch: The batch at hand in the loop, else None.
+        loss: The loss function `(output, *targets) -> scalar`, else None.
+        inputs: Example inputs of the model, else None.
+    """
+
+    data: Iterable[Any] | None = None
+    batch: Batch | None = None
+    loss: Callable[..., Tensor] | None = None
+    inputs: tuple[Any, ...] | None = None
+
+    def batches(self, what: str) -> list[Batch]:
+        """The batches to work with.
+
+        Raises:
+            ValueError: There are none.
+        """
+        if self.data is not None:
+            batches = [as_batch(item) for item in self.data]
+        else:
+            batches = [self.batch] if self.batch is not None else []
+        if not batches:
+            raise ValueError(f"data must be given for a criterion that needs {what}: data=[batch, ...], or train with a callback")
+        return batches
+
+
+def as_batch(item: Any) -> Batch:
+    """A batch from what a data loader yields: `x`, `(x, y)`, or `((x1, x2), y)`."""
+    if isinstance(item, Batch):
+        return item
+    if isinstance(item, tuple | list):
+        inputs = tuple(item[0]) if isinstance(item[0], tuple | list) else (item[0],)
+        return Batch(inputs, tuple(item[1:]))
+    return Batch((item,))
+
+
+def gradients(model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, Tensor]:
+    """dL/dw: of the given data, or what the last backward pass left in `parameter.grad`.
+
+    Over several batches it is the root of the mean square, so that `(g w)^2` is averaged over them as in Molchanov et al. 2019.
+    """
+    if source.data is not None:
+        squares: dict[str, Tensor] = {}
+        batches = source.batches("gradients")
+        for batch in batches:
+            found, _ = _differentiate(model, targets, batch, _loss(source), create_graph=False)
+            if len(batches) == 1:
+                return found
+            for name, g in found.items():
+                squares[name] = squares.get(name, torch.zeros_like(g)) + g.square() / len(batches)
+        return {name: square.sqrt() for name, square in squares.items()}
+    missing = [t.name for t in targets if t.parameter.grad is None]
+    if missing:
+        raise ValueError(
+            f"criteria needs gradients, and {missing[0]} has none: they exist after loss.backward() and before "
+            "optimizer.zero_grad(); call it there, or pass data=[(x, y), ...] and loss="
+        )
+    return {t.name: t.parameter.grad.detach() for t in targets if t.parameter.grad is not None}
+
+
+def hessian_gradients(model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, Tensor]:
+    """Hg, the gradient of `g . stop(g)`, with the outputs divided by 200 (Wang et al. 2020, GraSP, official code)."""
+    loss = _loss(source)
+
+    def tempered(output: Tensor, *wanted: Any) -> Tensor:
+        return loss(output / 200, *wanted)
+
+    total: dict[str, Tensor] = {}
+    for batch in source.batches("the Hessian"):
+        g, weights = _differentiate(model, targets, batch, tempered, create_graph=True)
+        product = torch.stack([(x * x.detach()).sum() for x in g.values()]).sum()
+        for name, hg in zip(g, torch.autograd.grad(product, [weights[n] for n in g]), strict=True):
+            total[name] = total.get(name, torch.zeros_like(hg)) + hg
+    return total
+
+
+def synaptic_flow(model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, Tensor]:
+    """dR/d|w| for R = the sum of the outputs of the network of absolute values on ones, in float64 (Tanaka et al. 2020)."""
+    inputs = source.inputs or (source.batches("example inputs")[0].inputs)
+    if not all(isinstance(x, Tensor) and x.is_floating_point() for x in inputs):
+        raise ValueError("example_inputs must be tensors of floats for synflow, which feeds ones of their shape")
+    model = unwrap(model)
+    held = {n: x.abs().double() if x.is_floating_point() else x for n, x in leaves(model).items()}
+    held = {n: x.detach().requires_grad_() if x.is_floating_point() else x for n, x in held.items()}
+    ones = tuple(torch.ones_like(x[:1], dtype=torch.float64) for x in inputs)
+    weights = _held_targets(model, held, targets)
+    with undisturbed(model), evaluating(model), torch.enable_grad():
+        output = torch.func.functional_call(model, held, ones)
+        found = torch.autograd.grad(output.sum(), list(weights.values()), allow_unused=True)
+    return {n: torch.zeros_like(weights[n]) if g is None else g for n, g in zip(weights, found, strict=True)}
+
+
+def activations(model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, Tensor]:
+    """The 2-norm of each input feature over batch and positions, shaped to broadcast against the weight (Sun et al. 2023)."""
+    squares: dict[str, Tensor] = {}
+    inner = unwrap(model)
+    handles = []
+    try:
+        for target in targets:
+            handles.append(target.module.register_forward_pre_hook(_norm_hook(target, squares)))
+        with undisturbed(inner), evaluating(inner), torch.no_grad():
+            for batch in source.batches("activations"):
+                inner(*batch.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    unseen = [t.name for t in targets if t.name not in squares]
+    if unseen:
+        raise ValueError(f"targets must be layers whose inputs can be watched, got {unseen[0]}; leave it out with targets=")
+    return {t.name: _spread(squares[t.name].sqrt(), t) for t in targets}
+
+
+GATHERERS: dict[str, Callable[[nn.Module, Sequence[Target], Source], Mapping[str, Tensor]]] = {
+    "gradient": gradients,
+    "hessian_gradient": hessian_gradients,
+    "synaptic_flow": synaptic_flow,
+    "activation": activations,
+}
+
+
+def _loss(source: Source) -> Callable[..., Tensor]:
+    if source.loss is None:
+        raise ValueError("loss must be given for a criterion that needs gradients of data: loss=F.cross_entropy, say")
+    return source.loss
+
+
+def _held_targets(model: nn.Module, held: Mapping[str, Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
+    """The targets' stand-ins among the leaves; names of compiled sub-modules carry a part that target names do not."""
+    by_parameter = {id(p): held[n] for n, p in model.named_parameters()}
+    return {t.name: by_parameter[id(t.parameter)] for t in targets}
+
+
+def _differentiate(
+    model: nn.Module, targets: Sequence[Target], batch: Batch, loss: Callable[..., Tensor], create_graph: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The gradients of one batch's loss, and the leaves they belong to; the model's mode counts, its buffers stay."""
+    model = unwrap(model)
+    held = leaves(model)
+    weights = _held_targets(model, held, targets)
+    with undisturbed(model), torch.enable_grad():
+        value = loss(torch.func.functional_call(model, held, batch.inputs), *batch.targets)
+        found = torch.autograd.grad(value, list(weights.values()), create_graph=create_graph, allow_unused=True)
+    return {n: torch.zeros_like(weights[n]) if g is None else g for n, g in zip(weights, found, strict=True)}, weights
+
+
+def _norm_hook(target: Target, squares: dict[str, Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        features = _features(target, args)
+        if features is not None:
+            found = features.float().square().flatten(0, -2).sum(0)
+            squares[target.name] = squares.get(target.name, torch.zeros_like(found)) + found
+
+    return hook
+
+
+def _features(target: Target, args: tuple[Any, ...]) -> Tensor | None:
+    """What a layer's weight reads, with the features last: `(..., C)`; None if the layer's input does not tell."""
+    if target.attribute == "in_proj_weight" and isinstance(target.module, nn.MultiheadAttention):
+        query, key, value = args[:3]
+        return query if query is key and key is value else None
+    if not args or target.attribute != "weight" or target.kind not in ("convolution", "linear"):
+        return None
+    x: Tensor = args[0]
+    if target.kind == "convolution":
+        channels = x.dim() - (len(target.parameter.shape) - 1)
+        return x.movedim(channels, -1)
+    return x
+
+
+def _spread(norms: Tensor, target: Target) -> Tensor:
+    """Norms of the inputs `(C,)` in the weight's shape, or in one that broadcasts against it."""
+    layout = target.layout
+    sizes = [n if "in" in names else 1 for n, names in zip(layout.shape, layout.axes, strict=True)]
+    spread = norms.view(sizes)
+    if layout.shape == tuple(target.parameter.shape):
+        return spread
+    return spread.expand(layout.shape).reshape(target.parameter.shape)

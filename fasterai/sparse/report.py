@@ -1,0 +1,129 @@
+"""L3. What a sparsifier reached: data with a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Reached", "Row", "SparsityReport"]
+
+
+@dataclass(frozen=True)
+class Reached(Mapping[str, float]):
+    """The sparsity that the masks hold, counted in units: a mapping of target names, with the whole beside it.
+
+    Attributes:
+        overall: Pruned units over all units, in [0, 1]. `float(reached)` is the same.
+        weights: Pruned weights over all weights of the targets; another number where units differ in size.
+        per_target: Target name -> pruned units over its units.
+    """
+
+    overall: float
+    weights: float
+    per_target: Mapping[str, float]
+
+    def __getitem__(self, name: str) -> float:
+        return self.per_target[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.per_target)
+
+    def __len__(self) -> int:
+        return len(self.per_target)
+
+    def __float__(self) -> float:
+        return self.overall
+
+    def __format__(self, spec: str) -> str:
+        return format(self.overall, spec)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One target.
+
+    Attributes:
+        name: Its name.
+        shape: The parameter's shape.
+        units: How many units it has at the granularity.
+        pruned: How many of them the masks prune.
+        weights: How many weights it has.
+        zeros: How many of them are zero now, counted in the weights.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    units: int
+    pruned: int
+    weights: int
+    zeros: int
+
+    @property
+    def sparsity(self) -> float:
+        """Pruned units over units, in [0, 1]."""
+        return self.pruned / self.units if self.units else 0.0
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """What the masks hold, target by target; `print` shows it as a table.
+
+    Attributes:
+        granularity: What a unit is.
+        rows: The targets.
+        left_out: Parameter name -> why it is no target.
+        parameters: How many parameters the model has.
+        zeros: How many of them are zero.
+    """
+
+    granularity: str
+    rows: tuple[Row, ...]
+    left_out: Mapping[str, str]
+    parameters: int
+    zeros: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self) | {"left_out": dict(self.left_out)}
+
+    def __str__(self) -> str:
+        header = ("target", "shape", self.granularity + "s", "pruned", "sparsity", "zeros")
+        body = [
+            (r.name, "x".join(map(str, r.shape)), f"{r.units:,}", f"{r.pruned:,}", f"{r.sparsity:.2%}", f"{r.zeros:,}")
+            for r in self.rows
+        ]
+        units, pruned = sum(r.units for r in self.rows), sum(r.pruned for r in self.rows)
+        share = f"{pruned / units if units else 0.0:.2%}"
+        body.append(("all targets", "", f"{units:,}", f"{pruned:,}", share, f"{sum(r.zeros for r in self.rows):,}"))
+        share = f"{self.zeros / self.parameters if self.parameters else 0.0:.2%}"
+        body.append(("whole model", "", f"{self.parameters:,} weights", "", share, f"{self.zeros:,}"))
+        widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+        lines = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in (header, *body)]
+        lines.insert(1, "-" * len(lines[0]))
+        lines.insert(-2, lines[1])
+        lines += [f"left out: {name} ({why})" for name, why in self.left_out.items()]
+        lines.append("Masked weights are zero; a mask alone makes a network neither smaller nor faster.")
+        return "\n".join(line.rstrip() for line in lines)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the sparsity of each target, with the whole as a line.
+
+        Args:
+            ax: Where to draw; a new figure if it is left out.
+        """
+        import matplotlib.pyplot as plt
+
+        axes = ax or plt.subplots(figsize=(7, max(2.0, 0.25 * len(self.rows) + 1)), layout="constrained")[1]
+        names = [r.name for r in self.rows]
+        axes.barh(names, [r.sparsity for r in self.rows], color="#4c72b0")
+        units = sum(r.units for r in self.rows)
+        overall = sum(r.pruned for r in self.rows) / units if units else 0.0
+        axes.axvline(overall, color="#c44e52", linestyle="--", label=f"all targets: {overall:.1%}")
+        axes.set(xlim=(0, 1), xlabel=f"sparsity (share of {self.granularity}s pruned)")
+        axes.invert_yaxis()
+        axes.legend(loc="lower right")
+        return axes
