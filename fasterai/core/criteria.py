@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,6 +77,7 @@ class Criterion:
             of these), or None. It never changes the order inside a target as long as sum, mean and max are positive.
         elementwise: Each score depends on nothing but the evidence at its own place, so a part can be scored alone.
         nonnegative: No score is below 0, and a weight of 0 scores 0.
+        ufunc: The same function of the weight in numpy, if there is one: it can write into held memory.
     """
 
     function: Callable[[Evidence], Tensor]
@@ -84,6 +86,7 @@ class Criterion:
     normalizer: str | None = None
     elementwise: bool = False
     nonnegative: bool = False
+    ufunc: np.ufunc | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.function):
@@ -238,15 +241,19 @@ def _wanda(e: Evidence) -> Tensor:
     return e.weight.abs() * _known(e.activation)
 
 
-def _elementwise(function: Callable[[Evidence], Tensor], *needs: str, nonnegative: bool = False) -> Criterion:
-    return Criterion(function, frozenset(needs), elementwise=True, nonnegative=nonnegative)
+def _elementwise(function: Callable[[Evidence], Tensor], *needs: str) -> Criterion:
+    return Criterion(function, frozenset(needs), elementwise=True)
+
+
+def _of_magnitude(function: Callable[[Evidence], Tensor], ufunc: np.ufunc) -> Criterion:
+    return Criterion(function, elementwise=True, nonnegative=True, ufunc=ufunc)
 
 
 # Hubens 2022, FasterAI (Electronics 11, 3789), section on criteria; w is the weight now, w_i when the sparsifier was made,
 # w_p when the masks last moved.
 random = Random()  # uniform
-large_final = _elementwise(_large_final, nonnegative=True)  # |w|
-squared_final = _elementwise(_squared_final, nonnegative=True)  # w^2
+large_final = _of_magnitude(_large_final, np.absolute)  # |w|
+squared_final = _of_magnitude(_squared_final, np.square)  # w^2
 small_final = _elementwise(_small_final)  # -|w|
 large_init = _elementwise(_large_init, "initial")  # |w_i|
 small_init = _elementwise(_small_init, "initial")  # -|w_i|

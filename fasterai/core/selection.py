@@ -7,6 +7,8 @@ inside: no copy of the pooled scores is made. On other devices it uses torch's o
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["EvidenceScores", "Scores", "TensorScores", "keep_highest", "round_kept"]
 
 PIECE = 1 << 18  # 1 MiB of float32: two of them live in a second-level cache
-SAMPLE = 1 << 15  # the bracket then holds about 2 % of the scores
+SAMPLE = 1 << 16  # the bracket then holds about 1 % of the scores
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -54,7 +56,7 @@ class Scores(ABC):
     @property
     def count(self) -> int:
         """How many units there are."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def pruned(self) -> int:
@@ -71,12 +73,31 @@ class Scores(ABC):
         """All scores, of shape `shape`."""
 
     @abstractmethod
-    def pieces(self, mark: Mark, step: int = 1) -> Iterator[Array]:
-        """The marked scores in order, flat; only every `step`-th if that is above 1. A piece is valid until the next.
+    def part(self, where: slice, scratch: Array) -> Array:
+        """The scores of some units in their flat order; perhaps in `scratch`, so valid until the next part."""
+
+    @property
+    def nonnegative(self) -> bool:
+        """Whether no score is below 0, and those of pruned units are 0."""
+        return False
+
+    def marked(self, where: slice, mark: Mark, scratch: Array, check: bool = False) -> Array:
+        """The scores of some units, pruned ones the lowest or kept ones the highest.
 
         Raises:
-            ValueError: A score is NaN or infinite.
+            ValueError: `check` is asked for and a score is NaN or infinite.
         """
+        part = self.part(where, scratch)
+        # A maximum is one pass over the cache and carries NaN; isfinite would write a second array.
+        if check and part.size and not (math.isfinite(part.max()) and (self.nonnegative or math.isfinite(part.min()))):
+            raise _not_finite(self.name)
+        # Pruned weights are zero, which of non-negative scores is the lowest anyway; among equals the pruned go first.
+        if self.keep is None or mark is Mark.NONE or (self.nonnegative and mark is Mark.PRUNED_FIRST):
+            return part
+        keep = self.keep.reshape(-1).numpy()[where]
+        if mark is Mark.PRUNED_FIRST:
+            return np.where(keep, part, part.dtype.type(-np.inf))
+        return np.where(keep, part.dtype.type(np.inf), part)
 
 
 def count_true(mask: Tensor) -> int:
@@ -84,24 +105,8 @@ def count_true(mask: Tensor) -> int:
     return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.sum())
 
 
-def _finite(name: str, piece: Array, nonnegative: bool = False) -> Array:
-    # A maximum is one pass over the cache and carries NaN; isfinite would write a second array.
-    bad = piece.size and not (np.isfinite(piece.max()) and (nonnegative or np.isfinite(piece.min())))
-    if bad:
-        raise _not_finite(name)
-    return piece
-
-
 def _not_finite(name: str) -> ValueError:
     return ValueError(f"scores must be finite, got NaN or infinity for {name}; look for NaN or infinite weights there")
-
-
-def _marked(piece: Array, keep: Array | None, mark: Mark) -> Array:
-    if keep is None or mark is Mark.NONE:
-        return piece
-    if mark is Mark.PRUNED_FIRST:
-        return np.where(keep, piece, piece.dtype.type(-np.inf))
-    return np.where(keep, piece.dtype.type(np.inf), piece)
 
 
 @dataclass(frozen=True)
@@ -123,20 +128,17 @@ class TensorScores(Scores):
     def tensor(self) -> Tensor:
         return self.values
 
-    def pieces(self, mark: Mark, step: int = 1) -> Iterator[Array]:
-        flat = self.values.reshape(-1).numpy()[::step]
-        keep = None if self.keep is None else self.keep.reshape(-1).numpy()[::step]
-        for i in range(0, flat.size, PIECE):
-            piece = _finite(self.name, flat[i : i + PIECE])
-            yield _marked(piece, None if keep is None else keep[i : i + PIECE], mark)
+    def part(self, where: slice, scratch: Array) -> Array:
+        part: Array = self.values.reshape(-1).numpy()[where]
+        return part
 
 
 @dataclass(frozen=True)
 class EvidenceScores(Scores):
-    """Scores of single weights, worked out piece by piece and held nowhere; for elementwise criteria on a CPU.
+    """Scores of single weights, worked out part by part and held nowhere; for elementwise criteria on a CPU.
 
     Attributes:
-        evidence: What is known of the target; its tensors contiguous.
+        evidence: What is known of the target; its tensors contiguous, its pruned weights zero.
         criterion: An elementwise criterion without normaliser.
     """
 
@@ -156,18 +158,19 @@ class EvidenceScores(Scores):
     def tensor(self) -> Tensor:
         return self.criterion(self.evidence)
 
-    def pieces(self, mark: Mark, step: int = 1) -> Iterator[Array]:
-        flat = self.evidence.map(lambda x: x.view(-1)[::step])
-        keep = None if self.keep is None else self.keep.view(-1).numpy()[::step]
-        for i in range(0, flat.weight.numel(), PIECE):
-            scores = self.criterion(flat.map(lambda x, i=i: x[i : i + PIECE])).numpy()  # type: ignore[misc]
-            piece = _finite(self.name, scores, self.criterion.nonnegative)
-            kept = None if keep is None else keep[i : i + PIECE]
-            if kept is not None and mark is Mark.PRUNED_FIRST and self.criterion.nonnegative:
-                # Zero is the lowest score, and half the price of minus infinity; ties go to the pruned first.
-                yield np.multiply(piece, kept)
-            else:
-                yield _marked(piece, kept, mark)
+    @property
+    def nonnegative(self) -> bool:
+        return self.criterion.nonnegative
+
+    def part(self, where: slice, scratch: Array) -> Array:
+        weight, ufunc = self.evidence.weight, self.criterion.ufunc
+        part: Array
+        if ufunc is not None and weight.dtype is torch.float32:
+            weights = weight.view(-1).numpy()[where]
+            part = ufunc(weights, out=scratch[: weights.size])
+        else:
+            part = self.criterion(self.evidence.map(lambda x: x.view(-1)[where])).numpy()
+        return part
 
 
 def keep_highest(pool: Sequence[Scores], prune: int, limits: Limits) -> list[Tensor]:
@@ -236,74 +239,92 @@ def _select_with_floors(pool: Sequence[Scores], prune: int, mark: Mark, floors: 
     return keeps
 
 
+Place = tuple[int, int]  # which target of the pool, and where in its flat order a part starts
+
+
+def _parts(pool: Sequence[Scores], mark: Mark, step: int = 1, check: bool = False) -> Iterator[tuple[Place, Array]]:
+    """All marked scores of a pool, part by part; or only every `step`-th."""
+    scratch = np.empty(PIECE, np.float32)
+    for i, s in enumerate(pool):
+        for start in range(0, s.count, PIECE * step):
+            yield (i, start), s.marked(slice(start, min(s.count, start + PIECE * step), step), mark, scratch, check)
+
+
 def _select(pool: Sequence[Scores], prune: int, mark: Mark) -> list[Tensor]:
     if prune == 0:
         return [torch.ones(s.shape, dtype=torch.bool) for s in pool]
     if prune == sum(s.count for s in pool):
         return [torch.zeros(s.shape, dtype=torch.bool) for s in pool]
-    threshold = _kth_lowest(pool, prune, mark)
-    keeps = []
-    for s in pool:
-        keep = np.empty(s.count, dtype=np.bool_)
-        start = 0
-        for piece in s.pieces(mark):
-            np.greater(piece, threshold, out=keep[start : start + piece.size])
-            start += piece.size
-        keeps.append(torch.from_numpy(keep).view(s.shape))
-    surplus = sum(s.count for s in pool) - sum(map(count_true, keeps)) - prune
+    threshold, at_threshold = _kth_lowest(pool, prune, mark)
+    # One array for all: a large one comes in large pages, which costs a third of many small ones.
+    ends = list(itertools.accumulate(s.count for s in pool))
+    flags = np.split(np.empty(ends[-1], dtype=np.bool_), ends[:-1])
+    for (i, start), part in _parts(pool, mark):
+        np.greater(part, threshold, out=flags[i][start : start + part.size])
+    surplus = sum(f.size - np.count_nonzero(f) for f in flags) - prune
     if surplus:
-        _give_back_ties_(keeps, pool, mark, threshold, surplus)
-    return keeps
+        _give_back_ties_(flags, pool, mark, threshold, at_threshold, surplus)
+    return [torch.from_numpy(f).view(s.shape) for f, s in zip(flags, pool, strict=True)]
 
 
-def _kth_lowest(pool: Sequence[Scores], k: int, mark: Mark) -> float:
-    """The k-th lowest marked score of the pool, k from 1."""
+def _kth_lowest(pool: Sequence[Scores], k: int, mark: Mark) -> tuple[float, list[Place]]:
+    """The k-th lowest marked score of the pool, k from 1, and the parts in which it occurs."""
     n = sum(s.count for s in pool)
     low, high = _bracket(pool, k / n, mark) if n > 2 * SAMPLE else (-np.inf, np.inf)
+    flags = np.empty((2, PIECE), dtype=np.bool_)
     while True:
-        below, inside = 0, []
-        for s in pool:
-            for piece in s.pieces(mark):
-                within = piece <= high
-                under = piece < low
-                below += np.count_nonzero(under)
-                within ^= under
-                inside.append(piece[within])
-        candidates = np.concatenate(inside)
+        # Open below, so that the mass of pruned units, which all score the lowest, does not lie inside.
+        below, inside, places = 0, [], []
+        for place, part in _parts(pool, mark, check=True):
+            within, under = flags[:, : part.size]
+            np.less_equal(part, high, out=within)
+            np.less_equal(part, low, out=under)
+            below += np.count_nonzero(under)
+            np.not_equal(within, under, out=within)
+            inside.append(part[within])
+            places.append(place)
         rank = k - below - 1
+        candidates = np.concatenate(inside)
         if 0 <= rank < candidates.size:
-            return np.partition(candidates, rank)[rank]  # type: ignore[no-any-return]
+            threshold = np.partition(candidates, rank)[rank]
+            return threshold, [p for p, found in zip(places, inside, strict=True) if (found == threshold).any()]
+        if rank < 0 and sum(np.count_nonzero(part < low) for _, part in _parts(pool, mark)) < k:
+            return low, places
         low, high = (-np.inf, low) if rank < 0 else (high, np.inf)  # the sample misled: look on that side
 
 
 def _bracket(pool: Sequence[Scores], share: float, mark: Mark) -> tuple[float, float]:
     """Two scores between which, by a sample, the given share of the pool almost surely ends."""
     step = max(1, sum(s.count for s in pool) // SAMPLE)
-    sample = np.concatenate([piece for s in pool for piece in s.pieces(mark, step)])
-    margin = 4 * np.sqrt(sample.size * share * (1 - share)) + 2
+    sample = np.concatenate([part.copy() for _, part in _parts(pool, mark, step)])
+    margin = 3 * math.sqrt(sample.size * share * (1 - share)) + 2
     ranks = np.clip([share * sample.size - margin, share * sample.size + margin], 0, sample.size - 1).astype(int)
     low, high = np.partition(sample, ranks)[ranks]
     return low if ranks[0] > 0 else -np.inf, high if ranks[1] < sample.size - 1 else np.inf
 
 
-def _give_back_ties_(keeps: list[Tensor], pool: Sequence[Scores], mark: Mark, threshold: float, surplus: int) -> None:
-    """Keep the last `surplus` of the units that score exactly the threshold; what is pruned already is not among them
-    as long as there are others."""
-    places = [
-        np.concatenate([i * PIECE + np.flatnonzero(piece == threshold) for i, piece in enumerate(s.pieces(mark))])
-        for s in pool
-    ]
-    if sum(p.size for p in places) == sum(s.count for s in pool) and mark is Mark.NONE:
+def _give_back_ties_(
+    flags: list[Array], pool: Sequence[Scores], mark: Mark, threshold: float, at_threshold: list[Place], surplus: int
+) -> None:
+    """Keep the last `surplus` of the units that score exactly the threshold, those pruned already only if there are no
+    others."""
+    scratch = np.empty(PIECE, np.float32)
+    ties: list[tuple[int, Array, Array]] = []
+    for i, start in at_threshold:
+        s = pool[i]
+        where = start + np.flatnonzero(s.marked(slice(start, start + PIECE), mark, scratch) == threshold)
+        fresh = np.ones(where.size, bool) if s.keep is None else s.keep.reshape(-1).numpy()[where]
+        ties.append((i, where, fresh))
+    if sum(where.size for _, where, _ in ties) == sum(s.count for s in pool) and mark is Mark.NONE:
         warnings.warn(
             f"all scores of {', '.join(s.name for s in pool[:3])}{', ...' if len(pool) > 3 else ''} are equal: "
             "which units go was settled by their position",
             stacklevel=2,
         )
-    fresh = [np.ones(p.size, bool) if s.keep is None else s.keep.reshape(-1).numpy()[p] for s, p in zip(pool, places)]
     for wanted in (True, False):  # first those that are not pruned yet
-        for keep, place, new in zip(reversed(keeps), reversed(places), reversed(fresh), strict=True):
-            chosen = place[new == wanted][::-1][:surplus]
-            keep.view(-1).numpy()[chosen] = True
+        for i, where, fresh in reversed(ties):
+            chosen = where[fresh == wanted][::-1][:surplus]
+            flags[i][chosen] = True
             surplus -= chosen.size
 
 

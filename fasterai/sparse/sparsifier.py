@@ -250,6 +250,7 @@ class Sparsifier(Participant):
     ) -> None:
         """Choose anew what is pruned; the masks and noted scales change together, or not at all."""
         context, sparsity = plan
+        self.apply_masks()
         evidence = self._gather(targets)
         scores = [self._score(t, evidence[t.name]) for t in targets]
         whole = any(self.granularity.is_whole(t.layout) for t in targets)
