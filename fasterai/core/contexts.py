@@ -50,9 +50,7 @@ class Context(ABC):
         return round_kept(scores, self.select(scores, layouts, sparsity, limits), limits)
 
     @abstractmethod
-    def select(
-        self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits
-    ) -> list[Tensor]:
+    def select(self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits) -> list[Tensor]:
         """The choice itself; what comes in has been checked."""
 
     def asked(self, counts: Mapping[str, int], sparsity: float) -> tuple[int, ...]:

@@ -48,7 +48,9 @@ class Source:
         else:
             batches = [self.batch] if self.batch is not None else []
         if not batches:
-            raise ValueError(f"data must be given for a criterion that needs {what}: data=[batch, ...], or train with a callback")
+            raise ValueError(
+                f"data must be given for a criterion that needs {what}: data=[batch, ...], or train with a callback"
+            )
         return batches
 
 

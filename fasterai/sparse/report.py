@@ -102,7 +102,10 @@ class SparsityReport:
         share = f"{self.zeros / self.parameters if self.parameters else 0.0:.2%}"
         body.append(("whole model", "", f"{self.parameters:,} weights", "", share, f"{self.zeros:,}"))
         widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-        lines = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in (header, *body)]
+        lines = [
+            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+            for r in (header, *body)
+        ]
         lines.insert(1, "-" * len(lines[0]))
         lines.insert(-2, lines[1])
         lines += [f"left out: {name} ({why})" for name, why in self.left_out.items()]

@@ -102,9 +102,7 @@ class Sparsifier(Participant):
             raise ValueError("round_to must be None for N:M, which fixes what each group keeps")
         self.max_updates = check_count("max_updates", max_updates)
         self._source = Source(data=data, loss=loss, inputs=_as_inputs(example_inputs))
-        self._selection = find_targets(
-            model, fits=self._misfit, coarse=self._is_coarse, targets=targets, layer_type=layer_type
-        )
+        self._selection = find_targets(model, fits=self._misfit, coarse=self._is_coarse, targets=targets, layer_type=layer_type)
         self._flow: Flow | None = None
         self._partners: tuple[Partner, ...] = ()
         self._warned = False
@@ -116,6 +114,8 @@ class Sparsifier(Participant):
         self._tick = 0
         self._share = 0.0
         self._holds: list[Any] = []
+        #: How often the masks have moved so far.
+        self.moves = 0
         self._initial = self._copy_weights("initial")
         self._previous = self._copy_weights("previous")
 
@@ -195,7 +195,9 @@ class Sparsifier(Participant):
         """
         targets = [t for t in self.targets if any(t.module is inner for inner in m.modules())]
         if not targets:
-            raise ValueError(f"m must hold a target, got {type(m).__name__}; the targets are {', '.join(t.name for t in self.targets)}")
+            raise ValueError(
+                f"m must hold a target, got {type(m).__name__}; the targets are {', '.join(t.name for t in self.targets)}"
+            )
         share = check_fraction("sparsity", sparsity)
         self.context.check(share)
         self._warn_without_flow()
@@ -261,11 +263,14 @@ class Sparsifier(Participant):
         )
         keeps = self._agree(context(scores, [t.layout for t in targets], sparsity * share, limits))
         # Units of single weights are held in the weight's memory format, so that both are read in the same order.
-        chosen = {t.name: like(t.parameter, k) if k.shape == t.parameter.shape else k for t, k in zip(targets, keeps, strict=True)}
+        chosen = {
+            t.name: like(t.parameter, k) if k.shape == t.parameter.shape else k for t, k in zip(targets, keeps, strict=True)
+        }
         after = {**self._keep, **chosen}
         scales = (item for item in self._partner_keeps(self._keep, after) if item[0].is_scale)
         revive_(scales, self._scales)
         self._keep = after
+        self.moves += 1
         for t in targets if self._previous else ():
             self._previous[t.name].copy_(t.parameter.detach())
 

@@ -1,0 +1,6 @@
+"""For notebooks: `from fasterai.all import *`. Re-exports only."""
+
+from fasterai.sparse import all as _sparse
+from fasterai.sparse.all import *  # noqa: F403
+
+__all__ = list(_sparse.__all__)

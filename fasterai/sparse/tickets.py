@@ -1,0 +1,120 @@
+"""L3. Lottery tickets: go back to early weights each time the masks move."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasterai.core.checks import check_count
+from fasterai.core.loop import Fit, Participant
+from fasterai.core.targets import unwrap
+from fasterai.sparse.sparsifier import Sparsifier
+
+__all__ = ["LotteryTicket"]
+
+
+class LotteryTicket(Participant):
+    """Rewinds the surviving weights whenever a sparsifier's masks move (Frankle & Carbin 2019; rewinding: Frankle et al. 2020).
+
+    All parameters and buffers, those of batch norms included, go back to what they were at `rewind_epoch`, the masks are
+    applied, and the optimizer's state is cleared. A copy of the model's state is held for it. Meant for schedules with
+    few moves (`iterative`, `one_shot`); comes after the sparsifier in a loop.
+
+    Args:
+        sparsifier: Whose masks are followed.
+        rewind_epoch: The epoch whose beginning is gone back to; 0 is the start of the training.
+        reset_end: Go back once more when the run has been completed, which leaves the mask on early weights (a supermask).
+        save_tickets: A folder to save each ticket in, as `winning_ticket_<sparsity>.pt` with the reached sparsity in [0, 1];
+            a plain state dict for `torch.load(path, weights_only=True)`.
+
+    Raises:
+        ValueError: `rewind_epoch` is negative.
+    """
+
+    def __init__(
+        self,
+        sparsifier: Sparsifier,
+        *,
+        rewind_epoch: int = 0,
+        reset_end: bool = False,
+        save_tickets: str | Path | None = None,
+    ) -> None:
+        self.sparsifier = sparsifier
+        self.rewind_epoch = check_count("rewind_epoch", rewind_epoch, 0)
+        self.reset_end = reset_end
+        self.save_tickets = None if save_tickets is None else Path(save_tickets)
+        self._saved: dict[str, Tensor] = {}
+        self._fit: Fit | None = None
+        self._moves = 0
+        self._moved_at = -2
+
+    def on_fit_start(self, fit: Fit) -> None:
+        """Note the weights, if this is the epoch.
+
+        Raises:
+            ValueError: `rewind_epoch` is not within the run.
+        """
+        epochs = fit.total_steps / fit.steps_per_epoch if fit.steps_per_epoch else 1
+        if self.rewind_epoch and not self.rewind_epoch < epochs:
+            raise ValueError(f"rewind_epoch must be below the {epochs:g} epochs of the run, got {self.rewind_epoch}")
+        self._fit, self._moves, self._moved_at = fit, self.sparsifier.moves, -2
+        if self.rewind_epoch == 0 and not self._saved:
+            self._note()
+
+    def after_step(self, position: float) -> None:
+        """Rewind if the masks have moved."""
+        assert self._fit is not None
+        step = round(position * self._fit.total_steps)
+        if self.rewind_epoch and step == self.rewind_epoch * (self._fit.steps_per_epoch or 1):
+            self._note()
+        if self.sparsifier.moves == self._moves:
+            return
+        self._moves = self.sparsifier.moves
+        if step == self._moved_at + 1:
+            warnings.warn(
+                "lth rewinds the weights at every move of the masks, and they moved in two steps in a row, so that nothing "
+                "is trained in between: use a schedule with few moves, iterative or one_shot",
+                stacklevel=2,
+            )
+        self._moved_at = step
+        if self._saved:
+            self._rewind()
+            if self.save_tickets is not None:
+                self.save_tickets.mkdir(parents=True, exist_ok=True)
+                self.sparsifier.save_model(self.save_tickets / f"winning_ticket_{self.sparsifier.sparsity.overall:.4f}.pt")
+
+    def on_fit_end(self, completed: bool) -> None:
+        """Go back once more, if asked for."""
+        if completed and self.reset_end and self._saved:
+            self._rewind()
+        self._fit = None
+        if completed:
+            self._saved = {}
+
+    def _note(self) -> None:
+        self._saved = {n: x.detach().clone() for n, x in unwrap(self.sparsifier.model).state_dict().items()}
+
+    @torch.no_grad()
+    def _rewind(self) -> None:
+        for name, value in unwrap(self.sparsifier.model).state_dict().items():
+            value.copy_(self._saved[name])
+        self.sparsifier.apply_masks()
+        optimizer = self._fit.optimizer if self._fit else None
+        if hasattr(optimizer, "clear_state"):  # fastai's
+            optimizer.clear_state()
+        elif optimizer is not None:
+            optimizer.state.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The noted weights: copies."""
+        return {"saved": {n: x.clone() for n, x in self._saved.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over noted weights; the caller's dict is not changed."""
+        device = next(iter(self.sparsifier.model.parameters())).device
+        self._saved = {n: x.to(device, copy=True) for n, x in state["saved"].items()}
