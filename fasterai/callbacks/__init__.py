@@ -1,0 +1,1 @@
+"""L5: one file for each training framework, which translates its events and knows no method."""

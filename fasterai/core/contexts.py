@@ -199,7 +199,9 @@ def lamp_scores(scores: Tensor) -> Tensor:
         return flat.view(scores.shape)
     squares = (flat - flat.min().clamp(max=0)).square()
     ordered, order = torch.sort(squares)
-    remaining = ordered.flip(0).cumsum(0).flip(0)[torch.searchsorted(ordered, ordered)]
+    # NaN has no place in the order: it stays NaN, which the choice then refuses by the target's name.
+    place = torch.searchsorted(ordered, ordered).clamp(max=flat.numel() - 1)
+    remaining = ordered.flip(0).cumsum(0).flip(0)[place]
     adapted = torch.where(ordered == 0, ordered, ordered / remaining)
     return torch.empty_like(flat).scatter_(0, order, adapted).view(scores.shape)
 
@@ -252,7 +254,8 @@ class NM(Context):
     def _winners(self, s: Scores, dim: int) -> Tensor:
         """The N highest of every group, of equals the last; what is pruned already cannot win against what is not."""
         values = s.tensor() if s.keep is None else s.tensor().masked_fill(~s.keep, -torch.inf)
-        groups = values.movedim(dim, -1).unflatten(-1, (-1, self.m))
+        groups = values.movedim(dim, -1)
+        groups = groups.reshape(*groups.shape[:-1], -1, self.m)
         order = torch.sort(groups, dim=-1, stable=True).indices[..., -self.n :]
         winners = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True)
         return winners.flatten(-2).movedim(-1, dim)

@@ -52,18 +52,22 @@ def available_schedules() -> list[str]:
     return list(schedules.__all__)
 
 
+def _dims(dim: int | Sequence[int]) -> tuple[int, ...]:
+    return (dim,) if isinstance(dim, int) else tuple(dim)
+
+
 class Reducer:
     """The names of the reducers as functions over dimensions."""
 
     @staticmethod
     def mean(scores: Tensor, dim: int | Sequence[int]) -> Tensor:
         """The mean over dimensions, which stay with size 1."""
-        return scores.mean(dim, keepdim=True)
+        return scores.mean(_dims(dim), keepdim=True)
 
     @staticmethod
     def sum(scores: Tensor, dim: int | Sequence[int]) -> Tensor:
         """The sum over dimensions, which stay with size 1."""
-        return scores.sum(dim, keepdim=True)
+        return scores.sum(_dims(dim), keepdim=True)
 
 
 class Normalizer:
@@ -141,8 +145,9 @@ def Criteria(  # noqa: N802 - the familiar name
     names = {Reducer.mean: "mean", Reducer.sum: "sum"}
     reducer_name = check_choice("reducer", names.get(reducer, reducer), ("mean", "sum"))
     functions = {function: name for name, function in NORMALIZERS.items()}
-    normalizer_name = functions.get(normalizer, normalizer) if normalizer is not None else None
-    normalizer_name = {"standardization": "standardise"}.get(normalizer_name, normalizer_name)
+    normalizer_name = functions.get(normalizer, normalizer)
+    if normalizer_name == "standardization":
+        normalizer_name = "standardise"
     if needs_data:
         check_choice("data_fn", data_fn, ("l2_norm",))
         return Criterion(_Activated(f), frozenset({"activation"}), reducer_name, normalizer_name)

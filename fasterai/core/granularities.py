@@ -128,10 +128,11 @@ class Keep(Granularity):
         return keep
 
     def drops_outputs(self, layout: Layout) -> bool:
-        return self.kept(layout) <= {"out"}
+        # Only axes that the layout has count: `row` keeps `expert` too, which a matrix has not.
+        return not self.is_weight and self.kept(layout) & layout.names <= {"out"}
 
     def is_whole(self, layout: Layout) -> bool:
-        return not self.kept(layout)
+        return not self.kept(layout) & layout.names
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -156,7 +157,9 @@ class Named(Keep):
         return self.name
 
     def fits(self, layout: Layout) -> bool:
-        return layout.has_kernel or self.matrix is not None
+        if layout.has_kernel or self.is_weight:
+            return True
+        return self.matrix is not None and self.matrix <= layout.names
 
     def kept(self, layout: Layout) -> frozenset[str]:
         if layout.has_kernel:
@@ -201,7 +204,8 @@ class Block(Granularity):
         for dim, step in enumerate(self._steps(layout)):
             if step > 1:
                 x = x.movedim(dim, -1)
-                x = F.pad(x, (0, -x.shape[-1] % step)).unflatten(-1, (-1, step)).sum(-1).movedim(-1, dim)
+                x = F.pad(x, (0, -x.shape[-1] % step))
+                x = x.reshape(*x.shape[:-1], -1, step).sum(-1).movedim(-1, dim)
         return x
 
     def reduce(self, scores: Tensor, layout: Layout, reducer: str = "mean") -> Tensor:

@@ -261,7 +261,7 @@ def _select(pool: Sequence[Scores], prune: int, mark: Mark) -> list[Tensor]:
     flags = np.split(np.empty(ends[-1], dtype=np.bool_), ends[:-1])
     for (i, start), part in _parts(pool, mark):
         np.greater(part, threshold, out=flags[i][start : start + part.size])
-    surplus = sum(f.size - np.count_nonzero(f) for f in flags) - prune
+    surplus = int(sum(f.size - np.count_nonzero(f) for f in flags)) - prune
     if surplus:
         _give_back_ties_(flags, pool, mark, threshold, at_threshold, surplus)
     return [torch.from_numpy(f).view(s.shape) for f, s in zip(flags, pool, strict=True)]
@@ -279,7 +279,7 @@ def _kth_lowest(pool: Sequence[Scores], k: int, mark: Mark) -> tuple[float, list
             within, under = flags[:, : part.size]
             np.less_equal(part, high, out=within)
             np.less_equal(part, low, out=under)
-            below += np.count_nonzero(under)
+            below += int(np.count_nonzero(under))
             np.not_equal(within, under, out=within)
             inside.append(part[within])
             places.append(place)
@@ -347,7 +347,7 @@ def _select_on_device(pool: Sequence[Scores], prune: int, mark: Mark, floors: Se
         ties = scores == threshold
         spare = prune - (scores < threshold).sum()
         keep = (scores > threshold) | (ties & (ties.cumsum(0) > spare))
-    parts = keep.split([s.count for s in pool])
+    parts = torch.split(keep, [s.count for s in pool])
     return [part.view(s.shape).clone() for part, s in zip(parts, pool, strict=True)]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +110,9 @@ class Evidence:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Evidence:
         """The same evidence with a function applied to every tensor in it."""
-        changed = {f.name: function(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        changed: dict[str, Any] = {
+            f.name: function(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
         return replace(self, **changed)
 
     def at_least_float32(self) -> Evidence:

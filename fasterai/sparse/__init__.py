@@ -1,0 +1,1 @@
+"""L3: the sparsifier and what stands around it."""

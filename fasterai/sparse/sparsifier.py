@@ -58,7 +58,8 @@ class Sparsifier(Participant):
             target makes the output. Callbacks of fastai and Lightning have a batch for it.
         min_keep: Units that stay in each target, whatever is asked. At granularity `layer` whole targets go.
         round_to: Kept units of each target are rounded up to a multiple of it.
-        max_updates: How often at most the masks move in one training; the last move is exact.
+        max_updates: How often at most the masks move in one training. Up to so many steps they follow the schedule at every
+            step; in a longer training they move when it has gone on by that share of the whole. The last move is exact.
 
     Raises:
         ValueError: An argument is out of range or unknown, no target is found, a target has not got such units, or a
@@ -92,7 +93,7 @@ class Sparsifier(Participant):
         if isinstance(context, Mapping):
             if sparsity is not None:
                 raise ValueError("sparsity must be given once, got a dict as context and a sparsity")
-            context, sparsity = "local", context
+            sparsity, context = context, "local"
         self.context = _context(context, nm)
         self.criteria = as_criterion(from_catalogue("criteria", criteria, criterion_catalogue))
         self.schedule = as_schedule(from_catalogue("schedule", schedule, schedules))
@@ -113,6 +114,7 @@ class Sparsifier(Participant):
         self._asked: tuple[Any, ...] = ()
         self._tick = 0
         self._share = 0.0
+        self._steps = 1
         self._holds: list[Any] = []
         #: How often the masks have moved so far.
         self.moves = 0
@@ -328,7 +330,7 @@ class Sparsifier(Participant):
         self._source = Source(self._source.data, self._source.batch, self._source.loss or fit.loss, self._source.inputs)
         self._warn_without_flow()
         self._forget_stale()
-        self._asked, self._tick, self._share = (), 0, 0.0
+        self._asked, self._tick, self._share, self._steps = (), 0, 0.0, fit.total_steps
 
     def _watch_batch(self, batch: Batch) -> None:
         try:
@@ -349,16 +351,26 @@ class Sparsifier(Participant):
 
     def after_step(self, position: float) -> None:
         """Move the masks if it is time to, and apply them."""
-        tick = int(position * self.max_updates + 1e-9)
-        if tick > self._tick or position >= 1:
-            self._tick = tick
+        if self._is_due(position):
             self._follow(position)
         self.apply_masks()
+
+    def _is_due(self, position: float) -> bool:
+        """Whether the masks may move: at every step of a run of up to `max_updates` steps; in a longer one where that share
+        of the run has passed and the schedule has gone as far; always at the end."""
+        tick = int(position * self.max_updates + 1e-9)
+        passed, self._tick = tick > self._tick, max(tick, self._tick)
+        if position >= 1 or not passed or self._steps <= self.max_updates:
+            return position >= 1 or passed
+        return abs(self._share_at(position) - self._share) >= 1 / self.max_updates
+
+    def _share_at(self, position: float) -> float:
+        return check_fraction("what the schedule returns", self.schedule(position))
 
     def _follow(self, position: float) -> None:
         assert self._plan is not None
         context, sparsity = self._plan
-        share = check_fraction("what the schedule returns", self.schedule(position))
+        share = self._share_at(position)
         targets = self._active()
         counts = {t.name: _product(self.granularity.unit_shape(t.layout)) for t in targets}
         asked = (*context.asked(counts, sparsity * share), *counts)

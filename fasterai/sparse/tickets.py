@@ -104,7 +104,7 @@ class LotteryTicket(Participant):
         for name, value in unwrap(self.sparsifier.model).state_dict().items():
             value.copy_(self._saved[name])
         self.sparsifier.apply_masks()
-        optimizer = self._fit.optimizer if self._fit else None
+        optimizer: Any = self._fit.optimizer if self._fit else None
         if hasattr(optimizer, "clear_state"):  # fastai's
             optimizer.clear_state()
         elif optimizer is not None:

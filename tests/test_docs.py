@@ -1,0 +1,169 @@
+"""README.md and docs/: their Python runs, their links lead somewhere, and each catalogue's page names all its entries.
+
+A Python block is marked by a comment in the line before it: `<!-- run -->`, or `<!-- not run: why -->`. The blocks of a page
+share their names, and begin with those of `reader()`: what a reader has before fasterai. A line that ends with `# -> value` is
+compared with that value.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fasterai.core import contexts, criteria, granularities, schedules
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^(?P<before>[^\n]*)\n```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+RUN, NOT_RUN = "<!-- run -->", re.compile(r"<!-- not run: .+ -->")
+CATALOGUES = {
+    "schedules.md": schedules.__all__,
+    "criteria.md": criteria.__all__,
+    "granularities.md": granularities.__all__,
+    "contexts.md": [*contexts.__all__, '"global"'],
+}
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def small_net() -> nn.Sequential:
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)]
+    first = [nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+    return nn.Sequential(*first, nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), *head)
+
+
+def small_learner(loader: Any) -> Any:
+    from fastai.callback.progress import ProgressCallback
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner
+    from fastai.metrics import accuracy
+
+    learn = Learner(DataLoaders(loader, loader), small_net(), loss_func=nn.CrossEntropyLoss(), metrics=accuracy)
+    learn.remove_cb(ProgressCallback)
+    learn.logger = lambda *_: None
+    return learn
+
+
+def small_module() -> Any:
+    import lightning.pytorch as pl
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    return Module()
+
+
+def reader() -> dict[str, Any]:
+    """The names that the pages speak of without making them: a model, its training, and the same in fastai and Lightning."""
+    torch.manual_seed(0)
+    model = small_net()
+    images, labels = torch.randn(32, 1, 8, 8), torch.randint(0, 10, (32,))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def train(epochs: int) -> None:
+        for _ in range(epochs):
+            for x, y in loader:
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+
+    names = {"torch": torch, "nn": nn, "F": F, "partial": partial, "model": model, "optimizer": optimizer, "loader": loader}
+    names |= {"epochs": 2, "x": images[:8], "y": labels[:8], "train": train, "small_net": small_net}
+    return names | {"learn": small_learner(loader), "module": small_module(), "small_learner": partial(small_learner, loader)}
+
+
+def run_block(code: str, names: dict[str, Any]) -> None:
+    for node in ast.parse(code).body:
+        source = ast.get_source_segment(code, node)
+        expected = code.splitlines()[node.end_lineno - 1].partition("# -> ")[2]
+        if expected:
+            assert isinstance(node, ast.Expr), f"only an expression has a value: {source}"
+            assert repr(eval(source, names)) == expected, source
+        else:
+            exec(compile(source, "<docs>", "exec"), names)
+
+
+def test_a_wrong_value_in_a_page_is_noticed() -> None:
+    run_block("x = 1\nx + 1  # -> 2\n", {})
+    with pytest.raises(AssertionError, match=r"x \+ 1"):
+        run_block("x = 1\nx + 1  # -> 3\n", {})
+
+
+@by_page
+def test_every_python_block_is_marked(page: Path) -> None:
+    text = page.read_text()
+    blocks = [match["before"] for match in BLOCK.finditer(text)]
+    assert len(blocks) == text.count("```python")
+    assert [b for b in blocks if b != RUN and not NOT_RUN.fullmatch(b)] == []
+
+
+@by_page
+@pytest.mark.filterwarnings("ignore")
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = [match["code"] for match in BLOCK.finditer(page.read_text()) if match["before"] == RUN]
+    if not blocks:
+        pytest.skip("no Python to run")
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("Agg")
+    names = reader()
+    for block in blocks:
+        run_block(block, names)
+    matplotlib.pyplot.close("all")
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+@by_page
+def test_links_resolve(page: Path) -> None:
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"https?:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        there = page if not path else page.parent / path
+        if not there.exists():
+            broken.append(link)
+        elif anchor and anchor not in {slug(h) for h in re.findall(r"^#+ (.*)$", prose(there), re.MULTILINE)}:
+            broken.append(link)
+    assert broken == []
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    contents = re.findall(r"```\{toctree\}\n(.*?)```", (ROOT / "docs/index.md").read_text(), re.DOTALL)
+    listed = {line for block in contents for line in block.split() if not line.startswith(":")}
+    pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
+    notebooks = {f"nbs/{notebook.stem}" for notebook in (ROOT / "nbs").glob("*.ipynb")}
+    assert listed == pages | notebooks
+
+
+@pytest.mark.parametrize(("page", "name"), [(page, name) for page, names in CATALOGUES.items() for name in names])
+def test_catalogue_pages_name_every_entry(page: str, name: str) -> None:
+    rows = [line for line in (ROOT / "docs" / page).read_text().splitlines() if line.startswith("| `")]
+    assert any(f"`{name}`" in row.split("|")[1] for row in rows)
