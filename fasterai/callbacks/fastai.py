@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fasterai.callbacks.settings import SparsifySettings
 from fasterai.core.contexts import Context
 from fasterai.core.criteria import Criterion
 from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Batch, Fit, Loop, Participant
 from fasterai.core.schedules import Schedule
-from fasterai.callbacks.settings import SparsifySettings
+from fasterai.core.targets import LayerTypes
 from fasterai.sparse.sparsifier import Sparsifier, Sparsity
 
 try:
@@ -23,12 +24,14 @@ except ImportError as error:
 
 __all__ = ["HoldCallback", "ParticipantCallback", "SparsifyCallback"]
 
+NOT_TRAINING = {"lr_finder", "gather_preds"}  # fastai's names of the callbacks of `lr_find` and of predictions
+
 
 class ParticipantCallback(Callback):  # type: ignore[misc]
     """Lets participants take part in fastai's training.
 
-    A run begins with the first training batch, so that `validate` and `get_preds` are none; `lr_find` is left alone. The
-    position counts training batches, as fastai's own schedules do.
+    A run lasts from the first training batch to the last; `validate`, `get_preds` and `lr_find` are none. The position
+    counts batches, as fastai's own schedules do.
 
     Args:
         *participants: Whatever takes part.
@@ -40,19 +43,28 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
     def __init__(self, *participants: Participant) -> None:
         self._participants = list(participants)
         self.loop = Loop([])
-        self._learner: Any = None
-        self._stopped = False
+        self._is_stepping = False
 
     @property
     def learn(self) -> Any:
-        """The learner; fastai sets it to None when the callback is removed, after an exception too: then the run ends."""
+        """The learner; None once fastai has removed the callback, which it does after an exception too: then the run ends."""
         return self.__dict__.get("_learner")
 
     @learn.setter
     def learn(self, learner: Any) -> None:
-        if learner is None and self.loop.running:
+        if learner is None:
             self.loop.end(completed=False)
         self.__dict__["_learner"] = learner
+
+    @property
+    def run(self) -> bool:
+        """Whether events count: not in `lr_find` and predictions, nor when switched off until the end of a fit."""
+        switched_on: bool = self.__dict__.get("_run", True)
+        return switched_on and (self.learn is None or not NOT_TRAINING & vars(self.learn).keys())
+
+    @run.setter
+    def run(self, value: bool) -> None:
+        self.__dict__["_run"] = value
 
     def participants(self) -> Sequence[Participant]:
         """Who takes part in the run that begins."""
@@ -63,62 +75,71 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         return {}
 
     def before_fit(self) -> None:
-        """Stand aside in `lr_find` and predictions; name the columns."""
-        self.run = not (hasattr(self.learn, "lr_finder") or hasattr(self.learn, "gather_preds"))
-        if self.run and hasattr(self.learn, "recorder"):
+        """Name the columns; end what a failed fit has left."""
+        self.loop.end(completed=False)
+        self.loop = Loop([])
+        if hasattr(self.learn, "recorder"):
             names = self.learn.recorder.metric_names
             at = len(names) - 1 if self.learn.recorder.add_time else len(names)
             self.learn.recorder.metric_names = names[:at] + list(self.columns()) + names[at:]
 
-    def before_train(self) -> None:
-        """Get ready for a run."""
-        if not self.loop.running:
-            self.loop = Loop(self.participants())
-            self._stopped = False
-
     def before_batch(self) -> None:
         """Begin the run with its first batch."""
-        if not self.loop.running:
-            learn = self.learn
-            fit = Fit(
-                total_steps=learn.n_epoch * learn.n_iter,
-                model=learn.model,
-                optimizer=learn.opt,
-                loss=learn.loss_func,
-                batch=Batch(tuple(learn.xb), tuple(learn.yb)),
-                steps_per_epoch=learn.n_iter,
-            )
-            self.loop.start(fit, self._step())
+        if self.loop.running:
+            return
+        learn = self.learn
+        fit = Fit(
+            total_steps=learn.n_epoch * learn.n_iter,
+            model=learn.model,
+            optimizer=learn.opt,
+            loss=learn.loss_func,
+            batch=self._batch(),
+            steps_per_epoch=learn.n_iter,
+        )
+        self.loop = Loop(self.participants())
+        self.loop.start(fit)
 
-    def _step(self) -> int:
-        return round(self.learn.pct_train * self.learn.n_epoch * self.learn.n_iter)
+    def _batch(self) -> Batch:
+        return Batch(tuple(self.learn.xb), tuple(self.learn.yb))
 
     def after_loss(self) -> None:
         """Pass the loss on; what is logged as the loss stays fastai's."""
-        before = self.learn.loss_grad
-        self.learn.loss_grad = self.loop.after_loss(before, Batch(tuple(self.learn.xb), tuple(self.learn.yb)))
+        self.learn.loss_grad = self.loop.after_loss(self.learn.loss_grad, self._batch())
 
     def before_step(self) -> None:
-        """The optimizer is about to step."""
-        self.loop.step = self._step()  # batches without a step (accumulation, overflow) count as well
+        """The optimizer is about to step; batches without a step (accumulation, overflow) have moved the position too."""
+        done = round(self.learn.pct_train * self.loop.total_steps)
+        self.loop.step = min(done, self.loop.total_steps - 1)
         self.loop.before_step()
+        self._is_stepping = True
+
+    def after_cancel_step(self) -> None:
+        """The optimizer does not step."""
+        self._is_stepping = False
 
     def after_step(self) -> None:
-        """The optimizer has stepped."""
-        self.loop.after_step()
+        """The optimizer has stepped, unless the step was cancelled: fastai calls this all the same."""
+        if self._is_stepping:
+            self.loop.after_step()
+        self._is_stepping = False
+
+    def after_train(self) -> None:
+        """End the run with its last epoch, so that what is validated and saved then is what remains."""
+        if self.learn.epoch == self.learn.n_epoch - 1:
+            self.loop.end(completed=True)
 
     def after_validate(self) -> None:
-        """Put the columns into the epoch table."""
-        if self.loop.running and hasattr(self.learn, "recorder"):
+        """Put the columns into the epoch table, but not into what `validate` returns."""
+        if self.loop.participants and hasattr(self.learn, "recorder"):
             self.learn.recorder.log += list(self.columns().values())
 
     def after_cancel_fit(self) -> None:
-        """The fit was stopped before its end."""
-        self._stopped = True
+        """End the run that was stopped."""
+        self.loop.end(completed=False)
 
     def after_fit(self) -> None:
-        """End the run."""
-        self.loop.end(completed=not self._stopped)
+        """End the run, if its last epoch was cut short."""
+        self.loop.end(completed=True)
 
 
 class SparsifyCallback(ParticipantCallback):
@@ -131,15 +152,21 @@ class SparsifyCallback(ParticipantCallback):
         criteria: How much a weight matters: a criterion, its name, or a function of the weight.
         schedule: How much is pruned at which position: a schedule, its name, or a function of the position.
         lth: Go back to early weights whenever the masks move (lottery tickets).
-        rewind_epoch: The epoch whose beginning `lth` goes back to.
-        reset_end: With `lth`, go back once more at the end.
+        rewind_epoch: The epoch whose beginning is gone back to.
+        reset_end: Go back at the end of the run, with `lth` or without.
         save_tickets: With `lth`, save each ticket into the learner's model folder.
         model: The part of the learner's model to sparsify; all of it if left out.
-        **options: Of the `Sparsifier`: `round_to`, `nm`, `layer_type`, `targets`, `data`, `loss`, `example_inputs`,
-            `min_keep`, `max_updates`.
+        round_to: Kept units of each target are rounded up to a multiple of it.
+        nm: Prune two of every four neighbouring inputs.
+        layer_type: Module classes whose weights are the targets, instead of the default ones.
+        **options: Of the `Sparsifier`: `targets`, `data`, `loss`, `example_inputs`, `min_keep`, `max_updates`.
 
     Attributes:
         sparsifier: The sparsifier of the last run, None before the first.
+
+    Raises:
+        ValueError: An argument is out of range or unknown.
+        TypeError: An argument is of the wrong type, or there is no such option.
     """
 
     def __init__(
@@ -154,12 +181,25 @@ class SparsifyCallback(ParticipantCallback):
         reset_end: bool = False,
         save_tickets: bool = False,
         model: nn.Module | None = None,
+        round_to: int | None = None,
+        nm: bool = False,
+        layer_type: LayerTypes | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        ticket = {"rewind_epoch": rewind_epoch, "reset_end": reset_end} if lth else None
-        self.sparsity, self.part, self.saves_tickets = sparsity, model, save_tickets
-        self.settings = SparsifySettings(sparsity, granularity, context, criteria, schedule, ticket, options)
+        self.sparsity, self.part, self.save_tickets = sparsity, model, save_tickets
+        self.settings = SparsifySettings(
+            sparsity,
+            granularity,
+            context,
+            criteria,
+            schedule,
+            lth=lth,
+            rewind_epoch=rewind_epoch,
+            reset_end=reset_end,
+            save_tickets=save_tickets,
+            options={"round_to": round_to, "nm": nm, "layer_type": layer_type, **options},
+        )
 
     @property
     def sparsifier(self) -> Sparsifier | None:
@@ -173,9 +213,8 @@ class SparsifyCallback(ParticipantCallback):
 
     def participants(self) -> Sequence[Participant]:
         """The sparsifier, and the lottery ticket if there is one."""
-        if self.settings.ticket is not None and self.saves_tickets:
-            self.settings.ticket["save_tickets"] = Path(self.learn.path) / self.learn.model_dir
-        return self.settings.participants(self.part if self.part is not None else self.learn.model)
+        tickets = Path(self.learn.path) / self.learn.model_dir if self.save_tickets else None
+        return self.settings.participants(self.learn.model if self.part is None else self.part, tickets)
 
     def columns(self) -> dict[str, float]:
         """The sparsity, counted from the masks."""

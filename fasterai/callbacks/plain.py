@@ -22,23 +22,33 @@ class Handle:
 
     def __init__(self, optimizer: torch.optim.Optimizer, loop: Loop) -> None:
         self.loop = loop
+        self._is_stepping = False
         self._hooks = [
-            optimizer.register_step_pre_hook(lambda *_: loop.before_step()),
-            optimizer.register_step_post_hook(lambda *_: loop.after_step()),
+            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
         ]
+
+    def _before_step(self) -> None:
+        self.loop.before_step()
+        self._is_stepping = True
+
+    def _after_step(self) -> None:
+        if not self._is_stepping:  # an optimizer that calls its base class's step: torch's hooks have counted that one
+            self.loop.step -= 1
+        self._is_stepping = False
+        self.loop.after_step()
 
     def remove(self, completed: bool | None = None) -> None:
         """End the run and leave the optimizer as it was.
 
         Args:
-            completed: Whether the training went to its end, which makes the schedule's end be reached; by default whether
-                all steps were taken.
+            completed: Whether the training went to its end, so that the schedule's end is to be reached; by default
+                whether all steps were taken.
         """
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if self.loop.running:
-            self.loop.end(self.loop.step >= self.loop.total_steps if completed is None else completed)
+        self.loop.end(self.loop.step >= self.loop.total_steps if completed is None else completed)
 
     def state_dict(self) -> dict[str, Any]:
         """The step and the participants' states, for `torch.load(weights_only=True)`."""

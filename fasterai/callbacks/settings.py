@@ -1,48 +1,92 @@
-"""L5. What the sparsify callbacks of all frameworks share: the arguments, and the sparsifier that they make."""
+"""L5. What the sparsify callbacks of all frameworks share: the arguments, and the participants made of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from fasterai.core import contexts, criteria as criterion_catalogue, granularities, schedules
+from fasterai.core import contexts, granularities, schedules
+from fasterai.core import criteria as criterion_catalogue
 from fasterai.core.checks import check_fraction, from_catalogue
+from fasterai.core.contexts import Context
+from fasterai.core.criteria import Criterion, as_criterion
+from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Participant
-from fasterai.core.schedules import as_schedule
+from fasterai.core.schedules import Schedule, as_schedule
 from fasterai.core.targets import unwrap
-from fasterai.sparse.sparsifier import Sparsifier
+from fasterai.sparse.sparsifier import Sparsifier, Sparsity
 from fasterai.sparse.tickets import LotteryTicket
 
 __all__ = ["SparsifySettings"]
 
 
 class SparsifySettings:
-    """The arguments of a sparsify callback, and the participants made of them, once for each model.
+    """The arguments of a sparsify callback; what can be checked without a model is checked at once.
 
-    What can be checked without a model is checked at once.
+    Args:
+        sparsity: The share of units to prune by the end, in [0, 1], or a dict of names or globs to shares.
+        granularity: A granularity or its name.
+        context: A context or its name.
+        criteria: A criterion, its name, or a function of the weight.
+        schedule: A schedule, its name, or a function of the position.
+        lth: Go back to early weights whenever the masks move.
+        rewind_epoch: The epoch whose beginning is gone back to.
+        reset_end: Go back at the end of the run.
+        save_tickets: Whether each ticket is saved.
+        options: Further arguments of the `Sparsifier`.
+
+    Attributes:
+        sparsifier: The sparsifier of the last run, None before the first.
+
+    Raises:
+        ValueError: A sparsity is out of range, a name is unknown, or tickets are to be saved where there are none.
+        TypeError: An argument is of the wrong type, or an option is no argument of the `Sparsifier`.
     """
 
-    def __init__(self, sparsity: Any, granularity: Any, context: Any, criteria: Any, schedule: Any, ticket: Any, options: Any):
+    def __init__(
+        self,
+        sparsity: Sparsity,
+        granularity: Granularity | str,
+        context: Context | str,
+        criteria: Criterion | Callable[[Tensor], Tensor] | str,
+        schedule: Schedule | Callable[[float], float] | str,
+        *,
+        lth: bool,
+        rewind_epoch: int,
+        reset_end: bool,
+        save_tickets: bool,
+        options: Mapping[str, Any],
+    ) -> None:
         for value in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]:
             check_fraction("sparsity", value)
         from_catalogue("granularity", granularity, granularities)
-        if not isinstance(context, Mapping):
-            from_catalogue("context", context, contexts)
-        from_catalogue("criteria", criteria, criterion_catalogue)
+        from_catalogue("context", context, contexts)
+        as_criterion(from_catalogue("criteria", criteria, criterion_catalogue))
         as_schedule(from_catalogue("schedule", schedule, schedules))
+        if save_tickets and not lth:
+            raise ValueError(f"save_tickets must be left out without lth=True, got {save_tickets!r}")
         self.axes = (granularity, context, criteria)
         self.options: dict[str, Any] = {"sparsity": sparsity, "schedule": schedule, **options}
-        self.ticket: dict[str, Any] | None = ticket
+        inspect.signature(Sparsifier).bind(nn.Identity(), *self.axes, **self.options)
+        ticket: dict[str, Any] = {"rewind": lth, "rewind_epoch": rewind_epoch, "reset_end": reset_end}
+        self.ticket = ticket if lth or reset_end else None
         self.sparsifier: Sparsifier | None = None
 
-    def participants(self, model: nn.Module) -> list[Participant]:
-        """The sparsifier, the one of the last run if it is the same model, and the lottery ticket if there is one."""
+    def participants(self, model: nn.Module, tickets: str | Path | None = None) -> list[Participant]:
+        """The sparsifier, the one of the last run if it is the same model, and the lottery ticket if there is one.
+
+        Args:
+            model: What is sparsified.
+            tickets: The folder to save tickets in, None for not at all.
+        """
         if self.sparsifier is not None and unwrap(self.sparsifier.model) is unwrap(model):
             self.sparsifier.model = model  # a wrapper may have come or gone
         else:
             self.sparsifier = Sparsifier(model, *self.axes, **self.options)
         if self.ticket is None:
             return [self.sparsifier]
-        return [self.sparsifier, LotteryTicket(self.sparsifier, **self.ticket)]
+        return [self.sparsifier, LotteryTicket(self.sparsifier, **self.ticket, save_tickets=tickets)]

@@ -11,6 +11,7 @@ To add a kind of method: a `Participant`. To add a framework: a file in `fastera
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,38 +84,37 @@ class Participant:
 
 
 class Loop:
-    """Counts the steps of a run and passes its events on."""
+    """Counts the steps of a run and passes its events on.
+
+    Attributes:
+        participants: Who takes part.
+        step: Steps done. A callback whose framework counts for itself sets it before each step.
+        total_steps: Steps of the run under way, 0 if there is none.
+    """
 
     def __init__(self, participants: Sequence[Participant]) -> None:
         self.participants = list(participants)
-        self.fit: Fit | None = None
         self.step = 0
+        self.total_steps = 0
 
     @property
     def running(self) -> bool:
         """Whether a run is under way."""
-        return self.fit is not None
+        return self.total_steps > 0
 
-    @property
-    def total_steps(self) -> int:
-        """Steps of the run under way."""
-        assert self.fit is not None, "a callback starts its loop before it passes events on"
-        return self.fit.total_steps
-
-    def start(self, fit: Fit, step: int = 0) -> None:
-        """Begin a run, at a later step if it is resumed.
+    def start(self, fit: Fit) -> None:
+        """Begin a run; whoever had begun it already ends it if another participant refuses.
 
         Raises:
             ValueError: `fit.total_steps` is not at least 1.
         """
-        check_count("total_steps", fit.total_steps)
-        self.fit, self.step = fit, step
-        try:
+        total_steps = check_count("total_steps", fit.total_steps)
+        with ExitStack() as begun:
             for participant in self.participants:
                 participant.on_fit_start(fit)
-        except BaseException:
-            self.fit = None
-            raise
+                begun.callback(participant.on_fit_end, False)
+            begun.pop_all()
+        self.step, self.total_steps = 0, total_steps
 
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
         """The loss after every participant has had it."""
@@ -143,26 +143,44 @@ class Loop:
             participant.after_step(self.step / self.total_steps)
 
     def end(self, completed: bool) -> None:
-        """End the run; further calls do nothing."""
+        """End the run for every participant, also if one of them fails; further calls do nothing."""
         if not self.running:
             return
-        self.fit = None
-        for participant in self.participants:
-            participant.on_fit_end(completed)
+        self.total_steps = 0
+        with ExitStack() as ends:
+            for participant in reversed(self.participants):
+                ends.callback(participant.on_fit_end, completed)
 
     def state_dict(self) -> dict[str, Any]:
         """The step, and the participants' states."""
         return {"step": self.step, "participants": [p.state_dict() for p in self.participants]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state.
+        """Go on from a saved state; if one participant refuses it, all stay as they were.
 
         Raises:
-            ValueError: It is of another number of participants.
+            ValueError: It is no loop's state, of other participants, or of a longer run.
         """
+        if not isinstance(state, Mapping) or not {"step", "participants"} <= set(state):
+            raise ValueError(f"state must be what state_dict() returned, got {_summary(state)}")
         states = state["participants"]
         if len(states) != len(self.participants):
             raise ValueError(f"state must hold {len(self.participants)} participants, got {len(states)}")
-        for participant, own in zip(self.participants, states, strict=True):
-            participant.load_state_dict(own)
+        if self.running and state["step"] > self.total_steps:
+            raise ValueError(f"total_steps must be at least the {state['step']} steps of the state, got {self.total_steps}")
+        before = [p.state_dict() for p in self.participants]
+        try:
+            _load(self.participants, states)
+        except Exception:
+            _load(self.participants, before)
+            raise
         self.step = state["step"]
+
+
+def _load(participants: Sequence[Participant], states: Sequence[Mapping[str, Any]]) -> None:
+    for participant, state in zip(participants, states, strict=True):
+        participant.load_state_dict(state)
+
+
+def _summary(state: object) -> str:
+    return f"one with {', '.join(map(str, state)) or 'nothing'}" if isinstance(state, Mapping) else repr(state)

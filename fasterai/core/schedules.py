@@ -47,6 +47,7 @@ class Schedule(ABC):
         import matplotlib.pyplot as plt
 
         check_fraction("target", target)
+        check_count("num_points", num_points, 2)
         axes = ax or plt.subplots(figsize=(5, 3))[1]
         positions = [i / (num_points - 1) for i in range(num_points)]
         axes.plot(positions, [target * self(p) for p in positions], label=repr(self))
@@ -78,7 +79,7 @@ def sched_oneshot(start: float, end: float, pos: float) -> float:
 
 def sched_iterative(start: float, end: float, pos: float, n_steps: int = 3) -> float:
     """`n_steps` equal stairs: `start + (end - start) ceil(pos n) / n` (Hubens, One-Cycle Pruning, author's code)."""
-    return start + (end - start) / n_steps * math.ceil(pos * n_steps)
+    return start + (end - start) * (math.ceil(pos * n_steps) / n_steps)
 
 
 def sched_agp(start: float, end: float, pos: float) -> float:
@@ -227,8 +228,8 @@ class Piecewise(Schedule):
     Before the first point the share is the first one's, after the last point the last one's. Two points at one position
     make a jump, which counts from that position on.
 
-    >>> Piecewise(((0.2, 0.0), (0.6, 0.8), (0.6, 0.9), (1.0, 1.0)))(0.4)
-    0.4
+    >>> Piecewise(((0.2, 0.0), (0.6, 0.8), (0.6, 0.9), (1.0, 1.0)))(0.6)
+    0.9
     """
 
     points: tuple[tuple[float, float], ...]
@@ -303,6 +304,7 @@ class Phases(Schedule):
             raise TypeError(f"schedules must be schedules with a window (start_pct, end_pct), got {self.schedules!r}")
 
     def __call__(self, position: float) -> float:
+        check_fraction("position", position)
         begun = [s for s in self.schedules if s.start_pct <= position]
         return (begun[-1] if begun else self.schedules[0])(position)
 

@@ -249,17 +249,24 @@ def resolve(values: Mapping[str, float], targets: Sequence[Target], argument: st
     """Values per name or glob as values per target name: the closest name counts, of equals the later one.
 
     Raises:
-        ValueError: A name matches no target; the known ones are listed.
+        ValueError: A name matches no target; the known ones are listed. Or a tied parameter gets two values.
     """
     result: dict[str, float] = {}
     closeness: dict[str, int] = {}
+    chosen_by: dict[str, str] = {}
     for pattern, value in values.items():
         hits = [(t.name, fit) for t in targets if (fit := match(pattern, t))]
         if not hits:
             raise unknown(argument, pattern, (t.name for t in targets), "the name of a target or a glob over them, of")
         for name, fit in hits:
+            # Two full names of one parameter are two names of a tied one; of globs and containers the later counts.
+            if fit == closeness.get(name) and fit >= 3 and value != result[name]:
+                raise ValueError(
+                    f"{argument} must give a tied parameter one value, got {result[name]!r} for {chosen_by[name]!r} and "
+                    f"{value!r} for {pattern!r}, which are both {name}"
+                )
             if fit >= closeness.get(name, 0):
-                result[name], closeness[name] = value, fit
+                result[name], closeness[name], chosen_by[name] = value, fit, pattern
     return result
 
 

@@ -4,7 +4,7 @@ import importlib.util
 
 from fasterai.callbacks.plain import attach
 from fasterai.core import all as _core
-from fasterai.core.all import *  # noqa: F403
+from fasterai.core.all import *
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.sparse.tickets import LotteryTicket
 

@@ -22,6 +22,11 @@ __all__ = ["Flow", "evaluating", "undisturbed", "watch"]
 
 # Operations that may read a parameter of two or more dimensions without mixing channels.
 ELEMENTWISE = ("Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Where", "Copy", "ToCopy", "Expand", "Cat", "Stack")
+# Operations that hand a parameter on unchanged but for its shape and type; any other reads it.
+VIEWS = (
+    *("Alias", "AsStrided", "Clone", "Copy", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Split", "SplitWithSizes"),
+    *("Squeeze", "T", "ToCopy", "Transpose", "Unbind", "Unflatten", "UnsafeSplit", "UnsafeView", "Unsqueeze", "View"),
+)
 
 
 @dataclass(frozen=True)
@@ -98,15 +103,21 @@ def _parameter(node: Any) -> Tensor | None:
             variable: Tensor = node.variable
             return variable
         following = [n for n, _ in node.next_functions if n is not None]
-        if len(following) != 1:
+        if len(following) != 1 or _operation(node) not in VIEWS:
             return None
         node = following[0]
     return None
 
 
+def _operation(node: Any) -> str:
+    """The operation's name, without the number of its overload."""
+    name: str = node.name()
+    return name.rstrip("0123456789").removesuffix("Backward")
+
+
 def _weights(node: Any, names: Mapping[int, str]) -> list[str]:
     """The names of the weights that an operation mixes channels with."""
-    if node.name().removesuffix("Backward0").removesuffix("Backward1") in ELEMENTWISE:
+    if _operation(node) in ELEMENTWISE:
         return []
     read = [p for n, _ in node.next_functions if (p := _parameter(n)) is not None and p.dim() > 1]
     return [names[id(p)] for p in read if id(p) in names]

@@ -99,7 +99,8 @@ def hessian_gradients(model: nn.Module, targets: Sequence[Target], source: Sourc
     for batch in source.batches("the Hessian"):
         g, weights = _differentiate(model, targets, batch, tempered, create_graph=True)
         product = torch.stack([(x * x.detach()).sum() for x in g.values()]).sum()
-        for name, hg in zip(g, torch.autograd.grad(product, [weights[n] for n in g]), strict=True):
+        found = torch.autograd.grad(product, [weights[n] for n in g], materialize_grads=True)
+        for name, hg in zip(g, found, strict=True):
             total[name] = total.get(name, torch.zeros_like(hg)) + hg
     return total
 
@@ -111,7 +112,8 @@ def synaptic_flow(model: nn.Module, targets: Sequence[Target], source: Source) -
         raise ValueError("example_inputs must be tensors of floats for synflow, which feeds ones of their shape")
     model = unwrap(model)
     held = {n: x.abs().double() if x.is_floating_point() else x for n, x in leaves(model).items()}
-    held = {n: x.detach().requires_grad_() if x.is_floating_point() else x for n, x in held.items()}
+    trained = {n for n, p in model.named_parameters() if p.is_floating_point()}
+    held = {n: x.detach().requires_grad_(n in trained) for n, x in held.items()}
     ones = tuple(torch.ones_like(x[:1], dtype=torch.float64) for x in inputs)
     weights = _held_targets(model, held, targets)
     with undisturbed(model), evaluating(model), torch.enable_grad():
@@ -177,7 +179,7 @@ def _norm_hook(target: Target, squares: dict[str, Tensor]) -> Callable[[nn.Modul
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         features = _features(target, args)
         if features is not None:
-            found = features.float().square().flatten(0, -2).sum(0)
+            found = features.float().square().reshape(-1, features.shape[-1]).sum(0)
             squares[target.name] = squares.get(target.name, torch.zeros_like(found)) + found
 
     return hook
@@ -186,8 +188,8 @@ def _norm_hook(target: Target, squares: dict[str, Tensor]) -> Callable[[nn.Modul
 def _features(target: Target, args: tuple[Any, ...]) -> Tensor | None:
     """What a layer's weight reads, with the features last: `(..., C)`; None if the layer's input does not tell."""
     if target.attribute == "in_proj_weight" and isinstance(target.module, nn.MultiheadAttention):
-        query, key, value = args[:3]
-        return query if query is key and key is value else None
+        same = len(args) >= 3 and args[0] is args[1] and args[1] is args[2]
+        return args[0] if same else None
     if not args or target.attribute != "weight" or target.kind not in ("convolution", "linear"):
         return None
     x: Tensor = args[0]

@@ -27,6 +27,7 @@ class LotteryTicket(Participant):
 
     Args:
         sparsifier: Whose masks are followed.
+        rewind: Go back at every move. If not, only `reset_end` does.
         rewind_epoch: The epoch whose beginning is gone back to; 0 is the start of the training.
         reset_end: Go back once more when the run has been completed, which leaves the mask on early weights (a supermask).
         save_tickets: A folder to save each ticket in, as `winning_ticket_<sparsity>.pt` with the reached sparsity in [0, 1];
@@ -40,11 +41,13 @@ class LotteryTicket(Participant):
         self,
         sparsifier: Sparsifier,
         *,
+        rewind: bool = True,
         rewind_epoch: int = 0,
         reset_end: bool = False,
         save_tickets: str | Path | None = None,
     ) -> None:
         self.sparsifier = sparsifier
+        self.rewind = rewind
         self.rewind_epoch = check_count("rewind_epoch", rewind_epoch, 0)
         self.reset_end = reset_end
         self.save_tickets = None if save_tickets is None else Path(save_tickets)
@@ -63,16 +66,17 @@ class LotteryTicket(Participant):
         if self.rewind_epoch and not self.rewind_epoch < epochs:
             raise ValueError(f"rewind_epoch must be below the {epochs:g} epochs of the run, got {self.rewind_epoch}")
         self._fit, self._moves, self._moved_at = fit, self.sparsifier.moves, -2
-        if self.rewind_epoch == 0 and not self._saved:
+        self._saved = {}
+        if self.rewind_epoch == 0:
             self._note()
 
     def after_step(self, position: float) -> None:
         """Rewind if the masks have moved."""
         assert self._fit is not None
         step = round(position * self._fit.total_steps)
-        if self.rewind_epoch and step == self.rewind_epoch * (self._fit.steps_per_epoch or 1):
+        if not self._saved and step >= self.rewind_epoch * (self._fit.steps_per_epoch or 1):
             self._note()
-        if self.sparsifier.moves == self._moves:
+        if self.sparsifier.moves == self._moves or not self.rewind:
             return
         self._moves = self.sparsifier.moves
         if step == self._moved_at + 1:
@@ -93,7 +97,7 @@ class LotteryTicket(Participant):
         if completed and self.reset_end and self._saved:
             self._rewind()
         self._fit = None
-        if completed:
+        if completed:  # an unfinished run's checkpoint may be saved after this
             self._saved = {}
 
     def _note(self) -> None:

@@ -74,7 +74,7 @@ def move_masks(repeats: int) -> None:
 
         def move(s: Sparsifier = sparsifier, sparsities: Iterator[float] = sparsities) -> None:
             # What a step of training does when the masks move: `after_step` without the schedule.
-            s._move((s.context, next(sparsities)), 1.0, s._active(), may_fall=False)
+            s._move((s.context, next(sparsities)), 1.0, s._keeper.active, may_fall=False)
             s.apply_masks()
 
         candidates: Timed = {
@@ -155,7 +155,9 @@ def train(stretch: int, rounds: int, total_steps: int = 4000) -> None:
         ratios.append(taken["sparse"] / taken["dense"])
     per_step = {name: 1e3 * seconds / (rounds * stretch) for name, seconds in spent.items()}
     print(f"\none_cycle training of resnet18 to 0.9, batch 32 of 32x32, {total_steps} steps: {rounds} stretches of {stretch}")
-    print(f"dense {per_step['dense']:.1f} ms a step, sparse {per_step['sparse']:.1f} ms: {spent['sparse'] / spent['dense']:.3f}x")
+    print(
+        f"dense {per_step['dense']:.1f} ms a step, sparse {per_step['sparse']:.1f} ms: {spent['sparse'] / spent['dense']:.3f}x"
+    )
     print("stretch by stretch: " + " ".join(f"{r:.3f}" for r in ratios) + f"; median {statistics.median(ratios):.3f}x")
 
 
@@ -172,8 +174,8 @@ def _stepper(sparse: bool, total_steps: int) -> Callable[[int, int], None]:
     def run(first: int, count: int) -> None:
         if handle is not None:
             handle.loop.step = first
-            sparsifier._tick = first * sparsifier.max_updates // total_steps
-            sparsifier._share = sparsifier.schedule(first / total_steps)
+            pace = sparsifier._pace
+            pace._tick, pace.share = first * pace.max_updates // total_steps, pace.schedule(first / total_steps)
         for _ in range(count):
             optimizer.zero_grad()
             loss(model(x), y).backward()

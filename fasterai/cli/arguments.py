@@ -1,0 +1,133 @@
+"""L6. The commands' arguments, and the checks that need no data."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+from pathlib import Path
+from typing import NoReturn
+
+from fasterai.cli.errors import UsageError, told_as_usage
+
+__all__ = ["Axes", "check_arguments", "make_parser"]
+
+Axes = dict[str, "str | float"]
+
+SPARSIFY_HELP = """\
+Trains a classifier of torchvision on a folder of images, dense and then the same network sparse (same start, same epochs),
+and compares the two.
+
+DATA holds one sub-folder a class; if it has train/ and one of valid/, val/ or test/ (each with one sub-folder a class),
+these are used, else a fifth of each class is kept for validation. Images are cut to a square and resized, then kept in
+memory up to 2 GiB; larger sets are decoded anew in every epoch. Networks are torchvision's own, as they are: a resnet
+shrinks its input 32 times, so 32x32 images are worth a larger --image-size where accuracy counts more than time.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports errors the way the rest of the program does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    from fasterai import __version__
+
+    parser = _Parser(prog="fasterai", description="Makes PyTorch networks sparse.")
+    parser.add_argument("--version", action="version", version=f"fasterai {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | sparsify")
+    _add_demo(commands.add_parser("demo", help="dense against sparse on 1,797 handwritten digits, in under a minute"))
+    _add_sparsify(
+        commands.add_parser(
+            "sparsify",
+            help="train a sparse classifier on a folder of images",
+            description=SPARSIFY_HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    return parser
+
+
+def _add_demo(demo: argparse.ArgumentParser) -> None:
+    demo.add_argument("-o", "--output", type=Path, default=Path("fasterai-demo"), help="folder to write (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of the split, the start and the order (default: %(default)s)")
+
+
+def _add_sparsify(sparsify: argparse.ArgumentParser) -> None:
+    add = sparsify.add_argument
+    add("data", type=Path, metavar="DATA", help="a folder with one sub-folder of images a class")
+    add("-o", "--output", type=Path, default=Path("run"), help="folder to write (default: %(default)s)")
+    axes = sparsify.add_argument_group("sparsity")
+    axes.add_argument("--sparsity", type=float, default=0.9, help="share to prune, in [0, 1] (default: %(default)s)")
+    axes.add_argument("--granularity", default="weight", help="which weights share one decision (default: %(default)s)")
+    axes.add_argument("--context", default="global", help="which units compete (default: %(default)s)")
+    axes.add_argument("--criteria", default="large_final", help="how much a weight matters (default: %(default)s)")
+    axes.add_argument("--schedule", default="one_cycle", help="how much is pruned when (default: %(default)s)")
+    training = sparsify.add_argument_group("training")
+    training.add_argument("--arch", default="resnet18", help="a classifier of torchvision.models (default: %(default)s)")
+    training.add_argument("--epochs", type=int, default=5, help="of each of the two trainings (default: %(default)s)")
+    training.add_argument("--batch-size", type=int, default=128, help="images in a step, at most (default: %(default)s)")
+    training.add_argument("--lr", type=float, default=1e-3, help="highest learning rate of AdamW (default: %(default)s)")
+    training.add_argument("--seed", type=int, default=0, help="of the split, the start and the order (default: %(default)s)")
+    training.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (default: %(default)s)")
+    training.add_argument("--no-dense", action="store_true", help="train the sparse network only")
+    images = sparsify.add_argument_group("images")
+    images.add_argument(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="side of the square (default: the first image's shorter side; above 64 a multiple of 32, at most 224)",
+    )
+    images.add_argument("--no-flip", action="store_true", help="do not mirror training images (for digits, text, signs)")
+    images.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out instead of stopping")
+    images.add_argument("--workers", type=int, default=0, help="threads that decode images (default: %(default)s)")
+    add("--resume", action="store_true", help="go on from the last full epoch of an interrupted run in --output")
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Check what can be checked without the data.
+
+    Raises:
+        UsageError: An argument is out of range or unknown; the known names are listed.
+    """
+    from fasterai.core import contexts, criteria, granularities, schedules
+    from fasterai.core.checks import check_count, check_fraction, from_catalogue
+
+    with told_as_usage():
+        check_fraction("--sparsity", arguments.sparsity)
+        from_catalogue("--granularity", arguments.granularity, granularities)
+        from_catalogue("--context", arguments.context, contexts)
+        from_catalogue("--criteria", arguments.criteria, criteria)
+        from_catalogue("--schedule", arguments.schedule, schedules)
+        check_count("--epochs", arguments.epochs)
+        check_count("--batch-size", arguments.batch_size, 2)
+        check_count("--workers", arguments.workers, 0)
+        check_seed(arguments.seed)
+        if arguments.image_size is not None:
+            check_count("--image-size", arguments.image_size, 8)
+    if not (math.isfinite(arguments.lr) and arguments.lr > 0):
+        raise UsageError(f"--lr must be above 0, got {arguments.lr!r}")
+    _check_arch(arguments.arch)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that torch does not take.
+
+    Raises:
+        UsageError: It is negative or takes more than 63 bits.
+    """
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"--seed must be in [0, 2^63), got {seed}")
+
+
+def _check_arch(arch: str) -> None:
+    from fasterai.cli.networks import classifiers
+
+    known = classifiers()
+    if arch not in known:
+        close = difflib.get_close_matches(arch, known, n=5, cutoff=0.5)
+        hint = f"close matches: {', '.join(close)}" if close else f"such as {', '.join(known[:8])}"
+        raise UsageError(f"--arch must be a classifier of torchvision.models, got {arch!r}; {hint}")

@@ -1,0 +1,204 @@
+"""L6. The same network trained dense and sparse, with everything written to a folder, and resumed from it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fasterai
+from fasterai.cli import output, pictures
+from fasterai.cli.data import Data
+from fasterai.cli.errors import UsageError, told_as_usage
+from fasterai.cli.training import Recipe, Training
+from fasterai.sparse.sparsifier import Sparsifier
+
+__all__ = ["Job", "compare", "finished_report", "make_sparsifier"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be compared.
+
+    Attributes:
+        command: The command's name.
+        arguments: Everything that the result depends on, plain data.
+        make_network: Makes the network; called after seeding, once for each training.
+        axes: Arguments of the sparsifier: sparsity, granularity, context, criteria, schedule.
+        data: What to train on.
+        recipe: How to train.
+        folder: Where to write.
+        with_dense: Whether to train the dense network, too.
+    """
+
+    command: str
+    arguments: Mapping[str, Any]
+    make_network: Callable[[], nn.Module]
+    axes: Mapping[str, Any]
+    data: Data
+    recipe: Recipe
+    folder: Path
+    with_dense: bool = True
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The trainings, in their order."""
+        return ("dense", "sparse") if self.with_dense else ("sparse",)
+
+
+def compare(job: Job) -> dict[str, Any]:
+    """Train every stage, go on where an earlier run stopped, and write the folder.
+
+    Returns:
+        The report, as in report.json.
+    """
+    checkpoint = output.load_checkpoint(job.folder)
+    if checkpoint is not None:
+        check_same(checkpoint["arguments"], job.arguments, job.folder)
+    done: dict[str, Any] = {} if checkpoint is None else checkpoint["done"]
+    for stage in job.stages:
+        if stage in done:
+            continue
+        training = _begin(job, stage)
+        if checkpoint is not None and checkpoint["stage"] == stage:
+            training.load_state_dict(checkpoint["state"])
+            print(f"{stage}: going on after epoch {len(training.history)} of {job.recipe.epochs}", flush=True)
+        while not training.is_done:
+            print(output.epoch_line(stage, training.run_epoch(), job.recipe.epochs, training.seconds), flush=True)
+            _save(job, done, stage, training.state_dict())
+        done[stage] = _finish(job, stage, training)
+        _save(job, done, None, {})
+    report = _report(job, done)
+    pictures.write_training(report, job.folder / "training.png")
+    pictures.write_sparsity(report, job.folder / "sparsity.png")
+    output.write_report(report, job.folder)  # its presence says that the run is complete
+    output.remove_checkpoint(job.folder)
+    return report
+
+
+def finished_report(folder: Path, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The report of a complete run of the same arguments, None if the folder holds no complete run.
+
+    Raises:
+        UsageError: The run was made with other arguments.
+    """
+    report = output.load_report(folder)
+    if report is not None:
+        check_same(report["arguments"], arguments, folder)
+    return report
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to resume with other arguments.
+
+    Raises:
+        UsageError: They differ; each difference is named.
+    """
+    names = sorted(name for name in set(before) | set(now) if before.get(name) != now.get(name))
+    differences = [f"{_flag(name)} was {before.get(name)!r} and is {now.get(name)!r}" for name in names if name != "files"]
+    if names == ["files"]:
+        differences = ["the files in DATA are others now"]
+    if differences:
+        raise UsageError(f"--resume must be with the arguments of the run in {folder}: {'; '.join(differences)}")
+
+
+def _flag(name: str) -> str:
+    return "DATA" if name == "data" else f"--{name.replace('_', '-')}"
+
+
+def make_sparsifier(network: nn.Module, job: Job) -> Sparsifier:
+    """The sparsifier of the sparse training.
+
+    Raises:
+        UsageError: The axes do not go with each other or with the network.
+    """
+    pixels, _ = job.data.train.batch(torch.arange(min(2, len(job.data.train))))
+    inputs = job.data.normalize(pixels.to(job.recipe.device))
+    with told_as_usage():
+        return Sparsifier(network, **job.axes, loss=nn.functional.cross_entropy, example_inputs=inputs)
+
+
+def _begin(job: Job, stage: str) -> Training:
+    torch.manual_seed(job.recipe.seed)
+    network = job.make_network().to(job.recipe.device)
+    sparsifier = make_sparsifier(network, job) if stage == "sparse" else None
+    return Training(network, job.data, job.recipe, sparsifier, stage)
+
+
+def _save(job: Job, done: Mapping[str, Any], stage: str | None, state: Mapping[str, Any]) -> None:
+    content = {"arguments": dict(job.arguments), "done": dict(done), "stage": stage, "state": dict(state)}
+    output.save_checkpoint(content, job.folder)
+
+
+def _finish(job: Job, stage: str, training: Training) -> dict[str, Any]:
+    """Write a stage's weights; what the report says of it."""
+    training.finish()
+    sparsifier = training.sparsifier
+    output.save_weights(training.network, job.folder / f"{stage}.safetensors", job.data.classes)
+    if sparsifier is not None:
+        output.save_masks(sparsifier, job.folder)
+    parameters = dict(training.network.named_parameters())
+    return {
+        "history": training.history,
+        "trace": [list(point) for point in training.trace],
+        "seconds": training.seconds,
+        "zeros": {name: int((p == 0).sum()) for name, p in parameters.items()},
+        "weights": {name: p.numel() for name, p in parameters.items()},
+        "sparsity": None if sparsifier is None else sparsifier.report().to_dict(),
+    }
+
+
+def _report(job: Job, done: Mapping[str, Any]) -> dict[str, Any]:
+    reached = done["sparse"]["sparsity"]
+    return {
+        "format": FORMAT,
+        "command": job.command,
+        "arguments": dict(job.arguments),
+        "versions": _versions(),
+        "device": str(job.recipe.device),
+        "data": job.data.summary(),
+        "results": {stage: _result(record) for stage, record in done.items()},
+        "layers": [
+            {
+                "name": row["name"],
+                "shape": list(row["shape"]),
+                "weights": row["weights"],
+                "units": row["units"],
+                "pruned": row["pruned"],
+                "zeros": {stage: record["zeros"][row["name"]] for stage, record in done.items()},
+            }
+            for row in reached["rows"]
+        ],
+        "left_out": reached["left_out"],
+        "granularity": reached["granularity"],
+        "history": {stage: record["history"] for stage, record in done.items()},
+        "schedule": done["sparse"]["trace"],
+    }
+
+
+def _result(record: Mapping[str, Any]) -> dict[str, float]:
+    last = record["history"][-1]
+    zeros, weights = sum(record["zeros"].values()), sum(record["weights"].values())
+    return {
+        "accuracy": last["accuracy"],
+        "validation_loss": last["validation_loss"],
+        "sparsity": last["sparsity"],
+        "zeros": zeros,
+        "weights": weights,
+        "seconds": round(record["seconds"], 3),
+    }
+
+
+def _versions() -> dict[str, str]:
+    import numpy as np
+    import torchvision
+
+    found = {"fasterai": fasterai.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    return found | {"torchvision": torchvision.__version__, "numpy": np.__version__}

@@ -1,0 +1,51 @@
+"""L6. `fasterai demo`: dense against sparse on handwritten digits."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from fasterai.cli.arguments import check_seed
+from fasterai.cli.comparison import Job, compare
+from fasterai.cli.data import digits
+from fasterai.cli.errors import UsageError
+from fasterai.cli.networks import digits_network
+from fasterai.cli.output import holds_run, load_report, prepare_folder, remove_checkpoint, result_table
+from fasterai.cli.training import Recipe
+
+__all__ = ["run"]
+
+EPOCHS = 15
+AXES = {
+    "sparsity": 0.9,
+    "granularity": "weight",
+    "context": "global",
+    "criteria": "large_final",
+    "schedule": "one_cycle",
+}
+
+
+def run(arguments: argparse.Namespace, epochs: int = EPOCHS) -> int:
+    """Train, print and write; an earlier demo in the folder is replaced."""
+    check_seed(arguments.seed)
+    folder: Path = arguments.output
+    prepare_folder(folder)
+    _check_replaceable(folder)
+    recipe = Recipe(epochs, 64, 5e-3, arguments.seed, torch.device("cpu"), crop=False, flip=False)
+    data = digits(arguments.seed)
+    known = {"arch": "digits CNN", "seed": arguments.seed, "epochs": epochs, "batch_size": 64, "lr": 5e-3, **AXES}
+    print(f"{len(data.train):,} digits to train on, {len(data.valid)} to test on; the same network dense, then sparse\n")
+    report = compare(Job("demo", known, digits_network, AXES, data, recipe, folder))
+    print(f"\n{result_table(report)}\n\nweights, masks, report and pictures: {folder}/")
+    return 0
+
+
+def _check_replaceable(folder: Path) -> None:
+    if not holds_run(folder):
+        return
+    report = load_report(folder)
+    if report is None or report["command"] != "demo":
+        raise UsageError(f"--output must not hold another run, got {folder}")
+    remove_checkpoint(folder)

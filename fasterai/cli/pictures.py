@@ -1,0 +1,146 @@
+"""L6. The pictures of a run, drawn from its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fasterai.cli.output import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["write_sparsity", "write_training"]
+
+INK, QUIET, GRID, EMPTY = "#22303c", "#6b7a88", "#e3e8ed", "#eef1f4"
+COLORS = {"dense": "#7b8794", "sparse": "#d9480f"}
+AREA = "#fbe3d3"
+
+
+def write_training(report: Mapping[str, Any], path: Path) -> None:
+    """Accuracy over the epochs, dense and sparse, above the sparsity over the steps."""
+    figure = _figure(8.0, 5.6)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    _draw_accuracy(above, report)
+    _draw_schedule(below, report)
+    for axes in (above, below):
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.spines["left"].set_visible(False)
+    figure.align_ylabels([above, below])
+    _write(figure, path)
+
+
+def write_sparsity(report: Mapping[str, Any], path: Path) -> None:
+    """The sparsity of each layer, with what it has left beside it."""
+    layers = report["layers"]
+    figure = _figure(8.0, 1.5 + 0.3 * len(layers))
+    axes = figure.subplots()
+    axes.barh(range(len(layers)), [1.0] * len(layers), color=EMPTY, height=0.74)
+    for place, layer in enumerate(layers):
+        _draw_layer(axes, place, layer)
+    axes.text(1.02, -0.8, "weights left", va="center", color=QUIET, fontsize=8.5, weight="bold")
+    _draw_overall(axes, layers)
+    axes.set_yticks(range(len(layers)), [layer["name"].removesuffix(".weight") for layer in layers])
+    axes.set(xlim=(0, 1), ylim=(len(layers) - 0.45, -0.55), xlabel=f"share of {report['granularity']}s pruned")
+    axes.xaxis.set_major_formatter(_percent)
+    axes.spines["left"].set_visible(False)
+    axes.set_title("What is gone, layer by layer", loc="left", pad=24, fontsize=14, weight="bold", color=INK)
+    _write(figure, path)
+
+
+def _draw_layer(axes: Axes, place: int, layer: Mapping[str, Any]) -> None:
+    share = layer["pruned"] / max(1, layer["units"])
+    axes.barh(place, share, color=COLORS["sparse"], height=0.74)
+    inside = share > 0.1
+    at, color = (0.01, "white") if inside else (share + 0.01, INK)
+    axes.text(at, place, f"{share:.1%}", va="center", color=color, fontsize=8.5, weight="bold")
+    left = layer["weights"] - layer["zeros"]["sparse"]
+    axes.text(1.02, place, f"{left:,} of {layer['weights']:,}", va="center", color=QUIET, fontsize=8.5)
+
+
+def _draw_overall(axes: Axes, layers: list[Mapping[str, Any]]) -> None:
+    overall = sum(layer["pruned"] for layer in layers) / max(1, sum(layer["units"] for layer in layers))
+    axes.plot([overall, overall], [-1.05, len(layers) - 0.6], color=INK, linewidth=1.1, linestyle=(0, (4, 3)), clip_on=False)
+    side, nudge = ("right", -0.01) if overall > 0.25 else ("left", 0.01)
+    axes.text(overall + nudge, -0.8, f"all layers {overall:.1%}", ha=side, va="center", color=INK, fontsize=9, weight="bold")
+
+
+def _draw_accuracy(axes: Axes, report: Mapping[str, Any]) -> None:
+    ends = {}
+    for stage, history in report["history"].items():
+        epochs, accuracy = [e["epoch"] for e in history], [e["accuracy"] for e in history]
+        marker = "o" if len(epochs) <= 30 else ""
+        axes.plot(
+            epochs, accuracy, color=COLORS[stage], linewidth=2.4, marker=marker, markersize=7, markeredgecolor="white",
+            clip_on=False, zorder=3,
+        )  # fmt: skip
+        ends[stage] = (epochs[-1], accuracy[-1])
+    _label_ends(axes, ends)
+    axes.yaxis.set_major_formatter(_percent)
+    axes.set_ylabel("accuracy")
+    _title(axes, report)
+
+
+def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
+    """Name the lines at their ends, moved apart where they end close to each other."""
+    low, high = axes.get_ylim()
+    gap = 0.1 * (high - low)
+    ordered = sorted(ends, key=lambda stage: ends[stage][1])
+    heights = [ends[stage][1] for stage in ordered]
+    if len(heights) == 2 and heights[1] - heights[0] < gap:
+        middle = sum(heights) / 2
+        heights = [middle - gap / 2, middle + gap / 2]
+    for stage, height in zip(ordered, heights, strict=True):
+        _label_end(axes, f"{stage} {ends[stage][1]:.1%}", (ends[stage][0], height), COLORS[stage])
+
+
+def _label_end(axes: Axes, text: str, at: tuple[float, float], color: str) -> None:
+    axes.annotate(
+        text, at, xytext=(10, 0), textcoords="offset points", va="center", color=color, weight="bold", annotation_clip=False
+    )
+
+
+def _draw_schedule(axes: Axes, report: Mapping[str, Any]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    epochs, sparsity = zip(*report["schedule"], strict=True)
+    axes.fill_between(epochs, sparsity, color=AREA, linewidth=0)
+    axes.plot(epochs, sparsity, color=COLORS["sparse"], linewidth=2.0, clip_on=False)
+    _label_end(axes, f"{sparsity[-1]:.1%}", (epochs[-1], sparsity[-1]), COLORS["sparse"])
+    axes.set(xlabel="epoch", ylabel="sparsity", ylim=(0, 1), xlim=(0, epochs[-1]))
+    axes.yaxis.set_major_formatter(_percent)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _title(axes: Axes, report: Mapping[str, Any]) -> None:
+    arguments = report["arguments"]
+    title = f"{arguments['arch']}: dense and sparse" if "dense" in report["results"] else f"{arguments['arch']}: sparse"
+    axes.set_title(title, loc="left", pad=26, fontsize=14, weight="bold", color=INK)
+    line = (
+        f"{arguments['sparsity']:.0%} of the {report['granularity']}s pruned, {arguments['context']}, "
+        f"by {arguments['criteria']}, on schedule {arguments['schedule']}"
+    )
+    axes.text(0, 1.06, line, transform=axes.transAxes, color=QUIET, fontsize=10)
+
+
+def _percent(value: float, _: float) -> str:
+    return f"{value:.0%}" if abs(100 * value - round(100 * value)) < 1e-6 else f"{value:.1%}"
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # not pyplot: no window, no state that others could see
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def _write(figure: Figure, path: Path) -> None:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(GRID)
+        axes.tick_params(colors=QUIET, length=0)
+        axes.xaxis.label.set_color(QUIET)
+        axes.yaxis.label.set_color(QUIET)
+        axes.set_axisbelow(True)
+    write_atomically(path, lambda part: figure.savefig(part, format="png", backend="agg", dpi=150))

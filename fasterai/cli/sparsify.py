@@ -1,0 +1,84 @@
+"""L6. `fasterai sparsify`: a classifier of torchvision on a folder of images, dense against sparse."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasterai.cli.arguments import check_arguments
+from fasterai.cli.comparison import Job, compare, finished_report, make_sparsifier
+from fasterai.cli.data import Data
+from fasterai.cli.errors import UsageError
+from fasterai.cli.folders import read_folder
+from fasterai.cli.networks import check_runs, choose_device, make_classifier
+from fasterai.cli.output import holds_run, prepare_folder, result_table
+from fasterai.cli.training import Recipe
+
+__all__ = ["run"]
+
+AXES = ("sparsity", "granularity", "context", "criteria", "schedule")
+NOT_COMPARED = ("command", "output", "resume", "workers")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything, then train, print and write."""
+    check_arguments(arguments)
+    folder: Path = arguments.output
+    if holds_run(folder) and not arguments.resume:
+        raise UsageError(f"--output must not hold a run, got {folder}; pass --resume to go on with it, or another folder")
+    device = choose_device(arguments.device)
+    data = read_folder(
+        arguments.data,
+        image_size=arguments.image_size,
+        seed=arguments.seed,
+        skip_unreadable=arguments.skip_unreadable,
+        workers=arguments.workers,
+    )
+    job = _make_job(arguments, data, device)
+    report = finished_report(folder, job.arguments) if arguments.resume else None
+    if report is None:
+        prepare_folder(folder)
+        print(_headline(job))
+        report = compare(job)
+    else:
+        print("this run is complete")
+    print(f"\n{result_table(report)}\n")
+    for name, reason in report["left_out"].items():
+        print(f"left dense: {name} ({reason})")
+    print(f"weights, masks, report and pictures: {folder}/")
+    return 0
+
+
+def _make_job(arguments: argparse.Namespace, data: Data, device: torch.device) -> Job:
+    """The job, tried out: what would fail after the dense training fails now."""
+    recipe = Recipe(arguments.epochs, arguments.batch_size, arguments.lr, arguments.seed, device, flip=not arguments.no_flip)
+    make = functools.partial(make_classifier, arguments.arch, len(data.classes), data.image_size)
+    axes = {name: getattr(arguments, name) for name in AXES}
+    known = _known(arguments, data)
+    job = Job("sparsify", known, make, axes, data, recipe, arguments.output, not arguments.no_dense)
+    network = make().to(device)
+    pixels, _ = data.train.batch(torch.arange(2))
+    check_runs(network, data.normalize(pixels.to(device)), arguments.arch)
+    make_sparsifier(network, job)
+    return job
+
+
+def _known(arguments: argparse.Namespace, data: Data) -> dict[str, Any]:
+    """What the result depends on, as plain data."""
+    known = {name: value for name, value in vars(arguments).items() if name not in NOT_COMPARED}
+    return known | {"data": str(arguments.data.resolve()), "image_size": data.image_size, "files": data.fingerprint}
+
+
+def _headline(job: Job) -> str:
+    data, parameters = job.data, sum(p.numel() for p in job.make_network().parameters())
+    lines = [
+        f"{len(data.train):,} images to train on, {len(data.valid):,} to validate on ({data.validation}), "
+        f"{len(data.classes)} classes, {data.image_size}x{data.image_size}",
+        f"{job.arguments['arch']}: {parameters:,} weights; {job.recipe.device}",
+    ]
+    lines += [f"left out: {path} ({reason})" for path, reason in data.skipped.items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,227 @@
+"""L6. The training loop: one network, dense or sparse, epoch by epoch, with a state to go on from."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fasterai.callbacks.plain import attach
+from fasterai.cli.data import Data, Part
+from fasterai.cli.errors import UsageError
+from fasterai.core.loop import Batch
+from fasterai.sparse.sparsifier import Sparsifier
+
+__all__ = ["Recipe", "Training", "augment", "evaluate", "learning_rate", "shuffled"]
+
+TRACE_POINTS = 200
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        epochs: Passes over the training part.
+        batch_size: Images in a step, at most; at least 2.
+        lr: The highest learning rate.
+        seed: Of the order and the augmentation.
+        device: Where the network is.
+        crop: Shift training images by up to an eighth of their side.
+        flip: Mirror every other training image.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    seed: int
+    device: torch.device
+    crop: bool = True
+    flip: bool = True
+
+
+class Training:
+    """A network under training.
+
+    Attributes:
+        history: One dict an epoch: training loss, accuracy, validation loss, sparsity.
+        trace: `(epochs, sparsity)` over the steps, counted from the masks.
+        seconds: Time spent so far, evaluation included.
+    """
+
+    def __init__(self, network: nn.Module, data: Data, recipe: Recipe, sparsifier: Sparsifier | None, name: str) -> None:
+        self.network, self.data, self.recipe, self.sparsifier, self.name = network, data, recipe, sparsifier, name
+        self.steps_per_epoch = len(shuffled(len(data.train), recipe.batch_size, torch.Generator()))
+        self.total_steps = recipe.epochs * self.steps_per_epoch
+        fused = recipe.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.lr, weight_decay=0.01, fused=fused)
+        self.handle = None if sparsifier is None else attach(self.optimizer, sparsifier, total_steps=self.total_steps)
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        torch.manual_seed(recipe.seed)  # dropout
+        self.step = 0
+        self.seconds = 0.0
+        self.history: list[dict[str, float]] = []
+        self.trace: list[tuple[float, float]] = [(0.0, self.sparsity)]
+
+    @property
+    def sparsity(self) -> float:
+        """The share of units that the masks prune now, in [0, 1]."""
+        return 0.0 if self.sparsifier is None else self.sparsifier.sparsity.overall
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all epochs were trained."""
+        return len(self.history) >= self.recipe.epochs
+
+    def run_epoch(self) -> dict[str, float]:
+        """Train and evaluate one epoch.
+
+        Raises:
+            UsageError: The loss is no longer finite.
+        """
+        start = time.perf_counter()
+        loss = self._train_epoch()
+        accuracy, valid_loss = evaluate(self.network, self.data, self.data.valid, self.recipe)
+        self.seconds += time.perf_counter() - start
+        epoch: dict[str, float] = {"epoch": len(self.history) + 1, "loss": loss, "accuracy": accuracy}
+        epoch |= {"validation_loss": valid_loss, "sparsity": self.sparsity}
+        self.history.append(epoch)
+        return epoch
+
+    def _train_epoch(self) -> float:
+        """One pass over the training part; the mean loss per image."""
+        self.network.train()
+        total = 0.0
+        batches = shuffled(len(self.data.train), self.recipe.batch_size, self.generator)
+        title = f"{self.name} {len(self.history) + 1}/{self.recipe.epochs}"
+        for picks in tqdm(batches, desc=title, unit="step", file=sys.stderr, disable=None, leave=False):
+            total += self._train_step(picks) * len(picks)
+        return total / len(self.data.train)
+
+    def _train_step(self, picks: Tensor) -> float:
+        pixels, labels = (x.to(self.recipe.device) for x in self.data.train.batch(picks))
+        images = augment(self.data.normalize(pixels), self.generator, crop=self.recipe.crop, flip=self.recipe.flip)
+        loss = F.cross_entropy(self.network(images), labels)
+        if not math.isfinite(loss.item()):
+            raise UsageError(f"the loss became {loss.item()} in epoch {len(self.history) + 1}; pass a lower --lr")
+        if self.handle is not None:  # criteria that need data read the batch
+            loss = self.handle.loop.after_loss(loss, Batch((images,), (labels,)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe.lr, self.step / self.total_steps)
+        self.optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        self.optimizer.step()
+        self.step += 1
+        if self.sparsifier is not None and (self.step % max(1, self.total_steps // TRACE_POINTS) == 0):
+            self.trace.append((self.step / self.steps_per_epoch, self.sparsity))
+        return loss.item()
+
+    def finish(self) -> None:
+        """End the run of the sparsifier."""
+        if self.handle is not None:
+            self.handle.remove()
+            self.trace.append((float(self.recipe.epochs), self.sparsity))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on bit for bit on the same device, for `torch.load(weights_only=True)`."""
+        cuda = torch.cuda.get_rng_state_all() if self.recipe.device.type == "cuda" else []
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "handle": {} if self.handle is None else self.handle.state_dict(),
+            "random": {"order": self.generator.get_state(), "torch": torch.get_rng_state(), "cuda": cuda},
+            "step": self.step,
+            "seconds": self.seconds,
+            "history": [dict(epoch) for epoch in self.history],
+            "trace": [list(point) for point in self.trace],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.handle is not None:
+            self.handle.load_state_dict(state["handle"])
+        self.generator.set_state(state["random"]["order"])
+        torch.set_rng_state(state["random"]["torch"])
+        if state["random"]["cuda"]:
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.history = [dict(epoch) for epoch in state["history"]]
+        self.trace = [(x, y) for x, y in state["trace"]]
+
+
+def learning_rate(peak: float, position: float) -> float:
+    """One cycle: a cosine from `peak / 25` up to `peak` over the first quarter, and a cosine down to `peak / 1e5`.
+
+    Args:
+        peak: The highest rate.
+        position: The share of the steps already taken, in [0, 1].
+    """
+    warm = 0.25
+    if position < warm:
+        return _cosine(peak / 25, peak, position / warm)
+    return _cosine(peak, peak / 1e5, (position - warm) / (1 - warm))
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def shuffled(count: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """The numbers 0 to `count - 1` in random order, in batches of nearly the same size.
+
+    No batch holds a single number (as long as there are two), which batch norm could not train on; where one would be left
+    over, a batch holds one more than `batch_size`.
+    """
+    batches = math.ceil(count / batch_size)
+    if count // batches < 2:
+        batches = max(1, count // 2)
+    return torch.randperm(count, generator=generator).tensor_split(batches)
+
+
+def augment(images: Tensor, generator: torch.Generator, *, crop: bool, flip: bool) -> Tensor:
+    """Shift each image by up to an eighth of its side, zeros coming in, and mirror every other one.
+
+    Args:
+        images: Normalised, square, `(B, C, N, N)`; not changed.
+        generator: Of the shifts and flips, on the CPU.
+        crop: Whether to shift.
+        flip: Whether to mirror.
+    """
+    count, _, side, _ = images.shape
+    pad = max(1, side // 8) if crop else 0
+    offsets = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
+    rows, columns = offsets + torch.arange(side)
+    if flip:
+        mirrored = torch.rand((count, 1), generator=generator) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    padded = F.pad(images, [pad] * 4)
+    picks = torch.arange(count, device=images.device)[:, None, None]
+    return padded[picks, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, data: Data, part: Part, recipe: Recipe) -> tuple[float, float]:
+    """Accuracy in [0, 1], and the mean loss per image."""
+    network.eval()
+    correct, loss = 0, 0.0
+    for picks in _in_order(len(part), recipe.batch_size):
+        pixels, labels = (x.to(recipe.device) for x in part.batch(picks))
+        output = network(data.normalize(pixels))
+        correct += int((output.argmax(1) == labels).sum())
+        loss += float(F.cross_entropy(output, labels, reduction="sum"))
+    return correct / len(part), loss / len(part)
+
+
+def _in_order(count: int, batch_size: int) -> Iterator[Tensor]:
+    yield from torch.split(torch.arange(count), batch_size)

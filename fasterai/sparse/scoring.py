@@ -1,0 +1,112 @@
+"""L3. From targets to unit scores: a criterion with its evidence, and a granularity that makes units of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasterai.core.criteria import Criterion
+from fasterai.core.granularities import Granularity
+from fasterai.core.loop import Batch
+from fasterai.core.selection import EvidenceScores, Scores, TensorScores
+from fasterai.core.types import Evidence, Target
+from fasterai.sparse.evidence import GATHERERS, Source
+
+__all__ = ["Scorer"]
+
+
+class Scorer:
+    """Scores the units of targets, and remembers earlier weights if the criterion asks for them.
+
+    Attributes:
+        criterion: How much a weight matters.
+        granularity: What a unit is.
+        source: Where evidence comes from that is not in the weights.
+    """
+
+    def __init__(self, criterion: Criterion, granularity: Granularity, source: Source, targets: Sequence[Target]) -> None:
+        self.criterion = criterion
+        self.granularity = granularity
+        self.source = self._given = source
+        self._initial = self._copies("initial", targets)
+        self._previous = self._copies("previous", targets)
+
+    def _copies(self, need: str, targets: Sequence[Target]) -> dict[str, Tensor]:
+        return {t.name: t.parameter.detach().clone() for t in targets} if need in self.criterion.needs else {}
+
+    def begin(self, loss: Callable[..., Tensor] | None) -> None:
+        """Take over a loop's loss for the time of a run, unless the user gave one."""
+        self.source = replace(self._given, loss=self._given.loss or loss)
+
+    def see(self, batch: Batch) -> None:
+        """Note the loop's batch, if the criterion reads data and the user gave none."""
+        if self.source.data is None and self.criterion.needs & (set(GATHERERS) - {"gradient"}):
+            self.source = replace(self.source, batch=batch)
+
+    def end(self) -> None:
+        """Let go of what the loop gave."""
+        self.source = self._given
+
+    def __call__(self, model: nn.Module, targets: Sequence[Target], keep: Mapping[str, Tensor]) -> list[Scores]:
+        """The unit scores of each target.
+
+        Args:
+            model: The model, for evidence that is found by running it.
+            targets: What to score; masked weights are zero.
+            keep: Target name -> decisions so far.
+
+        Raises:
+            ValueError: The criterion's evidence is not there.
+        """
+        known: dict[str, Mapping[str, Tensor]] = {"initial": self._initial, "previous": self._previous}
+        for need in sorted(self.criterion.needs):
+            if need not in known:
+                known[need] = GATHERERS[need](model, targets, self.source)
+            elif lost := [t.name for t in targets if t.name not in known[need]]:
+                raise ValueError(
+                    f"criteria needs the {need} weights of {lost[0]}, which are not held any more: finalize() let them go, or "
+                    "the loaded state had none"
+                )
+        return [self._score(t, {need: known[need][t.name] for need in self.criterion.needs}, keep) for t in targets]
+
+    def _score(self, target: Target, known: Mapping[str, Any], keep: Mapping[str, Tensor]) -> Scores:
+        evidence = Evidence(target.name, target.parameter.detach(), **known)
+        so_far = keep.get(target.name)
+        alone = self.granularity.is_weight and self.criterion.elementwise and self.criterion.normalizer is None
+        if alone and evidence.weight.device.type == "cpu" and _is_dense(evidence):
+            viewed = evidence.map(lambda x: x.view(target.layout.shape))
+            return EvidenceScores(target.name, viewed, self.criterion, so_far)
+        scores = self.granularity.reduce(self.criterion(evidence), target.layout, self.criterion.reducer)
+        return TensorScores(target.name, self.criterion.normalize(scores), so_far)
+
+    @torch.no_grad()
+    def note_move(self, targets: Sequence[Target]) -> None:
+        """Remember the weights as those of the last move of the masks."""
+        for t in targets if self._previous else ():
+            self._previous[t.name].copy_(t.parameter)
+
+    def forget(self) -> None:
+        """Let go of the copies of earlier weights."""
+        self._initial, self._previous = {}, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of the remembered weights, by target name."""
+        return {
+            "initial": {n: w.clone() for n, w in self._initial.items()},
+            "previous": {n: w.clone() for n, w in self._previous.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], targets: Sequence[Target]) -> None:
+        """Take over remembered weights: copies, on the targets' devices."""
+        devices = {t.name: t.parameter.device for t in targets}
+        self._initial = {n: w.to(devices[n], copy=True) for n, w in state["initial"].items()}
+        self._previous = {n: w.to(devices[n], copy=True) for n, w in state["previous"].items()}
+
+
+def _is_dense(evidence: Evidence) -> bool:
+    tensors = [x for x in vars(evidence).values() if isinstance(x, Tensor)]
+    return all(x.is_contiguous() and x.shape == evidence.weight.shape for x in tensors)

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from fasterai.core.loop import Batch, Fit, Loop, Participant
+
+
+class Diary(Participant):
+    """Writes down what it hears; adds to the loss what it is told to."""
+
+    def __init__(self, plus=0.0):
+        self.plus = plus
+        self.heard = []
+
+    def on_fit_start(self, fit):
+        self.heard.append(("start", fit.total_steps))
+
+    def after_loss(self, loss, batch):
+        self.heard.append(("loss", loss.item()))
+        return loss + self.plus
+
+    def before_step(self, position):
+        self.heard.append(("before", position))
+
+    def after_step(self, position):
+        self.heard.append(("after", position))
+
+    def on_fit_end(self, completed):
+        self.heard.append(("end", completed))
+
+    def state_dict(self):
+        return {"heard": len(self.heard)}
+
+    def load_state_dict(self, state):
+        self.heard = [("loaded", state["heard"])]
+
+
+class Failing(Participant):
+    def on_fit_start(self, fit):
+        raise RuntimeError("no")
+
+
+BATCH = Batch((torch.zeros(1),))
+
+
+def test_events_come_in_order_with_the_position_after_the_step():
+    diary = Diary()
+    loop = Loop([diary])
+    loop.start(Fit(total_steps=2))
+    for _ in range(2):
+        loop.after_loss(torch.tensor(3.0), BATCH)
+        loop.before_step()
+        loop.after_step()
+    loop.end(completed=True)
+    step = [("loss", 3.0), ("before", 0.5), ("after", 0.5)], [("loss", 3.0), ("before", 1.0), ("after", 1.0)]
+    assert diary.heard == [("start", 2), *step[0], *step[1], ("end", True)]
+
+
+def test_participants_hear_in_turn_and_the_loss_passes_through_all():
+    first, second = Diary(plus=1.0), Diary(plus=10.0)
+    loop = Loop([first, second])
+    loop.start(Fit(total_steps=1))
+    assert loop.after_loss(torch.tensor(0.5), BATCH).item() == 11.5
+    assert first.heard[-1] == ("loss", 0.5)
+    assert second.heard[-1] == ("loss", 1.5)
+
+
+def test_an_accumulated_step_has_several_losses():
+    loop = Loop([diary := Diary()])
+    loop.start(Fit(total_steps=1))
+    loop.after_loss(torch.tensor(1.0), BATCH)
+    loop.after_loss(torch.tensor(2.0), BATCH)
+    loop.before_step()
+    loop.after_step()
+    assert [kind for kind, _ in diary.heard] == ["start", "loss", "loss", "before", "after"]
+
+
+def test_a_resumed_run_goes_on_at_its_step():
+    loop = Loop([diary := Diary()])
+    loop.start(Fit(total_steps=4))
+    loop.load_state_dict({"step": 2, "participants": [{"heard": 7}]})
+    loop.before_step()
+    loop.after_step()
+    assert diary.heard == [("loaded", 7), ("before", 0.75), ("after", 0.75)]
+
+
+def test_a_framework_that_counts_for_itself_sets_the_step():
+    loop = Loop([diary := Diary()])
+    loop.start(Fit(total_steps=4))
+    loop.step = 3
+    loop.before_step()
+    loop.after_step()
+    assert diary.heard[1:] == [("before", 1.0), ("after", 1.0)]
+
+
+@pytest.mark.parametrize(("total", "error"), [(0, ValueError), (-1, ValueError), (2.5, TypeError), (None, TypeError)])
+def test_total_steps_must_be_a_count(total, error):
+    loop = Loop([diary := Diary()])
+    with pytest.raises(error, match=f"total_steps must be .*at least 1, got {total}"):
+        loop.start(Fit(total_steps=total))
+    assert not loop.running
+    assert diary.heard == []
+
+
+def test_a_step_too_many_is_refused_before_anyone_hears_of_it():
+    loop = Loop([diary := Diary()])
+    loop.start(Fit(total_steps=1))
+    loop.before_step()
+    loop.after_step()
+    heard = list(diary.heard)
+    with pytest.raises(ValueError, match="total_steps must be at least the number of steps taken, got 1 and a further step"):
+        loop.before_step()
+    assert diary.heard == heard
+
+
+def test_a_start_that_fails_leaves_no_run_and_ends_it_for_who_had_begun():
+    loop = Loop([first := Diary(), Failing(), last := Diary()])
+    with pytest.raises(RuntimeError, match="no"):
+        loop.start(Fit(total_steps=3))
+    assert not loop.running
+    loop.end(completed=False)
+    assert first.heard == [("start", 3), ("end", False)]
+    assert last.heard == []
+
+
+def test_a_participant_that_fails_at_the_end_does_not_keep_others_from_ending():
+    class Stubborn(Diary):
+        def on_fit_end(self, completed):
+            raise RuntimeError("stubborn")
+
+    loop = Loop([first := Diary(), Stubborn(), last := Diary()])
+    loop.start(Fit(total_steps=3))
+    with pytest.raises(RuntimeError, match="stubborn"):
+        loop.end(completed=True)
+    assert not loop.running
+    assert first.heard[-1] == last.heard[-1] == ("end", True)
+
+
+def test_ending_twice_or_without_a_start_does_nothing():
+    loop = Loop([diary := Diary()])
+    loop.end(completed=True)
+    assert diary.heard == []
+    loop.start(Fit(total_steps=1))
+    assert loop.running
+    loop.end(completed=False)
+    loop.end(completed=True)
+    assert not loop.running
+    assert diary.heard == [("start", 1), ("end", False)]
+
+
+def test_a_second_run_starts_at_the_beginning():
+    loop = Loop([diary := Diary()])
+    for _ in range(2):
+        loop.start(Fit(total_steps=2))
+        loop.before_step()
+        loop.after_step()
+        loop.end(completed=False)
+    assert [e for e in diary.heard if e[0] == "after"] == [("after", 0.5), ("after", 0.5)]
+
+
+def test_state_goes_to_each_participant_and_is_not_changed():
+    loop = Loop([Diary(), Diary()])
+    loop.start(Fit(total_steps=4))
+    loop.before_step()
+    loop.after_step()
+    state = loop.state_dict()
+    assert state == {"step": 1, "participants": [{"heard": 3}, {"heard": 3}]}
+    before = copy.deepcopy(state)
+    other = Loop([Diary(), Diary()])
+    other.load_state_dict(state)
+    assert state == before
+    assert other.step == 1
+    assert [p.heard for p in other.participants] == [[("loaded", 3)], [("loaded", 3)]]
+
+
+def test_a_state_of_other_participants_is_refused():
+    loop = Loop([Diary()])
+    with pytest.raises(ValueError, match="state must hold 1 participants, got 2"):
+        loop.load_state_dict({"step": 1, "participants": [{"heard": 1}, {"heard": 1}]})
+    assert loop.step == 0
+    assert loop.participants[0].heard == []
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"step": 1}, "state must be what state_dict.. returned, got one with step"),
+        ({}, "got one with nothing"),
+        ([1, 2], r"got \[1, 2\]"),
+    ],
+)
+def test_a_foreign_state_is_refused(state, message):
+    with pytest.raises(ValueError, match=message):
+        Loop([]).load_state_dict(state)
+
+
+def test_a_state_of_a_longer_run_is_refused():
+    loop = Loop([])
+    loop.start(Fit(total_steps=3))
+    with pytest.raises(ValueError, match="total_steps must be at least the 4 steps of the state, got 3"):
+        loop.load_state_dict({"step": 4, "participants": []})
+    loop.load_state_dict({"step": 3, "participants": []})
+    assert loop.step == 3
+
+
+def test_if_one_participant_refuses_its_state_all_stay_as_they_were():
+    class Refusing(Diary):
+        def load_state_dict(self, state):
+            if state["heard"] == 9:
+                raise ValueError("refused")
+
+    loop = Loop([first := Diary(), Refusing()])
+    first.heard = [1, 2]
+    with pytest.raises(ValueError, match="refused"):
+        loop.load_state_dict({"step": 5, "participants": [{"heard": 3}, {"heard": 9}]})
+    assert loop.step == 0
+    assert first.heard == [("loaded", 2)]
+
+
+def test_a_participant_needs_no_event():
+    plain = Participant()
+    loop = Loop([plain])
+    loop.start(Fit(total_steps=1))
+    loss = torch.tensor(1.0)
+    assert loop.after_loss(loss, BATCH) is loss
+    loop.before_step()
+    loop.after_step()
+    loop.end(completed=True)
+    assert plain.state_dict() == {}
+    plain.load_state_dict({})

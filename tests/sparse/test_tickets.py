@@ -1,0 +1,219 @@
+"""Lottery tickets: a rewind is a rewind."""
+
+import copy
+import itertools
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fasterai.callbacks.plain import attach
+from fasterai.core.loop import Fit, Loop
+from fasterai.core.schedules import Iterative, OneShot
+from fasterai.sparse.sparsifier import Sparsifier
+from fasterai.sparse.tickets import LotteryTicket
+
+X, Y = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 3
+
+
+class Net(nn.Module):
+    """With what a rewind may forget: a norm's statistics, a raw parameter, an embedding, a PReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.act = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.PReLU()
+        self.raw = nn.Parameter(torch.ones(8))
+        self.table = nn.Embedding(3, 8)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(self.act(self.norm(self.first(x))) * self.raw + self.table.weight.sum(0))
+
+
+def net():
+    torch.manual_seed(0)
+    model = Net()
+    with torch.no_grad():  # pretrained statistics
+        model.norm.running_mean.fill_(3.0)
+        model.norm.weight.fill_(2.0)
+    return model
+
+
+def state_of(model):
+    return {n: x.clone() for n, x in model.state_dict().items()}
+
+
+def masked(state, sparsifier):
+    return {n: x * sparsifier.masks[n] if n in sparsifier.masks else x for n, x in state.items()}
+
+
+def equal(a, b):
+    return list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def run(model, sparsifier, ticket, steps, steps_per_epoch=None, after=lambda i: None):
+    """Train; `after(i)` is called after step i, counted from 1."""
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    loop = Loop([sparsifier, ticket])
+    loop.start(Fit(steps, model, optimizer, steps_per_epoch=steps_per_epoch))
+    for i in range(1, steps + 1):
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), Y).backward()
+        loop.before_step()
+        optimizer.step()
+        loop.after_step()
+        after(i)
+    loop.end(completed=True)
+    return optimizer
+
+
+HALFWAY = OneShot(0.5)
+
+
+def sparsifier_of(model, schedule=HALFWAY, **options):
+    return Sparsifier(model, "weight", "local", "large_final", sparsity=0.5, schedule=schedule, **options)
+
+
+def test_everything_goes_back_to_the_start_when_the_masks_move():
+    model = net()
+    start = state_of(model)
+    sparsifier = sparsifier_of(model)
+    seen = {}
+    run(model, sparsifier, LotteryTicket(sparsifier), 8, after=lambda i: seen.update({i: state_of(model)}))
+    # Positions i / 8: the masks move at the fourth step.
+    assert equal(seen[4], masked(start, sparsifier))
+    assert not torch.equal(seen[3]["raw"], start["raw"])
+    assert not torch.equal(seen[5]["raw"], start["raw"]), "and training goes on"
+
+
+def test_nothing_goes_back_before_the_masks_move():
+    model = net()
+    sparsifier = sparsifier_of(model, Iterative(2, 0.5))
+    seen = []
+    run(model, sparsifier, LotteryTicket(sparsifier), 4, after=lambda i: seen.append(state_of(model)["raw"].clone()))
+    assert not torch.equal(seen[0], torch.ones(8)), "the first step is no move"
+
+
+def test_the_optimizers_state_is_cleared_by_a_rewind():
+    model = net()
+    sparsifier = sparsifier_of(model)
+    optimizer = run(model, sparsifier, LotteryTicket(sparsifier), 8)
+    assert {int(s["step"]) for s in optimizer.state.values()} == {4}
+
+
+def test_the_epoch_gone_back_to_may_be_a_later_one():
+    model = net()
+    sparsifier = sparsifier_of(model, OneShot(0.7))
+    seen = {}
+    ticket = LotteryTicket(sparsifier, rewind_epoch=2)
+    run(model, sparsifier, ticket, 8, 2, after=lambda i: seen.update({i: state_of(model)}))
+    # Epoch 2 begins after the fourth step; the masks move at the sixth.
+    assert equal(seen[6], masked(seen[4], sparsifier))
+
+
+def test_reset_end_leaves_the_mask_on_the_early_weights():
+    model = net()
+    start = state_of(model)
+    sparsifier = sparsifier_of(model)
+    run(model, sparsifier, LotteryTicket(sparsifier, reset_end=True), 6)
+    assert equal(state_of(model), masked(start, sparsifier))
+    assert sparsifier.sparsity.overall == 0.5
+
+
+def test_a_stopped_run_is_not_reset_at_its_end():
+    model = net()
+    sparsifier = sparsifier_of(model)
+    ticket = LotteryTicket(sparsifier, reset_end=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    handle = attach(optimizer, sparsifier, ticket, total_steps=8)
+    F.cross_entropy(model(X), Y).backward()
+    optimizer.step()
+    after = state_of(model)
+    handle.remove(completed=False)
+    assert equal(state_of(model), after)
+
+
+def test_tickets_are_saved_under_the_sparsity_that_they_have(tmp_path):
+    model = net()
+    start = state_of(model)
+    sparsifier = sparsifier_of(model, Iterative(2, 0.25), targets="first")
+    run(model, sparsifier, LotteryTicket(sparsifier, save_tickets=tmp_path / "tickets"), 8)
+    files = sorted(p.name for p in (tmp_path / "tickets").iterdir())
+    # The second half of 0.5 goes in two stairs: 8 and 16 of 32 weights.
+    assert files == ["winning_ticket_0.2500.pt", "winning_ticket_0.5000.pt"]
+    for name, zeros in zip(files, (8, 16), strict=True):
+        ticket = torch.load(tmp_path / "tickets" / name, weights_only=True)
+        assert list(ticket) == list(start)
+        assert int((ticket["first.weight"] == 0).sum()) == zeros
+        kept = ticket["first.weight"] != 0
+        assert torch.equal(ticket["first.weight"][kept], start["first.weight"][kept])
+
+
+def test_a_schedule_that_moves_all_the_time_is_warned_of():
+    model = net()
+    sparsifier = sparsifier_of(model, "lin")
+    with pytest.warns(UserWarning, match="lth rewinds the weights at every move of the masks.*use a schedule with few moves"):
+        run(model, sparsifier, LotteryTicket(sparsifier), 6)
+
+
+def test_a_schedule_with_few_moves_is_not_warned_of():
+    model = net()
+    sparsifier = sparsifier_of(model, Iterative(2, 0.25))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(model, sparsifier, LotteryTicket(sparsifier), 8)
+
+
+def test_a_second_run_does_not_rewind_while_the_masks_stay():
+    model = net()
+    sparsifier = sparsifier_of(model)
+    ticket = LotteryTicket(sparsifier)
+    run(model, sparsifier, ticket, 4)
+    seen = [state_of(model)["raw"]]
+    run(model, sparsifier, ticket, 4, after=lambda i: seen.append(state_of(model)["raw"]))
+    assert all(not torch.equal(a, seen[0]) for a in seen[1:])
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(seen))
+
+
+@pytest.mark.parametrize(
+    ("epoch", "error", "message"),
+    [
+        (-1, ValueError, "rewind_epoch must be at least 0, got -1"),
+        (0.5, TypeError, r"rewind_epoch must be a whole number of at least 0, got 0\.5"),
+    ],
+)
+def test_a_bad_rewind_epoch_is_refused(epoch, error, message):
+    with pytest.raises(error, match=message):
+        LotteryTicket(sparsifier_of(net()), rewind_epoch=epoch)
+
+
+def test_an_epoch_beyond_the_run_is_refused_at_its_start():
+    sparsifier = sparsifier_of(net())
+    ticket = LotteryTicket(sparsifier, rewind_epoch=4)
+    with pytest.raises(ValueError, match="rewind_epoch must be below the 4 epochs of the run, got 4"):
+        ticket.on_fit_start(Fit(8, sparsifier.model, steps_per_epoch=2))
+
+
+def test_nothing_is_added_to_the_model():
+    model = net()
+    keys = list(model.state_dict())
+    sparsifier = sparsifier_of(model)
+    run(model, sparsifier, LotteryTicket(sparsifier), 4, after=lambda i: copy.deepcopy(model))
+    assert list(model.state_dict()) == keys
+
+
+def test_noted_weights_are_saved_and_loaded_as_copies():
+    model = net()
+    start = state_of(model)
+    sparsifier = sparsifier_of(model)
+    ticket = LotteryTicket(sparsifier)
+    ticket.on_fit_start(Fit(4, model))
+    state = ticket.state_dict()
+    assert equal(state["saved"], start)
+    other = LotteryTicket(sparsifier)
+    other.load_state_dict(state)
+    state["saved"]["raw"].zero_()
+    assert equal(other.state_dict()["saved"], start)
+    assert equal(ticket.state_dict()["saved"], start)
