@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fasterai.core.checks import check_count, check_fraction
-from fasterai.core.selection import Scores, TensorScores, keep_highest, round_kept
+from fasterai.core.selection import Scores, TensorScores, keep_highest, round_kept, warn_of_min_keep
 from fasterai.core.types import Layout, Limits
 
 # `global` is a Python keyword, so the value is `global_`; its name, as text, is "global".
@@ -130,6 +130,8 @@ class ERK(Context):
         counts = [s.count for s in scores]
         kept = sum(counts) - round(sparsity * sum(counts))
         floors = [min(limits.min_keep, n) for n in counts]
+        if kept < sum(floors):
+            warn_of_min_keep(sum(counts) - kept, sum(counts), sum(counts) - sum(floors), limits)
         shares = [_erdos_renyi(layout) * n for layout, n in zip(layouts, counts, strict=True)]
         kept_counts = apportion(kept, shares, floors, counts)
         return [keep_highest([s], s.count - k, limits)[0] for s, k in zip(scores, kept_counts, strict=True)]

@@ -46,7 +46,7 @@ REDUCERS = ("mean", "sum")
 
 
 def _over(x: Tensor, scale: Tensor) -> Tensor:
-    """x / scale, and 0 where the scale is 0: equal scores stay equal."""
+    """Quotients, and 0 where the scale is 0: equal scores stay equal."""
     return torch.where(scale == 0, torch.zeros_like(x), x / scale)
 
 
@@ -156,7 +156,8 @@ class _Random:
     seed: int = 0
 
     def __call__(self, e: Evidence) -> Tensor:
-        generator = torch.Generator().manual_seed((self.seed << 32) + zlib.crc32(e.name.encode()))
+        # torch's generator on a CPU takes 32 bits of its seed, which is what the checksum has.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {e.name}".encode()))
         return torch.rand(e.weight.shape, generator=generator).to(e.weight.device)
 
 

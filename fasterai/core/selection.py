@@ -25,7 +25,7 @@ from fasterai.core.types import Evidence, Limits
 if TYPE_CHECKING:
     from fasterai.core.criteria import Criterion
 
-__all__ = ["EvidenceScores", "Scores", "TensorScores", "keep_highest", "round_kept"]
+__all__ = ["EvidenceScores", "Scores", "TensorScores", "keep_highest", "round_kept", "warn_of_min_keep"]
 
 PIECE = 1 << 18  # 1 MiB of float32: two of them live in a second-level cache
 SAMPLE = 1 << 16  # the bracket then holds about 1 % of the scores
@@ -194,11 +194,7 @@ def keep_highest(pool: Sequence[Scores], prune: int, limits: Limits) -> list[Ten
     floors = [min(limits.min_keep, s.count) for s in pool]
     most = sum(s.count - floor for s, floor in zip(pool, floors, strict=True))
     if prune > most:
-        warnings.warn(
-            f"{prune} of {sum(s.count for s in pool)} units were to go, {most} do: min_keep={limits.min_keep} of each "
-            f"target stay; pass min_keep=0 to let whole targets go",
-            stacklevel=2,
-        )
+        warn_of_min_keep(prune, sum(s.count for s in pool), most, limits)
         prune = most
     pruned = sum(s.pruned for s in pool)
     if not limits.may_fall:
@@ -209,6 +205,15 @@ def keep_highest(pool: Sequence[Scores], prune: int, limits: Limits) -> list[Ten
     if any(s.device.type != "cpu" for s in pool):
         return _select_on_device(pool, prune, mark, floors)
     return _select_with_floors(pool, prune, mark, floors)
+
+
+def warn_of_min_keep(asked: int, count: int, most: int, limits: Limits) -> None:
+    """Say that fewer units go than were asked for."""
+    warnings.warn(
+        f"{asked} of {count} units were to go, {most} do: min_keep={limits.min_keep} of each target stay; pass min_keep=0 to "
+        "let whole targets go",
+        stacklevel=3,
+    )
 
 
 def round_kept(scores: Sequence[Scores], keeps: Sequence[Tensor], limits: Limits) -> list[Tensor]:
@@ -281,7 +286,7 @@ def _kth_lowest(pool: Sequence[Scores], k: int, mark: Mark) -> tuple[float, list
             np.less_equal(part, low, out=under)
             below += int(np.count_nonzero(under))
             np.not_equal(within, under, out=within)
-            inside.append(part[within])
+            inside.append(np.compress(within, part))
             places.append(place)
         rank = k - below - 1
         candidates = np.concatenate(inside)
@@ -306,8 +311,7 @@ def _bracket(pool: Sequence[Scores], share: float, mark: Mark) -> tuple[float, f
 def _give_back_ties_(
     flags: list[Array], pool: Sequence[Scores], mark: Mark, threshold: float, at_threshold: list[Place], surplus: int
 ) -> None:
-    """Keep the last `surplus` of the units that score exactly the threshold, those pruned already only if there are no
-    others."""
+    """Keep the last `surplus` of the units that score exactly the threshold, those pruned already only for want of others."""
     scratch = np.empty(PIECE, np.float32)
     ties: list[tuple[int, Array, Array]] = []
     for i, start in at_threshold:

@@ -106,7 +106,9 @@ def test_a_step_beyond_total_steps_raises_before_a_weight_changes():
     step(model, optimizer, data[0])
     step(model, optimizer, data[1])
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"total_steps must be at least the number of steps taken, got 2 and a further step.*remove"):
+    with pytest.raises(
+        ValueError, match=r"total_steps must be at least the number of steps taken, got 2 and a further step.*remove"
+    ):
         step(model, optimizer, data[2])
     assert all(torch.equal(before[n], x) for n, x in model.state_dict().items())
 

@@ -37,7 +37,8 @@ def test_statistics_are_those_of_numpy() -> None:
 
 
 def test_constant_images_do_not_divide_by_zero() -> None:
-    mean, std = image_statistics(torch.full((2, 1), 4 * 51.0), torch.full((2, 1), 4 * 51.0**2), 4)
+    sums = torch.full((2, 1), 4 * 51.0, dtype=torch.float64)
+    mean, std = image_statistics(sums, 51 * sums, 4)
     assert mean == (0.2,)
     assert std == (1 / 255,)
 

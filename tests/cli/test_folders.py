@@ -20,7 +20,6 @@ def all_images(part) -> torch.Tensor:
     return part.batch(torch.arange(len(part)))[0]
 
 
-
 def test_without_parts_a_fifth_of_each_class_is_kept(make_images: MakeImages) -> None:
     data = read_folder(make_images("data", {"cat": 10, "ant": 5}))
     assert data.classes == ("ant", "cat")

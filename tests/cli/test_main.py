@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import fasterai
+from fasterai.cli import main
+
+MakeImages = Callable[..., Path]
+
+
+def test_importing_the_command_line_is_light() -> None:
+    code = (
+        "import sys, fasterai.cli; heavy = {'torchvision', 'matplotlib', 'sklearn', 'safetensors', 'PIL', 'fasterai.sparse'};"
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "fasterai.cli", "--version"], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"fasterai {fasterai.__version__}\n")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["demo", "--help"], ["sparsify", "--help"]])
+def test_help(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    assert main(argv) == 0
+    assert capsys.readouterr().out.startswith("usage: fasterai")
+
+
+# Arguments -> parts of the message, in their order.
+WRONG = {
+    (): ["required"],
+    ("prune",): ["invalid choice", "prune"],
+    ("sparsify",): ["required", "DATA"],
+    ("sparsify", "DATA", "--sparsity", "half"): ["--sparsity", "half"],
+    ("sparsify", "DATA", "--sparsity", "50"): ["--sparsity must be in [0, 1], got 50", "pass 0.5"],
+    ("sparsify", "DATA", "--sparsity", "-0.1"): ["--sparsity must be in [0, 1], got -0.1"],
+    ("sparsify", "DATA", "--sparsity", "nan"): ["--sparsity must be in [0, 1], got nan"],
+    ("sparsify", "DATA", "--granularity", "filtre"): ["--granularity", "column", "kernel", "got 'filtre'", "'filter'"],
+    ("sparsify", "DATA", "--context", "everywhere"): ["--context", "global", "lamp", "local", "got 'everywhere'"],
+    ("sparsify", "DATA", "--criteria", "largest"): ["--criteria", "large_final", "wanda", "got 'largest'"],
+    ("sparsify", "DATA", "--schedule", "onecycle"): ["--schedule", "agp", "got 'onecycle'", "'one_cycle'"],
+    ("sparsify", "DATA", "--arch", "resnet81"): ["--arch", "got 'resnet81'", "resnet18"],
+    ("sparsify", "DATA", "--arch", "qqq"): ["--arch", "got 'qqq'", "such as alexnet"],
+    ("sparsify", "DATA", "--epochs", "0"): ["--epochs must be at least 1, got 0"],
+    ("sparsify", "DATA", "--batch-size", "1"): ["--batch-size must be at least 2, got 1"],
+    ("sparsify", "DATA", "--lr", "0"): ["--lr must be above 0, got 0"],
+    ("sparsify", "DATA", "--lr", "inf"): ["--lr must be above 0, got inf"],
+    ("sparsify", "DATA", "--seed", "-1"): ["--seed must be in [0, 2^63), got -1"],
+    ("demo", "--seed", "-1"): ["--seed must be in [0, 2^63), got -1"],
+    ("sparsify", "DATA", "--workers", "-1"): ["--workers must be at least 0, got -1"],
+    ("sparsify", "DATA", "--image-size", "4"): ["--image-size must be at least 8, got 4"],
+    ("sparsify", "DATA", "--device", "gpu0"): ["--device", "got 'gpu0'"],
+    ("sparsify", "nowhere"): ["DATA", "nowhere", "does not exist"],
+    ("sparsify", "DATA", "--arch", "alexnet"): ["--arch alexnet does not run on 8x8 images", "--image-size"],
+    ("sparsify", "DATA", "--arch", "vit_b_16", "--image-size", "24"): ["--arch vit_b_16 cannot be built for 24x24 images"],
+    ("sparsify", "DATA", "--arch", "shufflenet_v2_x0_5", "--image-size", "32", "--context", "two_four"): [
+        "sparsity must be at most 0.5", "got 0.9",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("argv", WRONG, ids=" ".join)
+def test_errors_are_one_line_and_nothing_is_written(
+    capsys: pytest.CaptureFixture[str], make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    argv: tuple[str, ...],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    make_images("DATA", {"a": 2, "b": 2})
+    assert main(argv) == 2
+
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("fasterai: error: ")
+    assert captured.err.count("\n") == 1
+    assert "^" not in captured.err.replace("2^63", "")
+    at = 0
+    for part in WRONG[argv]:
+        at = captured.err.find(part, at)
+        assert at >= 0, f"{part!r} is not in {captured.err!r}, or not in this place"
+    assert [path.name for path in tmp_path.iterdir()] == ["DATA"]
+
+
+def test_an_unreadable_image_is_named_before_the_training(
+    capsys: pytest.CaptureFixture[str], make_images: MakeImages, tmp_path: Path
+) -> None:
+    root = make_images("data", {"a": 2, "b": 2})
+    (root / "a" / "1.png").write_text("text")
+    assert main(["sparsify", str(root), "-o", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"fasterai: error: unreadable image {root / 'a' / '1.png'} (")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    assert main(["demo", "-o", str(tmp_path / "taken")]) == 2
+    assert "--output must be a folder" in capsys.readouterr().err
+
+
+def test_an_interruption_tells_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import fasterai.cli.demo
+
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fasterai.cli.demo, "run", interrupted)
+    assert main(["demo"]) == 130
+    assert "--resume" in capsys.readouterr().err

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import pickle
+import zlib
+from dataclasses import FrozenInstanceError
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+
+from fasterai.core import criteria
+from fasterai.core.checks import from_catalogue
+from fasterai.core.criteria import NORMALIZERS, REDUCERS, Criterion, Random, as_criterion
+from fasterai.core.types import EVIDENCE, Evidence
+
+KNOWN = {
+    "weight": [2.0, -1.0, 0.5, -3.0],
+    "initial": [1.0, -2.0, -0.5, 3.0],
+    "previous": [-2.0, 1.0, 1.0, -1.0],
+    "gradient": [0.5, 2.0, -1.0, 1.0],
+    "hessian_gradient": [1.0, -1.0, 2.0, 0.5],
+    "synaptic_flow": [1.0, 2.0, 3.0, 4.0],
+    "activation": [1.0, 2.0, 0.5, 4.0],
+}
+# entry -> (what it needs besides the weight, scores by hand)
+CASES = {
+    "large_final": ((), [2.0, 1.0, 0.5, 3.0]),
+    "squared_final": ((), [4.0, 1.0, 0.25, 9.0]),
+    "small_final": ((), [-2.0, -1.0, -0.5, -3.0]),
+    "large_init": (("initial",), [1.0, 2.0, 0.5, 3.0]),
+    "small_init": (("initial",), [-1.0, -2.0, -0.5, -3.0]),
+    "large_init_large_final": (("initial",), [1.0, 1.0, 0.5, 3.0]),
+    "small_init_small_final": (("initial",), [-2.0, -2.0, -0.5, -3.0]),
+    "magnitude_increase": (("initial",), [1.0, -1.0, 0.0, 0.0]),
+    "movement": (("initial",), [1.0, 1.0, 1.0, 6.0]),
+    "movmag": (("initial",), [1.0, 1.0, 0.0, 0.0]),
+    "mov_large_final": (("initial",), [2.0, 1.0, 0.5, 18.0]),
+    "updating_magnitude_increase": (("previous",), [0.0, 0.0, -0.5, 2.0]),
+    "updating_movement": (("previous",), [4.0, 2.0, 0.5, 2.0]),
+    "updating_movmag": (("previous",), [0.0, 0.0, 0.5, 2.0]),
+    "taylor": (("gradient",), [1.0, 4.0, 0.25, 9.0]),
+    "snip": (("gradient",), [1.0, 2.0, 0.5, 3.0]),
+    "grasp": (("hessian_gradient",), [2.0, 1.0, 1.0, -1.5]),
+    "synflow": (("synaptic_flow",), [2.0, 2.0, 1.5, 12.0]),
+    "wanda": (("activation",), [2.0, 2.0, 0.25, 12.0]),
+    "random": ((), None),  # below
+}
+
+
+def evidence(names=EVIDENCE, dtype=torch.float32, name="layer.weight"):
+    tensors = {key: torch.tensor(KNOWN[key], dtype=dtype).view(2, 2) for key in ("weight", *names)}
+    return Evidence(name, **tensors)
+
+
+def entry(name):
+    return getattr(criteria, name)
+
+
+def scores(criterion, weight):
+    return criterion(Evidence("w", torch.tensor(weight))).tolist()
+
+
+def test_every_entry_has_a_case():
+    assert set(CASES) == set(criteria.__all__)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n != "random"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_by_hand_in_float32_at_least(name, dtype):
+    needs, wanted = CASES[name]
+    found = entry(name)(evidence(needs, dtype))
+    assert found.flatten().tolist() == wanted
+    assert found.shape == (2, 2)
+    assert found.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_says_what_it_needs(name):
+    assert entry(name).needs == frozenset(CASES[name][0])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_written_to_and_no_random_number_is_used_up(name):
+    given = evidence()
+    before = {key: getattr(given, key).clone() for key in KNOWN}
+    state = torch.get_rng_state()
+    entry(name)(given)
+    assert all(torch.equal(getattr(given, key), value) for key, value in before.items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_entries_pickle_and_are_frozen(name):
+    copy = pickle.loads(pickle.dumps(entry(name)))
+    assert copy == entry(name)
+    assert torch.equal(copy(evidence()), entry(name)(evidence()))
+    with pytest.raises(FrozenInstanceError):
+        entry(name).reducer = "sum"
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if entry(n).elementwise])
+def test_elementwise_scores_can_be_had_in_parts(name):
+    given = evidence()
+    part = entry(name)(given.map(lambda x: x.view(-1)[1:3]))
+    assert part.tolist() == CASES[name][1][1:3]
+
+
+def test_wanda_and_random_cannot_be_had_in_parts():
+    assert {n for n in CASES if not entry(n).elementwise} == {"wanda", "random"}
+
+
+def test_those_with_a_numpy_function_give_the_same_by_it():
+    fast = {n for n in CASES if entry(n).ufunc is not None}
+    assert fast == {"large_final", "squared_final"}
+    for name in fast:
+        assert entry(name).ufunc(np.array(KNOWN["weight"])).tolist() == CASES[name][1]
+        assert entry(name).nonnegative and scores(entry(name), [0.0, -0.0]) == [0.0, 0.0]
+
+
+def test_half_precision_does_not_tie_or_overflow():
+    close = torch.tensor([1.0, 1.0009765625], dtype=torch.float16)  # neighbours; their squares differ by 0.002
+    found = criteria.squared_final(Evidence("w", close))
+    assert found[0] < found[1]
+    large = torch.tensor([300.0, 400.0], dtype=torch.float16)
+    assert criteria.squared_final(Evidence("w", large)).tolist() == [90000.0, 160000.0]
+
+
+def test_wanda_spreads_the_norms_over_the_inputs():
+    weight = torch.tensor([[1.0, -2.0], [3.0, 4.0], [0.0, -1.0]])
+    found = criteria.wanda(Evidence("w", weight, activation=torch.tensor([[10.0, 0.5]])))
+    assert found.tolist() == [[10.0, 1.0], [30.0, 2.0], [0.0, 0.5]]
+
+
+# --- random ---
+
+
+def test_random_depends_on_the_seed_and_the_name_alone():
+    def draw(seed=0, name="a", shape=(64,)):
+        return Random(seed)(Evidence(name, torch.randn(shape)))
+
+    assert torch.equal(draw(), draw())
+    assert torch.equal(draw(), criteria.random(Evidence("a", torch.zeros(64))))
+    assert not torch.equal(draw(), draw(seed=1))
+    assert not torch.equal(draw(), draw(name="b"))
+    assert torch.equal(draw(shape=(8, 8)).flatten(), draw())
+    assert 0 <= draw().min() < 0.2 and 0.8 < draw().max() < 1
+
+
+def test_random_is_uniform_from_a_generator_of_its_own():
+    generator = torch.Generator().manual_seed(zlib.crc32(b"7 fc.weight"))
+    assert torch.equal(Random(7)(Evidence("fc.weight", torch.ones(3, 5))), torch.rand(3, 5, generator=generator))
+
+
+def test_random_of_half_precision_has_no_ties():
+    found = Random()(Evidence("w", torch.zeros(4096, dtype=torch.bfloat16)))
+    assert found.dtype == torch.float32
+    assert len(found.unique()) > 4000
+
+
+# --- reducers and normalisers ---
+
+OF_1_2_5 = {
+    "sum": [0.125, 0.25, 0.625],
+    "mean": [0.375, 0.75, 1.875],
+    "max": [0.2, 0.4, 1.0],
+    "standardise": [-0.9805807, -0.3922323, 1.3728129],  # -5, -2 and 7 thirds over the root of 78 / 27
+}
+
+
+@pytest.mark.parametrize("name", OF_1_2_5)
+def test_normalisers_by_hand(name):
+    assert NORMALIZERS[name](torch.tensor([1.0, 2.0, 5.0])).tolist() == pytest.approx(OF_1_2_5[name])
+
+
+def test_gaussian_is_the_distribution_function_of_the_standardised():
+    wanted = [NormalDist().cdf(z) for z in OF_1_2_5["standardise"]]
+    assert NORMALIZERS["gaussian"](torch.tensor([1.0, 2.0, 5.0])).tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_every_normaliser_has_a_case():
+    assert set(NORMALIZERS) == {*OF_1_2_5, "gaussian"}
+    assert REDUCERS == ("mean", "sum")
+
+
+@pytest.mark.parametrize("name", NORMALIZERS)
+@pytest.mark.parametrize("values", [[0.0, 0.0, 0.0], [4.0, 4.0], [3.0]])
+def test_equal_scores_stay_equal_and_finite(name, values):
+    found = NORMALIZERS[name](torch.tensor(values))
+    assert found.isfinite().all()
+    assert len(found.unique()) == 1
+
+
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_normalisers_keep_shape_and_order_and_write_into_nothing(name):
+    given = torch.rand(4, 1, 3) + 0.1
+    before = given.clone()
+    found = criteria.large_final.using(normalizer=name).normalize(given)
+    assert found.shape == given.shape
+    assert torch.equal(found.flatten().argsort(), given.flatten().argsort())
+    assert torch.equal(given, before)
+
+
+def test_without_a_normaliser_scores_are_what_they_are():
+    given = torch.rand(3)
+    assert criteria.large_final.normalize(given) is given
+
+
+def test_using_changes_what_is_named():
+    changed = criteria.movement.using(reducer="sum", normalizer="max")
+    assert (changed.reducer, changed.normalizer) == ("sum", "max")
+    assert (changed.function, changed.needs) == (criteria.movement.function, criteria.movement.needs)
+    assert (criteria.movement.reducer, criteria.movement.normalizer) == ("mean", None)
+    assert changed.using(reducer="mean") == criteria.movement.using(normalizer="max")
+
+
+# --- your own ---
+
+
+def squeezed(e):
+    return e.weight.flatten()
+
+
+def test_a_function_of_the_weight_is_a_criterion_and_gets_a_copy():
+    weight = torch.tensor([-2.0, 1.0])
+    criterion = as_criterion(torch.Tensor.abs_)
+    assert criterion(Evidence("w", weight)).tolist() == [2.0, 1.0]
+    assert weight.tolist() == [-2.0, 1.0]
+    assert as_criterion(criterion) is criterion
+    assert not criterion.elementwise and not criterion.nonnegative
+
+
+def test_a_function_of_evidence_says_what_it_needs():
+    criterion = Criterion(lambda e: e.weight * e.gradient, needs=["gradient"])
+    assert criterion.needs == {"gradient"}
+    assert criterion(evidence(["gradient"])).flatten().tolist() == [1.0, -2.0, -0.5, -3.0]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Criterion(3), TypeError, "function must be a function of evidence, got 3"),
+        (lambda: Criterion(squeezed, needs={"grad"}), ValueError, "needs must be one of gradient, .*, got 'grad'"),
+        (lambda: Criterion(squeezed, reducer="max"), ValueError, "reducer must be one of mean, sum, got 'max'"),
+        (lambda: Criterion(squeezed, normalizer="std"), ValueError, "normalizer must be one of sum, mean, .*, got 'std'"),
+        (lambda: criteria.movement.using(normalizer="std"), ValueError, "got 'std'"),
+        (lambda: as_criterion(0.5), TypeError, "criteria must be a criterion, its name, or a function .*, got 0.5"),
+        (lambda: Criterion(squeezed)(evidence()), ValueError, r"shape \(2, 2\) for layer.weight, got \(4,\)"),
+        (
+            lambda: from_catalogue("criteria", "large_finale", criteria),
+            ValueError,
+            "criteria must be one of grasp, large_final, .*, got 'large_finale'; did you mean 'large_final'",
+        ),
+    ],
+)
+def test_what_is_no_criterion_is_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
