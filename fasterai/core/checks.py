@@ -8,11 +8,13 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import sys
+import warnings
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
-__all__ = ["check_choice", "check_count", "check_fraction", "from_catalogue", "unknown"]
+__all__ = ["check_choice", "check_count", "check_fraction", "from_catalogue", "unknown", "warn"]
 
 
 def check_fraction(name: str, value: object) -> float:
@@ -64,6 +66,14 @@ def check_choice(name: str, value: object, known: Iterable[str]) -> str:
     if value not in names:
         raise unknown(name, value, names)
     return value
+
+
+def warn(message: str) -> None:
+    """Warn of what is legal but doubtful, at the line of the first caller outside of this package."""
+    level = 1
+    while sys._getframe(level).f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]:
+        level += 1
+    warnings.warn(message, stacklevel=level + 1)
 
 
 def unknown(name: str, value: str, known: Iterable[str], kind: str = "one of") -> ValueError:

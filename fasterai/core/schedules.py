@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fasterai.core.checks import check_count, check_fraction
@@ -337,6 +338,8 @@ def as_schedule(schedule: Schedule | Callable[[float], float] | Sequence[Custom]
     """
     if isinstance(schedule, Schedule):
         return schedule
+    if isinstance(schedule, partial) and isinstance(schedule.func, Schedule):
+        return replace(schedule.func, **schedule.keywords)  # partial(iterative, n_steps=5), as tutorials have it
     if callable(schedule):
         return Position(schedule)
     if isinstance(schedule, Sequence) and not isinstance(schedule, str):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fasterai.core.checks import warn
 from fasterai.core.types import Evidence, Limits
 
 if TYPE_CHECKING:
@@ -209,10 +209,9 @@ def keep_highest(pool: Sequence[Scores], prune: int, limits: Limits) -> list[Ten
 
 def warn_of_min_keep(asked: int, count: int, most: int, limits: Limits) -> None:
     """Say that fewer units go than were asked for."""
-    warnings.warn(
+    warn(
         f"{asked} of {count} units were to go, {most} do: min_keep={limits.min_keep} of each target stay; pass min_keep=0 to "
         "let whole targets go",
-        stacklevel=3,
     )
 
 
@@ -320,10 +319,9 @@ def _give_back_ties_(
         fresh = np.ones(where.size, bool) if s.keep is None else s.keep.reshape(-1).numpy()[where]
         ties.append((i, where, fresh))
     if sum(where.size for _, where, _ in ties) == sum(s.count for s in pool) and mark is Mark.NONE:
-        warnings.warn(
+        warn(
             f"all scores of {', '.join(s.name for s in pool[:3])}{', ...' if len(pool) > 3 else ''} are equal: "
             "which units go was settled by their position",
-            stacklevel=2,
         )
     for wanted in (True, False):  # first those that are not pruned yet
         for i, where, fresh in reversed(ties):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fasterai.core import contexts, granularities, schedules
 from fasterai.core import criteria as criterion_catalogue
-from fasterai.core.checks import check_count, check_fraction, from_catalogue
+from fasterai.core.checks import check_count, check_fraction, from_catalogue, warn
 from fasterai.core.contexts import NM, Context, PerTarget
 from fasterai.core.criteria import Criterion, as_criterion
 from fasterai.core.granularities import Block, Granularity
@@ -167,10 +166,9 @@ class Sparsifier(Participant):
         unnamed = [t.name for t in self.targets if t.name not in self._keeper.selection.named]
         if norms or len(unnamed) > 1:
             last = f"{unnamed[-1]} is pruned like the others" if unnamed else "all were named"
-            warnings.warn(
+            warn(
                 f"without example_inputs it cannot be seen which target makes the model's output ({last}), nor which norm "
                 f"reads which {self.granularity!r} (none is silenced): pass example_inputs=, or name the targets with targets=",
-                stacklevel=4,
             )
 
     # --- pruning at once --------------------------------------------------------------------------------------------
@@ -287,7 +285,7 @@ class Sparsifier(Participant):
         try:
             self._keeper.see(watch(self.model, batch.inputs))
         except ValueError as error:
-            warnings.warn(f"the loop's batch does not show the data flow ({error}); pass example_inputs=", stacklevel=2)
+            warn(f"the loop's batch does not show the data flow ({error}); pass example_inputs=")
 
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
         """Note the batch if the criterion needs data; the loss is not changed."""
@@ -326,7 +324,7 @@ class Sparsifier(Participant):
             try:
                 self._follow(1.0)
             except ValueError as error:
-                warnings.warn(f"the run ended before its last step, at sparsity {self.sparsity:.4f} ({error})", stacklevel=2)
+                warn(f"the run ended before its last step, at sparsity {self.sparsity:.4f} ({error})")
         if completed or self._stepping:
             self.apply_masks()
         if completed:  # the state of an unfinished run may be saved after this, to go on from

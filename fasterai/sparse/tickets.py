@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasterai.core.checks import check_count
+from fasterai.core.checks import check_count, warn
 from fasterai.core.loop import Fit, Participant
 from fasterai.core.targets import unwrap
 from fasterai.sparse.sparsifier import Sparsifier
@@ -80,10 +79,9 @@ class LotteryTicket(Participant):
             return
         self._moves = self.sparsifier.moves
         if step == self._moved_at + 1:
-            warnings.warn(
+            warn(
                 "lth rewinds the weights at every move of the masks, and they moved in two steps in a row, so that nothing "
                 "is trained in between: use a schedule with few moves, iterative or one_shot",
-                stacklevel=2,
             )
         self._moved_at = step
         if self._saved:

@@ -589,7 +589,7 @@ def test_resume_from_a_checkpoint_that_was_saved_because_of_the_exception(tmp_pa
     callbacks = [
         sparsify(),
         steps,
-        Raising("on_train_epoch_start", ZeroDivisionError(), 2),
+        Raising("on_train_batch_start", ZeroDivisionError(), 6),
         OnExceptionCheckpoint(tmp_path, "failed"),
     ]
     with pytest.raises(ZeroDivisionError):

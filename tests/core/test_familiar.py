@@ -202,7 +202,7 @@ def test_criteria_by_hand(criterion, wanted):
         (Criteria(torch.abs, needs_init=True), ("initial",)),
         (Criteria(torch.abs, needs_update=True), ("previous",)),
         (activation_criteria(torch.abs), ("activation",)),
-        (Criteria(torch.abs, None or Reducer.mean, None, True), ("initial",)),  # the fourth position is needs_init
+        (Criteria(torch.abs, Reducer.mean, None, True), ("initial",)),  # the fourth position is needs_init
     ],
 )
 def test_criteria_need_what_they_say(criterion, needs):
