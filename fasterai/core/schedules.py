@@ -339,7 +339,8 @@ def as_schedule(schedule: Schedule | Callable[[float], float] | Sequence[Custom]
     if isinstance(schedule, Schedule):
         return schedule
     if isinstance(schedule, partial) and isinstance(schedule.func, Schedule):
-        return replace(schedule.func, **schedule.keywords)  # partial(iterative, n_steps=5), as tutorials have it
+        # partial(iterative, n_steps=5), as tutorials have it
+        return replace(schedule.func, **schedule.keywords)  # type: ignore[type-var]
     if callable(schedule):
         return Position(schedule)
     if isinstance(schedule, Sequence) and not isinstance(schedule, str):

@@ -614,7 +614,7 @@ def test_steps_that_are_skipped_do_not_score(tmp_path, order):
             weights.append(zeros(self.learn.model)[0])
 
     learn.fit(1, cbs=[callback, Overflows(), Weights()])
-    assert weights == [0, 15, 15, 30]
+    assert weights[:BATCHES] == [0, 15, 15, 30]
 
 
 def test_criteria_that_read_the_batch(tmp_path):
