@@ -31,7 +31,8 @@ class Keeper:
         selection: The targets, and what was left out and why.
         flow: What the data flow shows, None as long as it is not known.
         keep: Target name -> decisions so far, bool of the units' shape; a target without any is dense.
-        scales: Name of a norm's scale -> its values for outputs that are pruned, to give back if they return.
+        noted: Name of a bias, or a norm's scale or shift -> its values for outputs that are pruned, to give back if they
+            return.
         moves: How often the masks have moved.
     """
 
@@ -41,7 +42,7 @@ class Keeper:
         self.selection = selection
         self.flow: Flow | None = None
         self.keep: dict[str, Tensor] = {}
-        self.scales: dict[str, Tensor] = {}
+        self.noted: dict[str, Tensor] = {}
         self.moves = 0
         self._partners: tuple[Partner, ...] = find_partners(model, selection, granularity, None)
 
@@ -70,7 +71,7 @@ class Keeper:
         return math.prod(self.granularity.unit_shape(target.layout))
 
     def replace(self, chosen: Mapping[str, Tensor]) -> bool:
-        """Take over new decisions for some targets; the weights are not touched, scales of returning outputs are.
+        """Take over new decisions for some targets; the weights are not touched, partners of returning outputs are.
 
         Returns:
             Whether the masks have moved.
@@ -79,8 +80,7 @@ class Keeper:
         # Single weights are held in the weight's memory format, so that both are read in the same order.
         held = {n: like(by_name[n].parameter, k) if k.shape == by_name[n].parameter.shape else k for n, k in chosen.items()}
         after = {**self.keep, **held}
-        changes = ((p, before, now) for p, before, now in self._partner_keeps(self.keep, after) if p.is_scale)
-        revive_(changes, self.scales)
+        revive_(self._partner_keeps(self.keep, after), self.noted)
         counts = {n: self._pruned(by_name[n]) for n in held}
         self.keep = after
         # Choices are nested, so that equal counts are equal masks.
@@ -179,7 +179,7 @@ class Keeper:
             "granularity": repr(self.granularity),
             "shapes": {t.name: list(t.parameter.shape) for t in self.targets},
             "keep": {n: k.clone() for n, k in self.keep.items()},
-            "scales": {n: s.clone() for n, s in self.scales.items()},
+            "noted": {n: s.clone() for n, s in self.noted.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -206,4 +206,4 @@ class Keeper:
         devices = {t.name: t.parameter.device for t in self.targets}
         devices |= {p.name: p.parameter.device for p in self._partners}
         self.keep = {n: k.to(devices[n], copy=True) for n, k in state["keep"].items()}
-        self.scales = {n: s.to(devices.get(n, s.device), copy=True) for n, s in state["scales"].items()}
+        self.noted = {n: s.to(devices.get(n, s.device), copy=True) for n, s in state["noted"].items()}

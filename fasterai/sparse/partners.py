@@ -27,14 +27,12 @@ class Partner:
         target: The target's name.
         module: The module that holds it.
         attribute: Its name there.
-        is_scale: Whether it is a norm's scale, without which a returning output would never learn again.
     """
 
     name: str
     target: str
     module: nn.Module
     attribute: str
-    is_scale: bool = False
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -58,9 +56,7 @@ def find_partners(model: nn.Module, selection: Selection, granularity: Granulari
             prefix = target.module_name
             found.append(Partner(f"{prefix}.{bias}" if prefix else bias, target.name, target.module, bias))
         for norm in flow.norms.get(target.name, ()) if flow else ():
-            for name, is_scale in zip(norm, (True, False), strict=True):
-                if name is not None:
-                    found.append(Partner(name, target.name, *places[name], is_scale=is_scale))
+            found += [Partner(name, target.name, *places[name]) for name in norm if name is not None]
     return tuple(found)
 
 
@@ -88,15 +84,18 @@ def kept_outputs(keep: Tensor, target: Target) -> Tensor:
 
 
 @torch.no_grad()
-def revive_(partners: Iterator[tuple[Partner, Tensor, Tensor]], scales: dict[str, Tensor]) -> None:
-    """Note the scales of outputs that go, and give the noted ones back to outputs that return.
+def revive_(partners: Iterator[tuple[Partner, Tensor, Tensor]], noted: dict[str, Tensor]) -> None:
+    """Note the biases, scales and shifts of outputs that go, and give them back to outputs that return.
+
+    Without its norm's scale a returning output, whose weights are zero, would never learn again; behind a ReLU it learns
+    only where its bias or shift is positive.
 
     Args:
         partners: (partner, outputs kept so far, outputs kept from now on), both `(O,)` bool.
-        scales: Partner name -> noted scales; changed in place.
+        noted: Partner name -> noted values; changed in place.
     """
     for partner, before, after in partners:
-        scale = partner.parameter.detach()
-        noted = scales.get(partner.name, torch.ones_like(scale))
-        scale.copy_(torch.where(after & ~before, noted, scale))
-        scales[partner.name] = torch.where(before & ~after, scale, noted)
+        value = partner.parameter.detach()
+        old = noted.get(partner.name, value)
+        noted[partner.name] = torch.where(before & ~after, value, old)
+        value.copy_(torch.where(after & ~before, old, value))

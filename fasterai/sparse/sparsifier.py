@@ -239,7 +239,7 @@ class Sparsifier(Participant):
     def _move(
         self, plan: tuple[Context, float], share: float, targets: list[Target], may_fall: bool, round_to: int | None = None
     ) -> None:
-        """Choose anew what is pruned; the masks and noted scales change together, or not at all."""
+        """Choose anew what is pruned; the masks and what is noted with them change together, or not at all."""
         context, sparsity = plan
         self.apply_masks()
         scores = self._scorer(self.model, targets, self._keeper.keep)
@@ -357,12 +357,12 @@ class Sparsifier(Participant):
         self.apply_masks()
         for handle in self._holds:
             handle.remove()
-        self._holds, self._keeper.scales = [], {}
+        self._holds, self._keeper.noted = [], {}
         self._scorer.forget()
 
     def reset(self) -> None:
         """Forget the masks; the weights stay as they are."""
-        self._keeper.keep, self._keeper.scales, self._pace.asked = {}, {}, ()
+        self._keeper.keep, self._keeper.noted, self._pace.asked = {}, {}, ()
 
     # --- what was reached --------------------------------------------------------------------------------------------
 
@@ -432,7 +432,7 @@ def _as_inputs(inputs: Any) -> tuple[Any, ...] | None:
 
 
 def _check_state(state: Mapping[str, Any]) -> None:
-    own = ("format", "granularity", "shapes", "keep", "scales", "initial", "previous", "asked", "tick", "share")
+    own = ("format", "granularity", "shapes", "keep", "noted", "initial", "previous", "asked", "tick", "share")
     missing = [key for key in own if not isinstance(state, Mapping) or key not in state]
     if missing:
         raise ValueError(f"state must be what Sparsifier.state_dict() returned, got one without {', '.join(missing)}")

@@ -394,6 +394,31 @@ def test_a_failed_fit_leaves_a_usable_model_and_the_next_starts_clean(tmp_path, 
     clean(learn, keys)
 
 
+@pytest.mark.parametrize("attached", ["cbs", "learner"])
+def test_every_run_is_ended_for_its_participants_once(tmp_path, attached):
+    class Notes(Participant):
+        def __init__(self):
+            self.seen = []
+
+        def on_fit_start(self, fit):
+            self.seen.append(fit.total_steps)
+
+        def on_fit_end(self, completed):
+            self.seen.append(completed)
+
+    notes = Notes()
+    learn, callback = learner(tmp_path), ParticipantCallback(notes)
+    if attached == "learner":
+        learn.add_cb(callback)
+    ours = [] if attached == "learner" else [callback]
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(3, cbs=[*ours, Raising("after_batch", KeyboardInterrupt(), 5)])
+    learn.fit(2, cbs=ours)
+    learn.fit(1, cbs=[*ours, Raising("after_batch", CancelFitException(), 2)])
+    learn.validate(cbs=ours)
+    assert notes.seen == [12, False, 8, True, 4, False]
+
+
 def zeros_of(state: dict[str, torch.Tensor]) -> list[int]:
     return [int((x == 0).sum()) for x in state.values() if x.dim() > 1]
 

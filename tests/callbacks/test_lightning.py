@@ -325,6 +325,8 @@ def test_manual_optimization_with_two_optimizers(tmp_path, options):
     if not options:  # both steps of a batch have its position
         counts = [[4, 2], [8, 5], [11, 8], [15, 10], [19, 12], [22, 15], [26, 18], [30, 20]]
         assert model.seen == [c for c in counts for _ in range(2)]
+    else:  # the trainer counts optimizer steps
+        assert model.seen == [[round(60 * k / 32), round(40 * k / 32)] for k in range(1, 17)]
     clean(model, fit, callback)
 
 
@@ -596,6 +598,16 @@ def test_resume_from_a_checkpoint_that_was_saved_because_of_the_exception(tmp_pa
         trainer(tmp_path, *callbacks, max_epochs=3).fit(model, loader())
     resumed, rest = run(tmp_path / "rest", lambda: ByIndex(seed=8), sparsify(), ckpt_path=tmp_path / "failed.ckpt")
     assert steps.seen + rest == seen
+    assert same(whole.state_dict(), resumed.state_dict())
+
+
+def test_a_checkpoint_that_is_saved_before_a_resumed_run_begins_holds_the_state(tmp_path):
+    whole, seen = run(tmp_path / "whole", ByIndex, sparsify())
+    callbacks = [sparsify(), Raising("on_train_start", ZeroDivisionError()), OnExceptionCheckpoint(tmp_path, "failed")]
+    with pytest.raises(ZeroDivisionError):
+        trainer(tmp_path, *callbacks, max_epochs=3).fit(ByIndex(seed=8), loader(), ckpt_path=tmp_path / "whole" / "step=5.ckpt")
+    resumed, rest = run(tmp_path / "rest", lambda: ByIndex(seed=8), sparsify(), ckpt_path=tmp_path / "failed.ckpt")
+    assert rest == seen[5:]
     assert same(whole.state_dict(), resumed.state_dict())
 
 

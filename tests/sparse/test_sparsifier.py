@@ -371,7 +371,7 @@ def test_where_the_schedule_falls_the_asked_number_returns_and_the_others_stay()
     assert int((model[3].weight == 0).sum()) == 42, "what returned last is zero, the others have learned again"
 
 
-def test_where_the_schedule_falls_norm_scales_come_back():
+def test_where_the_schedule_falls_norms_come_back():
     model = cnn()
     with torch.no_grad():
         model[1].weight.copy_(torch.arange(1.0, 9.0))
@@ -382,6 +382,7 @@ def test_where_the_schedule_falls_norm_scales_come_back():
     train(model, sparsifier, 4, optimizer, after=lambda: silent.append(int((model[1].weight == 0).sum())))
     assert silent == [2, 4, 2, 0]
     assert model[1].weight.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert model[1].bias.tolist() == [3.0] * 8
 
 
 def test_returned_filters_learn_again():
