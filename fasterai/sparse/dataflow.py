@@ -69,12 +69,13 @@ def leaves(model: nn.Module) -> dict[str, Tensor]:
     return result | {n: b.clone() for n, b in model.named_buffers()}
 
 
-def watch(model: nn.Module, inputs: tuple[Any, ...]) -> Flow:
+def watch(model: nn.Module, inputs: tuple[Any, ...], part: nn.Module | None = None) -> Flow:
     """Run the model once and read the graph.
 
     Args:
         model: The model, wrapped or not.
         inputs: Its positional arguments, on its device.
+        part: A module of the model: its parameters go by their names in it, all others by names that nothing else has.
 
     Raises:
         ValueError: The model does not run on these inputs, or its outputs depend on no parameter.
@@ -90,7 +91,9 @@ def watch(model: nn.Module, inputs: tuple[Any, ...]) -> Flow:
     roots = [t.grad_fn for t in tensors if t.grad_fn is not None]
     if not roots:
         raise ValueError("example_inputs must give outputs that depend on the parameters, got outputs without a graph")
-    names = {id(tensor): plain_name(name) for name, tensor in held.items()}
+    inner = unwrap(part) if part is not None else model
+    own = {id(parameter): plain_name(name) for name, parameter in inner.named_parameters()}
+    names = {id(held[n]): own.get(id(p), f"outside of the part: {n}") for n, p in model.named_parameters()}
     return Flow(_norms(roots, names), frozenset(_outputs(roots, names)))
 
 

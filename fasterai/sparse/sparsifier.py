@@ -275,15 +275,15 @@ class Sparsifier(Participant):
         if self._plan is None:
             raise ValueError("sparsity must be given to the Sparsifier to train with it")
         if self._keeper.flow is None and fit.batch is not None and self._drops_outputs:
-            self._watch_batch(fit.batch)
+            self._watch_batch(fit.model or self.model, fit.batch)
         self._scorer.begin(fit.loss)
         self._warn_without_flow()
         self._forget_stale()
         self._pace.start(fit.total_steps)
 
-    def _watch_batch(self, batch: Batch) -> None:
+    def _watch_batch(self, model: nn.Module, batch: Batch) -> None:
         try:
-            self._keeper.see(watch(self.model, batch.inputs))
+            self._keeper.see(watch(model, batch.inputs, part=self.model))
         except ValueError as error:
             warn(f"the loop's batch does not show the data flow ({error}); pass example_inputs=")
 
@@ -348,9 +348,12 @@ class Sparsifier(Participant):
                 f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; in fastai and Lightning pass "
                 "HoldCallback(sparsifier) as a callback"
             )
-        handle = optimizer.register_step_post_hook(lambda *_: self.apply_masks())
+        handle = optimizer.register_step_post_hook(self._hold_after_step)
         self._holds.append(handle)
         return handle
+
+    def _hold_after_step(self, *_: Any) -> None:
+        self.apply_masks()
 
     def finalize(self) -> None:
         """Bake the masks in for good: zeros stay in the weights, holds end, copies of weights are let go."""

@@ -215,6 +215,7 @@ def test_functions_may_write_into_what_they_get():
     criterion = Criteria(torch.Tensor.abs_, needs_init=True, output_fn=torch.Tensor.sub_)
     assert criterion(given).tolist() == [1.0, -2.0, 0.25]
     activation_criteria(torch.Tensor.abs_)(given)
+    magnitude_criteria(torch.Tensor.abs_)(given)
     for name in ("weight", "initial", "activation"):
         assert torch.equal(getattr(given, name), getattr(EVIDENCE, name))
 

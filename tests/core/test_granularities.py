@@ -379,5 +379,5 @@ def test_entries_differ_from_each_other():
 
 
 def test_unknown_names_list_the_known():
-    with pytest.raises(ValueError, match="granularity must be one of channel, .*, got 'filters'; did you mean 'filter'"):
+    with pytest.raises(ValueError, match=r"granularity must be one of channel, .*, got 'filters'; did you mean 'filter'"):
         from_catalogue("granularity", "filters", granularities)

@@ -350,15 +350,15 @@ def test_weights_that_are_not_finite_name_their_target(bad, name):
 
 
 def test_a_living_weight_of_zero_goes_after_the_pruned_ones():
-    """Both score 0; the first by position is alive."""
-    weight = torch.tensor([0.0, 0.0, 2.0, 3.0])
+    """All three zeros score the same; the second is the one that is pruned already."""
+    weight = torch.tensor([0.0, 0.0, 0.0, 3.0])
     keep = torch.tensor([True, False, True, True])
     for kind in (
         EvidenceScores("w", Evidence("w", weight), criteria.large_final, keep),
         TensorScores("w", weight.abs(), keep),
     ):
-        assert keep_highest([kind], 1, Limits(may_fall=False))[0].tolist() == [True, False, True, True]
-        assert keep_highest([kind], 2, Limits(may_fall=False))[0].tolist() == [False, False, True, True]
+        assert keep_highest([kind], 2, Limits())[0].tolist() == [False, False, True, True]
+        assert keep_highest([kind], 3, Limits())[0].tolist() == [False, False, False, True]
 
 
 # --- rounding ---

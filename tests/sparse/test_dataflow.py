@@ -208,3 +208,11 @@ def test_modes_and_generators_come_back_after_an_error():
         fail()
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in model.modules()] == [True, True, False]
+
+
+def test_a_part_of_a_model_goes_by_its_own_names_and_the_rest_by_none_of_them():
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3))
+    model = nn.Sequential(body, nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(5 * 4 * 4, 2))
+    flow = watch(model, (torch.randn(2, 3, 8, 8),), part=body)
+    assert flow.norms["0.weight"] == (("1.weight", "1.bias"),)
+    assert not flow.outputs & {"0.weight", "3.weight"}, "the head makes the output, not the body"

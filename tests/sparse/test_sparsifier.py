@@ -1234,3 +1234,19 @@ def test_two_four_reaches_the_pattern_and_follows_the_schedule():
     assert seen == [16, 32, 48, 64]
     for weight in (model[0].weight, model[2].weight):
         assert bool((weight.view(-1, 4).ne(0).sum(1) == 2).all())
+
+
+def test_a_part_of_a_model_is_watched_in_the_whole_of_it():
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3))
+    model = nn.Sequential(body, nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(6 * 4 * 4, 2))
+    sparsifier = Sparsifier(body, "filter", sparsity=0.5)
+    sparsifier.on_fit_start(Fit(total_steps=1, model=model, batch=Batch((torch.randn(2, 3, 8, 8),))))
+    assert [t.name for t in sparsifier.targets] == ["0.weight", "3.weight"]
+
+
+def test_it_can_be_pickled_while_it_holds():
+    model = cnn()
+    sparsifier = Sparsifier(model, "weight")
+    sparsifier.sparsify_model(0.5)
+    sparsifier.hold(torch.optim.SGD(model.parameters(), 0.1))
+    assert pickle.loads(pickle.dumps(sparsifier)).sparsity.overall == 0.5
