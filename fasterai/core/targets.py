@@ -146,8 +146,7 @@ def register_axes(module_type: type[nn.Module], *, kind: str = "linear", **axes:
         TypeError: `module_type` is not a module class.
         ValueError: `kind` or an axis is not known.
 
-    >>> from fasterai.core.targets import register_axes
-    >>> class Conv1D(torch.nn.Module): ...           # Hugging Face's linear layer holds (in, out)
+    >>> class Conv1D(nn.Module): ...           # Hugging Face's linear layer holds (in, out)
     >>> register_axes(Conv1D, weight=("in", "out"))
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
