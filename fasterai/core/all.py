@@ -44,6 +44,7 @@ from fasterai.core.familiar import (
     grad_crit,
     init_based_criteria,
     magnitude_criteria,
+    unit_scores,
     update_based_criteria,
 )
 from fasterai.core.granularities import (
@@ -143,6 +144,7 @@ __all__ = [
     "synflow",
     "taylor",
     "two_four",
+    "unit_scores",
     "update_based_criteria",
     "updating_magnitude_increase",
     "updating_movement",

@@ -29,12 +29,15 @@ __all__ = [
     "grad_crit",
     "init_based_criteria",
     "magnitude_criteria",
+    "unit_scores",
     "update_based_criteria",
 ]
 
 EPS: float = torch.finfo(torch.float32).eps
 criterias = tuple(criteria.__all__)
 grad_crit = criteria.taylor
+
+DATA_FNS = {"l2_norm": "activation", "max": "activation_max", "mean": "activation_mean"}
 
 Transform = Callable[[Tensor], Tensor]
 Combine = Callable[[Tensor, Tensor], Tensor]
@@ -100,13 +103,14 @@ class _Combined:
 
 @dataclass(frozen=True)
 class _Activated:
-    """`f(weight)` times the norm of the weight's input feature."""
+    """`f(weight)` times a statistic of the weight's input feature."""
 
     f: Transform
+    statistic: str
 
     def __call__(self, e: Evidence) -> Tensor:
-        assert e.activation is not None
-        return self.f(e.weight.clone()) * e.activation
+        statistic: Tensor = getattr(e, self.statistic)
+        return self.f(e.weight.clone()) * statistic
 
 
 def Criteria(  # noqa: N802 - the familiar name
@@ -132,8 +136,8 @@ def Criteria(  # noqa: N802 - the familiar name
         output_fn: What becomes of `f(weight)` and `f(other)`.
         return_init: The score is `f(other)` alone.
         scale: Must be left out: scores are compared as they are.
-        needs_data: Multiply by the 2-norm of the input features.
-        data_fn: `l2_norm`, the only one.
+        needs_data: Multiply by a statistic of the input features.
+        data_fn: The statistic over batch and positions: `l2_norm`, or the `max` or `mean` of the magnitude.
 
     Raises:
         ValueError: Both other weights are asked for, a name is unknown, or `scale` is given.
@@ -149,11 +153,32 @@ def Criteria(  # noqa: N802 - the familiar name
     if normalizer_name == "standardization":
         normalizer_name = "standardise"
     if needs_data:
-        check_choice("data_fn", data_fn, ("l2_norm",))
-        return Criterion(_Activated(f), frozenset({"activation"}), reducer_name, normalizer_name)
+        statistic = DATA_FNS[check_choice("data_fn", data_fn, DATA_FNS)]
+        return Criterion(_Activated(f, statistic), frozenset({statistic}), reducer_name, normalizer_name)
     other = "initial" if needs_init else "previous" if needs_update else None
     function = _Combined(f, other, output_fn, return_init)
     return Criterion(function, frozenset({other} if other else ()), reducer_name, normalizer_name)
+
+
+def unit_scores(m: nn.Module, criterion: Criterion, g: str, squeeze: bool = False) -> Tensor:
+    """The unit scores of a module's weight by a criterion that reads nothing else; reduced dimensions have size 1.
+
+    Args:
+        m: A module whose weight is known.
+        criterion: A criterion of the weight alone.
+        g: The name of a granularity that the weight has.
+        squeeze: Leave the dimensions of size 1 out.
+
+    Raises:
+        ValueError: The weight is not known, has no such units, or the criterion needs more than the weight.
+    """
+    layout = Granularities._read(m)
+    granularity: Named = from_catalogue("g", check_choice("g", g, allowed(layout)), granularities)
+    if criterion.needs:
+        raise ValueError(f"criterion must read nothing but the weight, got one that needs {', '.join(sorted(criterion.needs))}")
+    weight: Tensor = m._parameters["weight"].detach()  # type: ignore[union-attr]
+    scores = criterion.normalize(granularity.reduce(criterion(Evidence("weight", weight)), layout, criterion.reducer))
+    return scores.squeeze() if squeeze else scores
 
 
 def magnitude_criteria(transform_fn: Transform, **kwargs: Any) -> Criterion:

@@ -182,8 +182,8 @@ class OneCycle(_Windowed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be above 0, got {self.alpha!r}")
+        if not 0 < self.alpha <= 500 or not abs(self.beta) <= 500:  # beyond, the exponential overflows
+            raise ValueError(f"alpha must be in (0, 500] and beta in [-500, 500], got alpha={self.alpha!r}, beta={self.beta!r}")
 
     def curve(self, pos: float) -> float:
         return sched_onecycle(0.0, 1.0, pos, self.alpha, self.beta)

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 __all__ = ["EVIDENCE", "Evidence", "Layout", "Limits", "Target"]
 
 #: What a criterion may ask for beyond the weight.
-EVIDENCE = ("gradient", "initial", "previous", "activation", "hessian_gradient", "synaptic_flow")
+EVIDENCE = (
+    *("gradient", "initial", "previous", "hessian_gradient", "synaptic_flow"),
+    *("activation", "activation_max", "activation_mean"),
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class Evidence:
         initial: The weight when the sparsifier was made, shape of the weight.
         previous: The weight when the masks last moved, shape of the weight.
         activation: The 2-norm of every input feature over batch and positions; broadcasts against the weight.
+        activation_max: The largest magnitude of every input feature, likewise.
+        activation_mean: The mean magnitude of every input feature, likewise.
         hessian_gradient: Hg, shape of the weight (GraSP).
         synaptic_flow: dR/d|w|, shape of the weight (SynFlow).
     """
@@ -107,6 +112,8 @@ class Evidence:
     activation: Tensor | None = None
     hessian_gradient: Tensor | None = None
     synaptic_flow: Tensor | None = None
+    activation_max: Tensor | None = None
+    activation_mean: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Evidence:
         """The same evidence with a function applied to every tensor in it."""

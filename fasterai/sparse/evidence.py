@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,24 +123,44 @@ def synaptic_flow(model: nn.Module, targets: Sequence[Target], source: Source) -
     return {n: torch.zeros_like(weights[n]) if g is None else g for n, g in zip(weights, found, strict=True)}
 
 
-def activations(model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, Tensor]:
-    """The 2-norm of each input feature over batch and positions, shaped to broadcast against the weight (Sun et al. 2023)."""
-    squares: dict[str, Tensor] = {}
+@dataclass(frozen=True)
+class Statistic:
+    """What is made of an input feature's values over batch and positions.
+
+    Attributes:
+        part: `(N, C)` -> `(C,)`: of one call of the layer.
+        join: Of two calls.
+        finish: Of all calls, and how many values there were.
+    """
+
+    part: Callable[[Tensor], Tensor]
+    join: Callable[[Tensor, Tensor], Tensor]
+    finish: Callable[[Tensor, int], Tensor]
+
+
+NORM = Statistic(lambda x: x.square().sum(0), torch.add, lambda total, n: total.sqrt())
+LARGEST = Statistic(lambda x: x.abs().amax(0), torch.maximum, lambda total, n: total)
+MEAN = Statistic(lambda x: x.abs().sum(0), torch.add, lambda total, n: total / n)
+
+
+def activations(model: nn.Module, targets: Sequence[Target], source: Source, statistic: Statistic = NORM) -> dict[str, Tensor]:
+    """A statistic of each input feature, by default the 2-norm (Sun et al. 2023), to broadcast against the weight."""
+    found: dict[str, tuple[Tensor, int]] = {}
     inner = unwrap(model)
     handles = []
     try:
         for target in targets:
-            handles.append(target.module.register_forward_pre_hook(_norm_hook(target, squares)))
+            handles.append(target.module.register_forward_pre_hook(_watch_inputs(target, statistic, found)))
         with undisturbed(inner), evaluating(inner), torch.no_grad():
             for batch in source.batches("activations"):
                 inner(*batch.inputs)
     finally:
         for handle in handles:
             handle.remove()
-    unseen = [t.name for t in targets if t.name not in squares]
+    unseen = [t.name for t in targets if t.name not in found]
     if unseen:
         raise ValueError(f"targets must be layers whose inputs can be watched, got {unseen[0]}; leave it out with targets=")
-    return {t.name: _spread(squares[t.name].sqrt(), t) for t in targets}
+    return {t.name: _spread(statistic.finish(*found[t.name]), t) for t in targets}
 
 
 GATHERERS: dict[str, Callable[[nn.Module, Sequence[Target], Source], Mapping[str, Tensor]]] = {
@@ -147,6 +168,8 @@ GATHERERS: dict[str, Callable[[nn.Module, Sequence[Target], Source], Mapping[str
     "hessian_gradient": hessian_gradients,
     "synaptic_flow": synaptic_flow,
     "activation": activations,
+    "activation_max": partial(activations, statistic=LARGEST),
+    "activation_mean": partial(activations, statistic=MEAN),
 }
 
 
@@ -175,12 +198,16 @@ def _differentiate(
     return {n: torch.zeros_like(weights[n]) if g is None else g for n, g in zip(weights, found, strict=True)}, weights
 
 
-def _norm_hook(target: Target, squares: dict[str, Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _watch_inputs(
+    target: Target, statistic: Statistic, found: dict[str, tuple[Tensor, int]]
+) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         features = _features(target, args)
         if features is not None:
-            found = features.float().square().reshape(-1, features.shape[-1]).sum(0)
-            squares[target.name] = squares.get(target.name, torch.zeros_like(found)) + found
+            rows = features.float().reshape(-1, features.shape[-1])
+            part, count = statistic.part(rows), len(rows)
+            before, so_far = found.get(target.name, (None, 0))
+            found[target.name] = (part if before is None else statistic.join(before, part), so_far + count)
 
     return hook
 

@@ -48,7 +48,7 @@ CASES = {
 }
 
 
-def evidence(names=EVIDENCE, dtype=torch.float32, name="layer.weight"):
+def evidence(names=tuple(n for n in EVIDENCE if n in KNOWN), dtype=torch.float32, name="layer.weight"):
     tensors = {key: torch.tensor(KNOWN[key], dtype=dtype).view(2, 2) for key in ("weight", *names)}
     return Evidence(name, **tensors)
 

@@ -25,6 +25,7 @@ from fasterai.core.familiar import (
     grad_crit,
     init_based_criteria,
     magnitude_criteria,
+    unit_scores,
     update_based_criteria,
 )
 from fasterai.core.schedules import Schedule, sched_agp, sched_dsd, sched_iterative, sched_onecycle, sched_oneshot
@@ -268,7 +269,7 @@ def test_normalisers_by_hand(name, wanted):
         ({"scale": 2}, "scale must be None, got 2"),
         ({"reducer": "max"}, "reducer must be one of mean, sum, got 'max'"),
         ({"normalizer": "std"}, "normalizer must be one of .*, got 'std'"),
-        ({"needs_data": True, "data_fn": "max"}, "data_fn must be one of l2_norm, got 'max'"),
+        ({"needs_data": True, "data_fn": "min"}, "data_fn must be one of l2_norm, max, mean, got 'min'"),
     ],
 )
 def test_what_criteria_cannot_do_is_refused(options, message):
@@ -333,3 +334,13 @@ def test_schedules_by_hand(schedule, shares):
 )
 def test_ready_made_schedules_start_where_they_did(name, start):
     assert (getattr(schedules, name).start_pct, getattr(schedules, name).end_pct) == (start, 1.0)
+
+
+def test_unit_scores_of_a_module():
+    layer = nn.Linear(2, 2)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, -3.0], [0.0, 4.0]]))
+    assert unit_scores(layer, criteria.large_final, "row").tolist() == [[2.0], [2.0]]
+    assert unit_scores(layer, criteria.large_final.using(reducer="sum"), "column", squeeze=True).tolist() == [1.0, 7.0]
+    with pytest.raises(ValueError, match="criterion must read nothing but the weight, got one that needs initial"):
+        unit_scores(layer, criteria.movement, "row")

@@ -189,8 +189,8 @@ def test_an_empty_window_is_a_jump():
     [
         (lambda: Iterative(n_steps=0), ValueError, "n_steps must be at least 1, got 0"),
         (lambda: Iterative(n_steps=2.5), TypeError, "n_steps must be a whole number"),
-        (lambda: OneCycle(alpha=0), ValueError, "alpha must be above 0, got 0"),
-        (lambda: OneCycle(alpha=math.nan), ValueError, "alpha must be above 0, got nan"),
+        (lambda: OneCycle(alpha=0), ValueError, "got alpha=0, beta=6.0"),
+        (lambda: OneCycle(alpha=math.nan), ValueError, "got alpha=nan, beta=6.0"),
     ],
 )
 def test_settings_are_checked(make, error, message):

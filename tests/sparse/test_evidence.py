@@ -291,3 +291,11 @@ def test_gradients_that_are_not_there_yet_say_when_they_are():
         ValueError, match=r"needs gradients, and weight has none: they exist after loss\.backward\(\) and before optimizer"
     ):
         gather("gradient", nn.Linear(5, 2), Source())
+
+
+@pytest.mark.parametrize(("name", "expected"), [("activation_max", [3.0, 4.0]), ("activation_mean", [2.0, 2.0])])
+def test_other_statistics_of_the_inputs_are_of_the_magnitude(name, expected):
+    model = nn.Linear(2, 1)
+    target = find_targets(model, fits=lambda _: None, coarse=False).targets
+    data = [torch.tensor([[-1.0, 4.0]]), torch.tensor([[3.0, 0.0]])]
+    assert GATHERERS[name](model, target, Source(data=data))["weight"].flatten().tolist() == expected
