@@ -1,0 +1,113 @@
+"""L4. `nn.MultiheadAttention` with fewer heads than its embedding holds: the same call, the same numbers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["SlimMultiheadAttention"]
+
+
+class SlimMultiheadAttention(nn.Module):
+    """What is left of an `nn.MultiheadAttention` when heads go; made from one, never by hand.
+
+    The parameters are the very ones of the module that it replaces, under the same names, so that an optimizer, a checkpoint
+    and the names of the masks go on.
+
+    Attributes:
+        embed_dim: Features that come in and go out.
+        num_heads: Heads; they need not fill `embed_dim`.
+        head_dim: Features of a head.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention, num_heads: int) -> None:
+        super().__init__()
+        if attention.bias_k is not None or attention.add_zero_attn:
+            raise ValueError("attention must be without bias_k and add_zero_attn to lose heads")
+        self.embed_dim, self.num_heads, self.head_dim = attention.embed_dim, num_heads, attention.head_dim
+        self.dropout, self.batch_first = attention.dropout, attention.batch_first
+        for name, parameter in attention._parameters.items():
+            self.register_parameter(name, parameter)
+        self.in_proj_weight: nn.Parameter | None
+        self.in_proj_bias: nn.Parameter | None
+        self.out_proj = attention.out_proj
+        self.train(attention.training)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend, as `nn.MultiheadAttention.forward` does.
+
+        Args:
+            query: `(N, L, E)` if `batch_first`, else `(L, N, E)`; `(L, E)` without a batch.
+            key: Likewise with length S.
+            value: Likewise with length S.
+            key_padding_mask: `(N, S)`, True (or minus infinity) where a key is padding.
+            need_weights: Also return the attention.
+            attn_mask: `(L, S)` or `(N * heads of the whole, L, S)`, True (or minus infinity) where attending is not allowed.
+            average_attn_weights: Return the attention averaged over heads, not `(N, heads, L, S)`.
+            is_causal: A hint that `attn_mask` is causal; the mask counts.
+
+        Returns:
+            The output in the query's layout, and the attention or None.
+        """
+        single = query.dim() == 2
+        if single:
+            query, key, value = (x.unsqueeze(0 if self.batch_first else 1) for x in (query, key, value))
+        if not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        q, k, v = (self._heads(x) for x in self._project(query, key, value))
+        mask = self._mask(q, k, key_padding_mask, attn_mask)
+        weights = None
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) / self.head_dim**0.5
+            weights = torch.softmax(scores if mask is None else scores + mask, -1)
+            attended = F.dropout(weights, self.dropout, self.training) @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        output = self.out_proj(attended.transpose(1, 2).flatten(2))
+        output = output if self.batch_first else output.transpose(0, 1)
+        if single:
+            output = output.squeeze(0 if self.batch_first else 1)
+            weights = None if weights is None else weights.squeeze(0)
+        return output, weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        weights: tuple[Tensor, ...]
+        if self.in_proj_weight is not None:
+            weights = self.in_proj_weight.chunk(3)
+        else:
+            weights = tuple(self.get_parameter(f"{x}_proj_weight") for x in "qkv")
+        biases: tuple[Tensor | None, ...] = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
+
+    def _mask(self, q: Tensor, k: Tensor, padding: Tensor | None, attention: Tensor | None) -> Tensor | None:
+        """The masks as numbers to add, `(N or 1, 1, L or 1, S)`."""
+        total = None
+        if attention is not None:
+            if attention.dim() == 3:
+                raise ValueError("attn_mask must be (L, S) where heads have gone: one mask per head belongs to the whole heads")
+            total = _additive(attention, q.dtype)
+        if padding is not None:
+            added = _additive(padding, q.dtype)[:, None, None, :]
+            total = added if total is None else total + added
+        return total
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
+    return mask.to(dtype)

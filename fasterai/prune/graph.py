@@ -1,0 +1,231 @@
+"""L4. The channel graph: which channels of a network live or die together, and why the others must stay."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map
+
+from fasterai.core.targets import plain_name, unwrap
+from fasterai.prune.labels import FIXED, FREE, Array, Dim
+from fasterai.prune.rules import RULES, Trace, Value, unknown
+from fasterai.sparse.dataflow import evaluating, undisturbed
+
+__all__ = ["ChannelGraph", "Group", "channel_graph"]
+
+#: Operations that show a weight as it stands, in another shape.
+VIEWS = {
+    "permute",
+    "transpose",
+    "t",
+    "view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "unsqueeze",
+    "squeeze",
+    "alias",
+    "detach",
+    "to",
+}
+Place = tuple[str, int]  # a parameter's or buffer's name, and one of its dimensions
+
+
+@dataclass(frozen=True)
+class Group:
+    """Coupled channels of one kind: each touches the same dimensions of the same tensors.
+
+    Attributes:
+        places: Parameter or buffer name and dimension -> the indices there, `(channels, indices per channel)`.
+    """
+
+    places: Mapping[Place, Array]
+
+    @property
+    def channels(self) -> int:
+        """How many there are."""
+        return len(next(iter(self.places.values())))
+
+    @property
+    def name(self) -> str:
+        """The first weight that makes them."""
+        return next((n for n, dim in self.places if dim == 0 and n.endswith("weight")), next(iter(self.places))[0])
+
+
+@dataclass(frozen=True)
+class ChannelGraph:
+    """What may go from a network, and what may not.
+
+    Attributes:
+        groups: The channels that may go.
+        pinned: Parameter or buffer name and dimension -> why it stays, where all of it does.
+        readers: The places that multiply what a channel carries and hand on something else.
+    """
+
+    groups: tuple[Group, ...]
+    pinned: Mapping[Place, str]
+    readers: frozenset[Place]
+
+
+def channel_graph(model: nn.Module, inputs: tuple[Any, ...]) -> ChannelGraph:
+    """Read the coupled channels off the network's operations.
+
+    The network is exported in eval mode (`torch.export`); the labels of every tensor's dimensions are followed through its
+    operations. An operation without a rule pins what it reads. The model is not changed.
+
+    Args:
+        model: The model, wrapped or not.
+        inputs: Its positional arguments.
+
+    Raises:
+        ValueError: The model does not run on the inputs, or cannot be exported; where, and what would help.
+    """
+    program = _export(unwrap(model), inputs)
+    choices = _choose(program)
+    trace, weights = _follow(program, choices)
+    return _graph(trace, weights)
+
+
+def _export(model: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
+    with undisturbed(model), evaluating(model), torch.no_grad():
+        try:
+            return torch.export.export(model, inputs, strict=False)
+        except Exception as error:
+            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ValueError(
+                f"model must be one that torch.export can read on example_inputs, got {type(error).__name__}: {first}; "
+                "data-dependent branches and shapes have to go, or the part without them can be pruned by itself"
+            ) from error
+
+
+def _choose(program: ExportedProgram) -> dict[str, int]:
+    """For each kind of operation that can go several ways the one after which most weights may go.
+
+    One kind after the other is tried in each of its ways while the others stay as they are, until nothing gets better.
+    """
+    choices: dict[str, int] = {}
+    trace, weights = _follow(program, choices)
+    best = _removable(trace, weights)
+    improved = bool(trace.options)
+    while improved:
+        improved = False
+        for kind, ways in sorted(trace.options.items()):
+            for way in set(range(ways)) - {choices.get(kind, 0)}:
+                trial = {**choices, kind: way}
+                other, weights = _follow(program, trial)
+                score = _removable(other, weights)
+                if score > best:
+                    choices, best, trace, improved = trial, score, other, True
+    return choices
+
+
+def _removable(trace: Trace, weights: Mapping[str, Value]) -> tuple[float, int]:
+    """How much of the weights may go, and as how many channels."""
+    components = trace.labels.components()
+    is_free = np.ones(int(components.of.max(initial=-1)) + 1, np.bool_)
+    is_free[list(components.pinned)] = False
+    total, channels = 0.0, np.zeros(is_free.size, np.bool_)
+    for value in weights.values():
+        stays = 1.0
+        for labels in value.dims:
+            if isinstance(labels, np.ndarray):
+                free = components.of[labels[is_free[components.of[labels]]]]
+                stays *= 1 - free.size / labels.size / 2
+                channels[free] = True
+        total += (1 - stays) * math.prod(value.shape)
+    return total, int(channels.sum())
+
+
+def _follow(program: ExportedProgram, choices: dict[str, int]) -> tuple[Trace, dict[str, Value]]:
+    """One pass over the operations: the labels, and the values of the parameters and buffers."""
+    trace = Trace(choices)
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    weights: dict[str, Value] = {}
+    values: dict[Any, Any] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = _placeholder(trace, node, names.get(node.name), weights)
+        elif node.op == "output":
+            for value in (v for a in node.args[0] if isinstance(v := values.get(a), Value)):
+                trace.labels.pin_all(value.dims, "it is an output of the network")
+        else:
+            values[node] = _apply(trace, node, values)
+    unread = {name for node_name, name in names.items() if not any(n.users for n in program.graph.nodes if n.name == node_name)}
+    for name in unread & set(weights):
+        trace.labels.pin_all(weights[name].dims, "nothing reads it")
+    return trace, weights
+
+
+def _placeholder(trace: Trace, node: Any, name: str | None, weights: dict[str, Value]) -> Any:
+    shown = node.meta.get("val")
+    if not isinstance(shown, torch.Tensor):
+        return shown
+    shape = tuple(int(n) for n in shown.shape)
+    if name is None:
+        return Value(shape, (FIXED,) * len(shape))
+    name = plain_name(name)
+    if name not in weights:
+        dims: tuple[Dim, ...] = tuple(trace.labels.new(n) if n > 1 else FREE for n in shape)
+        weights[name] = Value(shape, dims, tuple((name, d) for d in range(len(shape))))
+    return weights[name]
+
+
+def _apply(trace: Trace, node: Any, values: Mapping[Any, Any]) -> Any:
+    arguments, keywords = tree_map(lambda a: values.get(a, a) if isinstance(a, torch.fx.Node) else a, (node.args, node.kwargs))
+    if node.target is operator.getitem:
+        return arguments[0][arguments[1]]
+    name = str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
+    found: Callable[..., Any] | None = RULES.get(name)
+    if found is None:
+        return unknown(trace, node, *arguments, **keywords)
+    result = found(trace, node, *arguments, **keywords)
+    if name in VIEWS and isinstance(result, Value) and arguments[0].is_weight:
+        return replace(result, places=_viewed_places(arguments[0], result))
+    return result
+
+
+def _viewed_places(before: Value, after: Value) -> tuple[Place, ...]:
+    """Which dimension of the weight each of a view's is, by the labels it carries; none, unless all labels are found again."""
+    places = {id(dim): place for dim, place in zip(before.dims, before.places, strict=True)}
+    labelled = [dim for dim in after.dims if isinstance(dim, np.ndarray)]
+    if not all(id(dim) in places for dim in labelled):
+        return ()
+    return tuple(places.get(id(dim), before.places[0]) for dim in after.dims)
+
+
+def _graph(trace: Trace, weights: Mapping[str, Value]) -> ChannelGraph:
+    """Sort the components that may go by the places that they touch."""
+    components = trace.labels.components()
+    touched: dict[int, list[tuple[Place, Array]]] = {}
+    pinned: dict[Place, str] = {}
+    for name, value in weights.items():
+        for d, labels in enumerate(value.dims):
+            if not isinstance(labels, np.ndarray):
+                continue
+            of = components.of[labels]
+            order = np.argsort(of, kind="stable")
+            numbers, starts = np.unique(of[order], return_index=True)
+            free = [c not in components.pinned for c in numbers.tolist()]
+            if not any(free):
+                pinned[name, d] = components.pinned[int(numbers[0])]
+            for number, where, may_go in zip(numbers.tolist(), np.split(order, starts[1:]), free, strict=True):
+                if may_go:
+                    touched.setdefault(number, []).append(((name, d), where))
+    kinds: dict[tuple[tuple[Place, int], ...], list[list[tuple[Place, Array]]]] = {}
+    for places in touched.values():
+        kinds.setdefault(tuple((place, where.size) for place, where in places), []).append(places)
+    groups = []
+    for members in kinds.values():
+        stacked = {place: np.stack([m[i][1] for m in members]) for i, (place, _) in enumerate(members[0])}
+        order = np.argsort(next(iter(stacked.values()))[:, 0], kind="stable")
+        groups.append(Group({place: indices[order] for place, indices in stacked.items()}))
+    return ChannelGraph(tuple(groups), pinned, frozenset(trace.readers))

@@ -1,0 +1,167 @@
+"""L4. What to take out of a network, as data: it can be printed, saved, and replayed on a fresh model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fasterai.core.targets import plain_name, unwrap
+from fasterai.prune.graph import ChannelGraph, Place
+from fasterai.prune.labels import Array, Flags
+from fasterai.prune.modules import HEADS, WIDTHS, new_sizes
+
+__all__ = ["Plan", "make_plan", "tensors_of"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to take out.
+
+    Attributes:
+        shapes: Name of each parameter and buffer that shrinks -> its shape before.
+        keep: Its name and dimension -> the indices that stay.
+        attributes: (module name, attribute, value before, value after).
+        slim: Names of `nn.MultiheadAttention`s that lose heads -> heads that stay.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    keep: Mapping[Place, Array]
+    attributes: tuple[tuple[str, str, Any, Any], ...]
+    slim: Mapping[str, int]
+
+    def shape_after(self, name: str) -> tuple[int, ...]:
+        """The shape that a parameter or buffer gets."""
+        return tuple(len(self.keep[name, d]) if (name, d) in self.keep else n for d, n in enumerate(self.shapes[name]))
+
+    def __bool__(self) -> bool:
+        return bool(self.keep)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {
+            "shapes": {n: list(s) for n, s in self.shapes.items()},
+            "keep": [[n, d, kept.tolist()] for (n, d), kept in self.keep.items()],
+            "attributes": [list(a) for a in self.attributes],
+            "slim": dict(self.slim),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The plan that `to_dict` made the data of."""
+        return cls(
+            {n: tuple(s) for n, s in data["shapes"].items()},
+            {(n, d): np.asarray(kept, np.int64) for n, d, kept in data["keep"]},
+            tuple((m, a, _tupled(before), _tupled(after)) for m, a, before, after in data["attributes"]),
+            dict(data["slim"]),
+        )
+
+    def __str__(self) -> str:
+        lines = [f"{n}: {'x'.join(map(str, s))} -> {'x'.join(map(str, self.shape_after(n)))}" for n, s in self.shapes.items()]
+        lines += [f"{m}.{a}: {before} -> {after}" for m, a, before, after in self.attributes]
+        return "\n".join(lines) or "nothing is taken out"
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def tensors_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Name of every parameter and buffer -> the module that holds it, and its name there; tied ones under their first name."""
+    found: dict[str, tuple[nn.Module, str]] = {}
+    seen: set[int] = set()
+    for prefix, module in unwrap(model).named_modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[plain_name(f"{prefix}.{name}" if prefix else name)] = (module, name)
+    return found
+
+
+def make_plan(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags]) -> Plan:
+    """The plan that takes out the channels of each group that are not kept.
+
+    Args:
+        model: The model, dense; not changed.
+        graph: Its channel graph.
+        kept: For each group a bool array over its channels, True = stays.
+    """
+    gone: dict[Place, list[Array]] = {}
+    for group, keep in zip(graph.groups, kept, strict=True):
+        for place, indices in group.places.items() if not keep.all() else ():
+            gone.setdefault(place, []).append(indices[~keep].ravel())
+    tensors = tensors_of(model)
+    shapes = {n: tuple(_tensor(tensors, n).shape) for n in dict.fromkeys(n for n, _ in gone)}
+    staying: dict[Place, Array] = {
+        (n, d): np.setdiff1d(np.arange(shapes[n][d]), np.concatenate(lost)) for (n, d), lost in gone.items()
+    }
+    bare = Plan(shapes, staying, (), {})
+    attributes, slim = _sizes(model, bare, graph, kept)
+    return Plan(shapes, staying, attributes, slim)
+
+
+def _tensor(tensors: Mapping[str, tuple[nn.Module, str]], name: str) -> Any:
+    module, attribute = tensors[name]
+    parameter = module._parameters.get(attribute)
+    return parameter if parameter is not None else module._buffers[attribute]
+
+
+def _sizes(
+    model: nn.Module, plan: Plan, graph: ChannelGraph, kept: Sequence[Flags]
+) -> tuple[tuple[tuple[str, str, Any, Any], ...], dict[str, int]]:
+    """The modules' own numbers after the surgery."""
+    changed: list[tuple[str, str, Any, Any]] = []
+    slim: dict[str, int] = {}
+    heads = _heads(graph, kept)
+    for prefix, module in unwrap(model).named_modules():
+        name = plain_name(prefix)
+        dot = f"{name}." if name else ""
+        own = {a: f"{dot}{a}" for a in [*module._parameters, *module._buffers] if f"{dot}{a}" in plan.shapes}
+        if isinstance(module, nn.MultiheadAttention):
+            if f"{dot}in_proj_weight" in heads or f"{dot}q_proj_weight" in heads:
+                slim[name] = heads.get(f"{dot}in_proj_weight", heads.get(f"{dot}q_proj_weight", (0, 0)))[1]
+            continue
+        if own:
+            old, new = (
+                {a: tuple(t.shape) for a, t in [*module._parameters.items(), *module._buffers.items()] if t is not None}
+                for _ in "12"
+            )
+            new.update({a: plan.shape_after(n) for a, n in own.items()})
+            for attribute, value in new_sizes(module, old, new).items():
+                if getattr(module, attribute) != value:
+                    changed.append((name, attribute, getattr(module, attribute), value))
+        changed += [(name, *c) for c in _parent_sizes(module, dot, plan, heads)]
+    return tuple(changed), slim
+
+
+def _heads(graph: ChannelGraph, kept: Sequence[Flags]) -> dict[str, tuple[int, int]]:
+    """Weight -> (channels before, after) where each channel is several outputs of it, as a head is."""
+    return {
+        name: (group.channels, int(keep.sum()))
+        for group, keep in zip(graph.groups, kept, strict=True)
+        for (name, d), indices in group.places.items()
+        if d == 0 and indices.shape[1] > 1 and not keep.all()
+    }
+
+
+def _parent_sizes(
+    module: nn.Module, dot: str, plan: Plan, heads: Mapping[str, tuple[int, int]]
+) -> list[tuple[str, Any, Any]]:  # fmt: skip
+    """Numbers of heads and widths that a module keeps of the layers right below it."""
+    changed: dict[str, tuple[str, Any, Any]] = {}
+    for child in module._modules:
+        weight = f"{dot}{child}.weight"
+        if weight not in heads:
+            continue
+        before, after = heads[weight]
+        old, new = plan.shapes[weight][0], plan.shape_after(weight)[0]
+        for attribute in HEADS:
+            if getattr(module, attribute, None) == before:
+                changed[attribute] = (attribute, before, after)
+        for attribute in WIDTHS:
+            if getattr(module, attribute, None) == old:
+                changed[attribute] = (attribute, old, new)
+    return list(changed.values())
