@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,9 +171,9 @@ class SparsifyCallback(ParticipantCallback):
 
     def __init__(
         self,
-        sparsity: Sparsity,
+        sparsity: Sparsity | None,
         granularity: Granularity | str,
-        context: Context | str,
+        context: Context | Mapping[str, float] | str,
         criteria: Criterion | Callable[[Tensor], Tensor] | str,
         schedule: Schedule | Callable[[float], float] | str,
         lth: bool = False,
@@ -225,6 +225,9 @@ class HoldCallback(ParticipantCallback):
     """Keeps a sparsifier's masks while fastai trains on."""
 
     def __init__(self, sparsifier: Sparsifier) -> None:
+        if not isinstance(sparsifier, Sparsifier):
+            got = type(sparsifier).__name__
+            raise TypeError(f"sparsifier must be a Sparsifier, got {got}; after a fit pass its callback's `.sparsifier`")
         super().__init__(sparsifier.hold())
         self.sparsifier = sparsifier
 

@@ -187,9 +187,9 @@ class SparsifyCallback(ParticipantCallback):
 
     def __init__(
         self,
-        sparsity: Sparsity,
+        sparsity: Sparsity | None,
         granularity: Granularity | str,
-        context: Context | str,
+        context: Context | Mapping[str, float] | str,
         criteria: Criterion | Callable[[Tensor], Tensor] | str,
         schedule: Schedule | Callable[[float], float] | str,
         lth: bool = False,
@@ -240,6 +240,9 @@ class HoldCallback(ParticipantCallback):
     """Keeps a sparsifier's masks while Lightning trains on."""
 
     def __init__(self, sparsifier: Sparsifier) -> None:
+        if not isinstance(sparsifier, Sparsifier):
+            got = type(sparsifier).__name__
+            raise TypeError(f"sparsifier must be a Sparsifier, got {got}; after a fit pass its callback's `.sparsifier`")
         super().__init__(sparsifier.hold())
         self.sparsifier = sparsifier
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fasterai.core.checks import check_count
+from fasterai.core.checks import check_count, warn
 from fasterai.core.loop import Fit, Loop, Participant
 
 __all__ = ["Handle", "attach"]
@@ -24,15 +24,15 @@ class Handle:
         self.loop = loop
         self._is_stepping = False
         self._hooks = [
-            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
-            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
         ]
 
-    def _before_step(self) -> None:
+    def _before_step(self, *_: Any) -> None:
         self.loop.before_step()
         self._is_stepping = True
 
-    def _after_step(self) -> None:
+    def _after_step(self, *_: Any) -> None:
         if not self._is_stepping:  # an optimizer that calls its base class's step: torch's hooks have counted that one
             self.loop.step -= 1
         self._is_stepping = False
@@ -74,7 +74,8 @@ def attach(optimizer: torch.optim.Optimizer, *participants: Participant, total_s
         total_steps: How many steps the optimizer will take, at least 1.
 
     Returns:
-        A handle whose `remove()` ends the run.
+        A handle whose `remove()` ends the run. A run that is still attached to the optimizer, as after an interrupted
+        notebook cell, is ended with a warning.
 
     Raises:
         TypeError: `optimizer` is not a torch optimizer, or nothing takes part.
@@ -84,6 +85,16 @@ def attach(optimizer: torch.optim.Optimizer, *participants: Participant, total_s
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r} ({type(optimizer).__name__})")
     if not participants or not all(isinstance(p, Participant) for p in participants):
         raise TypeError(f"participants must be participants in training, such as a Sparsifier, got {participants!r}")
+    _end_earlier_runs(optimizer)
     loop = Loop(participants)
     loop.start(Fit(check_count("total_steps", total_steps), optimizer=optimizer))
     return Handle(optimizer, loop)
+
+
+def _end_earlier_runs(optimizer: torch.optim.Optimizer) -> None:
+    for hook in [*optimizer._optimizer_step_pre_hooks.values()]:
+        earlier = getattr(hook, "__self__", None)
+        if isinstance(earlier, Handle):
+            step, total = earlier.loop.step, earlier.loop.total_steps
+            warn(f"an earlier run was still attached to this optimizer, at step {step} of {total}: it ends here")
+            earlier.remove(completed=False)

@@ -49,9 +49,9 @@ class SparsifySettings:
 
     def __init__(
         self,
-        sparsity: Sparsity,
+        sparsity: Sparsity | None,
         granularity: Granularity | str,
-        context: Context | str,
+        context: Context | Mapping[str, float] | str,
         criteria: Criterion | Callable[[Tensor], Tensor] | str,
         schedule: Schedule | Callable[[float], float] | str,
         *,
@@ -61,6 +61,10 @@ class SparsifySettings:
         save_tickets: bool,
         options: Mapping[str, Any],
     ) -> None:
+        if isinstance(context, Mapping):
+            if sparsity is not None:
+                raise ValueError(f"sparsity must be None where a dict as context gives each target its own, got {sparsity!r}")
+            sparsity, context = context, "local"
         for value in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]:
             check_fraction("sparsity", value)
         from_catalogue("granularity", granularity, granularities)

@@ -128,13 +128,16 @@ def result_table(report: Mapping[str, Any]) -> str:
     for layer in report["layers"]:
         zeros = [_share(layer["zeros"][stage], layer["weights"]) for stage in stages]
         rows.append([layer["name"], f"{layer['weights']:,}", *zeros])
+    targets = [sum(layer["zeros"][stage] for layer in report["layers"]) for stage in stages]
+    size = sum(layer["weights"] for layer in report["layers"])
+    rows.append(["all of these", f"{size:,}", *(_share(zeros, size) for zeros in targets)])
     weights = next(iter(results.values()))["weights"]
     whole = [_share(results[stage]["zeros"], weights) for stage in stages]
     rows.append(["whole network", f"{weights:,}", *whole])
     rows.append(["", "", *stages])
     rows.append(["accuracy", "", *(f"{results[stage]['accuracy']:.2%}" for stage in stages)])
     rows.append(["time", "", *(f"{results[stage]['seconds']:.1f} s" for stage in stages)])
-    return _table(rows, rules=(1, len(rows) - 4, len(rows) - 3, len(rows) - 2))
+    return _table(rows, rules=(1, len(rows) - 5, len(rows) - 3, len(rows) - 2))
 
 
 def _share(zeros: int, weights: int) -> str:

@@ -33,7 +33,7 @@ def check_fraction(name: str, value: object) -> float:
     share = float(value)
     if 0.0 <= share <= 1.0:
         return share
-    repair = f"; pass {share / 100:g} for {share:g} %" if 1.0 < share <= 100.0 else ""
+    repair = f"; pass {share / 100:g} for {share:g} %" if 1.0 < share <= 100.0 and "return" not in name else ""
     raise ValueError(f"{name} must be in [0, 1], got {value!r}{repair}")
 
 

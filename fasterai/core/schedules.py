@@ -7,6 +7,7 @@ To add one: a function `(start, end, position) -> value`, a frozen class that ca
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -330,8 +331,17 @@ lin = Linear()
 dsd = DSD()
 
 
+def _takes_three(function: Callable[..., float]) -> bool:
+    """Whether a function wants `(start, end, pos)`."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some built-in functions do not tell
+        return False
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) == 3
+
+
 def as_schedule(schedule: Schedule | Callable[[float], float] | Sequence[Custom]) -> Schedule:
-    """A schedule from a schedule, a plain function of the position, or a list of schedules with windows.
+    """A schedule from a schedule, a function `(pos)` or `(start, end, pos)`, or a list of schedules with windows.
 
     Raises:
         TypeError: It is none of these.
@@ -342,7 +352,7 @@ def as_schedule(schedule: Schedule | Callable[[float], float] | Sequence[Custom]
         # partial(iterative, n_steps=5), as tutorials have it
         return replace(schedule.func, **schedule.keywords)  # type: ignore[type-var]
     if callable(schedule):
-        return Position(schedule)
+        return Custom(schedule) if _takes_three(schedule) else Position(schedule)  # type: ignore[arg-type]
     if isinstance(schedule, Sequence) and not isinstance(schedule, str):
         return Phases(tuple(schedule))
     raise TypeError(f"schedule must be a schedule, its name, or a function of the position, got {schedule!r}")

@@ -233,6 +233,9 @@ def _select_with_floors(pool: Sequence[Scores], prune: int, mark: Mark, floors: 
     short = {i for i, (keep, floor) in enumerate(zip(keeps, floors, strict=True)) if floor and count_true(keep) < floor}
     if not short:
         return keeps
+    if len(pool) > 1:
+        names = ", ".join(pool[i].name for i in sorted(short)[:5])
+        warn(f"but for min_keep no unit of {names} would stay; a normalizer makes the scores of targets comparable")
     for i in short:
         keeps[i] = _select([pool[i]], pool[i].count - floors[i], mark)[0]
     rest = [i for i in range(len(pool)) if i not in short]

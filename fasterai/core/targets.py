@@ -318,6 +318,8 @@ def find_targets(
 
 
 def _by_name(candidates: Sequence[Target], targets: TargetsLike) -> list[Target]:
+    if isinstance(targets, type):
+        raise TypeError(f"targets must be names, globs or a predicate, got the class {targets.__name__}; pass layer_type=")
     if callable(targets):
         return [t for t in candidates if targets(t.name, t.parameter)]
     patterns = [targets] if isinstance(targets, str) else list(targets)
@@ -336,7 +338,7 @@ def _by_name(candidates: Sequence[Target], targets: TargetsLike) -> list[Target]
 
 
 def _by_type(candidates: Sequence[Target], layer_type: LayerTypes) -> list[Target]:
-    types = (layer_type,) if isinstance(layer_type, type) else tuple(layer_type)
+    types = (layer_type,) if isinstance(layer_type, type | str) else tuple(layer_type)
     for t in types:
         if not (isinstance(t, type) and issubclass(t, nn.Module)):
             raise TypeError(f"layer_type must be module classes, got {t!r}")

@@ -25,14 +25,16 @@ class SlimMultiheadAttention(nn.Module):
         super().__init__()
         if attention.bias_k is not None or attention.add_zero_attn:
             raise ValueError("attention must be without bias_k and add_zero_attn to lose heads")
-        self.embed_dim, self.num_heads, self.head_dim = attention.embed_dim, num_heads, attention.head_dim
-        self.dropout, self.batch_first = attention.dropout, attention.batch_first
-        for name, parameter in attention._parameters.items():
-            self.register_parameter(name, parameter)
+        # Parameters, hooks and whatever a user has put there; the very dicts, so that handles of hooks still remove them.
+        vars(self).update(vars(attention))
+        self.num_heads = num_heads
+        self._qkv_same_embed_dim = False  # nn.TransformerEncoderLayer then leaves its fused kernel alone
+        self.embed_dim: int
+        self.head_dim: int
+        self.dropout: float
+        self.batch_first: bool
         self.in_proj_weight: nn.Parameter | None
         self.in_proj_bias: nn.Parameter | None
-        self.out_proj = attention.out_proj
-        self.train(attention.training)
 
     def forward(
         self,
@@ -60,9 +62,12 @@ class SlimMultiheadAttention(nn.Module):
         Returns:
             The output in the query's layout, and the attention or None.
         """
+        if is_causal and attn_mask is None:
+            raise ValueError("attn_mask must be given with is_causal=True, got None")
         single = query.dim() == 2
         if single:
             query, key, value = (x.unsqueeze(0 if self.batch_first else 1) for x in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         q, k, v = (self._heads(x) for x in self._project(query, key, value))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,21 +22,14 @@ from fasterai.sparse.dataflow import evaluating, undisturbed
 
 __all__ = ["ChannelGraph", "Group", "channel_graph"]
 
-#: Operations that show a weight as it stands, in another shape.
-VIEWS = {
-    "permute",
-    "transpose",
-    "t",
-    "view",
-    "reshape",
-    "flatten",
-    "unflatten",
-    "unsqueeze",
-    "squeeze",
-    "alias",
-    "detach",
-    "to",
-}
+#: Operations that show a weight or parts of it as they stand, in another shape: what is zero in it stays zero.
+VIEWS = frozenset(
+    (
+        *("permute", "transpose", "swapaxes", "swapdims", "t", "mT", "numpy_T", "movedim", "view", "reshape", "flatten"),
+        *("unflatten", "unsqueeze", "squeeze", "expand", "repeat", "alias", "detach", "to", "_to_copy", "clone", "contiguous"),
+        *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "slice", "select", "dropout"),
+    )
+)
 Place = tuple[str, int]  # a parameter's or buffer's name, and one of its dimensions
 
 
@@ -95,7 +89,7 @@ def channel_graph(model: nn.Module, inputs: tuple[Any, ...]) -> ChannelGraph:
 
 
 def _export(model: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
-    with undisturbed(model), evaluating(model), torch.no_grad():
+    with undisturbed(model), evaluating(model), torch.no_grad(), _spelt_out():
         try:
             return torch.export.export(model, inputs, strict=False)
         except Exception as error:
@@ -104,6 +98,17 @@ def _export(model: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
                 f"model must be one that torch.export can read on example_inputs, got {type(error).__name__}: {first}; "
                 "data-dependent branches and shapes have to go, or the part without them can be pruned by itself"
             ) from error
+
+
+@contextmanager
+def _spelt_out() -> Iterator[None]:
+    """Attention in its single operations, not as one of torch's fused inference kernels."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _choose(program: ExportedProgram) -> dict[str, int]:
@@ -153,19 +158,19 @@ def _follow(program: ExportedProgram, choices: dict[str, int]) -> tuple[Trace, d
     values: dict[Any, Any] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            values[node] = _placeholder(trace, node, names.get(node.name), weights)
+            values[node] = _placeholder(trace, node, names.get(node.name), weights, node.name in signature.inputs_to_parameters)
         elif node.op == "output":
             for value in (v for a in node.args[0] if isinstance(v := values.get(a), Value)):
                 trace.labels.pin_all(value.dims, "it is an output of the network")
         else:
             values[node] = _apply(trace, node, values)
-    unread = {name for node_name, name in names.items() if not any(n.users for n in program.graph.nodes if n.name == node_name)}
-    for name in unread & set(weights):
+    read = {plain_name(names[node.name]) for node in program.graph.nodes if node.name in names and node.users}
+    for name in weights.keys() - read:
         trace.labels.pin_all(weights[name].dims, "nothing reads it")
     return trace, weights
 
 
-def _placeholder(trace: Trace, node: Any, name: str | None, weights: dict[str, Value]) -> Any:
+def _placeholder(trace: Trace, node: Any, name: str | None, weights: dict[str, Value], is_parameter: bool) -> Any:
     shown = node.meta.get("val")
     if not isinstance(shown, torch.Tensor):
         return shown
@@ -175,7 +180,7 @@ def _placeholder(trace: Trace, node: Any, name: str | None, weights: dict[str, V
     name = plain_name(name)
     if name not in weights:
         dims: tuple[Dim, ...] = tuple(trace.labels.new(n) if n > 1 else FREE for n in shape)
-        weights[name] = Value(shape, dims, tuple((name, d) for d in range(len(shape))))
+        weights[name] = Value(shape, dims, tuple((name, d) for d in range(len(shape))), is_parameter)
     return weights[name]
 
 
@@ -188,18 +193,33 @@ def _apply(trace: Trace, node: Any, values: Mapping[Any, Any]) -> Any:
     if found is None:
         return unknown(trace, node, *arguments, **keywords)
     result = found(trace, node, *arguments, **keywords)
-    if name in VIEWS and isinstance(result, Value) and arguments[0].is_weight:
-        return replace(result, places=_viewed_places(arguments[0], result))
-    return result
+    shown = arguments[0] if name in VIEWS and isinstance(arguments[0], Value) else None
+    return [_seen(v, shown) for v in result] if isinstance(result, list) else _seen(result, shown)
+
+
+def _seen(result: Any, shown: Value | None) -> Any:
+    """A result with the places of the weight that it shows, and without any if it shows none."""
+    if not isinstance(result, Value):
+        return result
+    places = _viewed_places(shown, result) if shown is not None and shown.is_weight else ()
+    return replace(result, places=places, is_weight=bool(places))
 
 
 def _viewed_places(before: Value, after: Value) -> tuple[Place, ...]:
     """Which dimension of the weight each of a view's is, by the labels it carries; none, unless all labels are found again."""
-    places = {id(dim): place for dim, place in zip(before.dims, before.places, strict=True)}
-    labelled = [dim for dim in after.dims if isinstance(dim, np.ndarray)]
-    if not all(id(dim) in places for dim in labelled):
-        return ()
-    return tuple(places.get(id(dim), before.places[0]) for dim in after.dims)
+    places = []
+    for dim in after.dims:
+        found = [p for p, d in zip(before.places, before.dims, strict=True) if _carries(d, dim)]
+        if not found:
+            return ()
+        places.append(found[0])
+    return tuple(places)
+
+
+def _carries(whole: Dim, part: Dim) -> bool:
+    if not isinstance(part, np.ndarray):
+        return True
+    return isinstance(whole, np.ndarray) and (part is whole or bool(np.isin(part, whole).all()))
 
 
 def _graph(trace: Trace, weights: Mapping[str, Value]) -> ChannelGraph:

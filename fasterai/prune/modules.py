@@ -1,6 +1,6 @@
 """L4. The numbers that modules keep of their own size: what they become when parameters shrink.
 
-To add a module class: a function `(module, old shapes, new shapes) -> attribute -> new value`, registered here.
+To add a module class: a function `(module, old shapes, new shapes, kept indices) -> attribute -> new value`, registered here.
 """
 
 from __future__ import annotations
@@ -11,69 +11,73 @@ from typing import Any
 
 from torch import nn
 
+from fasterai.prune.labels import Array
+
 __all__ = ["new_sizes"]
 
 Shapes = Mapping[str, tuple[int, ...]]
+Kept = Mapping[tuple[str, int], Array]
 #: Numbers of heads, as attention modules call them, and widths of what their projections make.
 HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "num_key_value_heads", "heads")
 WIDTHS = ("all_head_size", "attn_dim", "inner_dim", "embed_dim", "hidden_dim", "split_size", "dim")
 
 
 @singledispatch
-def new_sizes(module: nn.Module, old: Shapes, new: Shapes) -> dict[str, Any]:
+def new_sizes(module: nn.Module, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
     """Attribute -> new value, for a module whose parameters get other shapes.
 
     Args:
         module: The module, still as it was.
         old: Name of a parameter or buffer of its own -> shape.
         new: The same after the surgery.
+        keep: Name and dimension -> the indices that stay, where not all do.
     """
     return {}
 
 
 @new_sizes.register(nn.modules.conv._ConvNd)
-def _(module: nn.modules.conv._ConvNd, old: Shapes, new: Shapes) -> dict[str, Any]:
+def _(module: nn.modules.conv._ConvNd, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
     before, after, groups = old["weight"], new["weight"], module.groups
+    if groups > 1 and ("weight", 0) in keep:  # either whole groups went, or the same indices of each
+        groups = len(set((keep["weight", 0] // (before[0] // groups)).tolist()))
     if module.transposed:
         return {"in_channels": after[0], "out_channels": groups * after[1]}
-    if groups > 1 and before[1] == after[1]:  # whole groups went
-        groups = groups * after[0] // before[0]
     return {"in_channels": groups * after[1], "out_channels": after[0], "groups": groups}
 
 
 @new_sizes.register(nn.Linear)
-def _(module: nn.Linear, old: Shapes, new: Shapes) -> dict[str, Any]:
+def _(module: nn.Linear, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
     return {"in_features": new["weight"][1], "out_features": new["weight"][0]}
 
 
 @new_sizes.register(nn.modules.batchnorm._NormBase)
-def _(module: nn.modules.batchnorm._NormBase, old: Shapes, new: Shapes) -> dict[str, Any]:
+def _(module: nn.modules.batchnorm._NormBase, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
     return {"num_features": next((s[0] for s in new.values() if s), module.num_features)}
 
 
 @new_sizes.register(nn.GroupNorm)
-def _(module: nn.GroupNorm, old: Shapes, new: Shapes) -> dict[str, Any]:
+def _(module: nn.GroupNorm, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
     channels = new["weight"][0]
     return {"num_channels": channels, "num_groups": module.num_groups * channels // old["weight"][0]}
 
 
 @new_sizes.register(nn.LayerNorm)
 @new_sizes.register(nn.RMSNorm)
-def _(module: nn.Module, old: Shapes, new: Shapes) -> dict[str, Any]:
+def _(module: nn.Module, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
     return {"normalized_shape": tuple(new["weight"])}
 
 
 @new_sizes.register(nn.Embedding)
 @new_sizes.register(nn.EmbeddingBag)
-def _(module: nn.Module, old: Shapes, new: Shapes) -> dict[str, Any]:
+def _(module: nn.Module, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
     return {"embedding_dim": new["weight"][1]}
 
 
 @new_sizes.register(nn.PReLU)
-def _(module: nn.PReLU, old: Shapes, new: Shapes) -> dict[str, Any]:
+def _(module: nn.PReLU, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
     return {"num_parameters": new["weight"][0]}
 
 
 @new_sizes.register(nn.RNNBase)
-def _(module: nn.RNNBase, old: Shapes, new: Shapes) -> dict[str, Any]:
+def _(module: nn.RNNBase, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
     return {"input_size": new["weight_ih_l0"][1], "hidden_size": new["weight_hh_l0"][1]}

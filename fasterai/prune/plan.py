@@ -130,7 +130,8 @@ def _sizes(
                 for _ in "12"
             )
             new.update({a: plan.shape_after(n) for a, n in own.items()})
-            for attribute, value in new_sizes(module, old, new).items():
+            keep = {(a, d): plan.keep[n, d] for a, n in own.items() for d in range(len(old[a])) if (n, d) in plan.keep}
+            for attribute, value in new_sizes(module, old, new, keep).items():
                 if getattr(module, attribute) != value:
                     changed.append((name, attribute, getattr(module, attribute), value))
         changed += [(name, *c) for c in _parent_sizes(module, dot, plan, heads)]
@@ -159,9 +160,9 @@ def _parent_sizes(
         before, after = heads[weight]
         old, new = plan.shapes[weight][0], plan.shape_after(weight)[0]
         for attribute in HEADS:
-            if getattr(module, attribute, None) == before:
+            if vars(module).get(attribute) == before:
                 changed[attribute] = (attribute, before, after)
         for attribute in WIDTHS:
-            if getattr(module, attribute, None) == old:
+            if vars(module).get(attribute) == old:
                 changed[attribute] = (attribute, old, new)
     return list(changed.values())

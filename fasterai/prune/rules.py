@@ -8,7 +8,7 @@ the arguments come as `Value`s. An operation without a rule pins all that it rea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,19 +28,16 @@ class Value:
         dims: For each dimension labels, `FIXED` or `FREE`.
         places: For a parameter or buffer as it stands, or a view of it, which of its dimensions each dimension is, as
             (name, dimension); empty for all others.
+        is_weight: Whether it is a parameter, or a view of one. A buffer is not: masks leave it alone.
     """
 
     shape: tuple[int, ...]
     dims: tuple[Dim, ...]
     places: tuple[tuple[str, int], ...] = ()
+    is_weight: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.shape) == len(self.dims)
-
-    @property
-    def is_weight(self) -> bool:
-        """Whether it is a parameter or buffer."""
-        return bool(self.places)
 
 
 class Trace:
@@ -66,6 +63,11 @@ class Trace:
         """Which of several ways an operation takes."""
         self.options[kind] = ways
         return self.choices.get(kind, 0)
+
+    def reads(self, weight: Value, d: int) -> None:
+        """A weight multiplies what a channel carries along its dimension `d`, and hands on something else."""
+        if weight.places and is_labelled(weight.dims[d]):
+            self.readers.add(weight.places[d])
 
 
 Rule = Callable[..., Any]
@@ -112,14 +114,14 @@ def broadcast(trace: Trace, name: str, values: Iterable[Value], shape: tuple[int
     *("clamp", "clamp_min", "clamp_max", "floor", "ceil", "round", "trunc", "masked_fill", "eq", "ne", "gt", "ge", "lt", "le"),
     *("logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not", "isnan", "isinf", "nan_to_num"),
     *("dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach", "to", "_to_copy", "type_as"),
-    *("float", "half", "bfloat16", "lift_fresh_copy", "copy", "fill", "zero", "identity"),
+    *("float", "half", "bfloat16", "lift_fresh_copy", "copy", "fill", "zero"),
 )
 def elementwise(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Value:
     values = [a for a in (*arguments, *keywords.values()) if isinstance(a, Value)]
     return broadcast(trace, node.name, values, _shape(node))
 
 
-@rule("zeros", "ones", "full", "empty", "arange", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
+@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 def created(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Value:
     shape = _shape(node)
     return Value(shape, (FREE,) * len(shape))
@@ -150,10 +152,10 @@ def _read(trace: Trace, a: Value, i: int, b: Value, j: int, name: str) -> None:
     """A contraction of dimension `i` of one with `j` of the other: exact to cut only where one of them is a weight."""
     joined = trace.labels.join(a.dims[i], b.dims[j], f"{name} reads a dimension of fixed size")
     if not (a.is_weight or b.is_weight):
-        trace.labels.pin(joined, f"{name} sums over it with two activations")
+        trace.labels.pin(joined, f"{name} sums over it with no parameter")
     for value, dim in ((a, i), (b, j)):
         if value.is_weight:
-            trace.readers.add(value.places[dim])
+            trace.reads(value, dim)
 
 
 @rule("conv1d", "conv2d", "conv3d", "convolution")
@@ -161,6 +163,8 @@ def convolution(
     trace: Trace, node: Any, x: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: Any = 0, *rest: Any,
     groups: int | None = None, **keywords: Any,
 ) -> Value:  # fmt: skip
+    if "aten.convolution" in str(node.target) and rest[1]:
+        return transposed_convolution(trace, node, x, weight, bias, stride, padding, rest[2], rest[3])
     if groups is None:
         groups = rest[-1] if len(rest) > 1 else 1
     return _convolve(trace, node, x, weight, bias, groups, read=1, out=0)
@@ -180,10 +184,11 @@ def _convolve(
     labels, name = trace.labels, node.name
     channel = len(x.dims) - len(weight.dims) + 1  # 1, or 0 without a batch
     labels.pin_all(weight.dims[2:], f"{name}'s kernel size")
-    if not weight.is_weight:
-        labels.pin_all([x.dims[channel], *weight.dims], f"{name}'s weight is worked out")
-    elif groups == 1 or weight.shape[read] > 1:
-        trace.readers.add(weight.places[read])
+    labels.pin_all(x.dims[channel + 1 :], f"{name} runs over it")
+    if groups == 1 or x.shape[channel] > groups:  # not depthwise: it sums over channels
+        trace.reads(weight, read)
+        if not weight.is_weight:
+            labels.pin_all([x.dims[channel], weight.dims[read]], f"{name}'s weight is worked out, or a buffer")
     if groups == 1:
         labels.join(x.dims[channel], weight.dims[read], f"{name} reads a dimension of fixed size")
         produced = weight.dims[out]
@@ -201,8 +206,10 @@ def _grouped(trace: Trace, name: str, x: Dim, weight: Value, groups: int) -> Dim
     """The same index in every group goes, or whole groups go; depthwise, where a group reads one channel, the latter."""
     labels, read, out = trace.labels, weight.dims[1], weight.dims[0]
     if not isinstance(x, np.ndarray) or not isinstance(out, np.ndarray):
-        labels.pin_all([x, read, out], f"{name} reads a dimension of fixed size")
-        return FIXED
+        labels.pin_all([x, read], f"{name} reads a dimension of fixed size")
+        if isinstance(out, np.ndarray):
+            labels.unify(out.reshape(groups, -1).T)
+        return out
     inputs, outputs = x.reshape(groups, -1), out.reshape(groups, -1)
     if inputs.shape[1] == 1 or trace.choose(f"groups {inputs.shape} to {outputs.shape}", 2) == 1:
         labels.pin(read, f"{name} keeps the width of its groups")
@@ -214,20 +221,23 @@ def _grouped(trace: Trace, name: str, x: Dim, weight: Value, groups: int) -> Dim
 
 
 def _grouped_transposed(trace: Trace, name: str, x: Dim, weight: Value, groups: int) -> Dim:
-    """The weight is (C, O/G): its second dimension serves every group, so the same index goes in every group."""
+    """The weight is (C, O/G): its second dimension serves every group. The same ways as without transposing."""
     labels = trace.labels
     read, out = weight.dims[:2]
-    if not isinstance(x, np.ndarray) or not isinstance(out, np.ndarray):
-        labels.pin_all([x, read, out], f"{name} is grouped and transposed")
-        return FIXED
-    labels.join(x, read, name)
-    labels.unify(x.reshape(groups, -1).T)
-    return np.tile(out, groups)
+    labels.join(x, read, f"{name} reads a dimension of fixed size")
+    if not isinstance(x, np.ndarray):
+        return np.tile(out, groups) if isinstance(out, np.ndarray) else FIXED
+    inputs = x.reshape(groups, -1)
+    if inputs.shape[1] == 1 or trace.choose(f"transposed groups {inputs.shape} to {weight.shape[1]}", 2) == 1:
+        labels.pin(out, f"{name} keeps the width of its groups")
+        return np.repeat(labels.unify(inputs), weight.shape[1])
+    labels.unify(inputs.T)
+    return np.tile(out, groups) if isinstance(out, np.ndarray) else FIXED
 
 
 @rule("embedding")
 def embedding(trace: Trace, node: Any, weight: Value, indices: Value, *rest: Any, **keywords: Any) -> Value:
-    trace.labels.pin(weight.dims[0], f"{node.name} is asked by index")
+    trace.labels.pin_all([weight.dims[0], *indices.dims], f"{node.name} is asked by index")
     return Value(_shape(node), (*_fixed(indices.shape), weight.dims[1]))
 
 
@@ -253,12 +263,17 @@ def einsum(trace: Trace, node: Any, equation: str, operands: Sequence[Value], **
     inputs, _, output = equation.replace(" ", "").partition("->")
     if "." in equation or not output:
         return _unknown_tensor(trace, node, *operands)
+    terms = list(zip(inputs.split(","), operands, strict=True))
+    if any(n == 1 for _, value in terms for n in value.shape) or any(len(set(letters)) < len(letters) for letters, _ in terms):
+        return _unknown_tensor(trace, node, *operands)  # may repeat a dimension, or take a diagonal
     carried: dict[str, Dim] = {}
     weighed: dict[str, bool] = {}
-    for letters, value in zip(inputs.split(","), operands, strict=True):
-        for letter, dim in zip(letters, value.dims, strict=True):
+    for letters, value in terms:
+        for d, (letter, dim) in enumerate(zip(letters, value.dims, strict=True)):
             carried[letter] = trace.labels.join(carried.get(letter, FREE), dim, f"{node.name} meets a dimension of fixed size")
             weighed[letter] = weighed.get(letter, False) or value.is_weight
+            if value.is_weight and letter not in output:
+                trace.reads(value, d)
     for letter, dim in carried.items():
         if letter not in output and not weighed[letter]:
             trace.labels.pin(dim, f"{node.name} sums over it with activations only")
@@ -271,6 +286,7 @@ def einsum(trace: Trace, node: Any, equation: str, operands: Sequence[Value], **
 @rule("batch_norm", "instance_norm")
 def batch_norm(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any) -> Value:
     channel = x.dims[1]
+    trace.labels.pin_all([x.dims[0], *x.dims[2:]], f"{node.name} averages over it")
     for value in (*arguments, *keywords.values()):
         if isinstance(value, Value):
             channel = trace.labels.join(channel, value.dims[0], f"{node.name} reads a dimension of fixed size")
@@ -291,6 +307,7 @@ def layer_norm(trace: Trace, node: Any, x: Value, shape: Sequence[int], *argumen
 @rule("group_norm")
 def group_norm(trace: Trace, node: Any, x: Value, groups: int, *arguments: Any, **keywords: Any) -> Value:
     channel = x.dims[1]
+    trace.labels.pin_all(x.dims[2:], f"{node.name} averages over it")
     for value in (*arguments, *keywords.values()):
         if isinstance(value, Value):
             channel = trace.labels.join(channel, value.dims[0], f"{node.name} reads a dimension of fixed size")
@@ -302,14 +319,11 @@ def group_norm(trace: Trace, node: Any, x: Value, groups: int, *arguments: Any, 
 # --- what consumes a dimension without weights -------------------------------------------------------
 
 
-@rule("softmax", "log_softmax", "_softmax", "cumsum", "sort", "topk", "argmax", "argmin", "flip")
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "argmax", "argmin")
 def along_one(trace: Trace, node: Any, x: Value, dim: int = -1, *rest: Any, **keywords: Any) -> Any:
     if not isinstance(dim, int):
         return unknown(trace, node, x)
     trace.labels.pin(x.dims[dim], f"{node.name} mixes it")
-    values = node.meta["val"]
-    if isinstance(values, list | tuple):
-        return unknown(trace, node, x)
     shape = _shape(node)
     return x if shape == x.shape else Value(shape, _without(x.dims, [dim], len(shape)))
 
@@ -317,14 +331,43 @@ def along_one(trace: Trace, node: Any, x: Value, dim: int = -1, *rest: Any, **ke
 @rule("mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "norm", "logsumexp", "prod", "any", "all")
 def reduction(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any) -> Value:
     shape = _shape(node)
-    given = keywords.get("dim", next((a for a in arguments if isinstance(a, list | tuple)), None))
-    if given is None:
-        given = next((a for a in arguments if isinstance(a, int) and not isinstance(a, bool)), None)
+    given = _argument(node, "dim", arguments, keywords)
     dims = range(len(x.shape)) if given is None or given == [] else [given] if isinstance(given, int) else given
     dims = [d % len(x.shape) for d in dims]
     for d in dims:
         trace.labels.pin(x.dims[d], f"{node.name} takes one number of it")
     return Value(shape, _without(x.dims, dims, len(shape)))
+
+
+def _argument(node: Any, name: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
+    """An argument after the first, by its name in the operation's schema."""
+    names = [a.name for a in node.target._schema.arguments][1:]
+    return {**dict(zip(names, arguments, strict=False)), **keywords}.get(name)
+
+
+@rule("max", "min", "median", "mode", "sort", "topk", "kthvalue", "aminmax", "var_mean", "std_mean", "cummax", "cummin")
+def extremes(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any) -> Any:
+    """The largest of two tensors, of all, or along a dimension."""
+    if arguments and isinstance(arguments[0], Value):
+        return elementwise(trace, node, x, *arguments, **keywords)
+    if not isinstance(node.meta["val"], list | tuple):
+        return reduction(trace, node, x, *arguments, **keywords)
+    given = _argument(node, "dim", arguments, keywords)
+    if given is None:
+        return unknown(trace, node, x)
+    gone = [d % len(x.shape) for d in ([given] if isinstance(given, int) else given)]
+    for d in gone:
+        trace.labels.pin(x.dims[d], f"{node.name} takes some of it")
+    fixed = [FIXED if i in gone else d for i, d in enumerate(x.dims)]
+    shapes = [tuple(int(n) for n in value.shape) for value in node.meta["val"]]
+    return [Value(s, tuple(fixed) if len(s) == len(fixed) else _without(x.dims, gone, len(s))) for s in shapes]
+
+
+@rule("flip")
+def flip(trace: Trace, node: Any, x: Value, dims: Sequence[int]) -> Value:
+    for d in dims:
+        trace.labels.pin(x.dims[d], f"{node.name} turns it round")
+    return x
 
 
 def _without(dims: Sequence[Dim], gone: Sequence[int], length: int) -> tuple[Dim, ...]:
@@ -343,10 +386,12 @@ def attention(
     labels.pin_all([q.dims[-1], k.dims[-1]], f"{name}'s scale depends on the width of a head")
     labels.pin_all([q.dims[-2], k.dims[-2], v.dims[-2]], f"{name} runs over it")
     batch = q.shape[:-2]
+    mask = mask if mask is not None else keywords.get("attn_mask")
     heads = [Value(x.shape[:-2], x.dims[:-2]) for x in (q, k, v)]
     if keywords.get("enable_gqa") and q.shape[-3] != k.shape[-3]:
         heads = [heads[0], *(_repeat_heads(trace, x, q.shape[-3]) for x in heads[1:])]
     if mask is not None:
+        labels.pin_all(mask.dims[-2:], f"{name} runs over it")
         heads.append(Value(mask.shape[:-2], mask.dims[:-2]))
     return Value(_shape(node), (*broadcast(trace, name, heads, batch).dims, q.dims[-2], v.dims[-1]))
 
@@ -369,12 +414,12 @@ def _repeat_heads(trace: Trace, x: Value, heads: int) -> Value:
     *("_upsample_nearest_exact2d", "max_pool2d_with_indices", "reflection_pad2d", "replication_pad2d", "reflection_pad1d"),
 )
 def spatial(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any) -> Any:
+    kept = len(x.shape) - int(next(c for c in str(node.target) if c in "123"))
+    trace.labels.pin_all(x.dims[kept:], f"{node.name} runs over it")
     values = node.meta["val"]
-    if isinstance(values, list | tuple):
-        return [Value(tuple(v.shape), (*x.dims[:2], *_fixed(v.shape[2:]))) for v in values]
-    shape = _shape(node)
-    kept = len(shape) - {"1": 1, "2": 2, "3": 3}.get(next((c for c in str(node.target) if c in "123"), "2"), 2)
-    return Value(shape, (*x.dims[:kept], *_fixed(shape[kept:])))
+    shapes = [tuple(int(n) for n in v.shape) for v in (values if isinstance(values, list | tuple) else [values])]
+    results = [Value(shape, (*x.dims[:kept], *_fixed(shape[kept:]))) for shape in shapes]
+    return results if isinstance(values, list | tuple) else results[0]
 
 
 @rule("pad", "constant_pad_nd")
@@ -391,6 +436,7 @@ def pad(trace: Trace, node: Any, x: Value, padding: Sequence[int], *rest: Any, *
 @rule("pixel_shuffle")
 def pixel_shuffle(trace: Trace, node: Any, x: Value, factor: int) -> Value:
     shape, channel = _shape(node), x.dims[-3]
+    trace.labels.pin_all(x.dims[-2:], f"{node.name} runs over it")
     if isinstance(channel, np.ndarray):
         channel = trace.labels.unify(channel.reshape(-1, factor * factor))
     return Value(shape, (*x.dims[:-3], channel, FIXED, FIXED))
@@ -399,9 +445,18 @@ def pixel_shuffle(trace: Trace, node: Any, x: Value, factor: int) -> Value:
 @rule("pixel_unshuffle")
 def pixel_unshuffle(trace: Trace, node: Any, x: Value, factor: int) -> Value:
     shape, channel = _shape(node), x.dims[-3]
+    trace.labels.pin_all(x.dims[-2:], f"{node.name} runs over it")
     if isinstance(channel, np.ndarray):
         channel = np.repeat(channel, factor * factor)
     return Value(shape, (*x.dims[:-3], channel, FIXED, FIXED))
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(trace: Trace, node: Any, x: Value, groups: int) -> Value:
+    channel = x.dims[-3]
+    if isinstance(channel, np.ndarray):
+        channel = np.repeat(trace.labels.unify(channel.reshape(groups, -1).T), groups)
+    return Value(x.shape, (*x.dims[:-3], channel, *x.dims[-2:]))
 
 
 # --- moving dimensions -------------------------------------------------------------------------------
@@ -420,8 +475,10 @@ def transpose(trace: Trace, node: Any, x: Value, a: int, b: int) -> Value:
 
 
 @rule("t", "numpy_T", "mT")
-def transpose_last(trace: Trace, node: Any, x: Value) -> Value:
-    return transpose(trace, node, x, -1, -2) if len(x.dims) > 1 else x
+def transposed(trace: Trace, node: Any, x: Value) -> Value:
+    if "mT" in str(node.target):
+        return transpose(trace, node, x, -1, -2)
+    return Value(_shape(node), x.dims[::-1])
 
 
 @rule("movedim")
@@ -569,6 +626,8 @@ def select(trace: Trace, node: Any, x: Value, dim: int, index: int) -> Value:
 @rule("index")
 def index(trace: Trace, node: Any, x: Value, indices: Sequence[Value | None]) -> Value:
     indexed = [i for i, at in enumerate(indices) if at is not None]
+    for at in _values(indices):
+        trace.labels.pin_all(at.dims, f"{node.name} takes its values for indices")
     trace.labels.pin_all([x.dims[i] for i in indexed], f"{node.name} asks it by index")
     shape = _shape(node)
     if indexed != list(range(indexed[0], indexed[-1] + 1)):
@@ -589,6 +648,8 @@ def glu(trace: Trace, node: Any, x: Value, dim: int = -1) -> Value:
 @rule("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as")
 def reshape(trace: Trace, node: Any, x: Value, *rest: Any, **keywords: Any) -> Value:
     shape = _shape(node)
+    if math.prod(shape) != math.prod(x.shape):
+        return _unknown_tensor(trace, node, x)  # in another type
     dims: list[Dim] = []
     for number, (before, after) in enumerate(_matching(x.shape, shape)):
         flat = _merge(trace, node.name, [x.dims[i] for i in before], [x.shape[i] for i in before])
@@ -656,24 +717,25 @@ def _split(trace: Trace, name: str, flat: Dim, sizes: Sequence[int]) -> list[Dim
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
 def recurrent(
     trace: Trace, node: Any, x: Value, states: Any, weights: Sequence[Value], has_biases: bool, layers: int, dropout: float,
-    train: bool, bidirectional: bool, batch_first: bool,
+    train: bool, bidirectional: bool, batch_first: bool | None = None,
 ) -> Any:  # fmt: skip
     labels, name = trace.labels, node.name
     directions, per_cell = 2 if bidirectional else 1, 4 if has_biases else 2
-    if len(weights) != layers * directions * per_cell:
-        return unknown(trace, node, x, *weights)
-    for state in states if isinstance(states, list | tuple) else [states]:
-        labels.pin_all([d for d in state.dims if d is not FREE], f"{name} is given its states")
-    given = any(d is FIXED for state in (states if isinstance(states, list | tuple) else [states]) for d in state.dims[-1:])
+    if batch_first is None or len(weights) != layers * directions * per_cell:  # packed sequences, projections
+        return unknown(trace, node, x, states, weights, has_biases)
+    given = states if isinstance(states, list | tuple) else [states]
+    for state in given:
+        labels.pin_all(state.dims[:-1], f"{name} runs over it")
+    labels.pin_all(x.dims[:-1], f"{name} runs over it")
     read: Dim = x.dims[-1]
     cells = [weights[i : i + per_cell] for i in range(0, len(weights), per_cell)]
     for layer in range(layers):
-        hidden = [_cell(trace, name, read, cell, given) for cell in cells[layer * directions : (layer + 1) * directions]]
+        hidden = [_cell(trace, name, read, cell) for cell in cells[layer * directions : (layer + 1) * directions]]
         # One hidden size for all: the same index goes in both directions, and in every layer, as the module has one number.
         read = hidden[0] if len(hidden) == 1 else np.concatenate(hidden)
     first = [_hidden(cell) for cell in cells]
-    for other in first[1:]:
-        labels.join(first[0], other, name)
+    for other in [*first[1:], *(state.dims[-1] for state in given)]:
+        labels.join(first[0], other, f"{name} is given its states")
     values = [tuple(int(n) for n in v.shape) for v in node.meta["val"]]
     outputs = [Value(values[0], (*x.dims[:-1], read))]
     return outputs + [Value(s, (FIXED, FIXED, first[0])) for s in values[1:]]
@@ -685,17 +747,16 @@ def _hidden(cell: Sequence[Value]) -> Array:
     return dim
 
 
-def _cell(trace: Trace, name: str, read: Dim, cell: Sequence[Value], given: bool) -> Array:
+def _cell(trace: Trace, name: str, read: Dim, cell: Sequence[Value]) -> Array:
     labels = trace.labels
     labels.join(read, cell[0].dims[1], f"{name} reads a dimension of fixed size")
-    trace.readers.update((cell[0].places[1], cell[1].places[1]))
+    trace.reads(cell[0], 1)
+    trace.reads(cell[1], 1)
     hidden = _hidden(cell)
     for value in cell:
         rows = value.dims[0]
         if isinstance(rows, np.ndarray):
             labels.join(labels.unify(rows.reshape(-1, hidden.size).T), hidden, name)
-    if given:
-        labels.pin(hidden, f"{name} is given its states")
     return hidden
 
 

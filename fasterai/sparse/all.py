@@ -13,4 +13,11 @@ __all__ = [*_core.__all__, "LotteryTicket", "Sparsifier", "attach"]
 if importlib.util.find_spec("fastai") is not None:
     from fasterai.callbacks.fastai import HoldCallback, ParticipantCallback, SparsifyCallback
 
-    __all__ += ["HoldCallback", "ParticipantCallback", "SparsifyCallback"]
+else:
+    from fasterai.callbacks.missing import (  # type: ignore[assignment]
+        HoldCallback,
+        ParticipantCallback,
+        SparsifyCallback,
+    )
+
+__all__ += ["HoldCallback", "ParticipantCallback", "SparsifyCallback"]

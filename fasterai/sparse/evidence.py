@@ -108,7 +108,9 @@ def hessian_gradients(model: nn.Module, targets: Sequence[Target], source: Sourc
 
 def synaptic_flow(model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, Tensor]:
     """dR/d|w| for R = the sum of the outputs of the network of absolute values on ones, in float64 (Tanaka et al. 2020)."""
-    inputs = source.inputs or (source.batches("example inputs")[0].inputs)
+    if source.inputs is None and source.data is None and source.batch is None:
+        raise ValueError("example_inputs must be given for synflow, which feeds ones of their shape")
+    inputs = source.inputs or source.batches("example inputs")[0].inputs
     if not all(isinstance(x, Tensor) and x.is_floating_point() for x in inputs):
         raise ValueError("example_inputs must be tensors of floats for synflow, which feeds ones of their shape")
     model = unwrap(model)

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from fasterai.core.loop import Participant
+from fasterai.core.loop import Fit, Participant
+from fasterai.sparse.keeper import Keeper
 
 __all__ = ["Hold"]
 
 
 class Hold(Participant):
-    """A participant that applies masks after every step and does nothing else."""
+    """A participant that applies a keeper's masks after every step and does nothing else."""
 
-    def __init__(self, apply_masks: Callable[[], None]) -> None:
-        self.apply_masks = apply_masks
+    def __init__(self, keeper: Keeper) -> None:
+        self.keeper = keeper
+
+    def on_fit_start(self, fit: Fit) -> None:
+        """Take up a run.
+
+        Raises:
+            ValueError: The run trains another model.
+        """
+        self.keeper.check_trained(fit)
 
     def after_step(self, position: float) -> None:
         """Apply the masks."""
-        self.apply_masks()
+        self.keeper.apply_()
 
     def on_fit_end(self, completed: bool) -> None:
         """Apply the masks once more, in case a step was interrupted."""
-        self.apply_masks()
+        self.keeper.apply_()

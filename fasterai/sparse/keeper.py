@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.core.granularities import Granularity
+from fasterai.core.loop import Fit
 from fasterai.core.masks import apply_masks_, like
 from fasterai.core.selection import count_true
 from fasterai.core.targets import Selection, unwrap
@@ -66,6 +67,19 @@ class Keeper:
         self.selection = without_outputs(self.selection, self.granularity, flow)
         self._partners = find_partners(self.model, self.selection, self.granularity, flow)
 
+    def check_trained(self, fit: Fit) -> None:
+        """Refuse a run whose optimizer trains another model.
+
+        Raises:
+            ValueError: No target is among the optimizer's parameters.
+        """
+        trained = {id(p) for group in getattr(fit.optimizer, "param_groups", ()) for p in group["params"]}
+        if trained and not any(id(t.parameter) in trained for t in self.targets):
+            raise ValueError(
+                f"optimizer must train the sparsifier's model, got one that holds none of its targets ({self.targets[0].name}, "
+                "...): make the optimizer anew after the model"
+            )
+
     def units(self, target: Target) -> int:
         """How many units a target has."""
         return math.prod(self.granularity.unit_shape(target.layout))
@@ -110,18 +124,19 @@ class Keeper:
                 old = before.get(partner.target)
                 yield partner, torch.ones_like(new) if old is None else kept_outputs(old, by_name[partner.target]), new
 
-    @torch.no_grad()
     def forget_stale(self) -> bool:
         """Drop masks that the weights no longer obey: others were loaded, or they trained without being held."""
-        stale = []
-        for target in self.targets:
-            keep = self.keep.get(target.name)
-            if keep is not None:
-                view = target.parameter.detach().view(target.layout.shape)
-                if bool((view.ne(0) & ~self.granularity.expand(keep, target.layout)).any()):
-                    stale.append(target.name)
+        stale = [t.name for t in self.targets if self._disobeying(t)]
         self.keep = {n: k for n, k in self.keep.items() if n not in stale}
         return bool(stale)
+
+    def _disobeying(self, target: Target) -> int:
+        """How many masked weights of a target are not zero."""
+        keep = self.keep.get(target.name)
+        if keep is None:
+            return 0
+        view = target.parameter.detach().view(target.layout.shape)
+        return count_true(view.ne(0) & ~self.granularity.expand(keep, target.layout))
 
     # --- what is held ------------------------------------------------------------------------------------------------
 
@@ -163,7 +178,8 @@ class Keeper:
         for t in self.targets:
             weight = t.parameter.detach()
             zeros = weight.numel() - int(torch.count_nonzero(weight))
-            rows.append(Row(t.name, tuple(weight.shape), self.units(t), self._pruned(t), weight.numel(), zeros))
+            counts = (self.units(t), self._pruned(t), weight.numel(), zeros, self._masked_weights(t), self._disobeying(t))
+            rows.append(Row(t.name, tuple(weight.shape), *counts))
         active = {t.name for t in self.active}
         left_out = {**self.selection.left_out, **{t.name: "frozen" for t in self.targets if t.name not in active}}
         parameters = [p.detach() for p in unwrap(self.model).parameters()]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fasterai.core.checks import warn
 from fasterai.core.granularities import Granularity
 from fasterai.core.targets import Selection, unwrap, walk_parameters
 from fasterai.core.types import Target
@@ -71,6 +72,9 @@ def without_outputs(selection: Selection, granularity: Granularity, flow: Flow) 
         if t.name in flow.outputs and t.name not in selection.named and granularity.drops_outputs(t.layout)
     }
     if len(drop) == len(selection.targets):
+        if drop:
+            names = ", ".join(sorted(drop))
+            warn(f"every target makes the model's output ({names}), so that outputs go silent; name others with targets=")
         return selection
     kept = tuple(t for t in selection.targets if t.name not in drop)
     reasons = dict.fromkeys(sorted(drop), "it makes the model's output")

@@ -27,6 +27,8 @@ class Reached(Mapping[str, float]):
     per_target: Mapping[str, float]
 
     def __getitem__(self, name: str) -> float:
+        if name not in self.per_target:
+            raise KeyError(f"{name!r} is no target; the targets are {', '.join(self.per_target)}")
         return self.per_target[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -53,6 +55,8 @@ class Row:
         pruned: How many of them the masks prune.
         weights: How many weights it has.
         zeros: How many of them are zero now, counted in the weights.
+        masked: How many of them the masks set to zero.
+        disobeying: How many of the masked ones are not zero now.
     """
 
     name: str
@@ -61,6 +65,8 @@ class Row:
     pruned: int
     weights: int
     zeros: int
+    masked: int = 0
+    disobeying: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -109,6 +115,12 @@ class SparsityReport:
         lines.insert(1, "-" * len(lines[0]))
         lines.insert(-2, lines[1])
         lines += [f"left out: {name} ({why})" for name, why in self.left_out.items()]
+        loose, masked = sum(r.disobeying for r in self.rows), sum(r.masked for r in self.rows)
+        if loose:
+            lines.append(
+                f"{loose:,} of {masked:,} masked weights are not zero: others were loaded, or they trained without the masks "
+                "being held; the sparsity above is that of the masks, not of the model."
+            )
         lines.append("Masked weights are zero; a mask alone makes a network neither smaller nor faster.")
         return "\n".join(line.rstrip() for line in lines)
 

@@ -89,6 +89,10 @@ class Sparsifier(Participant):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
+        if isinstance(data, tuple | Tensor):
+            raise TypeError(f"data must be a list or loader of batches, got a {type(data).__name__}; pass data=[(x, y)]")
+        if isinstance(loss, type):
+            raise TypeError(f"loss must be a function (output, target), got the class {loss.__name__}; pass {loss.__name__}()")
         self.granularity = _granularity(granularity)
         if isinstance(context, Mapping):
             if sparsity is not None:
@@ -200,6 +204,8 @@ class Sparsifier(Participant):
         Raises:
             ValueError: `m` holds no target, or the sparsity is out of range.
         """
+        if not isinstance(m, nn.Module):
+            raise TypeError(f"m must be a module of the model, got {m!r}; for names pass sparsify_model a dict")
         targets = [t for t in self.targets if any(t.module is inner for inner in m.modules())]
         if not targets:
             raise ValueError(
@@ -274,6 +280,7 @@ class Sparsifier(Participant):
         """
         if self._plan is None:
             raise ValueError("sparsity must be given to the Sparsifier to train with it")
+        self._keeper.check_trained(fit)
         if self._keeper.flow is None and fit.batch is not None and self._drops_outputs:
             self._watch_batch(fit.model or self.model, fit.batch)
         self._scorer.begin(fit.loss)
@@ -310,7 +317,7 @@ class Sparsifier(Participant):
         targets = self._keeper.active
         counts = {t.name: self._keeper.units(t) for t in targets}
         asked = (*context.asked(counts, sparsity * share), *counts)
-        if asked != self._pace.asked and targets:
+        if targets and (asked != self._pace.asked or position >= 1):
             # A run that starts below what is pruned already waits until its schedule has passed it, or begins to fall.
             self._move(self._plan, share, targets, may_fall=share < self._pace.share or position >= 1)
         self._pace.asked, self._pace.share = asked, share
@@ -342,7 +349,7 @@ class Sparsifier(Participant):
             A handle whose `remove()` ends it; without an optimizer a participant for any loop's callback.
         """
         if optimizer is None:
-            return Hold(self.apply_masks)
+            return Hold(self._keeper)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; in fastai and Lightning pass "

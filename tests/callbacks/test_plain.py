@@ -417,3 +417,14 @@ def test_accumulation_and_a_closure_need_nothing():
         optimizer.step(closure)
         optimizer.step(closure)
     assert zeros(model) == [30, 20]
+
+
+def test_a_run_that_is_still_attached_ends_when_another_begins():
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    first = attach(optimizer, Sparsifier(model, "weight", sparsity=0.5), total_steps=10)
+    optimizer.step()
+    with pytest.warns(UserWarning, match="an earlier run was still attached to this optimizer, at step 1 of 10"):
+        attach(optimizer, Sparsifier(model, "weight", sparsity=0.5), total_steps=1)
+    optimizer.step()
+    assert not first.loop.running

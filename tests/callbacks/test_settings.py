@@ -130,3 +130,13 @@ def test_arguments_are_kept_unchanged():
     )
     ours.participants(nn.Sequential(nn.Linear(4, 4)))
     assert ours.options["sparsity"] is shares and shares == {"0": 0.5}
+
+
+def test_a_dict_as_context_gives_the_sparsities():
+    ticket = {"lth": False, "rewind_epoch": 0, "reset_end": False, "save_tickets": False, "options": {}}
+    found = SparsifySettings(None, "weight", {"0": 0.25}, "large_final", "lin", **ticket)
+    (sparsifier,) = found.participants(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    sparsifier.sparsify_model()
+    assert dict(sparsifier.sparsity) == {"0.weight": 0.25, "1.weight": 0.0}
+    with pytest.raises(ValueError, match=r"sparsity must be None where a dict as context gives each target its own, got 0\.5"):
+        SparsifySettings(0.5, "weight", {"0": 0.25}, "large_final", "lin", **ticket)

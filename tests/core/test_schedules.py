@@ -316,3 +316,13 @@ def test_plot_refuses_percent_and_single_points():
         schedules.agp.plot(50)
     with pytest.raises(ValueError, match="num_points must be at least 2, got 1"):
         schedules.agp.plot(num_points=1)
+
+
+def test_a_function_of_start_end_and_position_is_a_schedule_too():
+    assert as_schedule(sched_agp)(0.5) == 0.875
+    assert as_schedule(lambda start, end, pos: start + pos * (end - start))(0.25) == 0.25
+
+
+def test_what_a_schedule_returns_is_never_taken_for_a_percentage():
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], got 1\.2$"):
+        as_schedule(lambda pos: 1.2)(0.5)

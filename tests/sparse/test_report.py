@@ -47,6 +47,8 @@ def test_the_report_is_plain_data():
         "pruned": 5,
         "weights": 32,
         "zeros": 20,
+        "masked": 0,
+        "disobeying": 0,
     }
     assert (found["granularity"], found["left_out"], found["parameters"], found["zeros"]) == (
         "filter",

@@ -1116,7 +1116,7 @@ BAD_ARGUMENTS = [
     ({"targets": "stem"}, ValueError, r"targets must be .*, got 'stem'"),
     ({"targets": lambda n, p: False}, ValueError, r"no targets found in Sequential"),
     ({"layer_type": nn.Conv3d}, ValueError, r"layer_type must match a layer of the model, got Conv3d; it has .*Conv2d"),
-    ({"layer_type": "Conv2d"}, TypeError, r"layer_type must be module classes, got 'C'"),
+    ({"layer_type": "Conv2d"}, TypeError, r"layer_type must be module classes, got 'Conv2d'"),
     ({"example_inputs": torch.ones(3)}, ValueError, r"example_inputs must be arguments that the model runs on"),
     ({"context": {"0": 0.5}, "sparsity": 0.5}, ValueError, r"sparsity must be given once"),
     (
@@ -1150,7 +1150,7 @@ def test_a_model_without_targets_is_an_error():
         ("taylor", r"criteria needs gradients, and 0\.weight has none: they exist after loss\.backward\(\)"),
         ("snip", r"criteria needs gradients, and 0\.weight has none"),
         ("wanda", r"data must be given for a criterion that needs activations"),
-        ("synflow", r"data must be given for a criterion that needs example inputs"),
+        ("synflow", r"example_inputs must be given for synflow"),
         ("grasp", r"(data|loss) must be given"),
     ],
 )
@@ -1250,3 +1250,76 @@ def test_it_can_be_pickled_while_it_holds():
     sparsifier.sparsify_model(0.5)
     sparsifier.hold(torch.optim.SGD(model.parameters(), 0.1))
     assert pickle.loads(pickle.dumps(sparsifier)).sparsity.overall == 0.5
+
+
+# --- what a newcomer met -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", sorted(schedules.__all__))
+def test_a_lower_sparsity_than_before_is_reached_exactly_at_the_end(schedule):
+    model = cnn()
+    sparsifier = Sparsifier(model, "weight", "global", sparsity=0.5, schedule=schedule)
+    sparsifier.sparsify_model(0.9)
+    train(model, sparsifier, 20, torch.optim.SGD(model.parameters(), 0.01))
+    units = sum(t.parameter.numel() for t in sparsifier.targets)
+    wanted = 0 if schedule == "dsd" else round(0.5 * units)
+    assert sum(pruned(sparsifier).values()) == wanted
+
+
+def test_the_report_says_when_the_weights_no_longer_obey():
+    model = nn.Linear(4, 2)
+    sparsifier = Sparsifier(model, "weight")
+    sparsifier.sparsify_model(0.5)
+    assert "are not zero" not in str(sparsifier.report())
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    (row,) = sparsifier.report().rows
+    assert (row.masked, row.disobeying) == (4, 4)
+    assert "4 of 4 masked weights are not zero" in str(sparsifier.report())
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    sparsifier = Sparsifier(cnn(), "weight", sparsity=0.5)
+    other = torch.optim.SGD(cnn().parameters(), 0.1)
+    with pytest.raises(
+        ValueError, match=r"optimizer must train the sparsifier's model, got one that holds none of its targets"
+    ):
+        attach(other, sparsifier, total_steps=3)
+    with pytest.raises(ValueError, match="optimizer must train the sparsifier's model"):
+        attach(other, sparsifier.hold(), total_steps=3)
+
+
+def test_it_warns_where_every_target_makes_the_output():
+    with pytest.warns(UserWarning, match=r"every target makes the model's output \(weight\)"):
+        Sparsifier(nn.Linear(4, 3), "row", example_inputs=torch.randn(2, 4))
+
+
+def test_it_warns_where_only_min_keep_saves_a_layer():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with torch.no_grad():
+        model[0].weight.mul_(1e-3)
+    with pytest.warns(UserWarning, match=r"but for min_keep no unit of 0\.weight would stay"):
+        Sparsifier(model, "weight", "global").sparsify_model(0.6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": nn.Linear}, "targets must be names, globs or a predicate, got the class Linear; pass layer_type="),
+        ({"data": (X, X)}, r"data must be a list or loader of batches, got a tuple; pass data=\[\(x, y\)\]"),
+        ({"loss": nn.CrossEntropyLoss}, r"loss must be a function \(output, target\), got the class CrossEntropyLoss"),
+    ],
+)
+def test_the_kind_of_an_argument_is_checked(options, message):
+    with pytest.raises(TypeError, match=message):
+        Sparsifier(cnn(), **options)
+
+
+def test_an_unknown_target_of_the_reached_sparsity_is_answered_with_the_known():
+    with pytest.raises(KeyError, match=r"'foo' is no target; the targets are weight"):
+        Sparsifier(nn.Linear(4, 3)).sparsity["foo"]
+
+
+def test_a_module_is_asked_for_where_one_layer_is_pruned():
+    with pytest.raises(TypeError, match="m must be a module of the model, got '0'"):
+        Sparsifier(cnn()).sparsify_layer("0", 0.5)

@@ -1,0 +1,228 @@
+"""L4. What a model costs: parameters, MACs, memory and file size, layer by layer and overall."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fasterai.analyze.counting import Tally, count
+from fasterai.analyze.look import QUIET, SERIES, dress, new_axes, short, short_bytes, table
+from fasterai.analyze.quiet import at_rest, check_model, copies, positional
+from fasterai.core.targets import unwrap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Cost", "LayerCost", "cost", "file_size"]
+
+MOST_BARS, LEAST_BAR = 40, 0.001
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One module's own share; what its submodules hold or do stands in their rows.
+
+    Attributes:
+        name: Its name in `model.named_modules()`; empty for the model itself.
+        kind: Its class.
+        parameters: How many parameters it holds; a shared one counts where it stands first.
+        nonzero: How many of them are not zero.
+        macs: Multiply-accumulates, over all its calls.
+        activation_bytes: Memory that its operations returned.
+        output_shape: Shape of its last output, the first tensor of it; None if it was not called or gave none.
+        calls: How often it was called.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    nonzero: int
+    macs: int
+    activation_bytes: int
+    output_shape: tuple[int, ...] | None
+    calls: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs for one forward pass on the given inputs; `print` shows it as a table.
+
+    Attributes:
+        parameters: How many parameters, shared ones once.
+        nonzero: How many of them are not zero.
+        macs: Multiply-accumulates of matrix products and convolutions, for the whole batch of the inputs.
+        activation_bytes: Memory that all operations returned.
+        peak_bytes: The most of it that was held at once; inputs, weights, and what kernels need inside themselves not counted.
+        weight_bytes: Memory of the parameters.
+        buffers: How many values the buffers hold.
+        buffer_bytes: Memory of the buffers.
+        file_bytes: Length of the state dict as a safetensors file.
+        layers: The modules that hold or do something, in the order of `named_modules()`; their shares add up to the whole.
+        uncounted: Operations that may multiply and that no rule counts; `register_flop_formula` of torch adds one.
+    """
+
+    parameters: int
+    nonzero: int
+    macs: int
+    activation_bytes: int
+    peak_bytes: int
+    weight_bytes: int
+    buffers: int
+    buffer_bytes: int
+    file_bytes: int
+    layers: tuple[LayerCost, ...]
+    uncounted: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        header = ("layer", "kind", "output", "parameters", "non-zero", "MACs", "activations")
+        rows = [row for row in self.layers if row.parameters or row.macs]
+        body = [
+            (r.name or "(model)", r.kind, _shape(r), f"{r.parameters:,}", f"{r.nonzero:,}", f"{r.macs:,}", _memory(r))
+            for r in rows
+        ]
+        if rest := [row for row in self.layers if row not in rows]:
+            memory = short_bytes(sum(row.activation_bytes for row in rest))
+            body.append((f"{len(rest)} others", "", "", "0", "0", "0", memory))
+        whole = (f"{self.parameters:,}", f"{self.nonzero:,}", f"{self.macs:,}", short_bytes(self.activation_bytes))
+        body.append(("whole model", "", "", *whole))
+        lines = table(header, body, left=3, foot=1)
+        lines.append(
+            f"weights {short_bytes(self.weight_bytes)}, buffers {short_bytes(self.buffer_bytes)}, "
+            f"file {short_bytes(self.file_bytes)}, activations at most {short_bytes(self.peak_bytes)} at once"
+        )
+        if self.uncounted:
+            lines.append(f"not counted, for want of a rule: {', '.join(self.uncounted)}")
+        return "\n".join(lines)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the MACs and the parameters of each layer, as shares of the whole; of many the costliest, none below 0.1 %.
+
+        Args:
+            ax: Where to draw; a new figure if it is left out.
+        """
+        rows = [row for row in self.layers if row.parameters or row.macs]
+        weight = {row.name: max(_share(row.macs, self.macs), _share(row.parameters, self.parameters)) for row in rows}
+        costliest = sorted((name for name in weight if weight[name] >= LEAST_BAR), key=lambda name: -weight[name])[:MOST_BARS]
+        shown = [row for row in rows if row.name in costliest]
+        axes = new_axes(8.0, 1.6 + 0.32 * len(shown)) if ax is None else ax
+        for place, row in enumerate(shown):
+            macs, parameters = _share(row.macs, self.macs), _share(row.parameters, self.parameters)
+            axes.barh(place - 0.19, macs, height=0.36, color=SERIES[2], label="MACs" if not place else None)
+            axes.barh(place + 0.19, parameters, height=0.36, color=SERIES[0], label="parameters" if not place else None)
+            text = f"{short(row.macs)} MACs, {short(row.parameters)} parameters"
+            axes.text(max(macs, parameters), place, "  " + text, va="center", color=QUIET, fontsize=8)
+        axes.set_yticks(range(len(shown)), [row.name or "(model)" for row in shown])
+        axes.set(ylim=(len(shown) - 0.4, -0.6), xlabel="share of the whole model")
+        axes.set_xlim(0, 1.8 * max([*weight.values(), 0.01]))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        left_out = f" ({len(rows) - len(shown)} cheaper layers not shown)" if len(shown) < len(rows) else ""
+        title = f"{short(self.macs)} MACs, {short(self.parameters)} parameters{left_out}"
+        dress(axes, title, grid="x")
+        if shown:
+            axes.legend(loc="lower right", frameon=False, labelcolor=QUIET)
+        return axes
+
+
+def cost(model: nn.Module, example_inputs: Any) -> Cost:
+    """Count what a model costs: one forward pass in eval mode, without gradients.
+
+    MACs are those of matrix products, convolutions, attention and recurrent layers, half of what `torch.utils.flop_counter`
+    counts; additions of biases, norms, activations and pooling count nothing. For it, transformer layers run module by module
+    and not as one fused operation. Modes, buffers, random generators and inputs stay as they were, and no hook is put on the
+    model.
+
+    Args:
+        model: The model, wrapped by DDP or compiled or not.
+        example_inputs: A tensor, or a tuple or list of positional arguments, on the model's device; their batch is counted.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: The model does not run on these inputs, or its parameters hold no values yet.
+
+    >>> cost(nn.Linear(4, 3), torch.zeros(2, 4)).macs
+    24
+    """
+    model = unwrap(check_model("model", model))
+    inputs = copies(positional(example_inputs))
+    with at_rest(model):
+        try:
+            tallies, peak, uncounted = count(model, inputs)
+        except Exception as error:
+            raise ValueError(f"example_inputs must be arguments that the model runs on, got an error: {error}") from error
+    layers = _layers(model, tallies)
+    parameters, buffers = list(model.parameters()), list(model.buffers())
+    return Cost(
+        parameters=sum(row.parameters for row in layers),
+        nonzero=sum(row.nonzero for row in layers),
+        macs=sum(row.macs for row in layers),
+        activation_bytes=sum(row.activation_bytes for row in layers),
+        peak_bytes=peak,
+        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        buffers=sum(b.numel() for b in buffers),
+        buffer_bytes=sum(b.numel() * b.element_size() for b in buffers),
+        file_bytes=file_size(model),
+        layers=layers,
+        uncounted=uncounted,
+    )
+
+
+def _layers(model: nn.Module, tallies: Mapping[str, Tally]) -> tuple[LayerCost, ...]:
+    seen: set[int] = set()
+    rows = []
+    for name, module in model.named_modules():
+        own = [p.detach() for p in module._parameters.values() if p is not None and id(p) not in seen]
+        seen.update(id(p) for p in module._parameters.values())
+        tally = tallies[name]
+        if own or tally.macs or tally.made:
+            held, nonzero = sum(p.numel() for p in own), sum(int(torch.count_nonzero(p)) for p in own)
+            kind = type(module).__name__
+            rows.append(LayerCost(name, kind, held, nonzero, tally.macs, tally.made, tally.shape, tally.calls))
+    return tuple(rows)
+
+
+def file_size(model: nn.Module) -> int:
+    """How many bytes the model's state dict takes as a safetensors file; tensors under two names are stored once."""
+    from safetensors.torch import save
+
+    tensors: dict[str, Tensor] = {}
+    seen: set[Any] = set()
+    used: set[int] = set()
+    for name, tensor in unwrap(model).state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        tensors[name] = _alone(tensor, used)
+    return len(save(tensors))
+
+
+def _alone(tensor: Tensor, used: set[int]) -> Tensor:
+    """The tensor in memory that no other one shares, as the format asks; memory in use is added to `used`."""
+    tensor, storage = tensor.detach(), tensor.untyped_storage()
+    part = storage.nbytes() != tensor.numel() * tensor.element_size()
+    if part or storage.data_ptr() in used:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    used.add(storage.data_ptr())
+    return tensor.contiguous()
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+def _shape(row: LayerCost) -> str:
+    return "" if row.output_shape is None else "x".join(map(str, row.output_shape))
+
+
+def _memory(row: LayerCost) -> str:
+    return short_bytes(row.activation_bytes)

@@ -1,0 +1,30 @@
+"""L5. What stands for fastai's callbacks where fastai is not installed: an error that names the extra."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+__all__ = ["HoldCallback", "ParticipantCallback", "SparsifyCallback"]
+
+
+class _Missing:
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise ImportError(
+            f"{type(self).__name__} needs fastai: pip install 'fasterai[fastai]'; "
+            "Lightning's is in fasterai.callbacks.lightning"
+        )
+
+
+class SparsifyCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.SparsifyCallback`."""
+
+
+class HoldCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.HoldCallback`."""
+
+
+class ParticipantCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.ParticipantCallback`."""

@@ -1,0 +1,49 @@
+"""L4. `torch.export` programs: a file that torch runs without the model's source, compared with the model on the spot."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from fasterai.core.targets import unwrap
+from fasterai.export.checking import as_inputs, check_same, model_outputs, written
+from fasterai.sparse.dataflow import evaluating, undisturbed
+
+__all__ = ["export_program"]
+
+#: Largest difference from the model's outputs, as a share of their largest magnitude.
+TOLERANCE = 1e-5
+
+
+def export_program(model: nn.Module, sample: Any, path: str | os.PathLike[str]) -> Path:
+    """Write a model, in eval mode, as a `torch.export` program that has been loaded, run and compared with it.
+
+    Args:
+        model: The model, wrapped or not; it and its modes stay as they are.
+        sample: A tensor, or a tuple of the model's positional arguments; the program takes inputs of these shapes.
+        path: The file to write, customarily `.pt2`. It is replaced only once the new one has passed the check.
+
+    Returns:
+        The path of the file. `torch.export.load(path).module()` is the model.
+
+    Raises:
+        ValueError: The model cannot be exported, or what was written disagrees with it by more than 1e-5 of the outputs'
+            scale; no file is left behind then.
+    """
+    model, inputs = unwrap(model), as_inputs(sample)
+    expected = model_outputs(model, inputs)
+    with written(path) as place:
+        with evaluating(model), undisturbed(model), torch.no_grad():
+            try:
+                torch.export.save(torch.export.export(model, inputs, strict=False), place)
+            except Exception as error:
+                raise ValueError(f"model must be exportable by torch.export, got an error: {error}") from error
+        with torch.no_grad():
+            loaded = torch.export.load(place).module()(*inputs)
+        check_same(expected, [x for x in tree_leaves(loaded) if isinstance(x, torch.Tensor)], TOLERANCE, "the program")
+    return Path(path)

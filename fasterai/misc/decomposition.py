@@ -1,0 +1,259 @@
+"""L4. Linear layers as two thinner ones, by singular value decomposition: `W = U S V^T ~ (U_r S_r^1/2) (S_r^1/2 V_r^T)`.
+
+The truncation is the best approximation of that rank (Eckart & Young 1936, https://doi.org/10.1007/BF02288367).
+"""
+
+from __future__ import annotations
+
+import copy
+import dis
+import fnmatch
+import inspect
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from types import FunctionType
+
+import torch
+from torch import Tensor, nn
+
+from fasterai.core.checks import check_fraction, unknown, warn
+from fasterai.core.targets import unwrap
+
+__all__ = ["DecompositionReport", "FC_Decomposer", "decompose_linear", "factorise_linear"]
+
+# What a linear layer has and the two that replace it have not.
+OWN_ATTRIBUTES = frozenset({"weight", "bias", "in_features", "out_features"})
+
+
+@dataclass(frozen=True)
+class DecompositionReport:
+    """What was decomposed.
+
+    Attributes:
+        ranks: Name of each decomposed layer -> the rank it was given.
+        left: Name of each other linear layer -> why it stayed.
+        parameters_before: How many parameters the model had.
+        parameters_after: How many it has now.
+    """
+
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
+    parameters_before: int = 0
+    parameters_after: int = 0
+
+    def __str__(self) -> str:
+        rows = [f"{name or 'the model'}: rank {rank}" for name, rank in self.ranks.items()]
+        rows += [f"{name or 'the model'}: left alone, {why}" for name, why in self.left.items()]
+        head = f"{len(self.ranks)} of {len(rows)} linear layers decomposed"
+        return "\n".join([f"{head}, {self.parameters_before} -> {self.parameters_after} parameters", *rows])
+
+
+def factorise_linear(layer: nn.Linear, share_removed: float = 0.5, energy_threshold: float | None = None) -> nn.Sequential:
+    """Two linear layers for one; with `share_removed=0` they compute the same.
+
+    Args:
+        layer: Weight `(O, I)`; it stays as it is.
+        share_removed: Share of the singular values that go, in [0, 1]; at least one stays.
+        energy_threshold: Share of the sum of squared singular values that stays, in [0, 1]: the smallest rank that has
+            it. It decides alone if given.
+
+    Returns:
+        `Linear(I, rank, bias=False)` and `Linear(rank, O)`, in the layer's dtype, device and mode, frozen where it is.
+
+    Raises:
+        ValueError: A share is not in [0, 1], or the weight is not finite.
+    """
+    share, energy = _check_shares(share_removed, energy_threshold)
+    if not torch.isfinite(layer.weight).all():
+        raise ValueError("layer must have a finite weight, got NaN or infinity in it")
+    return _split(layer, *_truncate(layer, share, energy))
+
+
+def decompose_linear(
+    model: nn.Module,
+    share_removed: float = 0.5,
+    *,
+    energy_threshold: float | None = None,
+    layers: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+) -> nn.Module:
+    """A new model whose linear layers are two thinner ones each, where that saves parameters.
+
+    Args:
+        model: The model, wrapped or not; it stays as it is.
+        share_removed: Share of each layer's singular values that go, in [0, 1]; at least one stays. A layer `(O, I)`
+            saves parameters at a rank below `O I / (O + I)`: a square one needs more than 0.5.
+        energy_threshold: Share of the sum of squared singular values that stays, in [0, 1]; it decides alone if given.
+        layers: Names of linear layers, or of modules that hold them, or globs; default all.
+        exclude: Names or globs of those that stay.
+
+    Returns:
+        The new model, unwrapped; a model that is a linear layer itself comes back as `nn.Sequential`.
+
+    Raises:
+        ValueError: A share is not in [0, 1], a name matches no linear layer, or a weight is not finite.
+    """
+    share, energy = _check_shares(share_removed, energy_threshold)
+    return FC_Decomposer().decompose(model, share, energy, layers=layers, exclude=exclude)
+
+
+class FC_Decomposer:  # noqa: N801 - its familiar name
+    """Decomposes as `decompose_linear` does, and keeps the report of the last time as `.report`."""
+
+    def __init__(self) -> None:
+        self.report = DecompositionReport()
+
+    def decompose(
+        self,
+        model: nn.Module,
+        percent_removed: float = 0.5,
+        energy_threshold: float | None = None,
+        *,
+        layers: str | Iterable[str] | None = None,
+        exclude: str | Iterable[str] | None = None,
+    ) -> nn.Module:
+        """See `decompose_linear`; `percent_removed` is its `share_removed`, a fraction."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
+        share, energy = _check_shares(percent_removed, energy_threshold, name="percent_removed")
+        new = copy.deepcopy(unwrap(model))
+        chosen, left = _choose(new, layers, exclude)
+        ranks: dict[str, int] = {}
+        replacements: dict[nn.Module, nn.Module] = {}
+        for name, layer in chosen.items():
+            if not torch.isfinite(layer.weight).all():
+                raise ValueError(f"model must have finite weights, got NaN or infinity in {name or 'its weight'}")
+            first, second = _truncate(layer, share, energy)
+            rank, (outs, ins) = len(first), layer.weight.shape
+            if rank * (outs + ins) < outs * ins:
+                ranks[name], replacements[layer] = rank, _split(layer, first, second)
+            else:
+                left[name] = (
+                    f"rank {rank} of {min(outs, ins)} would not save parameters (below {outs * ins / (outs + ins):g} does)"
+                )
+        before = _count(new)
+        new = _replace(new, replacements)
+        if not ranks:
+            warn(f"no linear layer was decomposed: {'; '.join(f'{n}: {why}' for n, why in left.items()) or 'there is none'}")
+        self.report = DecompositionReport(ranks, left, before, _count(new))
+        return new
+
+    def SVD(  # noqa: N802 - its familiar name
+        self, layer: nn.Linear, percent_removed: float = 0.5, energy_threshold: float | None = None
+    ) -> nn.Sequential:
+        """See `factorise_linear`."""
+        return factorise_linear(layer, percent_removed, energy_threshold)
+
+
+def _check_shares(share: float, energy: float | None, name: str = "share_removed") -> tuple[float, float | None]:
+    return check_fraction(name, share), None if energy is None else check_fraction("energy_threshold", energy)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _truncate(layer: nn.Linear, share: float, energy: float | None) -> tuple[Tensor, Tensor]:
+    """The factors `(rank, I)` and `(O, rank)`, worked out in float64."""
+    u, s, vt = torch.linalg.svd(layer.weight.detach().to("cpu", torch.float64), full_matrices=False)
+    if energy is None:
+        rank = len(s) - round(share * len(s))
+    else:
+        # The tolerance is for a threshold of 1, which rounding must not turn into all the zeros behind the last value.
+        kept = s.square().cumsum(0)
+        rank = int((kept < energy * kept[-1] * (1 - 1e-12)).sum()) + 1 if len(s) else 0
+    rank = min(max(rank, 1), len(s))
+    root = s[:rank].sqrt()
+    return root[:, None] * vt[:rank], u[:, :rank] * root
+
+
+def _split(layer: nn.Linear, first: Tensor, second: Tensor) -> nn.Sequential:
+    weight = layer.weight
+    narrow = nn.Linear(weight.shape[1], len(first), bias=False, device="meta")
+    wide = nn.Linear(len(first), weight.shape[0], bias=layer.bias is not None, device="meta")
+    for part, factor in ((narrow, first), (wide, second)):
+        part.weight = nn.Parameter(factor.to(weight.device, weight.dtype), requires_grad=weight.requires_grad)
+    if layer.bias is not None:
+        wide.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
+    return nn.Sequential(narrow, wide).train(layer.training)
+
+
+def _choose(
+    model: nn.Module, layers: str | Iterable[str] | None, exclude: str | Iterable[str] | None
+) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """The linear layers to decompose, by name, and why the others stay."""
+    known = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
+    asked = None if layers is None else _matching("layers", layers, known)
+    excluded = set() if exclude is None else _matching("exclude", exclude, known)
+    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    readers = _direct_readers(model)
+    chosen: dict[str, nn.Linear] = {}
+    left: dict[str, str] = {}
+    for layer in dict.fromkeys(known.values()):
+        names = [n for n, m in known.items() if m is layer]
+        why = None
+        if asked is not None and not asked.intersection(names):
+            why = "not named in layers"
+        elif excluded.intersection(names):
+            why = "named in exclude"
+        elif layer in readers:
+            why = f"{readers[layer]} reads its weight directly"
+        elif type(layer) is not nn.Linear:
+            why = f"a {type(layer).__name__} may compute more than a linear layer"
+        elif layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+            why = "it has hooks, which would be lost"
+        elif holders[id(layer.weight)] > 1:
+            why = "its weight is shared with another module"
+        if why is None:
+            chosen[names[0]] = layer
+        else:
+            left[names[0]] = why
+    return chosen, left
+
+
+def _matching(argument: str, patterns: str | Iterable[str], known: Iterable[str]) -> set[str]:
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        hits = {n for n in known if n == pattern or n.startswith(f"{pattern}.") or fnmatch.fnmatchcase(n, pattern)}
+        if not hits:
+            raise unknown(argument, pattern, known, "the name of a linear layer or of a module that holds one, or a glob, of")
+        found |= hits
+    return found
+
+
+def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Put the new modules where the old ones are, under every name they have."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in replacements:
+                parent._modules[name] = replacements[child]
+    return replacements.get(model, model)
+
+
+def _direct_readers(model: nn.Module) -> dict[nn.Module, str]:
+    """Linear layers whose attributes a module above them reads, and the class of that module.
+
+    Attention and the encoder layers' fast path call no `forward` of their linear layers but take the weights, and so may any
+    module: its methods are searched for `<layer>.weight`.
+    """
+    readers: dict[nn.Module, str] = {}
+    for module in model.modules():
+        read = set(_read_attributes(type(module)))
+        for path, layer in module.named_modules():
+            if isinstance(layer, nn.Linear) and path and path.rpartition(".")[2] in read:
+                readers.setdefault(layer, type(module).__name__)
+    return readers
+
+
+def _read_attributes(cls: type) -> Iterator[str]:
+    """Every `name` of which a method reads `name.weight` or the like, but for methods that set initial values."""
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for method in vars(base).values():
+            function = inspect.unwrap(method) if callable(method) else None
+            if isinstance(function, FunctionType) and not any(part in function.__name__ for part in ("init", "reset")):
+                steps = [(step.opname, step.argval) for step in dis.get_instructions(function)]
+                for (_, name), (opname, attribute) in pairwise(steps):
+                    if opname in ("LOAD_ATTR", "LOAD_METHOD") and attribute in OWN_ATTRIBUTES and isinstance(name, str):
+                        yield name

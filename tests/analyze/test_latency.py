@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import itertools
+import json
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from fasterai.analyze import latency as module
+from fasterai.analyze.latency import Latency, LatencyComparison, Timing, compare_latency, latency
+
+
+class Sleeper(nn.Module):
+    """Takes so many seconds per sample, and notes how it was called."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds, self.calls = seconds, []
+        self.conv = nn.Conv2d(2, 2, 1)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x, *others):
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        state = (self.training, torch.is_grad_enabled(), torch.get_num_threads(), last)
+        self.calls.append((len(x) if x.dim() else 0, *state, *others))
+        self.count += 1
+        time.sleep(self.seconds * len(x))
+        return x
+
+
+@pytest.fixture
+def few_turns(monkeypatch):
+    monkeypatch.setattr(module, "TURNS", 3)
+
+
+X = torch.zeros(2, 2, 3, 3)
+
+
+@pytest.mark.usefixtures("few_turns")
+def test_the_time_is_that_of_the_batch():
+    found = latency(Sleeper(0.004), X, batch_sizes=(1, 3), min_run_time=0.03)
+    assert [t.batch_size for t in found.timings] == [1, 3]
+    assert 0.004 <= found[1].median < 0.0085
+    assert 0.012 <= found[3].median < 0.024
+    assert all(t.iqr >= 0 and t.blocks >= 3 for t in found.timings)
+    assert (found.device, found.threads, found.channels_last) == ("cpu", 1, False)
+
+
+@pytest.mark.usefixtures("few_turns")
+def test_it_runs_in_eval_mode_without_gradients_on_the_threads_asked_for():
+    before = torch.get_num_threads()
+    model = Sleeper(0.001).train()
+    torch.set_num_threads(2)
+    try:
+        latency(model, X, min_run_time=0.01, threads=1)
+        assert {call[1:4] for call in model.calls} == {(False, False, 1)}
+        model.calls.clear()
+        latency(model, X, min_run_time=0.01, threads=3)
+        assert {call[3] for call in model.calls} == {3}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert model.training
+    assert model.count == 0  # its buffers are put back
+    assert not model._forward_hooks
+
+
+@pytest.mark.usefixtures("few_turns")
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_channels_last_is_a_copys_business(channels_last, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Sleeper, "forward", lambda self, x: seen.append((_last(self.conv.weight), _last(x))))
+    model = Sleeper(0)
+    model.conv = nn.Conv2d(2, 4, 3)
+    found = latency(model, X, batch_sizes=(3,), channels_last=channels_last, min_run_time=1e-4)
+    assert set(seen) == {(channels_last, channels_last)}
+    assert not _last(model.conv.weight) and not _last(X)
+    assert found.channels_last is channels_last
+
+
+@pytest.mark.usefixtures("few_turns")
+@pytest.mark.parametrize("size", [1, 3, None])
+def test_batches_keep_the_inputs_memory_format(size, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Sleeper, "forward", lambda self, x: seen.append(_last(x)))
+    sizes = None if size is None else (size,)
+    latency(Sleeper(0), X.to(memory_format=torch.channels_last), batch_sizes=sizes, min_run_time=1e-4)
+    assert set(seen) == {True}
+
+
+def _last(x):
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.usefixtures("few_turns")
+def test_batches_repeat_the_samples_of_every_batched_input(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Sleeper, "forward", lambda self, *inputs: seen.append(inputs))
+    inputs = (torch.tensor([1, 2]), {"mask": torch.tensor([[3], [4]])}, torch.tensor([5, 6, 7]), torch.tensor(8), "text")
+    latency(Sleeper(0), inputs, batch_sizes=(3,), min_run_time=1e-4)
+    ids, mask, other, scalar, text = seen[0]
+    assert ids.tolist() == [1, 2, 1]
+    assert mask["mask"].tolist() == [[3], [4], [3]]
+    assert (other.tolist(), scalar.item(), text) == ([5, 6, 7], 8, "text")
+    seen.clear()
+    found = latency(Sleeper(0), inputs, batch_sizes=None, min_run_time=1e-4)
+    assert seen[0][0].tolist() == [1, 2]
+    assert found.timings[0].batch_size is None
+    assert "as given" in str(found)
+
+
+@pytest.mark.usefixtures("few_turns")
+def test_models_take_turns_and_ratios_follow():
+    slow, fast = Sleeper(0.004), Sleeper(0.002)
+    order = []
+    slow.register_forward_pre_hook(lambda *_: order.append("slow"))
+    fast.register_forward_pre_hook(lambda *_: order.append("fast"))
+    found = compare_latency({"slow": slow, "fast": fast}, X, batch_sizes=(1, 2), min_run_time=0.03)
+    assert found.ratios["slow"] == (1.0, 1.0)
+    assert found.ratio("fast", 2) == pytest.approx(2.0, rel=0.3)
+    low, high = found.quartiles["fast"][0]
+    assert low <= found.ratio("fast", 1) <= high
+    changes = [a for a, b in itertools.pairwise(order) if a != b]
+    # for each size: warm up slow, fast; then slow fast, fast slow, slow fast
+    assert changes == (["slow", "fast"] * 6)[:-1]
+    assert not found.is_same("fast") and found.is_same("slow")
+
+
+def test_there_are_enough_turns():
+    assert module.TURNS >= 5
+
+
+def made(ratio=2.0, quartiles=(1.9, 2.1)):
+    def one(factor):
+        return Latency((Timing(1, 0.010 / factor, 0.001, 9), Timing(8, 0.080 / factor, 0.002, 9)), "cpu", 1, False)
+
+    models = {"dense": one(1), "small": one(ratio)}
+    spread = {"dense": ((1.0, 1.0),) * 2, "small": (quartiles,) * 2}
+    return LatencyComparison(models, {"dense": (1.0, 1.0), "small": (ratio, ratio)}, spread)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "quartiles", "same"),
+    [
+        (2.0, (1.9, 2.1), False),
+        (1.04, (1.03, 1.05), True),
+        (0.96, (0.95, 0.97), True),
+        (1.3, (0.9, 1.6), True),
+        (0.9, (0.88, 0.92), False),
+    ],
+)
+def test_the_same_is_within_the_noise(ratio, quartiles, same):
+    assert made(ratio, quartiles).is_same("small") is same
+
+
+def test_tables_and_data():
+    comparison = made()
+    text = str(comparison)
+    assert "10 ms" in text and "40 ms" in text and "2.00x as fast" in text and "against dense" in text
+    assert str(comparison.models["dense"]).splitlines()[2].split() == ["1", "10", "ms", "1", "ms", "10", "ms", "9"]
+    assert str(comparison.models["dense"]).endswith("cpu, 1 thread")
+    read = json.loads(json.dumps(comparison.to_dict()))
+    assert read["models"]["small"]["timings"][1]["median"] == 0.040
+    assert read["ratios"]["small"] == [2.0, 2.0]
+    assert read["quartiles"]["small"] == [[1.9, 2.1], [1.9, 2.1]]
+    with pytest.raises(KeyError, match="batch_size must be one of 1, 8, got 4"):
+        comparison.models["dense"][4]
+
+
+def test_pictures_show_the_medians():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ax = plt.subplots()[1]
+    assert made().plot(ax) is ax
+    assert [bar.get_height() for bar in ax.patches] == pytest.approx([10, 80, 5, 40])
+    assert {text.get_text() for text in ax.texts} == {"10 ms", "80 ms", "5 ms\n2.00x", "40 ms\n2.00x"}
+    assert [bar.get_height() for bar in made().models["dense"].plot().patches] == pytest.approx([10, 80])
+    plt.close("all")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"batch_sizes": (0,)}, ValueError, "batch_sizes must be at least 1, got 0"),
+        ({"batch_sizes": (1.5,)}, TypeError, "batch_sizes must be a whole number of at least 1, got 1.5"),
+        ({"batch_sizes": ()}, ValueError, "batch_sizes must be at least one size, or None"),
+        ({"threads": 0}, ValueError, "threads must be at least 1, got 0"),
+        ({"min_run_time": 0}, ValueError, "min_run_time must be a number of seconds above 0, got 0"),
+        ({"min_run_time": float("nan")}, ValueError, "min_run_time must be a number of seconds above 0, got nan"),
+        ({"example_inputs": torch.zeros(2, 5)}, ValueError, "example_inputs must be arguments that the models run on"),
+        ({"example_inputs": "text"}, ValueError, "example_inputs must hold a tensor with at least one sample"),
+        ({"model": None}, TypeError, r"models\['model'\] must be a torch.nn.Module, got None"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    given = {"model": nn.Linear(4, 3), "example_inputs": torch.zeros(2, 4), **arguments}
+    with pytest.raises(error, match=message):
+        latency(**given)
+
+
+@pytest.mark.parametrize("models", [{}, [nn.Linear(1, 1)], None])
+def test_models_are_named(models):
+    with pytest.raises(ValueError, match="models must be a dict of at least one name and model, got"):
+        compare_latency(models, torch.zeros(1, 1))

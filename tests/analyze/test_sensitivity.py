@@ -1,0 +1,334 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fasterai.analyze.sensitivity import Sensitivity, sensitivity
+from fasterai.sparse.sparsifier import Sparsifier
+
+
+def net():
+    """Two targets of 10 and 20 weights, none of them zero or equal."""
+    model = nn.Sequential(nn.Linear(5, 2, bias=False), nn.Linear(2, 10, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.arange(1.0, 11).view(2, 5))
+        model[1].weight.copy_(-torch.arange(1.0, 21).view(10, 2))
+    return model
+
+
+def zeros(model, layer):
+    return int((model[layer].weight == 0).sum())
+
+
+def accuracy(model):
+    """Every zero of the first layer costs three hundredths, every zero of the second one."""
+    return 1 - 0.03 * zeros(model, 0) - 0.01 * zeros(model, 1)
+
+
+def run(model=None, evaluate=accuracy, **arguments):
+    return sensitivity(
+        net() if model is None else model, evaluate, **{"progress": False, "sparsities": (0.2, 0.5), **arguments}
+    )
+
+
+def test_scores_of_one_target_at_a_time():
+    found = run()
+    assert found.baseline == 1
+    assert found.scores["0.weight"] == pytest.approx((1 - 0.06, 1 - 0.15))
+    assert found.scores["1.weight"] == pytest.approx((1 - 0.04, 1 - 0.10))
+    assert found.reached == {"0.weight": (0.2, 0.5), "1.weight": (0.2, 0.5)}
+    assert found.units == {"0.weight": 10, "1.weight": 20}
+    assert found.drops("0.weight") == pytest.approx((0.06, 0.15))
+    assert (found.sparsities, found.granularity, found.higher_is_better) == ((0.2, 0.5), "weight", True)
+
+
+def test_of_a_loss_a_rise_is_a_drop():
+    found = run(evaluate=lambda m: 1 + 0.1 * zeros(m, 0), higher_is_better=False)
+    assert found.drops("0.weight") == pytest.approx((0.2, 0.5))
+    assert found.drops("1.weight") == (0, 0)
+
+
+def test_what_is_reached_is_counted_in_whole_units():
+    found = run(targets="0", sparsities=(0.14, 0.16))
+    assert found.reached == {"0.weight": (0.1, 0.2)}
+    assert list(found.scores) == ["0.weight"]
+
+
+def test_the_criterion_chooses_what_goes():
+    seen = []
+    run(
+        evaluate=lambda m: seen.append(m[0].weight.abs().sum().item()) or 1.0,
+        criteria="small_final",
+        targets="0",
+        sparsities=(0.2,),
+    )
+    assert seen == [55, 55 - 10 - 9]
+
+
+def test_options_go_to_the_sparsifier():
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    nn.init.ones_(model[1].bias)
+    seen = []
+
+    def evaluate(m):
+        seen.append(int((m[1].bias == 0).sum()))
+        return 1.0
+
+    found = run(model, evaluate, granularity="filter", example_inputs=torch.zeros(1, 1, 2, 2), sparsities=(0.5,))
+    assert seen == [0, 2]  # the norm's shift is silenced with its filters
+    assert found.granularity == "filter"
+    assert list(found.scores) == ["0.weight"]  # the layer that makes the output is left out
+    assert torch.equal(model[1].bias, torch.ones(4))
+    assert list(run(net(), layer_type=nn.Linear).scores) == ["0.weight", "1.weight"]
+
+
+class Noisy(nn.Module):
+    """Values that are easily lost: negative zero, NaN elsewhere, half precision, buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4).half(), nn.BatchNorm1d(4), nn.Dropout())
+        self.other = nn.Parameter(torch.tensor([-0.0, math.nan, math.inf]))
+        self.register_buffer("table", torch.tensor([-0.0, math.nan]))
+        with torch.no_grad():
+            self.body[0].weight[0, 0] = -0.0
+
+
+def bits(model):
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: bytes(x.detach().contiguous().view(-1).view(torch.uint8).tolist()) for name, x in state.items()}
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("fails_at", [None, 0, 1, 2])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, Stop])
+def test_weights_come_back_bit_for_bit(fails_at, error):
+    model = Noisy()
+    model.body[2].eval()
+    before, modes, rng, identity = (
+        bits(model),
+        [m.training for m in model.modules()],
+        torch.get_rng_state(),
+        list(model.parameters()),
+    )
+    calls = []
+
+    def evaluate(m):
+        calls.append(bits(m))
+        torch.rand(3)
+        m.train()
+        with torch.no_grad():
+            m.table.fill_(7)
+            m.body[0].bias.add_(1)
+            m.body[1](torch.ones(3, 4))
+        if len(calls) - 1 == fails_at:
+            raise error
+        return 1.0
+
+    if fails_at is None:
+        run(model, evaluate, targets="body.0")
+        assert len(calls) == 3
+    else:
+        with pytest.raises(error):
+            run(model, evaluate, targets="body.0")
+    assert bits(model) == before
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(a is b for a, b in zip(identity, model.parameters(), strict=True))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    # each evaluation found all but its own target as it was
+    assert all(found["other"] == before["other"] and found["body.0.bias"] == before["body.0.bias"] for found in calls)
+
+
+def test_weights_come_back_when_pruning_fails(monkeypatch):
+    model = net()
+
+    def fail_halfway(self, sparsity):
+        with torch.no_grad():
+            model[1].weight.zero_()
+        raise RuntimeError("halfway")
+
+    monkeypatch.setattr(Sparsifier, "sparsify_model", fail_halfway)
+    with pytest.raises(RuntimeError, match="halfway"):
+        run(model)
+    assert bits(model) == bits(net())
+
+
+def test_every_evaluation_is_in_eval_mode_and_sees_the_same_random_numbers():
+    seen = []
+    model = net().train()
+
+    def evaluate(m):
+        seen.append((m.training, torch.rand(1).item()))
+        m.train()
+        return 1.0
+
+    run(model, evaluate)
+    assert len(seen) == 5
+    assert len(set(seen)) == 1 and seen[0][0] is False
+    assert model.training
+
+
+def test_frozen_targets_are_left_out():
+    model = net()
+    model[0].weight.requires_grad_(False)
+    assert list(run(model).scores) == ["1.weight"]
+    assert list(run(model, targets="0").scores) == ["0.weight"]
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="targets must train, and all are frozen"):
+        run(model)
+
+
+def test_the_progress_bar(capsys):
+    run(progress=False)
+    assert capsys.readouterr() == ("", "")
+    run(progress=True)
+    out, err = capsys.readouterr()
+    assert out == "" and "4/4" in err and "1.weight" in err
+
+
+def test_an_allocation_makes_a_sparsity():
+    found = run(sparsities=(0.5,))
+    # a unit of the first costs three times one of the second: 10 and 20 units, 0.3 and 0.2 per share
+    shares = found.allocate(0.4)
+    assert shares == {"0.weight": 0.3, "1.weight": 0.45}
+    model = net()
+    sparsifier = Sparsifier(model, "weight", "local")
+    sparsifier.sparsify_model(shares)
+    assert sparsifier.sparsity.overall == 0.4
+    assert (zeros(model, 0), zeros(model, 1)) == (3, 9)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.33, 0.5, 0.77, 0.9])
+def test_an_allocation_is_met_to_the_unit(sparsity):
+    found = run()
+    model = net()
+    sparsifier = Sparsifier(model, "weight", "local")
+    sparsifier.sparsify_model(found.allocate(sparsity))
+    assert zeros(model, 0) + zeros(model, 1) == round(sparsity * 30)
+
+
+def test_limits_of_an_allocation():
+    shares = run().allocate(0.5, least=0.4, most=0.6)
+    assert all(0.4 <= share <= 0.6 for share in shares.values())
+    assert sum(shares[name] * n for name, n in (("0.weight", 10), ("1.weight", 20))) == pytest.approx(15)
+
+
+def test_by_layer_under_the_familiar_name():
+    model = nn.ModuleDict({"lstm": nn.LSTM(3, 2), "head": nn.Linear(2, 3)})
+    scores = {"lstm.weight_ih_l0": (0.9,), "lstm.weight_hh_l0": (0.7,), "head.weight": (0.8,)}
+    units = {"lstm.weight_ih_l0": 24, "lstm.weight_hh_l0": 16, "head.weight": 6}
+    found = Sensitivity(1.0, (0.5,), scores, dict.fromkeys(scores, (0.5,)), units)
+    # drops of 0.2, 0.6 and 0.4 per share, 12 of 46 units: 8.9, 2.0 and 1.1 of them
+    assert found.allocate(0.25) == {"lstm.weight_ih_l0": 9 / 24, "lstm.weight_hh_l0": 2 / 16, "head.weight": 1 / 6}
+    layers = found.to_layer_targets(model, 0.25)
+    assert layers == {"lstm": 11 / 40, "head": 1 / 6}
+    assert found.to_layer_targets(target_pct=0.25, min_pct=0.25, max_pct=0.25) == {"lstm": 0.25, "head": 2 / 6}
+    sparsifier = Sparsifier(model, "weight", "local", targets="head")
+    sparsifier.sparsify_layer(model["head"], layers["head"])
+    assert sparsifier.sparsity["head.weight"] == pytest.approx(layers["head"])
+    with pytest.raises(ValueError, match="model must be the one that was analysed, got one without lstm, head"):
+        found.to_layer_targets(net(), 0.25)
+    with pytest.raises(ValueError, match=r"target_pct must be in .*got 50; pass 0\.5"):
+        found.to_layer_targets(model, 50)
+
+
+def test_the_most_and_the_least_sensitive():
+    scores = {"a": (0.9, 0.7), "b": (0.5, 0.5), "c": (1.0, 1.2), "d": (1.0, math.nan)}
+    found = Sensitivity(1.0, (0.3, 0.6), scores, dict.fromkeys(scores, (0.3, 0.6)), dict.fromkeys(scores, 10))
+    assert [one.name for one in found.top(3)] == ["d", "b", "a"]
+    assert [one.name for one in found.top(2, most_sensitive=False)] == ["c", "a"]
+    assert found.top(4)[1].drop == 0.5
+
+
+def test_it_is_plain_data():
+    found = run()
+    read = json.loads(json.dumps(found.to_dict()))
+    assert read["scores"]["1.weight"] == list(found.scores["1.weight"])
+    assert read["units"] == {"0.weight": 10, "1.weight": 20}
+    again = pickle.loads(pickle.dumps(found))
+    assert again == found == copy.deepcopy(found)
+
+
+def test_the_table():
+    lines = str(run(sparsities=(0.125, 0.5))).splitlines()
+    assert lines[0].split() == ["target", "weights", "12.5%", "50%"]
+    assert lines[2].split() == ["0.weight", "10", "0.97", "0.85"]
+    assert lines[-1] == "baseline 1, higher is better; one target pruned at a time"
+    assert "lower is better" in str(run(higher_is_better=False))
+
+
+def test_a_line_for_each_target():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ax = plt.subplots()[1]
+    found = run()
+    assert found.plot(ax) is ax
+    lines = {line.get_label(): line for line in ax.lines}
+    assert list(lines["0.weight"].get_xdata()) == [0, 0.2, 0.5]
+    assert list(lines["0.weight"].get_ydata()) == pytest.approx([1, 0.94, 0.85])
+    plt.close("all")
+
+
+def test_of_many_targets_a_map():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [f"layer{i}" for i in range(13)]
+    scores = {name: (1.0, 1 - i / 100) for i, name in enumerate(names)} | {"layer12": (1.0, math.nan)}
+    shares, units = dict.fromkeys(names, (0.2, 0.4)), dict.fromkeys(names, 10)
+    ax = Sensitivity(1.0, (0.2, 0.4), scores, shares, units).plot()
+    (image,) = ax.images
+    # what is not finite is drawn like the worst
+    assert image.get_array()[:, 1].tolist() == pytest.approx([i / 100 for i in range(12)] + [0.11])
+    assert [label.get_text() for label in ax.get_yticklabels()] == names
+    assert "nan" in {text.get_text() for text in ax.texts}
+    plt.close("all")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"sparsities": (0.5, 50)}, ValueError, "sparsities must be in .*, got 50; pass 0.5"),
+        ({"sparsities": (0.5, 0.2)}, ValueError, r"sparsities must be at least one share, rising, got \(0.5, 0.2\)"),
+        ({"sparsities": ()}, ValueError, r"sparsities must be at least one share, rising, got \(\)"),
+        ({"evaluate": 0.9}, TypeError, r"evaluate must be a function of the model, got 0.9 \(float\)"),
+        ({"evaluate": lambda m: "good"}, TypeError, r"evaluate must return a number, got 'good' \(str\)"),
+        ({"evaluate": lambda m: None}, TypeError, r"evaluate must return a number, got None \(NoneType\)"),
+        ({"evaluate": lambda m: math.nan}, ValueError, "evaluate must return a finite score of the model as it is, got nan"),
+        ({"context": "global"}, TypeError, "options must be what a Sparsifier takes .*, got context"),
+        ({"granularity": "pixel"}, ValueError, "granularity must be one of .*, got 'pixel'"),
+        ({"targets": "none"}, ValueError, "targets must be .*, got 'none'"),
+        ({"model": 3}, TypeError, r"model must be a torch\.nn\.Module, got 3"),
+    ],
+)
+def test_bad_arguments_change_nothing(arguments, error, message):
+    model = net()
+    before = bits(model)
+    with pytest.raises(error, match=message):
+        run(**{"model": model, **arguments})
+    assert bits(model) == before
+
+
+def test_a_score_as_a_tensor_is_a_number():
+    assert run(evaluate=lambda m: torch.tensor(0.5)).baseline == 0.5
+
+
+@pytest.mark.parametrize(("arguments", "message"), [((1.5,), "sparsity must be in"), ((0.5, 2), "least must be in")])
+def test_bad_shares_of_an_allocation(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run().allocate(arguments[0], **dict(zip(("least",), arguments[1:], strict=False)))

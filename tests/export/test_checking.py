@@ -1,0 +1,107 @@
+"""The comparison notices a difference, and a file is whole or absent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fasterai.export import checking
+from fasterai.export.checking import as_inputs, check_same, model_outputs, require, with_batch, written
+
+
+def test_a_difference_counts_as_a_share_of_the_scale():
+    expected = [torch.tensor([1.0, 100.0])]
+    check_same(expected, [torch.tensor([1.009, 100.0])], 1e-4, "it")
+    with pytest.raises(
+        ValueError, match=r"it must agree with the model to 0\.0001 .*, got a difference of 0\.011 in output 0 .* 100"
+    ):
+        check_same(expected, [torch.tensor([1.011, 100.0])], 1e-4, "it")
+
+
+@pytest.mark.parametrize(
+    ("got", "message"),
+    [
+        ([], "it must give 1 outputs as the model does, got 0"),
+        ([torch.zeros(3)], r"it must give output 0 the shape \(2,\), got \(3,\)"),
+        ([torch.tensor([0.0, float("nan")])], "got a difference of nan"),
+    ],
+)
+def test_other_outputs_are_named(got, message):
+    with pytest.raises(ValueError, match=message):
+        check_same([torch.zeros(2)], got, 1e-4, "it")
+
+
+def test_empty_and_zero_outputs_are_the_same():
+    check_same([torch.zeros(2), torch.zeros(0, 3)], [torch.zeros(2), torch.zeros(0, 3)], 1e-4, "it")
+
+
+def test_another_batch_repeats_the_items_in_turn():
+    x, flag = torch.tensor([[1.0], [2.0]]), torch.tensor(3)
+    got = with_batch((x, flag, None), 3)
+    assert got[0].tolist() == [[1.0], [2.0], [1.0]]
+    assert got[1] is flag
+    assert got[2] is None
+
+
+def test_inputs_are_tensors():
+    x = torch.zeros(1)
+    assert as_inputs(x) == (x,)
+    assert as_inputs([x, x]) == (x, x)
+    with pytest.raises(TypeError, match=r"sample must be a tensor or a tuple of the model's arguments, got 'x' \(str\)"):
+        as_inputs("x")
+
+
+def test_outputs_are_those_of_eval_mode_and_modes_stay():
+    model = nn.Sequential(nn.Dropout(0.99), nn.BatchNorm1d(4)).train()
+    model[1].eval()
+    x = torch.ones(2, 4)
+    (output,) = model_outputs(model, (x,))
+    assert torch.allclose(output, x, atol=1e-4)
+    assert [m.training for m in model.modules()] == [True, True, False]
+    with pytest.raises(ValueError, match="sample must be arguments that the model runs on, got an error"):
+        model_outputs(model, (torch.ones(2, 5),))
+
+
+def test_a_file_takes_its_place_when_all_went_well(tmp_path):
+    path = tmp_path / "model.bin"
+    with written(path) as place:
+        place.write_text("weights")
+        place.with_name("model.bin.data").write_text("more")
+        assert not path.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.bin", "model.bin.data"]
+    assert path.read_text() == "weights"
+
+
+def test_a_failure_leaves_what_was_there(tmp_path):
+    path = tmp_path / "model.bin"
+    path.write_text("old")
+
+    def fail():
+        with written(path) as place:
+            place.write_text("half")
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        fail()
+    assert [p.name for p in tmp_path.iterdir()] == ["model.bin"]
+    assert path.read_text() == "old"
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"output_path must be in a folder that is there, got '.*nowhere/m\.onnx'"),
+        written(tmp_path / "nowhere" / "m.onnx"),
+    ):
+        pass
+    with pytest.raises(ValueError, match="output_path must be a file, got the folder"), written(tmp_path):
+        pass
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(checking.importlib, "import_module", missing)
+    with pytest.raises(ImportError, match=r"needs onnx and onnxruntime: pip install 'fasterai\[export\]'"):
+        require("onnx", "onnxruntime")
