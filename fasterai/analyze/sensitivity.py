@@ -308,7 +308,7 @@ def _put_back(model: nn.Module) -> Iterator[Callable[[], None]]:
     try:
         yield put_back
     finally:
-        pass
+        put_back()
 
 
 @contextmanager

@@ -184,17 +184,27 @@ def _placeholder(trace: Trace, node: Any, name: str | None, weights: dict[str, V
     return weights[name]
 
 
-def _apply(trace: Trace, node: Any, values: Mapping[Any, Any]) -> Any:
+def _apply(trace: Trace, node: Any, values: dict[Any, Any]) -> Any:
     arguments, keywords = tree_map(lambda a: values.get(a, a) if isinstance(a, torch.fx.Node) else a, (node.args, node.kwargs))
     if node.target is operator.getitem:
         return arguments[0][arguments[1]]
     name = str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
     found: Callable[..., Any] | None = RULES.get(name)
+    result = (found or unknown)(trace, node, *arguments, **keywords)
+    if name.endswith("_") and isinstance(result, Value) and isinstance(arguments[0], Value):
+        _written(trace, node, arguments[0], result)
+        values[node.args[0]] = result
     if found is None:
-        return unknown(trace, node, *arguments, **keywords)
-    result = found(trace, node, *arguments, **keywords)
+        return result
     shown = arguments[0] if name in VIEWS and isinstance(arguments[0], Value) else None
     return [_seen(v, shown) for v in result] if isinstance(result, list) else _seen(result, shown)
+
+
+def _written(trace: Trace, node: Any, before: Value, after: Value) -> None:
+    """What is written into a tensor that was made to fit stays: other views of it do not hear of the labels."""
+    for size, was, now in zip(before.shape, before.dims, after.dims, strict=True):
+        if size > 1 and was is FREE:
+            trace.labels.pin(now, f"{node.name} writes it into another tensor")
 
 
 def _seen(result: Any, shown: Value | None) -> Any:

@@ -109,12 +109,25 @@ def broadcast(trace: Trace, name: str, values: Iterable[Value], shape: tuple[int
 @rule(
     *("add", "sub", "rsub", "mul", "div", "pow", "where", "maximum", "minimum", "fmod", "remainder", "lerp", "addcmul"),
     *("relu", "relu6", "sigmoid", "tanh", "gelu", "silu", "mish", "elu", "selu", "celu", "softplus", "leaky_relu", "hardtanh"),
-    *("hardswish", "hardsigmoid", "logsigmoid", "log_sigmoid", "softsign", "hardshrink", "softshrink", "threshold", "rrelu"),
+    *("hardswish", "hardsigmoid", "log_sigmoid", "hardshrink", "softshrink", "threshold", "rrelu"),
     *("abs", "neg", "exp", "log", "log1p", "expm1", "sqrt", "rsqrt", "reciprocal", "square", "sign", "erf", "sin", "cos"),
     *("clamp", "clamp_min", "clamp_max", "floor", "ceil", "round", "trunc", "masked_fill", "eq", "ne", "gt", "ge", "lt", "le"),
     *("logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not", "isnan", "isinf", "nan_to_num"),
     *("dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach", "to", "_to_copy", "type_as"),
-    *("float", "half", "bfloat16", "lift_fresh_copy", "copy", "fill", "zero"),
+    *(
+        "lift_fresh_copy",
+        "copy",
+        "fill",
+        "zero",
+        "multiply",
+        "divide",
+        "subtract",
+        "true_divide",
+        "floor_divide",
+        "clip",
+        "log2",
+    ),
+    *("log10", "exp2", "tan", "atan", "sinh", "cosh", "isfinite", "logical_xor", "bitwise_xor", "addcdiv", "atan2", "erfc"),
 )
 def elementwise(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Value:
     values = [a for a in (*arguments, *keywords.values()) if isinstance(a, Value)]
@@ -410,7 +423,7 @@ def _repeat_heads(trace: Trace, x: Value, heads: int) -> Value:
     *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d"),
     *("adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
     *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d"),
-    *("upsample_linear1d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "lp_pool2d"),
+    *("upsample_linear1d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
     *("_upsample_nearest_exact2d", "max_pool2d_with_indices", "reflection_pad2d", "replication_pad2d", "reflection_pad1d"),
 )
 def spatial(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any) -> Any:
