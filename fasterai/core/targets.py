@@ -171,8 +171,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, DistributedDataParallel | nn.DataParallel):
             model = model.module
-        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
-            model = inner
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
         else:
             return model
 

@@ -70,7 +70,7 @@ def export_onnx(
         other = with_batch(inputs, _batch_size(inputs) + 1)
         expected_of_other = _of_another_batch(model, other)
     with written(output_path) as place:
-        # A batch of one would be taken for a constant.
+        # Some versions of the exporter take a batch of one for a constant.
         traced = with_batch(inputs, max(2, _batch_size(inputs))) if dynamic_batch else inputs
         options = {"opset_version": opset_version, "optimize": optimize}
         names = {"input_names": _names(input_names), "output_names": _names(output_names)}

@@ -161,7 +161,7 @@ def _truncate(layer: nn.Linear, share: float, energy: float | None) -> tuple[Ten
     if energy is None:
         rank = len(s) - round(share * len(s))
     else:
-        # The tolerance is for a threshold of 1, which rounding must not turn into all the zeros behind the last value.
+        # With a threshold of 1 the zeros of a low-rank weight, which rounding has made small numbers, must go too.
         kept = s.square().cumsum(0)
         rank = int((kept < energy * kept[-1] * (1 - 1e-12)).sum()) + 1 if len(s) else 0
     rank = min(max(rank, 1), len(s))

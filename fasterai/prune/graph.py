@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
 from fasterai.core.targets import plain_name, unwrap
-from fasterai.prune.labels import FIXED, FREE, Array, Dim
+from fasterai.prune.labels import FIXED, FREE, Array, Components, Dim
 from fasterai.prune.rules import RULES, Trace, Value, unknown
 from fasterai.sparse.dataflow import evaluating, undisturbed
 
@@ -134,7 +134,7 @@ def _choose(program: ExportedProgram) -> dict[str, int]:
 
 def _removable(trace: Trace, weights: Mapping[str, Value]) -> tuple[float, int]:
     """How much of the weights may go, and as how many channels."""
-    components = trace.labels.components()
+    components = _components(trace, weights)
     is_free = np.ones(int(components.of.max(initial=-1)) + 1, np.bool_)
     is_free[list(components.pinned)] = False
     total, channels = 0.0, np.zeros(is_free.size, np.bool_)
@@ -147,6 +147,17 @@ def _removable(trace: Trace, weights: Mapping[str, Value]) -> tuple[float, int]:
                 channels[free] = True
         total += (1 - stays) * math.prod(value.shape)
     return total, int(channels.sum())
+
+
+def _components(trace: Trace, weights: Mapping[str, Value]) -> Components:
+    """What goes together; what is all that a dimension has stays, as nothing would be left."""
+    components = trace.labels.components()
+    pinned = dict(components.pinned)
+    for value in weights.values():
+        for labels in value.dims:
+            if isinstance(labels, np.ndarray) and (components.of[labels] == components.of[labels[0]]).all():
+                pinned.setdefault(int(components.of[labels[0]]), "all of it would go at once")
+    return Components(components.of, pinned)
 
 
 def _follow(program: ExportedProgram, choices: dict[str, int]) -> tuple[Trace, dict[str, Value]]:
@@ -234,7 +245,7 @@ def _carries(whole: Dim, part: Dim) -> bool:
 
 def _graph(trace: Trace, weights: Mapping[str, Value]) -> ChannelGraph:
     """Sort the components that may go by the places that they touch."""
-    components = trace.labels.components()
+    components = _components(trace, weights)
     touched: dict[int, list[tuple[Place, Array]]] = {}
     pinned: dict[Place, str] = {}
     for name, value in weights.items():

@@ -41,7 +41,7 @@ def _(module: nn.modules.conv._ConvNd, old: Shapes, new: Shapes, keep: Kept) -> 
     if groups > 1 and ("weight", 0) in keep:  # either whole groups went, or the same indices of each
         groups = len(set((keep["weight", 0] // (before[0] // groups)).tolist()))
     if module.transposed:
-        return {"in_channels": after[0], "out_channels": groups * after[1]}
+        return {"in_channels": after[0], "out_channels": groups * after[1], "groups": groups}
     return {"in_channels": groups * after[1], "out_channels": after[0], "groups": groups}
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from fasterai.core.targets import plain_name, unwrap
+from fasterai.prune.attention import SlimMultiheadAttention
 from fasterai.prune.graph import ChannelGraph, Place
 from fasterai.prune.labels import Array, Flags
 from fasterai.prune.modules import HEADS, WIDTHS, new_sizes
@@ -120,7 +121,7 @@ def _sizes(
         name = plain_name(prefix)
         dot = f"{name}." if name else ""
         own = {a: f"{dot}{a}" for a in [*module._parameters, *module._buffers] if f"{dot}{a}" in plan.shapes}
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, nn.MultiheadAttention | SlimMultiheadAttention):
             if f"{dot}in_proj_weight" in heads or f"{dot}q_proj_weight" in heads:
                 slim[name] = heads.get(f"{dot}in_proj_weight", heads.get(f"{dot}q_proj_weight", (0, 0)))[1]
             continue

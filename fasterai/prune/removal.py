@@ -88,7 +88,7 @@ def silent_channels(model: nn.Module, graph: ChannelGraph) -> list[Flags]:
 def _silent(model: nn.Module, group: Group, graph: ChannelGraph) -> Flags:
     tensors = tensors_of(model)
     makes, reads = np.ones(group.channels, np.bool_), np.ones(group.channels, np.bool_)
-    is_read = False
+    is_made = is_read = False
     for (name, d), indices in group.places.items():
         parameter = tensors[name][0]._parameters.get(tensors[name][1])
         if parameter is None:
@@ -97,8 +97,8 @@ def _silent(model: nn.Module, group: Group, graph: ChannelGraph) -> Flags:
         if (name, d) in graph.readers:
             reads, is_read = reads & zero, True
         else:
-            makes &= zero
-    return makes | reads if is_read else makes
+            makes, is_made = makes & zero, True
+    return (makes & is_made) | (reads & is_read)
 
 
 @torch.no_grad()

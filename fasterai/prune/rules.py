@@ -114,20 +114,8 @@ def broadcast(trace: Trace, name: str, values: Iterable[Value], shape: tuple[int
     *("clamp", "clamp_min", "clamp_max", "floor", "ceil", "round", "trunc", "masked_fill", "eq", "ne", "gt", "ge", "lt", "le"),
     *("logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not", "isnan", "isinf", "nan_to_num"),
     *("dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach", "to", "_to_copy", "type_as"),
-    *(
-        "lift_fresh_copy",
-        "copy",
-        "fill",
-        "zero",
-        "multiply",
-        "divide",
-        "subtract",
-        "true_divide",
-        "floor_divide",
-        "clip",
-        "log2",
-    ),
-    *("log10", "exp2", "tan", "atan", "sinh", "cosh", "isfinite", "logical_xor", "bitwise_xor", "addcdiv", "atan2", "erfc"),
+    *("lift_fresh_copy", "copy", "fill", "zero", "multiply", "divide", "subtract", "true_divide", "floor_divide", "clip"),
+    *("log2", "log10", "exp2", "tan", "atan", "sinh", "cosh", "isfinite", "logical_xor", "bitwise_xor", "addcdiv", "atan2", "erfc"),
 )
 def elementwise(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Value:
     values = [a for a in (*arguments, *keywords.values()) if isinstance(a, Value)]
@@ -138,6 +126,11 @@ def elementwise(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Va
 def created(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Value:
     shape = _shape(node)
     return Value(shape, (FREE,) * len(shape))
+
+
+@rule("_assert_tensor_metadata", "_assert_scalar", "_assert_async")
+def assertion(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> None:
+    """Export notes the types and sizes that it saw; nothing comes of it."""
 
 
 @rule("prelu")
@@ -338,7 +331,13 @@ def along_one(trace: Trace, node: Any, x: Value, dim: int = -1, *rest: Any, **ke
         return unknown(trace, node, x)
     trace.labels.pin(x.dims[dim], f"{node.name} mixes it")
     shape = _shape(node)
-    return x if shape == x.shape else Value(shape, _without(x.dims, [dim], len(shape)))
+    return _settled(x, [dim]) if shape == x.shape else Value(shape, _without(x.dims, [dim], len(shape)))
+
+
+def _settled(x: Value, dims: Iterable[int]) -> Value:
+    """What differs from index to index of some dimensions, also where `x` was made to fit and does not."""
+    fixed = {d % len(x.shape) for d in dims}
+    return Value(x.shape, tuple(FIXED if i in fixed else d for i, d in enumerate(x.dims)))
 
 
 @rule("mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "norm", "logsumexp", "prod", "any", "all")
@@ -380,7 +379,7 @@ def extremes(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any
 def flip(trace: Trace, node: Any, x: Value, dims: Sequence[int]) -> Value:
     for d in dims:
         trace.labels.pin(x.dims[d], f"{node.name} turns it round")
-    return x
+    return _settled(x, dims)
 
 
 def _without(dims: Sequence[Dim], gone: Sequence[int], length: int) -> tuple[Dim, ...]:
@@ -551,9 +550,10 @@ def repeat_interleave(trace: Trace, node: Any, x: Value, times: Any, dim: int | 
 
 @rule("roll")
 def roll(trace: Trace, node: Any, x: Value, shifts: Any, dims: Any = ()) -> Value:
-    for d in [dims] if isinstance(dims, int) else dims or range(len(x.shape)):
+    moved = [dims] if isinstance(dims, int) else dims or range(len(x.shape))
+    for d in moved:
         trace.labels.pin(x.dims[d], f"{node.name} moves it")
-    return x
+    return _settled(x, moved)
 
 
 # --- taking apart and putting together ---------------------------------------------------------------

@@ -42,8 +42,9 @@ X = torch.zeros(2, 2, 3, 3)
 def test_the_time_is_that_of_the_batch():
     found = latency(Sleeper(0.004), X, batch_sizes=(1, 3), min_run_time=0.03)
     assert [t.batch_size for t in found.timings] == [1, 3]
-    assert 0.004 <= found[1].median < 0.0085
-    assert 0.012 <= found[3].median < 0.024
+    assert found[1].median >= 0.004  # a busy machine only takes longer
+    assert found[3].median >= 0.012
+    assert found[3].median / found[1].median == pytest.approx(3, rel=0.5)
     assert all(t.iqr >= 0 and t.blocks >= 3 for t in found.timings)
     assert (found.device, found.threads, found.channels_last) == ("cpu", 1, False)
 
@@ -119,7 +120,7 @@ def test_models_take_turns_and_ratios_follow():
     fast.register_forward_pre_hook(lambda *_: order.append("fast"))
     found = compare_latency({"slow": slow, "fast": fast}, X, batch_sizes=(1, 2), min_run_time=0.03)
     assert found.ratios["slow"] == (1.0, 1.0)
-    assert found.ratio("fast", 2) == pytest.approx(2.0, rel=0.3)
+    assert found.ratio("fast", 2) == pytest.approx(2.0, rel=0.4)
     low, high = found.quartiles["fast"][0]
     assert low <= found.ratio("fast", 1) <= high
     changes = [a for a, b in itertools.pairwise(order) if a != b]

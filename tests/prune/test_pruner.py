@@ -1,0 +1,151 @@
+"""Pruner: the asked share of channels goes, the lowest first, and the optimizer goes on with the same parameters."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fasterai.core.criteria import Criterion, large_final
+from fasterai.prune.graph import channel_graph
+from fasterai.prune.pruner import Pruner, channel_scores
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)),
+    ).eval()
+
+
+def test_local_takes_the_share_of_every_group():
+    model = net()
+    removal = Pruner(model, 0.5, "local", "large_final", example_inputs=X).prune_model()
+    assert removal.removed == {"0.weight": (8, 4), "3.weight": (16, 8)}
+    assert (model[0].out_channels, model[1].num_features, model[3].in_channels, model[8].in_features) == (4, 4, 4, 8)
+    assert model(X).shape == (2, 5)
+
+
+def test_global_takes_the_share_of_all_channels():
+    model = net()
+    with torch.no_grad():
+        model[3].weight.mul_(100)
+        model[8].weight.mul_(100)
+    removal = Pruner(model, 0.25, "global", "large_final", example_inputs=X).prune_model()
+    assert removal.removed == {"0.weight": (8, 2)}, "6 of 24, all from the group of small weights"
+
+
+def test_a_channel_is_scored_by_all_weights_that_it_runs_through():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, -3.0], [0.0, 4.0]]))
+        model[2].weight.copy_(torch.tensor([[3.0, 0.0], [0.0, 3.0], [0.0, 0.0]]))
+    (group,) = channel_graph(model, (torch.randn(4, 2),)).groups
+    assert channel_scores(model, group, large_final).tolist() == [3.0, 3.0], "2 + 1 and 2 + 1"
+    assert channel_scores(model, group, large_final, "max").tolist() == [2.0, 2.0]
+    assert channel_scores(model, group, large_final.using(reducer="sum"), "mean").tolist() == [3.5, 3.5]
+
+
+def test_the_lowest_channels_go():
+    model = net()
+    with torch.no_grad():
+        for loud in (1, 4, 6):
+            model[0].weight[loud] *= 50
+    Pruner(model, {"0": 5 / 8}, "local", "large_final", example_inputs=X).prune_model()
+    fresh = net()
+    for kept, loud in enumerate((1, 4, 6)):
+        assert torch.equal(model[0].weight[kept], fresh[0].weight[loud] * 50)
+
+
+def test_a_dict_leaves_other_layers_alone():
+    removal = Pruner(net(), {"3": 0.25}, "local", "large_final", example_inputs=X).prune_model()
+    assert removal.removed == {"3.weight": (16, 12)}
+
+
+def test_ignored_layers_are_added_to_what_stays_anyway():
+    model = net()
+    removal = Pruner(model, 0.5, "local", "large_final", ignored_layers=[model[0]], example_inputs=X).prune_model()
+    assert removal.removed == {"3.weight": (16, 8)}
+    assert model[8].out_features == 5
+
+
+def test_iterative_steps_reach_the_ratio_of_what_there_was():
+    model = net()
+    pruner = Pruner(model, 0.5, "local", "large_final", example_inputs=X, iterative_steps=4)
+    reached = [pruner.prune_model() and model[3].out_channels for _ in range(4)]
+    assert reached == [14, 12, 10, 8]
+    with pytest.raises(ValueError, match="iterative_steps must be at least the number of calls, got 4 and a further call"):
+        pruner.prune_model()
+
+
+def test_kept_counts_are_rounded_up():
+    model = net()
+    Pruner(model, 0.5, "local", "large_final", example_inputs=X, round_to=3).prune_model()
+    assert (model[0].out_channels, model[3].out_channels) == (6, 9)
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), torch.optim.Adam, torch.optim.AdamW])
+def test_the_optimizer_goes_on_with_the_same_parameters(make):
+    model = net().train()
+    optimizer = make(model.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(X).square().sum().backward()
+        optimizer.step()
+
+    step()
+    before, modes = [id(p) for p in model.parameters()], [m.training for m in model.modules()]
+    Pruner(model, 0.5, "local", "large_final", example_inputs=X).prune_model(optimizer)
+    assert [id(p) for p in model.parameters()] == before
+    assert [m.training for m in model.modules()] == modes
+    for parameter, state in optimizer.state.items():
+        assert all(s.shape == parameter.shape for s in state.values() if s.dim())
+    weights = [model[i].weight for i in (0, 3, 8)]
+    before_step = [w.detach().clone() for w in weights]
+    step()
+    assert not any(torch.equal(w, old) for w, old in zip(weights, before_step, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((50, "local", "large_final"), {}, r"pruning_ratio must be in \[0, 1\], got 50; pass 0.5 for 50 %"),
+        ((0.5, "lokal", "large_final"), {}, "context must be one of .*, got 'lokal'; did you mean 'local'"),
+        ((0.5, "erk", "large_final"), {}, "context must be 'local' or 'global', got 'erk'"),
+        (({"0": 0.5}, "global", "large_final"), {}, "pruning_ratio must be one number for context 'global', got a dict"),
+        ((0.5, "local", "movement"), {}, "criteria must read nothing but the weight here, got one that needs initial"),
+        ((0.5, "local", "large_final"), {"example_inputs": None}, "example_inputs must be given"),
+        (
+            (0.5, "local", "large_final"),
+            {"ignored_layers": ["x"]},
+            "ignored_layers must be modules of the model or their names",
+        ),
+        ((0.5, "local", "large_final"), {"over_places": "median"}, "over_places must be one of sum, mean, max, got 'median'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        Pruner(net(), *arguments, **{"example_inputs": X, **options})
+
+
+def test_a_name_that_makes_no_channels_is_refused_and_nothing_is_changed():
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match=r"pruning_ratio's keys must be the name of a layer whose outputs may go, of 0, 1, 3, 4, got '8'"
+    ):
+        Pruner(model, {"8": 0.5}, "local", "large_final", example_inputs=X).prune_model()
+    assert all(torch.equal(v, model.state_dict()[n]) for n, v in before.items())
+
+
+def test_a_criterion_of_your_own():
+    criterion = Criterion(lambda e: -e.weight.abs())
+    model, fresh = net(), net()
+    Pruner(model, {"0": 7 / 8}, "local", criterion, example_inputs=X).prune_model()
+    scores = fresh[0].weight.abs().mean((1, 2, 3)) + fresh[3].weight.abs().mean((0, 2, 3))
+    assert torch.equal(model[0].weight[0], fresh[0].weight[scores.argmin()])
