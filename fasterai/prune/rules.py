@@ -115,7 +115,8 @@ def broadcast(trace: Trace, name: str, values: Iterable[Value], shape: tuple[int
     *("logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not", "isnan", "isinf", "nan_to_num"),
     *("dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach", "to", "_to_copy", "type_as"),
     *("lift_fresh_copy", "copy", "fill", "zero", "multiply", "divide", "subtract", "true_divide", "floor_divide", "clip"),
-    *("log2", "log10", "exp2", "tan", "atan", "sinh", "cosh", "isfinite", "logical_xor", "bitwise_xor", "addcdiv", "atan2", "erfc"),
+    *("log2", "log10", "exp2", "tan", "atan", "sinh", "cosh", "isfinite", "logical_xor", "bitwise_xor", "addcdiv", "atan2"),
+    "erfc",
 )
 def elementwise(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Value:
     values = [a for a in (*arguments, *keywords.values()) if isinstance(a, Value)]
@@ -128,7 +129,7 @@ def created(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Value:
     return Value(shape, (FREE,) * len(shape))
 
 
-@rule("_assert_tensor_metadata", "_assert_scalar", "_assert_async")
+@rule("_assert_tensor_metadata")
 def assertion(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> None:
     """Export notes the types and sizes that it saw; nothing comes of it."""
 
@@ -541,7 +542,7 @@ def repeat(trace: Trace, node: Any, x: Value, times: Sequence[int]) -> Value:
 @rule("repeat_interleave")
 def repeat_interleave(trace: Trace, node: Any, x: Value, times: Any, dim: int | None = None, **keywords: Any) -> Value:
     if not isinstance(times, int) or dim is None:
-        return _unknown_tensor(trace, node, x)
+        return _unknown_tensor(trace, node, x, times)
     dims = list(x.dims)
     carried = dims[dim]
     dims[dim] = np.repeat(carried, times) if isinstance(carried, np.ndarray) else carried

@@ -144,6 +144,7 @@ ELEMENTWISE = [
     around("dropout", lambda x: aten.dropout(x, 0.5, False)),
     around("feature_dropout", lambda x: aten.feature_dropout(x, 0.5, False)),
     around("alpha_dropout", lambda x: aten.alpha_dropout(x, 0.5, False)),
+    around("_assert_tensor_metadata", lambda x: x.to(torch.float32).to(torch.float64)),
     around("to", lambda x: x.to(torch.float32).to(torch.float64)),
     around("_to_copy", lambda x: aten._to_copy(aten._to_copy(x, dtype=torch.float32), dtype=torch.float64)),
     around("type_as", lambda x: x.float().type_as(x)),
