@@ -29,6 +29,7 @@ class SlimMultiheadAttention(nn.Module):
         vars(self).update(vars(attention))
         self.num_heads = num_heads
         self._qkv_same_embed_dim = False  # nn.TransformerEncoderLayer then leaves its fused kernel alone
+        self.out_proj: nn.Module
         self.embed_dim: int
         self.head_dim: int
         self.dropout: float

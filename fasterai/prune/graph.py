@@ -83,8 +83,9 @@ def channel_graph(model: nn.Module, inputs: tuple[Any, ...]) -> ChannelGraph:
         ValueError: The model does not run on the inputs, or cannot be exported; where, and what would help.
     """
     program = _export(unwrap(model), inputs)
-    choices = _choose(program)
-    trace, weights = _follow(program, choices)
+    names = _names(unwrap(model), program)
+    choices = _choose(program, names)
+    trace, weights = _follow(program, names, choices)
     return _graph(trace, weights)
 
 
@@ -111,13 +112,24 @@ def _spelt_out() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _choose(program: ExportedProgram) -> dict[str, int]:
+def _names(model: nn.Module, program: ExportedProgram) -> dict[str, str]:
+    """Placeholder -> name of its parameter or buffer, the first one of a tensor that stands under several."""
+    first: dict[int, str] = {}
+    called: dict[str, str] = {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        called[name] = first.setdefault(id(tensor), plain_name(name))
+    signature = program.graph_signature
+    found = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return {node: called.get(name, plain_name(name)) for node, name in found.items()}
+
+
+def _choose(program: ExportedProgram, names: Mapping[str, str]) -> dict[str, int]:
     """For each kind of operation that can go several ways the one after which most weights may go.
 
     One kind after the other is tried in each of its ways while the others stay as they are, until nothing gets better.
     """
     choices: dict[str, int] = {}
-    trace, weights = _follow(program, choices)
+    trace, weights = _follow(program, names, choices)
     best = _removable(trace, weights)
     improved = bool(trace.options)
     while improved:
@@ -125,7 +137,7 @@ def _choose(program: ExportedProgram) -> dict[str, int]:
         for kind, ways in sorted(trace.options.items()):
             for way in set(range(ways)) - {choices.get(kind, 0)}:
                 trial = {**choices, kind: way}
-                other, weights = _follow(program, trial)
+                other, weights = _follow(program, names, trial)
                 score = _removable(other, weights)
                 if score > best:
                     choices, best, trace, improved = trial, score, other, True
@@ -160,22 +172,21 @@ def _components(trace: Trace, weights: Mapping[str, Value]) -> Components:
     return Components(components.of, pinned)
 
 
-def _follow(program: ExportedProgram, choices: dict[str, int]) -> tuple[Trace, dict[str, Value]]:
+def _follow(program: ExportedProgram, names: Mapping[str, str], choices: dict[str, int]) -> tuple[Trace, dict[str, Value]]:
     """One pass over the operations: the labels, and the values of the parameters and buffers."""
     trace = Trace(choices)
-    signature = program.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    parameters = program.graph_signature.inputs_to_parameters
     weights: dict[str, Value] = {}
     values: dict[Any, Any] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            values[node] = _placeholder(trace, node, names.get(node.name), weights, node.name in signature.inputs_to_parameters)
+            values[node] = _placeholder(trace, node, names.get(node.name), weights, node.name in parameters)
         elif node.op == "output":
             for value in (v for a in node.args[0] if isinstance(v := values.get(a), Value)):
                 trace.labels.pin_all(value.dims, "it is an output of the network")
         else:
             values[node] = _apply(trace, node, values)
-    read = {plain_name(names[node.name]) for node in program.graph.nodes if node.name in names and node.users}
+    read = {names[node.name] for node in program.graph.nodes if node.name in names and node.users}
     for name in weights.keys() - read:
         trace.labels.pin_all(weights[name].dims, "nothing reads it")
     return trace, weights
@@ -188,7 +199,6 @@ def _placeholder(trace: Trace, node: Any, name: str | None, weights: dict[str, V
     shape = tuple(int(n) for n in shown.shape)
     if name is None:
         return Value(shape, (FIXED,) * len(shape))
-    name = plain_name(name)
     if name not in weights:
         dims: tuple[Dim, ...] = tuple(trace.labels.new(n) if n > 1 else FREE for n in shape)
         weights[name] = Value(shape, dims, tuple((name, d) for d in range(len(shape))), is_parameter)
@@ -202,7 +212,7 @@ def _apply(trace: Trace, node: Any, values: dict[Any, Any]) -> Any:
     name = str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
     found: Callable[..., Any] | None = RULES.get(name)
     result = (found or unknown)(trace, node, *arguments, **keywords)
-    if name.endswith("_") and isinstance(result, Value) and isinstance(arguments[0], Value):
+    if name.endswith("_") and not name.endswith("__") and isinstance(result, Value) and isinstance(arguments[0], Value):
         _written(trace, node, arguments[0], result)
         values[node.args[0]] = result
     if found is None:

@@ -32,6 +32,8 @@ def new_sizes(module: nn.Module, old: Shapes, new: Shapes, keep: Kept) -> dict[s
         new: The same after the surgery.
         keep: Name and dimension -> the indices that stay, where not all do.
     """
+    if hasattr(module, "nf") and "weight" in new:  # the transformers' Conv1D, a linear layer with its weight turned
+        return {"nf": new["weight"][1]} | ({"nx": new["weight"][0]} if hasattr(module, "nx") else {})
     return {}
 
 

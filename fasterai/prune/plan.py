@@ -116,14 +116,17 @@ def _sizes(
     """The modules' own numbers after the surgery."""
     changed: list[tuple[str, str, Any, Any]] = []
     slim: dict[str, int] = {}
-    heads = _heads(graph, kept)
+    heads = _heads(plan, graph, kept)
+    names = {id(getattr(module, attribute)): name for name, (module, attribute) in tensors_of(model).items()}
     for prefix, module in unwrap(model).named_modules():
         name = plain_name(prefix)
         dot = f"{name}." if name else ""
-        own = {a: f"{dot}{a}" for a in [*module._parameters, *module._buffers] if f"{dot}{a}" in plan.shapes}
+        held = [*module._parameters.items(), *module._buffers.items()]
+        own = {a: names[id(t)] for a, t in held if t is not None and names[id(t)] in plan.shapes}
         if isinstance(module, nn.MultiheadAttention | SlimMultiheadAttention):
-            if f"{dot}in_proj_weight" in heads or f"{dot}q_proj_weight" in heads:
-                slim[name] = heads.get(f"{dot}in_proj_weight", heads.get(f"{dot}q_proj_weight", (0, 0)))[1]
+            lost = heads.get(f"{dot}in_proj_weight") or heads.get(f"{dot}q_proj_weight")
+            if lost:
+                slim[name] = lost[0].channels[1]
             continue
         if own:
             old, new = (
@@ -135,35 +138,35 @@ def _sizes(
             for attribute, value in new_sizes(module, old, new, keep).items():
                 if getattr(module, attribute) != value:
                     changed.append((name, attribute, getattr(module, attribute), value))
-        changed += [(name, *c) for c in _parent_sizes(module, dot, plan, heads)]
+        changed += [(name, *c) for c in _parent_sizes(module, dot, heads)]
     return tuple(changed), slim
 
 
-def _heads(graph: ChannelGraph, kept: Sequence[Flags]) -> dict[str, tuple[int, int]]:
-    """Weight -> (channels before, after) where each channel is several outputs of it, as a head is."""
-    return {
-        name: (group.channels, int(keep.sum()))
-        for group, keep in zip(graph.groups, kept, strict=True)
-        for (name, d), indices in group.places.items()
-        if d == 0 and indices.shape[1] > 1 and not keep.all()
-    }
+@dataclass(frozen=True)
+class _Width:
+    """Channels of several indices each along one dimension of a weight, as heads are."""
+
+    channels: tuple[int, int]
+    sizes: tuple[int, int]
 
 
-def _parent_sizes(
-    module: nn.Module, dot: str, plan: Plan, heads: Mapping[str, tuple[int, int]]
-) -> list[tuple[str, Any, Any]]:  # fmt: skip
+def _heads(plan: Plan, graph: ChannelGraph, kept: Sequence[Flags]) -> dict[str, list[_Width]]:
+    """Weight -> its dimensions where each channel is several indices of it."""
+    found: dict[str, list[_Width]] = {}
+    for group, keep in zip(graph.groups, kept, strict=True):
+        for (name, d), indices in group.places.items():
+            if indices.shape[1] > 1 and not keep.all():
+                sizes = plan.shapes[name][d], plan.shape_after(name)[d]
+                found.setdefault(name, []).append(_Width((group.channels, int(keep.sum())), sizes))
+    return found
+
+
+def _parent_sizes(module: nn.Module, dot: str, heads: Mapping[str, Sequence[_Width]]) -> list[tuple[str, Any, Any]]:
     """Numbers of heads and widths that a module keeps of the layers right below it."""
     changed: dict[str, tuple[str, Any, Any]] = {}
-    for child in module._modules:
-        weight = f"{dot}{child}.weight"
-        if weight not in heads:
-            continue
-        before, after = heads[weight]
-        old, new = plan.shapes[weight][0], plan.shape_after(weight)[0]
-        for attribute in HEADS:
-            if vars(module).get(attribute) == before:
-                changed[attribute] = (attribute, before, after)
-        for attribute in WIDTHS:
-            if vars(module).get(attribute) == old:
-                changed[attribute] = (attribute, old, new)
+    for width in (w for child in module._modules for w in heads.get(f"{dot}{child}.weight", ())):
+        for names, (before, after) in ((HEADS, width.channels), (WIDTHS, width.sizes)):
+            for attribute in names:
+                if vars(module).get(attribute) == before:
+                    changed.setdefault(attribute, (attribute, before, after))
     return list(changed.values())

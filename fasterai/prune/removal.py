@@ -230,9 +230,13 @@ def _moved(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     for a, b in zip(before, after, strict=True):
         if a.shape != b.shape:
             return float("inf")
-        scale = float(a.abs().max()) if a.numel() else 0.0
-        worst = max(worst, float((a - b).abs().max()) / max(scale, 1e-30)) if a.numel() else worst
-    return float("inf") if math.isnan(worst) else worst
+        if a.numel() == 0 or torch.equal(a, b):
+            continue
+        scale = float(a.abs().where(a.isfinite(), 0).max())
+        # Equal infinities, as in masked scores, are equal; a NaN equals nothing.
+        difference = float((a - b).abs().where(a != b, 0).max()) / max(scale, 1e-30)
+        worst = max(worst, float("inf") if math.isnan(difference) else difference)
+    return worst
 
 
 def _other_inputs(inputs: tuple[Any, ...]) -> list[tuple[Any, ...]]:

@@ -116,7 +116,7 @@ def broadcast(trace: Trace, name: str, values: Iterable[Value], shape: tuple[int
     *("dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach", "to", "_to_copy", "type_as"),
     *("lift_fresh_copy", "copy", "fill", "zero", "multiply", "divide", "subtract", "true_divide", "floor_divide", "clip"),
     *("log2", "log10", "exp2", "tan", "atan", "sinh", "cosh", "isfinite", "logical_xor", "bitwise_xor", "addcdiv", "atan2"),
-    "erfc",
+    *("erfc", "__and__", "__or__", "__xor__"),
 )
 def elementwise(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Value:
     values = [a for a in (*arguments, *keywords.values()) if isinstance(a, Value)]
@@ -127,6 +127,12 @@ def elementwise(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Va
 def created(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Value:
     shape = _shape(node)
     return Value(shape, (FREE,) * len(shape))
+
+
+@rule("arange")
+def counted(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Value:
+    """Its numbers differ from index to index: what meets it may not lose some."""
+    return Value(_shape(node), _fixed(_shape(node)))
 
 
 @rule("_assert_tensor_metadata")
@@ -171,7 +177,7 @@ def convolution(
     groups: int | None = None, **keywords: Any,
 ) -> Value:  # fmt: skip
     if "aten.convolution" in str(node.target) and rest[1]:
-        return transposed_convolution(trace, node, x, weight, bias, stride, padding, rest[2], rest[3])
+        return _convolve(trace, node, x, weight, bias, rest[3], read=0, out=1)
     if groups is None:
         groups = rest[-1] if len(rest) > 1 else 1
     return _convolve(trace, node, x, weight, bias, groups, read=1, out=0)
@@ -490,7 +496,7 @@ def transpose(trace: Trace, node: Any, x: Value, a: int, b: int) -> Value:
 @rule("t", "numpy_T", "mT")
 def transposed(trace: Trace, node: Any, x: Value) -> Value:
     if "mT" in str(node.target):
-        return transpose(trace, node, x, -1, -2)
+        return Value(_shape(node), (*x.dims[:-2], x.dims[-1], x.dims[-2]))
     return Value(_shape(node), x.dims[::-1])
 
 

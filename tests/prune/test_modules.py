@@ -20,13 +20,38 @@ def kept(*indices: int) -> dict[tuple[str, int], Any]:
 # Module, the module that has the shapes after, indices that stay, the attributes by hand.
 CASES = [
     (nn.Conv2d(4, 8, 3), nn.Conv2d(3, 6, 3), kept(0, 1, 2, 3, 4, 5), {"in_channels": 3, "out_channels": 6, "groups": 1}),
-    (nn.Conv1d(8, 8, 3, groups=8), nn.Conv1d(2, 2, 3, groups=2), kept(1, 5), {"in_channels": 2, "out_channels": 2, "groups": 2}),
+    (
+        nn.Conv1d(8, 8, 3, groups=8),
+        nn.Conv1d(2, 2, 3, groups=2),
+        kept(1, 5),
+        {"in_channels": 2, "out_channels": 2, "groups": 2},
+    ),
     (nn.Conv2d(8, 12, 1, groups=2), nn.Conv2d(4, 6, 1, groups=1), kept(6, 7, 8, 9, 10, 11), {"in_channels": 4, "groups": 1}),
-    (nn.Conv2d(8, 12, 1, groups=2), nn.Conv2d(8, 4, 1, groups=2), kept(0, 1, 6, 7), {"in_channels": 8, "out_channels": 4, "groups": 2}),
+    (
+        nn.Conv2d(8, 12, 1, groups=2),
+        nn.Conv2d(8, 4, 1, groups=2),
+        kept(0, 1, 6, 7),
+        {"in_channels": 8, "out_channels": 4, "groups": 2},
+    ),
     (nn.Conv2d(8, 12, 1, groups=2), nn.Conv2d(6, 12, 1, groups=2), {}, {"in_channels": 6, "out_channels": 12, "groups": 2}),
-    (nn.ConvTranspose2d(8, 6, 2), nn.ConvTranspose2d(4, 3, 2), kept(0, 1, 2, 3), {"in_channels": 4, "out_channels": 3, "groups": 1}),
-    (nn.ConvTranspose2d(8, 6, 2, groups=2), nn.ConvTranspose2d(4, 3, 2), kept(0, 1, 2, 3), {"in_channels": 4, "out_channels": 3, "groups": 1}),
-    (nn.ConvTranspose3d(8, 6, 2, groups=2), nn.ConvTranspose3d(4, 4, 2, groups=2), kept(0, 2, 4, 6), {"in_channels": 4, "out_channels": 4, "groups": 2}),
+    (
+        nn.ConvTranspose2d(8, 6, 2),
+        nn.ConvTranspose2d(4, 3, 2),
+        kept(0, 1, 2, 3),
+        {"in_channels": 4, "out_channels": 3, "groups": 1},
+    ),
+    (
+        nn.ConvTranspose2d(8, 6, 2, groups=2),
+        nn.ConvTranspose2d(4, 3, 2),
+        kept(0, 1, 2, 3),
+        {"in_channels": 4, "out_channels": 3, "groups": 1},
+    ),
+    (
+        nn.ConvTranspose3d(8, 6, 2, groups=2),
+        nn.ConvTranspose3d(4, 4, 2, groups=2),
+        kept(0, 2, 4, 6),
+        {"in_channels": 4, "out_channels": 4, "groups": 2},
+    ),
     (nn.Linear(4, 8), nn.Linear(2, 3), kept(0, 1, 2), {"in_features": 2, "out_features": 3}),
     (nn.BatchNorm2d(8), nn.BatchNorm2d(3), {}, {"num_features": 3}),
     (nn.BatchNorm2d(8, affine=False), nn.BatchNorm2d(3, affine=False), {}, {"num_features": 3}),
@@ -39,7 +64,7 @@ CASES = [
     (nn.PReLU(8), nn.PReLU(3), {}, {"num_parameters": 3}),
     (nn.LSTM(5, 8, 2), nn.LSTM(4, 3, 2), {}, {"input_size": 4, "hidden_size": 3}),
     (nn.GRU(5, 8), nn.GRU(4, 3), {}, {"input_size": 4, "hidden_size": 3}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("module", "after", "keep", "expected"), CASES, ids=lambda v: str(v).split("\n")[0][:60])
@@ -54,6 +79,12 @@ def test_the_numbers_that_a_module_keeps_of_itself(
 def test_every_registered_class_has_a_case() -> None:
     registered = set(new_sizes.registry) - {object}
     assert [c.__name__ for c in registered if not any(isinstance(module, c) for module, *_ in CASES)] == []
+
+
+def test_a_linear_layer_with_its_weight_turned() -> None:
+    turned = nn.Module()
+    turned.nx, turned.nf = 4, 8
+    assert new_sizes(turned, {"weight": (4, 8)}, {"weight": (2, 6)}, {}) == {"nx": 2, "nf": 6}
 
 
 def test_an_unknown_module_keeps_no_numbers() -> None:

@@ -1,0 +1,358 @@
+"""Removal as users meet it: what is silent goes, what is not is refused and nothing has changed."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from fasterai.prune.graph import channel_graph
+from fasterai.prune.removal import mask_channels_, remove, remove_channels, silent_channels
+from fasterai.sparse.sparsifier import Sparsifier
+
+SMALL = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def lively(net: Any) -> Any:
+    """In eval mode, with norms that scale and shift."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for tensor in [*net.parameters(), *(b for n, b in net.named_buffers() if "running" in n)]:
+            tensor.add_(torch.rand(tensor.shape, generator=generator), alpha=0.02)
+    return net.eval()
+
+
+def conv_net(middle: nn.Module | None = None) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), middle or nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1)]
+    return lively(nn.Sequential(*layers))
+
+
+def half_of(graph: Any, seed: int = 0) -> list[Any]:
+    generator = np.random.default_rng(seed)
+    return [generator.permutation(np.arange(g.channels) % 2 == 0) for g in graph.groups]
+
+
+def moved(net: nn.Module, x: Tensor, wanted: Tensor) -> float:
+    with torch.no_grad():
+        found = net(x)
+    assert found.shape == wanted.shape
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+models = torchvision.models
+NETS: dict[str, tuple[Any, int, float]] = {  # constructor, side of the picture, share of the parameters left at most
+    "resnet18": (lambda: models.resnet18(num_classes=10), 32, 0.28),
+    "mobilenet_v2": (lambda: models.mobilenet_v2(num_classes=10, width_mult=0.35), 32, 0.35),
+    "shufflenet": (lambda: models.shufflenet_v2_x0_5(num_classes=10), 32, 0.35),
+    "densenet": (lambda: models.DenseNet(8, (2, 2), 16, num_classes=10), 32, 0.35),
+    "vit": (lambda: models.VisionTransformer(32, 8, 2, 4, 32, 64, num_classes=10), 32, 0.95),
+    "swin": (lambda: models.SwinTransformer([2, 2], 16, [1, 1], [2, 4], [4, 4], num_classes=10), 32, 0.95),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_torchvision_nets_compute_the_same_without_half_of_their_channels(name: str) -> None:
+    build, side, left = NETS[name]
+    torch.manual_seed(0)
+    net = lively(build().double())
+    x = torch.randn(2, 3, side, side, dtype=torch.float64)
+    graph = channel_graph(net, (x,))
+    kept = half_of(graph)
+    mask_channels_(net, graph, kept)
+    with torch.no_grad():
+        wanted = net(x)
+    removal = remove(net, x)
+    assert moved(net, x, wanted) <= 1e-9
+    before, after = removal.parameters
+    assert after == sum(p.numel() for p in net.parameters())
+    assert after <= left * before
+    assert all("attn" in g and "shifted_window_attention, line" in why for g, why in removal.refused.items())
+    assert bool(removal.refused) == (name == "swin")
+
+
+def test_plain_filter_masks_of_the_sparsifier_are_taken_out() -> None:
+    net = conv_net()
+    Sparsifier(net, "filter", "local", example_inputs=SMALL).sparsify_model(0.5)
+    with torch.no_grad():
+        wanted = net(SMALL)
+    removal = remove(net, SMALL)
+    assert moved(net, SMALL, wanted) <= 1e-5
+    assert [tuple(net[i].weight.shape) for i in (0, 1, 3, 5)] == [(4, 3, 3, 3), (4,), (3, 4, 3, 3), (4, 3, 1, 1)]
+    assert removal.removed == {"0.weight": (8, 4), "3.weight": (6, 3)}
+    assert removal.refused == {}
+
+
+@pytest.mark.parametrize("side", ["made", "read"])
+def test_weights_zeroed_by_hand_are_taken_out(side: str) -> None:
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        if side == "made":
+            net[0].weight[2], net[0].bias[2] = 0, 0
+        else:
+            net[2].weight[:, 2] = 0
+        x = torch.randn(4, 5)
+        wanted = net(x)
+    assert remove(net, x).removed == {"0.weight": (8, 7)}
+    assert net[2].in_features == 7
+    assert moved(net, x, wanted) <= 1e-6
+
+
+def snapshot(net: nn.Module) -> tuple[Any, ...]:
+    numbers = [{k: v for k, v in vars(m).items() if isinstance(v, int | tuple | str)} for m in net.modules()]
+    return {n: t.clone() for n, t in net.state_dict().items()}, numbers, [(id(p), p.requires_grad) for p in net.parameters()]
+
+
+def assert_unchanged(net: nn.Module, before: tuple[Any, ...]) -> None:
+    state, numbers, parameters = snapshot(net)
+    assert all(torch.equal(state[n], t) for n, t in before[0].items())
+    assert (numbers, parameters) == before[1:]
+
+
+def test_a_channel_that_is_not_silent_is_refused_and_nothing_changes() -> None:
+    net = nn.Sequential(nn.Linear(5, 8), nn.Sigmoid(), nn.Linear(8, 3))  # a zero becomes a half
+    with torch.no_grad():
+        net[0].weight[2], net[0].bias[2] = 0, 0
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.randn(4, 5)).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        net[0].weight[2], net[0].bias[2] = 0, 0
+    before, state = snapshot(net), copy.deepcopy(optimizer.state_dict())
+    removal = remove(net, torch.randn(4, 5), optimizer=optimizer)
+    assert list(removal.refused) == ["0.weight"]
+    assert "it is not silent" in removal.refused["0.weight"]
+    assert removal.removed == {}
+    assert removal.parameters[0] == removal.parameters[1]
+    assert "nothing was removed: see above" in str(removal)
+    assert_unchanged(net, before)
+    for key, values in state["state"].items():
+        assert all(torch.equal(v, optimizer.state_dict()["state"][key][n]) for n, v in values.items())
+
+
+class HardCoded(nn.Module):
+    """One of its two layers is read through a number in the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).relu()).relu()
+        return self.c(x.view(-1, 8))
+
+
+def test_a_forward_that_hard_codes_a_size_is_refused_with_its_line_and_the_rest_goes() -> None:
+    net = HardCoded()
+    x = torch.randn(4, 5)
+    graph = channel_graph(net, (x,))
+    kept = half_of(graph)
+    mask_channels_(net, graph, kept)
+    with torch.no_grad():
+        wanted = net(x)
+    removal = remove(net, x)
+    line = HardCoded.forward.__code__.co_firstlineno + 2
+    assert list(removal.refused) == ["b.weight"]
+    assert f"(forward, line {line})" in removal.refused["b.weight"]
+    assert removal.removed == {"a.weight": (8, 4)}
+    assert (net.a.out_features, net.b.in_features, net.b.out_features, net.c.in_features) == (4, 4, 8, 8)
+    assert moved(net, x, wanted) <= 1e-6
+
+
+def test_nothing_silent_says_so() -> None:
+    net = conv_net()
+    before = snapshot(net)
+    removal = remove(net, SMALL)
+    assert (removal.removed, removal.refused, removal.difference) == ({}, {}, 0.0)
+    assert not removal.plan
+    assert "nothing was removed: no channel that may go is silent" in str(removal)
+    assert_unchanged(net, before)
+
+
+def test_the_report_says_what_went_and_what_stays() -> None:
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        net[2].weight[:, 2] = 0
+    removal = remove(net, torch.randn(4, 5))
+    assert removal.parameters == (75, 66)
+    assert "0.weight: 8 -> 7 channels" in str(removal)
+    assert "parameters: 75 -> 66 (88.0%)" in str(removal)
+    assert removal.pinned["2.weight", 0] == "it is an output of the network"
+
+
+def test_one_channel_of_each_group_stays() -> None:
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        net[2].weight.zero_()
+    assert remove(net, torch.randn(4, 5)).removed == {"0.weight": (8, 1)}
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), torch.optim.Adam, torch.optim.AdamW], ids=str
+)
+def test_the_optimizer_goes_on_with_the_very_parameters(make: Any) -> None:
+    net = conv_net().train()
+    optimizer = make(net.parameters())
+    net(SMALL).sum().backward()
+    optimizer.step()
+    graph = channel_graph(net, (SMALL,))
+    mask_channels_(net, graph, half_of(graph))
+    identities = [id(p) for p in net.parameters()]
+    remove(net, SMALL, optimizer=optimizer)
+    assert [id(p) for p in net.parameters()] == identities == [id(p) for g in optimizer.param_groups for p in g["params"]]
+    for parameter in net.parameters():
+        tensors = [v for v in optimizer.state[parameter].values() if isinstance(v, Tensor) and v.dim()]
+        assert tensors
+        assert {v.shape for v in tensors} == {parameter.shape}
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer.zero_grad()
+    net(SMALL).square().sum().backward()
+    optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_modes_random_numbers_and_copies_stay_as_they_were() -> None:
+    net = conv_net().train()
+    net[1].eval()
+    graph = channel_graph(net, (SMALL,))
+    mask_channels_(net, graph, half_of(graph))
+    statistics = net[1].running_mean.clone()
+    state = torch.get_rng_state()
+    remove(net, SMALL)
+    assert [m.training for m in net] == [True, False, True, True, True, True]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert set(net[1].running_mean.tolist()) <= set(statistics.tolist())
+    assert torch.equal(copy.deepcopy(net).eval()(SMALL), net.eval()(SMALL))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 1e-2)])
+def test_types(dtype: torch.dtype, bound: float) -> None:
+    net, x = conv_net().to(dtype), SMALL.to(dtype)
+    graph = channel_graph(net, (x,))
+    mask_channels_(net, graph, half_of(graph))
+    with torch.no_grad():
+        wanted = net(x)
+    assert remove(net, x).removed == {"0.weight": (8, 4), "3.weight": (6, 3)}
+    assert net[0].weight.dtype == dtype
+    assert moved(net, x, wanted) <= bound
+
+
+def test_masks_silence_every_slice_and_no_buffer() -> None:
+    net = conv_net()
+    graph = channel_graph(net, (SMALL,))
+    before = snapshot(net)[0]
+    kept = [np.arange(g.channels) != 1 for g in graph.groups]
+    mask_channels_(net, graph, kept)
+    for name, dim in (
+        ("0.weight", 0),
+        ("0.bias", 0),
+        ("1.weight", 0),
+        ("1.bias", 0),
+        ("3.weight", 0),
+        ("3.weight", 1),
+        ("5.weight", 1),
+    ):
+        assert not net.get_parameter(name).select(dim, 1).any()
+    assert torch.equal(net[0].weight[[0, 2]], before["0.weight"][[0, 2]])
+    assert torch.equal(net[1].running_mean, before["1.running_mean"])
+    assert torch.equal(net[5].weight[:, 0], before["5.weight"][:, 0])
+    assert [s.tolist() for s in silent_channels(net, graph)] == [(~k).tolist() for k in kept]
+
+
+def test_one_group_that_moves_the_outputs_does_not_hold_up_the_others() -> None:
+    net = conv_net()
+    graph = channel_graph(net, (SMALL,))
+    kept = half_of(graph)
+    mask_channels_(net, graph, [kept[0], np.ones_like(kept[1])])
+    removal = remove_channels(net, graph, kept, (SMALL,))
+    assert list(removal.removed) == [graph.groups[0].name]
+    assert list(removal.refused) == [graph.groups[1].name]
+    assert removal.difference < 1e-5
+
+
+def test_a_model_that_does_not_run_on_the_inputs_is_named() -> None:
+    net = conv_net()
+    before = snapshot(net)
+    with pytest.raises(ValueError, match="example_inputs"):
+        remove(net, torch.randn(2, 5, 8, 8))
+    assert_unchanged(net, before)
+
+
+def test_a_nan_among_the_outputs_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        net[2].weight[:, 2] = 0
+        net[2].bias.fill_(math.nan)
+    assert remove(net, torch.randn(4, 5)).removed == {}
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_heads_of_torchs_attention_go(batch_first: bool) -> None:
+    torch.manual_seed(0)
+    net = (
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 4, 16, batch_first=batch_first), 2, enable_nested_tensor=False)
+        .double()
+        .eval()
+    )
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    graph = channel_graph(net, (x,))
+    mask_channels_(net, graph, half_of(graph))
+    with torch.no_grad():
+        wanted = net(x)
+    removal = remove(net, x)
+    assert removal.refused == {}
+    assert [layer.self_attn.num_heads for layer in net.layers] == [2, 2]
+    assert moved(net, x, wanted) <= 1e-9
+    assert remove(net, x).removed == {}  # and it can be read again
+
+
+class Scores(nn.Module):
+    """Scores of which one is masked out by minus infinity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu()) + torch.tensor([0.0, -math.inf, 0.0])
+
+
+def test_infinities_that_stay_do_not_stand_in_the_way() -> None:
+    net = Scores()
+    with torch.no_grad():
+        net.b.weight[:, 2] = 0
+    removal = remove(net, torch.randn(4, 5))
+    assert removal.removed == {"a.weight": (8, 7)}
+    assert removal.difference < 1e-5
+
+
+class Tied(nn.Module):
+    """Two layers of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.first, self.second, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(self.into(x)).relu()).relu())
+
+
+def test_a_weight_that_two_layers_share_stays_shared() -> None:
+    net = Tied().double()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    graph = channel_graph(net, (x,))
+    mask_channels_(net, graph, half_of(graph))
+    with torch.no_grad():
+        wanted = net(x)
+    assert remove(net, x).refused == {}
+    assert net.second.weight is net.first.weight
+    assert net.first.weight.shape == (3, 3)
+    assert (net.second.in_features, net.second.out_features) == (3, 3)
+    assert moved(net, x, wanted) <= 1e-9
