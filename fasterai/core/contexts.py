@@ -13,6 +13,7 @@ import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +27,13 @@ __all__ = ["erk", "global_", "lamp", "local", "two_four"]
 
 
 class Context(ABC):
-    """Which units compete."""
+    """Which units compete.
+
+    Attributes:
+        looks_at_pruned: Whether the scores of units that are pruned already have a say in the choice while the number rises.
+    """
+
+    looks_at_pruned: ClassVar[bool] = False
 
     def __call__(
         self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits | None = None
@@ -189,6 +196,8 @@ class LAMP(Context):
     criterion; where some are negative, a target's scores are first shifted to start at zero, which is ours.
     """
 
+    looks_at_pruned: ClassVar[bool] = True
+
     def select(self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits) -> list[Tensor]:
         adapted = [TensorScores(s.name, lamp_scores(s.tensor()), s.keep) for s in scores]
         return keep_highest(adapted, round(sparsity * sum(s.count for s in scores)), limits)
@@ -220,6 +229,7 @@ class NM(Context):
         m: The size of a group.
     """
 
+    looks_at_pruned: ClassVar[bool] = True
     n: int = 2
     m: int = 4
 

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["EvidenceScores", "Scores", "TensorScores", "keep_highest", "round_kept", "warn_of_min_keep"]
 
 PIECE = 1 << 18  # 1 MiB of float32: two of them live in a second-level cache
-SAMPLE = 1 << 16  # the bracket then holds about 1 % of the scores
+SAMPLE = 1 << 15  # the bracket then holds about 1.5 % of the scores
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -58,7 +59,7 @@ class Scores(ABC):
         """How many units there are."""
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def pruned(self) -> int:
         """How many units are pruned so far."""
         return 0 if self.keep is None else self.count - count_true(self.keep)
@@ -78,11 +79,13 @@ class Scores(ABC):
 
     @property
     def nonnegative(self) -> bool:
-        """Whether no score is below 0, and those of pruned units are 0."""
+        """Whether no score is below 0."""
         return False
 
-    def marked(self, where: slice, mark: Mark, scratch: Array, check: bool = False) -> Array:
-        """The scores of some units, pruned ones the lowest or kept ones the highest.
+    def marked(self, where: slice, mark: Mark, scratch: Array, check: bool = False) -> tuple[Array, Array | None]:
+        """The scores of some units, and which of them can go: those that are kept so far, while the number rises.
+
+        While it falls, kept units score infinity, and all can go.
 
         Raises:
             ValueError: `check` is asked for and a score is NaN or infinite.
@@ -91,13 +94,10 @@ class Scores(ABC):
         # A maximum is one pass over the cache and carries NaN; isfinite would write a second array.
         if check and part.size and not (math.isfinite(part.max()) and (self.nonnegative or math.isfinite(part.min()))):
             raise _not_finite(self.name)
-        # Pruned weights are zero, which of non-negative scores is the lowest anyway; among equals the pruned go first.
-        if self.keep is None or mark is Mark.NONE or (self.nonnegative and mark is Mark.PRUNED_FIRST):
-            return part
+        if self.keep is None or mark is Mark.NONE:
+            return part, None
         keep = self.keep.reshape(-1).numpy()[where]
-        if mark is Mark.PRUNED_FIRST:
-            return np.where(keep, part, part.dtype.type(-np.inf))
-        return np.where(keep, part.dtype.type(np.inf), part)
+        return (part, keep) if mark is Mark.PRUNED_FIRST else (np.where(keep, part.dtype.type(np.inf), part), None)
 
 
 def count_true(mask: Tensor) -> int:
@@ -138,7 +138,7 @@ class EvidenceScores(Scores):
     """Scores of single weights, worked out part by part and held nowhere; for elementwise criteria on a CPU.
 
     Attributes:
-        evidence: What is known of the target; its tensors contiguous, its pruned weights zero.
+        evidence: What is known of the target; its tensors contiguous.
         criterion: An elementwise criterion without normaliser.
     """
 
@@ -176,9 +176,8 @@ class EvidenceScores(Scores):
 def keep_highest(pool: Sequence[Scores], prune: int, limits: Limits) -> list[Tensor]:
     """Which units stay when the `prune` lowest of a pool go.
 
-    Ties are settled by position: in the order of the pool, and of each target's units, the first go first; but among
-    equals what is pruned already goes before what is not, and while the number rises no pruned unit comes back. While it
-    falls, no kept unit goes.
+    Ties are settled by position: in the order of the pool, and of each target's units, the first go first. While the number
+    rises no pruned unit comes back, whatever it scores; while it falls, no kept unit goes.
 
     Args:
         pool: The scores of the targets that compete.
@@ -229,15 +228,15 @@ def round_kept(scores: Sequence[Scores], keeps: Sequence[Tensor], limits: Limits
 
 def _select_with_floors(pool: Sequence[Scores], prune: int, mark: Mark, floors: Sequence[int]) -> list[Tensor]:
     """Select; where a target is left with too little, settle it alone and let the others make up for it."""
-    keeps = _select(pool, prune, mark)
-    short = {i for i, (keep, floor) in enumerate(zip(keeps, floors, strict=True)) if floor and count_true(keep) < floor}
+    keeps, kept = _select(pool, prune, mark)
+    short = {i for i, (count, floor) in enumerate(zip(kept, floors, strict=True)) if count < floor}
     if not short:
         return keeps
     if len(pool) > 1:
         names = ", ".join(pool[i].name for i in sorted(short)[:5])
         warn(f"but for min_keep no unit of {names} would stay; a normalizer makes the scores of targets comparable")
     for i in short:
-        keeps[i] = _select([pool[i]], pool[i].count - floors[i], mark)[0]
+        keeps[i] = _at_floor(pool[i], floors[i], mark)
     rest = [i for i in range(len(pool)) if i not in short]
     left = prune - sum(pool[i].count - floors[i] for i in short)
     others = _select_with_floors([pool[i] for i in rest], left, mark, [floors[i] for i in rest])
@@ -246,64 +245,96 @@ def _select_with_floors(pool: Sequence[Scores], prune: int, mark: Mark, floors: 
     return keeps
 
 
+def _at_floor(s: Scores, floor: int, mark: Mark) -> Tensor:
+    """The decisions of one target of which just so many units stay; earlier masks may have left fewer."""
+    if s.keep is None or mark is not Mark.PRUNED_FIRST or s.count - s.pruned >= floor:
+        (keep,), _ = _select([s], s.count - floor, mark)
+        return keep
+    keep = s.keep.flatten().clone()
+    missing = floor - (s.count - s.pruned)
+    keep[(~keep).nonzero().flatten()[-missing:]] = True
+    return keep.view(s.shape)
+
+
 Place = tuple[int, int]  # which target of the pool, and where in its flat order a part starts
 
 
-def _parts(pool: Sequence[Scores], mark: Mark, step: int = 1, check: bool = False) -> Iterator[tuple[Place, Array]]:
-    """All marked scores of a pool, part by part; or only every `step`-th."""
+def _parts(
+    pool: Sequence[Scores], mark: Mark, step: int = 1, check: bool = False
+) -> Iterator[tuple[Place, Array, Array | None]]:
+    """(place, scores, which can go) of a pool, part by part; or only of every `step`-th unit."""
     scratch = np.empty(PIECE, np.float32)
     for i, s in enumerate(pool):
         for start in range(0, s.count, PIECE * step):
-            yield (i, start), s.marked(slice(start, min(s.count, start + PIECE * step), step), mark, scratch, check)
+            where = slice(start, min(s.count, start + PIECE * step), step)
+            yield ((i, start), *s.marked(where, mark, scratch, check))
 
 
-def _select(pool: Sequence[Scores], prune: int, mark: Mark) -> list[Tensor]:
-    if prune == 0:
-        return [torch.ones(s.shape, dtype=torch.bool) for s in pool]
-    if prune == sum(s.count for s in pool):
-        return [torch.zeros(s.shape, dtype=torch.bool) for s in pool]
-    threshold, at_threshold = _kth_lowest(pool, prune, mark)
+def _select(pool: Sequence[Scores], prune: int, mark: Mark) -> tuple[list[Tensor], list[int]]:
+    """The decisions, and how many units of each target stay."""
+    gone = sum(s.pruned for s in pool) if mark is Mark.PRUNED_FIRST else 0
+    if prune <= gone:
+        keeps = [torch.ones(s.shape, dtype=torch.bool) if s.keep is None or not gone else s.keep.clone() for s in pool]
+        return keeps, [s.count - (s.pruned if gone else 0) for s in pool]
+    count = sum(s.count for s in pool)
+    if prune == count:
+        return [torch.zeros(s.shape, dtype=torch.bool) for s in pool], [0] * len(pool)
+    threshold, at_threshold = _kth_lowest(pool, prune - gone, count - gone, mark)
     # One array for all: a large one comes in large pages, which costs a third of many small ones.
     ends = list(itertools.accumulate(s.count for s in pool))
     flags = np.split(np.empty(ends[-1], dtype=np.bool_), ends[:-1])
-    for (i, start), part in _parts(pool, mark):
-        np.greater(part, threshold, out=flags[i][start : start + part.size])
-    surplus = int(sum(f.size - np.count_nonzero(f) for f in flags)) - prune
+    for (i, start), part, can_go in _parts(pool, mark):
+        flag = flags[i][start : start + part.size]
+        np.greater(part, threshold, out=flag)
+        if can_go is not None:
+            np.logical_and(flag, can_go, out=flag)
+    kept = [int(np.count_nonzero(f)) for f in flags]
+    surplus = count - sum(kept) - prune
     if surplus:
         _give_back_ties_(flags, pool, mark, threshold, at_threshold, surplus)
-    return [torch.from_numpy(f).view(s.shape) for f, s in zip(flags, pool, strict=True)]
+        kept = [int(np.count_nonzero(f)) for f in flags]
+    return [torch.from_numpy(f).view(s.shape) for f, s in zip(flags, pool, strict=True)], kept
 
 
-def _kth_lowest(pool: Sequence[Scores], k: int, mark: Mark) -> tuple[float, list[Place]]:
-    """The k-th lowest marked score of the pool, k from 1, and the parts in which it occurs."""
-    n = sum(s.count for s in pool)
-    low, high = _bracket(pool, k / n, mark) if n > 2 * SAMPLE else (-np.inf, np.inf)
+def _kth_lowest(pool: Sequence[Scores], k: int, count: int, mark: Mark) -> tuple[float, list[Place]]:
+    """The k-th lowest score, k from 1, of the `count` units that can go, and the parts in which it occurs."""
+    low, high = _bracket(pool, k / count, mark) if count > 2 * SAMPLE else (-np.inf, np.inf)
     flags = np.empty((2, PIECE), dtype=np.bool_)
     while True:
-        # Open below, so that the mass of pruned units, which all score the lowest, does not lie inside.
-        below, inside, places = 0, [], []
-        for place, part in _parts(pool, mark, check=True):
-            within, under = flags[:, : part.size]
+        above, inside, places = 0, [], []
+        for place, part, can_go in _parts(pool, mark, check=True):
+            over, within = flags[:, : part.size]
+            np.greater(part, low, out=over)
+            if can_go is not None:
+                np.logical_and(over, can_go, out=over)
+            above += int(np.count_nonzero(over))
             np.less_equal(part, high, out=within)
-            np.less_equal(part, low, out=under)
-            below += int(np.count_nonzero(under))
-            np.not_equal(within, under, out=within)
+            np.logical_and(within, over, out=within)
             inside.append(np.compress(within, part))
             places.append(place)
-        rank = k - below - 1
+        rank = k - (count - above) - 1
         candidates = np.concatenate(inside)
         if 0 <= rank < candidates.size:
             threshold = np.partition(candidates, rank)[rank]
             return threshold, [p for p, found in zip(places, inside, strict=True) if (found == threshold).any()]
-        if rank < 0 and sum(np.count_nonzero(part < low) for _, part in _parts(pool, mark)) < k:
+        if rank < 0 and _count_below(pool, mark, low) < k:
             return low, places
         low, high = (-np.inf, low) if rank < 0 else (high, np.inf)  # the sample misled: look on that side
 
 
+def _count_below(pool: Sequence[Scores], mark: Mark, score: float) -> int:
+    """How many of the units that can go score less."""
+    parts = ((part < score, can_go) for _, part, can_go in _parts(pool, mark))
+    return sum(int(np.count_nonzero(under if can_go is None else under & can_go)) for under, can_go in parts)
+
+
 def _bracket(pool: Sequence[Scores], share: float, mark: Mark) -> tuple[float, float]:
-    """Two scores between which, by a sample, the given share of the pool almost surely ends."""
+    """Two scores between which, by a sample, the given share of the units that can go almost surely ends."""
     step = max(1, sum(s.count for s in pool) // SAMPLE)
-    sample = np.concatenate([part.copy() for _, part in _parts(pool, mark, step)])
+    parts = [part.copy() if can_go is None else part[can_go] for _, part, can_go in _parts(pool, mark, step)]
+    sample = np.concatenate(parts)
+    if sample.size < 2:
+        return -np.inf, np.inf
     margin = 3 * math.sqrt(sample.size * share * (1 - share)) + 2
     ranks = np.clip([share * sample.size - margin, share * sample.size + margin], 0, sample.size - 1).astype(int)
     low, high = np.partition(sample, ranks)[ranks]
@@ -313,24 +344,22 @@ def _bracket(pool: Sequence[Scores], share: float, mark: Mark) -> tuple[float, f
 def _give_back_ties_(
     flags: list[Array], pool: Sequence[Scores], mark: Mark, threshold: float, at_threshold: list[Place], surplus: int
 ) -> None:
-    """Keep the last `surplus` of the units that score exactly the threshold, those pruned already only for want of others."""
+    """Keep the last `surplus` of the units that score exactly the threshold and could have gone."""
     scratch = np.empty(PIECE, np.float32)
-    ties: list[tuple[int, Array, Array]] = []
+    ties: list[tuple[int, Array]] = []
     for i, start in at_threshold:
-        s = pool[i]
-        where = start + np.flatnonzero(s.marked(slice(start, start + PIECE), mark, scratch) == threshold)
-        fresh = np.ones(where.size, bool) if s.keep is None else s.keep.reshape(-1).numpy()[where]
-        ties.append((i, where, fresh))
-    if sum(where.size for _, where, _ in ties) == sum(s.count for s in pool) and mark is Mark.NONE:
+        part, can_go = pool[i].marked(slice(start, start + PIECE), mark, scratch)
+        equal = part == threshold
+        ties.append((i, start + np.flatnonzero(equal if can_go is None else equal & can_go)))
+    if sum(where.size for _, where in ties) == sum(s.count for s in pool) and mark is Mark.NONE:
         warn(
             f"all scores of {', '.join(s.name for s in pool[:3])}{', ...' if len(pool) > 3 else ''} are equal: "
             "which units go was settled by their position",
         )
-    for wanted in (True, False):  # first those that are not pruned yet
-        for i, where, fresh in reversed(ties):
-            chosen = where[fresh == wanted][::-1][:surplus]
-            flags[i][chosen] = True
-            surplus -= chosen.size
+    for i, where in reversed(ties):
+        chosen = where[::-1][:surplus]
+        flags[i][chosen] = True
+        surplus -= chosen.size
 
 
 def _select_on_device(pool: Sequence[Scores], prune: int, mark: Mark, floors: Sequence[int]) -> list[Tensor]:
@@ -342,7 +371,7 @@ def _select_on_device(pool: Sequence[Scores], prune: int, mark: Mark, floors: Se
         if s.keep is not None and mark is Mark.PRUNED_FIRST:
             flat.masked_fill_(~s.keep.reshape(-1), -torch.inf)
         elif s.keep is not None and mark is Mark.KEPT_LAST:
-            flat.masked_fill_(s.keep.reshape(-1), torch.inf)
+            flat.masked_fill_(s.keep.reshape(-1), torch.finfo(flat.dtype).max)  # below what a floor protects
         if floor:
             flat[_last_to_go(flat, floor)] = torch.inf
     scores = torch.cat([flat for flat, _, _ in flats])

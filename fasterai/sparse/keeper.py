@@ -45,6 +45,7 @@ class Keeper:
         self.keep: dict[str, Tensor] = {}
         self.noted: dict[str, Tensor] = {}
         self.moves = 0
+        self._counted: dict[str, tuple[Tensor, int]] = {}  # decisions -> how many prune, which is asked for at every move
         self._partners: tuple[Partner, ...] = find_partners(model, selection, granularity, None)
 
     @property
@@ -163,7 +164,12 @@ class Keeper:
 
     def _pruned(self, target: Target) -> int:
         keep = self.keep.get(target.name)
-        return 0 if keep is None else self.units(target) - count_true(keep)
+        if keep is None:
+            return 0
+        counted = self._counted.get(target.name)
+        if counted is None or counted[0] is not keep:
+            counted = self._counted[target.name] = (keep, self.units(target) - count_true(keep))
+        return counted[1]
 
     def _masked_weights(self, target: Target) -> int:
         keep = self.keep.get(target.name)

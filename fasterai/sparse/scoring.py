@@ -38,6 +38,12 @@ class Scorer:
     def _copies(self, need: str, targets: Sequence[Target]) -> dict[str, Tensor]:
         return {t.name: t.parameter.detach().clone() for t in targets} if need in self.criterion.needs else {}
 
+    @property
+    def looks_at_pruned(self) -> bool:
+        """Whether the weights of pruned units have a say in the scores of others."""
+        alone = self.granularity.is_weight and self.criterion.elementwise and self.criterion.normalizer is None
+        return not (alone and self.criterion.needs <= {"initial"})
+
     def begin(self, loss: Callable[..., Tensor] | None) -> None:
         """Take over a loop's loss for the time of a run, unless the user gave one."""
         self.source = replace(self._given, loss=self._given.loss or loss)

@@ -247,7 +247,8 @@ class Sparsifier(Participant):
     ) -> None:
         """Choose anew what is pruned; the masks and what is noted with them change together, or not at all."""
         context, sparsity = plan
-        self.apply_masks()
+        if may_fall or context.looks_at_pruned or self._scorer.looks_at_pruned:
+            self.apply_masks()  # the optimizer has moved pruned weights, too
         scores = self._scorer(self.model, targets, self._keeper.keep)
         whole = any(self.granularity.is_whole(t.layout) for t in targets)
         limits = Limits(
