@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from fasterai.core.types import Evidence, Layout, Limits
 from fasterai.prune.graph import ChannelGraph, Group, channel_graph
 from fasterai.prune.labels import Flags
 from fasterai.prune.plan import tensors_of
-from fasterai.prune.removal import Removal, mask_channels_, remove_channels
+from fasterai.prune.removal import Removal, mask_channels_, removable, remove_channels
 
 __all__ = ["Pruner", "channel_scores"]
 
@@ -111,10 +112,22 @@ class Pruner:
         self._original = self._original or {g.name: g.channels for g in graph.groups}
         share = self.schedule((self._step + 1) / self.iterative_steps)
         kept = self._choose(graph, share)
-        mask_channels_(self.model, graph, kept)
-        removal = remove_channels(self.model, graph, kept, self.inputs, optimizer=optimizer)
+        chosen, refused = self._mask_removable(graph, kept)
+        removal = remove_channels(self.model, graph, chosen, self.inputs, optimizer=optimizer)
         self._step += 1
-        return removal
+        return replace(removal, refused={**refused, **removal.refused})
+
+    @torch.no_grad()
+    def _mask_removable(self, graph: ChannelGraph, kept: list[Flags]) -> tuple[list[Flags], dict[str, str]]:
+        """Mask the channels that can go; those of a group that cannot get their weights back."""
+        before = {p: p.detach().clone() for p in unwrap(self.model).parameters()}
+        mask_channels_(self.model, graph, kept)
+        chosen, refused, _ = removable(self.model, graph, kept, self.inputs)
+        if refused:
+            for parameter, weights in before.items():
+                parameter.copy_(weights)
+            mask_channels_(self.model, graph, chosen)
+        return chosen, refused
 
     def print_sparsity(self) -> None:
         """Print how many channels of each group are left."""

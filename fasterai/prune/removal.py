@@ -20,7 +20,7 @@ from fasterai.prune.plan import Plan, make_plan, tensors_of
 from fasterai.prune.surgery import Surgery
 from fasterai.sparse.dataflow import evaluating, undisturbed
 
-__all__ = ["Removal", "mask_channels_", "remove", "remove_channels", "silent_channels"]
+__all__ = ["Removal", "mask_channels_", "remove", "remove_channels", "removable", "silent_channels"]
 
 #: How far an output may move, as a share of the outputs' scale: rounding in another order of summation, no more.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -124,16 +124,22 @@ def remove_channels(
         inputs: Positional arguments of the model.
         optimizer: Whose state is cut alike.
     """
-    kept = [_at_least_one(k) for k in kept]
     before = sum(p.numel() for p in unwrap(model).parameters())
-    probes = [inputs, *_other_inputs(inputs)]
-    wanted = [_outputs(model, p) for p in probes]
-    chosen, refused, worst = _largest_sound(model, graph, kept, probes, wanted)
+    chosen, refused, worst = removable(model, graph, kept, inputs)
     plan = make_plan(model, graph, chosen)
     Surgery(model, plan, optimizer)
     removed = {g.name: (g.channels, int(k.sum())) for g, k in zip(graph.groups, chosen, strict=True) if not k.all()}
     after = sum(p.numel() for p in unwrap(model).parameters())
     return Removal(plan, removed, refused, graph.pinned, worst, (before, after))
+
+
+def removable(
+    model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags], inputs: tuple[Any, ...]
+) -> tuple[list[Flags], dict[str, str], float]:
+    """What may be taken out without the outputs moving: the channels to keep, why groups stay, and how far outputs move."""
+    probes = [inputs, *_other_inputs(inputs)]
+    wanted = [_outputs(model, p) for p in probes]
+    return _largest_sound(model, graph, [_at_least_one(k) for k in kept], probes, wanted)
 
 
 def _at_least_one(keep: Flags) -> Flags:

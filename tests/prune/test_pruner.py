@@ -149,3 +149,26 @@ def test_a_criterion_of_your_own():
     Pruner(model, {"0": 7 / 8}, "local", criterion, example_inputs=X).prune_model()
     scores = fresh[0].weight.abs().mean((1, 2, 3)) + fresh[3].weight.abs().mean((0, 2, 3))
     assert torch.equal(model[0].weight[0], fresh[0].weight[scores.argmin()])
+
+
+class HardCoded(nn.Module):
+    """Its second convolution's width is written into its code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 1), nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.b(self.a(x).relu()).relu().mean((2, 3)).reshape(-1, 16))
+
+
+def test_a_group_that_cannot_go_gets_its_weights_back():
+    torch.manual_seed(0)
+    model = HardCoded().eval()
+    head, bias = model.head.weight.detach().clone(), model.b.bias.detach().clone()
+    removal = Pruner(model, 0.5, "local", "large_final", example_inputs=X).prune_model()
+    assert removal.removed == {"a.weight": (8, 4)}
+    assert list(removal.refused) == ["b.weight"]
+    assert torch.equal(model.head.weight, head)
+    assert torch.equal(model.b.bias, bias)
+    assert (model.b.weight != 0).all()
