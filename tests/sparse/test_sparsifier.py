@@ -1323,3 +1323,27 @@ def test_an_unknown_target_of_the_reached_sparsity_is_answered_with_the_known():
 def test_a_module_is_asked_for_where_one_layer_is_pruned():
     with pytest.raises(TypeError, match="m must be a module of the model, got '0'"):
         Sparsifier(cnn()).sparsify_layer("0", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("context", "criterion"),
+    [
+        ("lamp", criteria.large_final),
+        ("global", criteria.large_final.using(normalizer="max")),
+        ("global", criteria.large_final),
+    ],
+)
+def test_what_the_optimizer_did_to_pruned_weights_has_no_say_in_the_next_choice(context, criterion):
+    def masks(moved: float):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False))
+        sparsifier = Sparsifier(model, "weight", context, criterion, sparsity=0.8, schedule="lin")
+        sparsifier.sparsify_model(0.3)
+        sparsifier.on_fit_start(Fit(total_steps=4))
+        with torch.no_grad():
+            model[0].weight[~sparsifier.masks["0.weight"]] = moved
+        sparsifier.after_step(0.5)
+        assert sum(pruned(sparsifier).values()) == round(0.4 * 72)
+        return sparsifier.masks
+
+    assert all(torch.equal(a, b) for a, b in zip(masks(0.0).values(), masks(100.0).values(), strict=True))
