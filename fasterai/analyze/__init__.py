@@ -1,4 +1,4 @@
-"""L4: what a model costs, how fast it is, and how much of each target may go.
+"""L3: what a model costs, how fast it is, and how much of each target may go.
 
 `cost` counts (parameters, MACs, memory, file size), `latency` and `compare_latency` measure, `compare` puts several models side
 by side, `sensitivity` scores a model over the sparsity of one target at a time. Each gives frozen data with `to_dict()`, a

@@ -1,4 +1,4 @@
-"""L4. Several models side by side, dense, masked and small for instance: what each costs, and how fast it is."""
+"""L3. Several models side by side, dense, masked and small for instance: what each costs, and how fast it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""L4. What a model costs: parameters, MACs, memory and file size, layer by layer and overall."""
+"""L3. What a model costs: parameters, MACs, memory and file size, layer by layer and overall."""
 
 from __future__ import annotations
 

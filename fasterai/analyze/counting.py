@@ -1,4 +1,4 @@
-"""L4. Counting inside a forward pass: MACs and new memory, module by module.
+"""L3. Counting inside a forward pass: MACs and new memory, module by module.
 
 To add a rule for an operation that torch's counter lacks: a function of the arguments' shapes that returns FLOPs (two per MAC),
 and its operation in `rules()`. A rule that a user registers with torch's `register_flop_formula` counts as well.

@@ -1,4 +1,4 @@
-"""L4. How long a forward pass takes on this machine: measured, never computed from counts."""
+"""L3. How long a forward pass takes on this machine: measured, never computed from counts."""
 
 from __future__ import annotations
 

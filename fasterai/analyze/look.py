@@ -1,4 +1,4 @@
-"""L4. How reports look: numbers for people, tables, and the dress of a picture."""
+"""L3. How reports look: numbers for people, tables, and the dress of a picture."""
 
 from __future__ import annotations
 

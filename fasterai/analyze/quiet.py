@@ -1,4 +1,4 @@
-"""L4. Running a model to measure it, so that nothing of it is left behind."""
+"""L3. Running a model to measure it, so that nothing of it is left behind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fasterai.sparse.dataflow import evaluating, undisturbed
+from fasterai.core.undisturbed import evaluating, undisturbed
 
 __all__ = ["at_rest", "check_model", "copies", "positional"]
 

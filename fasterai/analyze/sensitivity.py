@@ -18,7 +18,7 @@ from fasterai.core.checks import check_count, check_fraction
 from fasterai.core.criteria import Criterion
 from fasterai.core.granularities import Granularity
 from fasterai.core.targets import TargetsLike
-from fasterai.sparse.dataflow import evaluating, undisturbed
+from fasterai.core.undisturbed import evaluating, undisturbed
 from fasterai.sparse.sparsifier import Sparsifier
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fasterai.sparse.dataflow import evaluating, undisturbed
+from fasterai.core.undisturbed import evaluating, undisturbed
 
 __all__ = ["as_inputs", "check_same", "model_outputs", "require", "with_batch", "written"]
 

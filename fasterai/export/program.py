@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from fasterai.core.targets import unwrap
+from fasterai.core.undisturbed import evaluating, undisturbed
 from fasterai.export.checking import as_inputs, check_same, model_outputs, written
-from fasterai.sparse.dataflow import evaluating, undisturbed
 
 __all__ = ["export_program"]
 

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_flatten
 
 from fasterai.core.checks import warn
 from fasterai.core.targets import read_module, unwrap
+from fasterai.core.undisturbed import evaluating, undisturbed
 from fasterai.misc.readings import Reading, trace_norms, watch_norms
-from fasterai.sparse.dataflow import evaluating, undisturbed
 
 __all__ = ["BN_Folder", "FoldReport", "find_folds", "fold_batchnorms"]
 

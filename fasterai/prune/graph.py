@@ -1,4 +1,4 @@
-"""L4. The channel graph: which channels of a network live or die together, and why the others must stay."""
+"""L2. The channel graph: which channels of a network live or die together, and why the others must stay."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
 from fasterai.core.targets import plain_name, unwrap
+from fasterai.core.undisturbed import evaluating, undisturbed
 from fasterai.prune.labels import FIXED, FREE, Array, Components, Dim
 from fasterai.prune.rules import RULES, Trace, Value, unknown
-from fasterai.sparse.dataflow import evaluating, undisturbed
 
 __all__ = ["ChannelGraph", "Group", "channel_graph"]
 

@@ -1,4 +1,4 @@
-"""L4. Labels on tensor dimensions: what is joined stays or goes together, what is pinned stays.
+"""L2. Labels on tensor dimensions: what is joined stays or goes together, what is pinned stays.
 
 A dimension is described by an array with one label per index, by `FIXED` (its size may not change) or by `FREE` (it was
 made to fit, as `zeros(...)` is). Joining and pinning only take notes; `Labels.components` works them out in one go.

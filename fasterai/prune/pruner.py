@@ -108,13 +108,27 @@ class Pruner:
             raise ValueError(
                 f"iterative_steps must be at least the number of calls, got {self.iterative_steps} and a further call"
             )
+        removal = self.prune_to(self.schedule((self._step + 1) / self.iterative_steps), optimizer)
+        self._step += 1
+        return removal
+
+    def prune_to(self, share: float, optimizer: Any = None) -> Removal:
+        """Take out channels until a share of the `pruning_ratio` is reached, counted from the channels there were at first.
+
+        Args:
+            share: Of the ratio, in [0, 1].
+            optimizer: Whose state is cut alike; torch's or fastai's.
+
+        Raises:
+            ValueError: The share is out of range, the model cannot be followed, or a dict names no layer. Nothing is
+                changed then.
+        """
+        check_fraction("share", share)
         graph = self._allowed(channel_graph(self.model, self.inputs))
         self._original = self._original or {g.name: g.channels for g in graph.groups}
-        share = self.schedule((self._step + 1) / self.iterative_steps)
         kept = self._choose(graph, share)
         chosen, refused = self._mask_removable(graph, kept)
         removal = remove_channels(self.model, graph, chosen, self.inputs, optimizer=optimizer)
-        self._step += 1
         return replace(removal, refused={**refused, **removal.refused})
 
     @torch.no_grad()

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fasterai.core.targets import unwrap
+from fasterai.core.undisturbed import evaluating, undisturbed
 from fasterai.prune.graph import ChannelGraph, Group, channel_graph
 from fasterai.prune.labels import Flags
 from fasterai.prune.plan import Plan, make_plan, tensors_of
 from fasterai.prune.surgery import Surgery
-from fasterai.sparse.dataflow import evaluating, undisturbed
 
 __all__ = ["Removal", "mask_channels_", "remove", "remove_channels", "removable", "silent_channels"]
 

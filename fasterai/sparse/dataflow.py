@@ -7,8 +7,7 @@ generators stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fasterai.core.targets import plain_name, unwrap
+from fasterai.core.undisturbed import evaluating, undisturbed
 
-__all__ = ["Flow", "evaluating", "undisturbed", "watch"]
+__all__ = ["Flow", "watch"]
 
 # Operations that may read a parameter of two or more dimensions without mixing channels.
 ELEMENTWISE = ("Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Where", "Copy", "ToCopy", "Expand", "Cat", "Stack")
@@ -40,26 +40,6 @@ class Flow:
 
     norms: Mapping[str, tuple[tuple[str | None, str | None], ...]]
     outputs: frozenset[str]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and every module back in its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The random generators go on afterwards as if nothing had been drawn."""
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
-        yield
 
 
 def leaves(model: nn.Module) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fasterai.core.loop import Batch
 from fasterai.core.targets import unwrap
 from fasterai.core.types import Target
-from fasterai.sparse.dataflow import evaluating, leaves, undisturbed
+from fasterai.core.undisturbed import evaluating, undisturbed
+from fasterai.sparse.dataflow import leaves
 
 __all__ = ["GATHERERS", "Source", "as_batch"]
 

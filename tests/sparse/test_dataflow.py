@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fasterai.sparse.dataflow import Flow, evaluating, leaves, undisturbed, watch
+from fasterai.core.undisturbed import evaluating, undisturbed
+from fasterai.sparse.dataflow import Flow, leaves, watch
 
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
 
