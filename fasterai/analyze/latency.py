@@ -21,7 +21,7 @@ from fasterai.core.checks import check_count
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Latency", "LatencyComparison", "Timing", "compare_latency", "latency"]
+__all__ = ["Latency", "LatencyComparison", "Timing", "batch_of", "compare_latency", "latency"]
 
 #: In how many turns each model is measured, so that a machine that grows slower or faster does so for all of them.
 TURNS = 15
@@ -221,7 +221,7 @@ def compare_latency(
     quartiles: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     with _all_at_rest(models):
         for size in sizes:
-            turns = _take_turns(models, _batch_of(inputs, size), threads, min_run_time)
+            turns = _take_turns(models, batch_of(inputs, size), threads, min_run_time)
             first = next(iter(turns.values()))
             for name, blocks in turns.items():
                 times = [seconds for turn in blocks for seconds in turn]
@@ -277,7 +277,7 @@ def _check_sizes(batch_sizes: Sequence[int] | None) -> tuple[int | None, ...]:
     return sizes
 
 
-def _batch_of(inputs: tuple[Any, ...], size: int | None) -> tuple[Any, ...]:
+def batch_of(inputs: tuple[Any, ...], size: int | None) -> tuple[Any, ...]:
     """The inputs with their samples repeated, or cut, to a batch of another size."""
     if size is None:
         return inputs

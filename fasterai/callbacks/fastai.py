@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
-from fasterai.callbacks.settings import SparsifySettings
+from fasterai.callbacks.settings import PruneSettings, SparsifySettings
 from fasterai.core.contexts import Context
 from fasterai.core.criteria import Criterion
 from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Batch, Fit, Loop, Participant
 from fasterai.core.schedules import Schedule
 from fasterai.core.targets import LayerTypes
+from fasterai.prune.copies import Copies
+from fasterai.prune.gradual import GradualPruner
 from fasterai.sparse.sparsifier import Sparsifier, Sparsity
 
 try:
     from fastai.callback.core import Callback
+    from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 except ImportError as error:
     raise ImportError("fasterai.callbacks.fastai needs fastai: pip install 'fasterai[fastai]'") from error
 
-__all__ = ["HoldCallback", "ParticipantCallback", "SparsifyCallback"]
+__all__ = ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 
 NOT_TRAINING = {"lr_finder", "gather_preds"}  # fastai's names of the callbacks of `lr_find` and of predictions
 
@@ -234,3 +238,104 @@ class HoldCallback(ParticipantCallback):
     def columns(self) -> dict[str, float]:
         """The sparsity, counted from the masks."""
         return {"sparsity": self.sparsifier.sparsity.overall}
+
+
+class PruneCallback(ParticipantCallback):
+    """Takes channels out of the model while fastai trains it; the optimizer goes on.
+
+    Note the order of the arguments, in which the schedule is the second.
+
+    Args:
+        pruning_ratio: The share of the channels that go, in [0, 1], or a dict of names of layers to shares (context `local`).
+        schedule: Which share of the ratio is gone at which position: a schedule that never falls, its name, or a function of
+            the position.
+        context: `local` ranks inside each group of coupled channels, `global` all together; or its name.
+        criteria: How much a weight matters: a criterion, its name, or a function of the weight.
+        ignored_layers: Modules, or their names, whose outputs stay, besides all that has to stay anyway.
+        example_inputs: A tensor or tuple that the model runs on; a few samples of the first batch if left out.
+        model: The part of the learner's model that channels go from; all of it if left out.
+        max_updates: How often channels go in a run, at most.
+        copies: Modules of the same structure, such as moving averages of the weights, or a function that gives them.
+        **options: Of the `Pruner`: `round_to`, `over_places` and others.
+
+    Attributes:
+        pruner: The `GradualPruner` of the last run, None before the first.
+
+    Raises:
+        ValueError: An argument is out of range or unknown, or the schedule falls.
+        TypeError: An argument is of the wrong type, or there is no such option.
+    """
+
+    def __init__(
+        self,
+        pruning_ratio: Any,
+        schedule: Schedule | Callable[[float], float] | str,
+        context: Context | str,
+        criteria: Criterion | Callable[[Tensor], Tensor] | str,
+        ignored_layers: Iterable[nn.Module | str] | None = None,
+        example_inputs: Any = None,
+        *,
+        model: nn.Module | None = None,
+        max_updates: int = 10,
+        copies: Copies = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.pruning_ratio, self.part = pruning_ratio, model
+        self.settings = PruneSettings(
+            pruning_ratio,
+            schedule,
+            context,
+            criteria,
+            ignored_layers=ignored_layers,
+            example_inputs=example_inputs,
+            max_updates=max_updates,
+            copies=copies,
+            options=options,
+        )
+
+    @property
+    def pruner(self) -> GradualPruner | None:
+        """The `GradualPruner` of the last run."""
+        return self.settings.pruner
+
+    @property
+    def current_sparsity(self) -> float:
+        """The share of the channels that are gone, in [0, 1]."""
+        return self.pruner.sparsity if self.pruner else 0.0
+
+    def participants(self) -> Sequence[Participant]:
+        """The `GradualPruner`."""
+        return [self.settings.participant(self.learn.model if self.part is None else self.part)]
+
+    def columns(self) -> dict[str, float]:
+        """The share of the channels that are gone: `sparsity`, or `removed` where masks have a column of that name."""
+        masked = any(isinstance(callback, SparsifyCallback | HoldCallback) for callback in self.learn.cbs)
+        return {"removed" if masked else "sparsity": self.current_sparsity}
+
+    def after_step(self) -> None:
+        """The optimizer has stepped; what compares with models of before a removal starts anew."""
+        removals = self._removals
+        super().after_step()
+        if self._removals > removals:
+            self._restart_trackers()
+
+    def after_train(self) -> None:
+        """End the run with its last epoch."""
+        removals = self._removals
+        super().after_train()
+        if self._removals > removals:
+            self._restart_trackers()
+
+    @property
+    def _removals(self) -> int:
+        return len(self.pruner.plans) if self.pruner else 0
+
+    def _restart_trackers(self) -> None:
+        """The best model so far does not fit any more: the next one is the best, and what is put back meanwhile fits."""
+        for tracker in self.learn.cbs:
+            if isinstance(tracker, TrackerCallback):
+                tracker.best = float("inf") if tracker.comp is np.less else -float("inf")
+                vars(tracker).update(wait=0)
+            if isinstance(tracker, SaveModelCallback) and not tracker.every_epoch and not tracker.at_end:
+                self.learn.save(tracker.fname, with_opt=tracker.with_opt)

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fasterai.callbacks.settings import SparsifySettings
+from fasterai.callbacks.settings import PruneSettings, SparsifySettings
 from fasterai.core.contexts import Context
 from fasterai.core.criteria import Criterion
 from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Batch, Fit, Loop, Participant
 from fasterai.core.schedules import Schedule
 from fasterai.core.targets import LayerTypes
+from fasterai.prune.copies import Copies
+from fasterai.prune.gradual import GradualPruner
 from fasterai.sparse.evidence import as_batch
 from fasterai.sparse.sparsifier import Sparsifier, Sparsity
 
 try:
     import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 except ImportError as error:
     raise ImportError("fasterai.callbacks.lightning needs lightning: pip install 'fasterai[lightning]'") from error
 
-__all__ = ["HoldCallback", "ParticipantCallback", "SparsifyCallback"]
+__all__ = ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 
 
 class ParticipantCallback(pl.Callback):
@@ -249,3 +254,180 @@ class HoldCallback(ParticipantCallback):
     def metrics(self) -> dict[str, float]:
         """The sparsity, counted from the masks."""
         return {"sparsity": self.sparsifier.sparsity.overall}
+
+
+class PruneCallback(ParticipantCallback):
+    """Takes channels out of the module while Lightning trains it; the optimizers go on.
+
+    Note the order of the arguments, in which the schedule is the second. A checkpoint of a run is resumed with a module built
+    as at first: what was taken out is taken out of it before the weights are loaded.
+
+    Args:
+        pruning_ratio: The share of the channels that go, in [0, 1], or a dict of names of layers to shares (context `local`).
+        schedule: Which share of the ratio is gone at which position: a schedule that never falls, its name, or a function of
+            the position.
+        context: `local` ranks inside each group of coupled channels, `global` all together; or its name.
+        criteria: How much a weight matters: a criterion, its name, or a function of the weight.
+        ignored_layers: Modules, or their names, whose outputs stay, besides all that has to stay anyway.
+        example_inputs: A tensor or tuple that the model runs on; `example_input_array` or a few samples of the first batch
+            if left out.
+        model: The part of the module that channels go from; all of it if left out.
+        max_updates: How often channels go in a run, at most.
+        copies: Modules of the same structure, or a function that gives them; those of Lightning's `WeightAveraging` are found.
+        **options: Of the `Pruner`: `round_to`, `over_places` and others.
+
+    Attributes:
+        pruner: The `GradualPruner` of the last run, None before the first.
+
+    Raises:
+        ValueError: An argument is out of range or unknown, or the schedule falls.
+        TypeError: An argument is of the wrong type, or there is no such option.
+    """
+
+    def __init__(
+        self,
+        pruning_ratio: Any,
+        schedule: Schedule | Callable[[float], float] | str,
+        context: Context | str,
+        criteria: Criterion | Callable[[Tensor], Tensor] | str,
+        ignored_layers: Iterable[nn.Module | str] | None = None,
+        example_inputs: Any = None,
+        *,
+        model: nn.Module | None = None,
+        max_updates: int = 10,
+        copies: Copies = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.pruning_ratio, self.part = pruning_ratio, model
+        self._trainer: pl.Trainer | None = None
+        self.settings = PruneSettings(
+            pruning_ratio,
+            schedule,
+            context,
+            criteria,
+            ignored_layers=ignored_layers,
+            example_inputs=example_inputs,
+            max_updates=max_updates,
+            copies=copies,
+            options=options,
+        )
+
+    @property
+    def pruner(self) -> GradualPruner | None:
+        """The `GradualPruner` of the last run."""
+        return self.settings.pruner
+
+    @property
+    def current_sparsity(self) -> float:
+        """The share of the channels that are gone, in [0, 1]."""
+        return self.pruner.sparsity if self.pruner else 0.0
+
+    def participants(self, model: nn.Module) -> Sequence[Participant]:
+        """The `GradualPruner`."""
+        return [self.settings.participant(model if self.part is None else self.part, self._copies)]
+
+    def metrics(self) -> dict[str, float]:
+        """The share of the channels that are gone: `sparsity`, or `removed` where masks log something of that name."""
+        masked = any(isinstance(callback, SparsifyCallback | HoldCallback) for callback in self._callbacks())
+        return {"removed" if masked else "sparsity": self.current_sparsity}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget the last run, and wait for a checkpoint."""
+        super().setup(trainer, pl_module, stage)
+        self._trainer = trainer
+        self._wait_for_checkpoint(pl_module)
+
+    def _wait_for_checkpoint(self, pl_module: pl.LightningModule) -> None:
+        """Lightning loads the weights before it shows a callback its state; the module's own hook comes before both."""
+        _stop_waiting(pl_module)
+        own = vars(pl_module).get("on_load_checkpoint")
+        pl_module.on_load_checkpoint = _CutFirst(self, pl_module, own)  # type: ignore[method-assign]
+
+    def cut_as_in(self, checkpoint: Mapping[str, Any], pl_module: pl.LightningModule) -> None:
+        """Take out of a module what was taken out when a checkpoint was saved."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state:
+            self.participants(pl_module)[0].load_state_dict(state["participants"][0])
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A checkpoint has been loaded by now, if there is one."""
+        for module in (pl_module, *self._averages()):
+            _stop_waiting(module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """End the run that failed or was interrupted."""
+        _stop_waiting(pl_module)
+        super().on_exception(trainer, pl_module, exception)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the trainer."""
+        _stop_waiting(pl_module)
+        self._trainer = None
+
+    def _callbacks(self) -> list[pl.Callback]:
+        return list(self._trainer.callbacks) if self._trainer is not None else []  # type: ignore[attr-defined]
+
+    def _averages(self) -> list[nn.Module]:
+        """The modules inside Lightning's own moving averages."""
+        averages = [c._average_model for c in self._callbacks() if isinstance(c, WeightAveraging)]
+        return [average.module for average in averages if average is not None]
+
+    def _copies(self) -> list[Any]:
+        return [self.settings.copies, *self._averages()]
+
+    def _fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Fit:
+        return replace(super()._fit(trainer, pl_module), optimizer=list(trainer.optimizers))
+
+    def _after_step(self, trainer: pl.Trainer) -> None:
+        removals = self._removals
+        super()._after_step(trainer)
+        if self._removals > removals:
+            self._restart_trackers()
+
+    def _end(self, completed: bool) -> None:
+        removals = self._removals
+        super()._end(completed)
+        if self._removals > removals:
+            self._restart_trackers()
+
+    @property
+    def _removals(self) -> int:
+        return len(self.pruner.plans) if self.pruner else 0
+
+    def _restart_trackers(self) -> None:
+        """The best model so far does not fit any more: the next one is the best."""
+        for tracker in self._callbacks():
+            if isinstance(tracker, EarlyStopping):
+                tracker.wait_count = 0
+                tracker.best_score = _worst(tracker.mode)
+            if isinstance(tracker, ModelCheckpoint) and tracker.monitor is not None:
+                tracker.best_k_models, tracker.kth_best_model_path, tracker.best_model_path = {}, "", ""
+                tracker.kth_value, tracker.best_model_score = _worst(tracker.mode), None
+
+
+class _CutFirst:
+    """Stands on a module until a checkpoint is loaded into it, or a run begins without one."""
+
+    def __init__(self, callback: PruneCallback, module: pl.LightningModule, own: Any) -> None:
+        self.callback, self.module, self.own = callback, module, own
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        _stop_waiting(self.module)
+        self.callback.cut_as_in(checkpoint, self.module)
+        self.module.on_load_checkpoint(checkpoint)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _CutFirst:
+        return self  # a moving average copies the module while it waits
+
+
+def _stop_waiting(module: nn.Module) -> None:
+    waiting = vars(module).get("on_load_checkpoint")
+    if isinstance(waiting, _CutFirst):
+        del module.on_load_checkpoint
+        if waiting.own is not None:
+            module.on_load_checkpoint = waiting.own
+
+
+def _worst(mode: str) -> Tensor:
+    return torch.tensor(math.inf if mode == "min" else -math.inf)

@@ -1,9 +1,9 @@
-"""L5. What the sparsify callbacks of all frameworks share: the arguments, and the participants made of them."""
+"""L5. What the callbacks of all frameworks share: the arguments, and the participants made of them."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Participant
 from fasterai.core.schedules import Schedule, as_schedule
 from fasterai.core.targets import unwrap
+from fasterai.prune.copies import Copies
+from fasterai.prune.gradual import GradualPruner
+from fasterai.prune.gradual_settings import check_settings
 from fasterai.sparse.sparsifier import Sparsifier, Sparsity
 from fasterai.sparse.tickets import LotteryTicket
 
-__all__ = ["SparsifySettings"]
+__all__ = ["PruneSettings", "SparsifySettings"]
 
 
 class SparsifySettings:
@@ -94,3 +97,67 @@ class SparsifySettings:
         if self.ticket is None:
             return [self.sparsifier]
         return [self.sparsifier, LotteryTicket(self.sparsifier, **self.ticket, save_tickets=tickets)]
+
+
+class PruneSettings:
+    """The arguments of a prune callback; what can be checked without a model is checked at once.
+
+    Args:
+        pruning_ratio: The share of the channels that go, in [0, 1], or a dict of names of layers to shares.
+        schedule: A schedule that never falls, its name, or a function of the position.
+        context: `local`, `global`, or their names.
+        criteria: A criterion, its name, or a function of the weight.
+        ignored_layers: Modules, or their names, whose outputs stay.
+        example_inputs: What the model runs on; a few samples of the loop's batch if left out.
+        max_updates: How often channels go in a run, at most.
+        copies: Modules that are cut alike, or a function that gives them.
+        options: Further arguments of the `Pruner`.
+
+    Attributes:
+        pruner: The `GradualPruner` of the last run, None before the first.
+
+    Raises:
+        ValueError: An argument is out of range or unknown, or the schedule falls.
+        TypeError: An argument is of the wrong type, or there is no such option.
+    """
+
+    def __init__(
+        self,
+        pruning_ratio: Any,
+        schedule: Schedule | Callable[[float], float] | str,
+        context: Context | str,
+        criteria: Criterion | Callable[[Tensor], Tensor] | str,
+        *,
+        ignored_layers: Iterable[nn.Module | str] | None,
+        example_inputs: Any,
+        max_updates: int,
+        copies: Copies,
+        options: Mapping[str, Any],
+    ) -> None:
+        check_settings(pruning_ratio, context, criteria, schedule, ignored_layers, max_updates, copies, options)
+        self.axes = (pruning_ratio, context, criteria, schedule)
+        self.ignored_layers = None if ignored_layers is None else list(ignored_layers)
+        self.example_inputs = example_inputs
+        self.max_updates = max_updates
+        self.copies = copies
+        self.options = dict(options)
+        self.pruner: GradualPruner | None = None
+
+    def participant(self, model: nn.Module, copies: Copies = None) -> GradualPruner:
+        """The `GradualPruner`, the one of the last run if it is the same model.
+
+        Args:
+            model: What channels go from.
+            copies: A function that gives the modules that are cut alike, instead of the argument.
+        """
+        if self.pruner is None or self.pruner.model is not model:
+            self.pruner = GradualPruner(
+                model,
+                *self.axes,
+                self.ignored_layers,
+                self.example_inputs,
+                max_updates=self.max_updates,
+                copies=self.copies if copies is None else copies,
+                **self.options,
+            )
+        return self.pruner

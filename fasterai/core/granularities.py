@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasterai.core.checks import check_count
+from fasterai.core.checks import check_choice, check_count
 from fasterai.core.types import Layout
 
 __all__ = [
     "channel",
     "column",
+    "coupled",
     "filter",
     "horizontal_slice",
     "kernel",
@@ -172,6 +173,28 @@ class Named(Keep):
         return self.name == "weight"
 
 
+@dataclass(frozen=True, init=False, repr=False)
+class Coupled(Keep):
+    """Channels that go together through several parameters: those of a residual sum, a depthwise convolution, heads.
+
+    Which they are, a `Sparsifier` reads off the model's operations (`fasterai.prune.graph`). On a parameter seen by itself,
+    as here, they are its outputs.
+
+    Attributes:
+        over: How the scores of a channel's slices, one for each weight that it runs through, become one: `sum`, `mean` or
+            `max`.
+    """
+
+    over: str
+
+    def __init__(self, over: str = "sum") -> None:
+        super().__init__("out")
+        object.__setattr__(self, "over", check_choice("over", over, ("sum", "mean", "max")))
+
+    def __repr__(self) -> str:
+        return "coupled" if self.over == "sum" else f"Coupled({self.over!r})"
+
+
 @dataclass(frozen=True)
 class Block(Granularity):
     """Blocks of `rows` outputs by `columns` inputs, for each kernel position; at the edges they may be smaller.
@@ -237,8 +260,9 @@ shared_vertical_slice = Named("shared_vertical_slice", "width")
 shared_horizontal_slice = Named("shared_horizontal_slice", "height")
 shared_kernel = Named("shared_kernel", "in")
 layer = Named("layer", "", "")
+coupled = Coupled()
 
 
 def allowed(layout: Layout) -> list[str]:
-    """The names of the granularities that a parameter of this layout has."""
-    return [name for name in __all__ if globals()[name].fits(layout)]
+    """The names of the granularities that a parameter of this layout has by itself."""
+    return [name for name in __all__ if name != "coupled" and globals()[name].fits(layout)]

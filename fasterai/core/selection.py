@@ -220,8 +220,9 @@ def round_kept(scores: Sequence[Scores], keeps: Sequence[Tensor], limits: Limits
         return list(keeps)
     result = []
     for s, keep in zip(scores, keeps, strict=True):
+        step = limits.round_to if isinstance(limits.round_to, int) else limits.round_to.get(s.name, 1)
         kept = count_true(keep)
-        rounded = min(s.count, -(-kept // limits.round_to) * limits.round_to)
+        rounded = min(s.count, -(-kept // step) * step)
         result.append(keep if rounded == kept else keep_highest([s], s.count - rounded, limits)[0])
     return result
 

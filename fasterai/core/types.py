@@ -5,7 +5,7 @@ To add evidence: a field of `Evidence`, its name in `EVIDENCE`, and who gathers 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -134,9 +134,9 @@ class Limits:
     Attributes:
         min_keep: How many units of each target stay, whatever is asked.
         may_fall: Whether pruned units may come back. If not, what is pruned stays pruned.
-        round_to: Kept units of each target are rounded up to a multiple of it.
+        round_to: Kept units of each target are rounded up to a multiple of it; one number, or one for each target.
     """
 
     min_keep: int = 1
     may_fall: bool = True
-    round_to: int | None = None
+    round_to: int | Mapping[str, int] | None = None

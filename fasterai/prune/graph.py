@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from fasterai.core.targets import plain_name, unwrap
 from fasterai.core.undisturbed import evaluating, undisturbed
+from fasterai.prune.admission import check_model, check_runs, positional, said
 from fasterai.prune.labels import FIXED, FREE, Array, Components, Dim
 from fasterai.prune.rules import RULES, Trace, Value, unknown
 
@@ -30,6 +32,8 @@ VIEWS = frozenset(
         *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "slice", "select", "dropout"),
     )
 )
+#: Modules that know the size of what they normalise, also where they have no parameters.
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 Place = tuple[str, int]  # a parameter's or buffer's name, and one of its dimensions
 
 
@@ -39,19 +43,19 @@ class Group:
 
     Attributes:
         places: Parameter or buffer name and dimension -> the indices there, `(channels, indices per channel)`.
+        name: The first weight that makes them; a number behind it tells groups of one weight apart.
     """
 
     places: Mapping[Place, Array]
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or first_maker(self.places, frozenset()))
 
     @property
     def channels(self) -> int:
         """How many there are."""
         return len(next(iter(self.places.values())))
-
-    @property
-    def name(self) -> str:
-        """The first weight that makes them."""
-        return next((n for n, dim in self.places if dim == 0 and n.endswith("weight")), next(iter(self.places))[0])
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,17 @@ class ChannelGraph:
         groups: The channels that may go.
         pinned: Parameter or buffer name and dimension -> why it stays, where all of it does.
         readers: The places that multiply what a channel carries and hand on something else.
+        normed: Name of a module that normalises without parameters -> for each index of what it normalises a place, and the
+            index there, with which it goes; None where it stays.
     """
 
     groups: tuple[Group, ...]
     pinned: Mapping[Place, str]
     readers: frozenset[Place]
+    normed: Mapping[str, tuple[tuple[Place, int] | None, ...]] = field(default_factory=dict)
 
 
-def channel_graph(model: nn.Module, inputs: tuple[Any, ...]) -> ChannelGraph:
+def channel_graph(model: nn.Module, inputs: tuple[Any, ...], exact: bool = True) -> ChannelGraph:
     """Read the coupled channels off the network's operations.
 
     The network is exported in eval mode (`torch.export`); the labels of every tensor's dimensions are followed through its
@@ -78,15 +85,17 @@ def channel_graph(model: nn.Module, inputs: tuple[Any, ...]) -> ChannelGraph:
     Args:
         model: The model, wrapped or not.
         inputs: Its positional arguments.
+        exact: Whether channels stay that a norm, or a mean, averages over: without them the average moves.
 
     Raises:
-        ValueError: The model does not run on the inputs, or cannot be exported; where, and what would help.
+        TypeError: The model is no module.
+        ValueError: The model is lazy, does not run on the inputs, or cannot be exported; where, and what would help.
     """
-    program = _export(unwrap(model), inputs)
+    program = _export(unwrap(check_model(model)), positional(inputs))
     names = _names(unwrap(model), program)
-    choices = _choose(program, names)
-    trace, weights = _follow(program, names, choices)
-    return _graph(trace, weights)
+    choices = _choose(program, names, exact)
+    trace, weights = _follow(program, names, choices, exact)
+    return _graph(unwrap(model), trace, weights)
 
 
 def _export(model: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
@@ -94,9 +103,9 @@ def _export(model: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
         try:
             return torch.export.export(model, inputs, strict=False)
         except Exception as error:
-            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            check_runs(model, inputs)
             raise ValueError(
-                f"model must be one that torch.export can read on example_inputs, got {type(error).__name__}: {first}; "
+                f"model must be one that torch.export can read on example_inputs, got {said(error)}; "
                 "data-dependent branches and shapes have to go, or the part without them can be pruned by itself"
             ) from error
 
@@ -123,13 +132,13 @@ def _names(model: nn.Module, program: ExportedProgram) -> dict[str, str]:
     return {node: called.get(name, plain_name(name)) for node, name in found.items()}
 
 
-def _choose(program: ExportedProgram, names: Mapping[str, str]) -> dict[str, int]:
+def _choose(program: ExportedProgram, names: Mapping[str, str], exact: bool) -> dict[str, int]:
     """For each kind of operation that can go several ways the one after which most weights may go.
 
     One kind after the other is tried in each of its ways while the others stay as they are, until nothing gets better.
     """
     choices: dict[str, int] = {}
-    trace, weights = _follow(program, names, choices)
+    trace, weights = _follow(program, names, choices, exact)
     best = _removable(trace, weights)
     improved = bool(trace.options)
     while improved:
@@ -137,7 +146,7 @@ def _choose(program: ExportedProgram, names: Mapping[str, str]) -> dict[str, int
         for kind, ways in sorted(trace.options.items()):
             for way in set(range(ways)) - {choices.get(kind, 0)}:
                 trial = {**choices, kind: way}
-                other, weights = _follow(program, names, trial)
+                other, weights = _follow(program, names, trial, exact)
                 score = _removable(other, weights)
                 if score > best:
                     choices, best, trace, improved = trial, score, other, True
@@ -172,9 +181,11 @@ def _components(trace: Trace, weights: Mapping[str, Value]) -> Components:
     return Components(components.of, pinned)
 
 
-def _follow(program: ExportedProgram, names: Mapping[str, str], choices: dict[str, int]) -> tuple[Trace, dict[str, Value]]:
+def _follow(
+    program: ExportedProgram, names: Mapping[str, str], choices: dict[str, int], exact: bool
+) -> tuple[Trace, dict[str, Value]]:
     """One pass over the operations: the labels, and the values of the parameters and buffers."""
-    trace = Trace(choices)
+    trace = Trace(choices, exact)
     parameters = program.graph_signature.inputs_to_parameters
     weights: dict[str, Value] = {}
     values: dict[Any, Any] = {}
@@ -253,7 +264,7 @@ def _carries(whole: Dim, part: Dim) -> bool:
     return isinstance(whole, np.ndarray) and (part is whole or bool(np.isin(part, whole).all()))
 
 
-def _graph(trace: Trace, weights: Mapping[str, Value]) -> ChannelGraph:
+def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value]) -> ChannelGraph:
     """Sort the components that may go by the places that they touch."""
     components = _components(trace, weights)
     touched: dict[int, list[tuple[Place, Array]]] = {}
@@ -279,4 +290,36 @@ def _graph(trace: Trace, weights: Mapping[str, Value]) -> ChannelGraph:
         stacked = {place: np.stack([m[i][1] for m in members]) for i, (place, _) in enumerate(members[0])}
         order = np.argsort(next(iter(stacked.values()))[:, 0], kind="stable")
         groups.append(Group({place: indices[order] for place, indices in stacked.items()}))
-    return ChannelGraph(tuple(groups), pinned, frozenset(trace.readers))
+    readers = frozenset(trace.readers)
+    return ChannelGraph(tuple(_named(groups, readers)), pinned, readers, dict(_normed(model, trace, components, touched)))
+
+
+def _normed(
+    model: nn.Module, trace: Trace, components: Components, touched: Mapping[int, Sequence[tuple[Place, Array]]]
+) -> Iterator[tuple[str, tuple[tuple[Place, int] | None, ...]]]:
+    """What the modules without parameters that normalise go with: the first place of the same component."""
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    for name, dims in trace.normed.items():
+        module = modules.get(plain_name(name))
+        if not isinstance(module, NORMS) or module._parameters.get("weight") is not None:
+            continue
+        streams = {tuple(components.of[labels].tolist()) for labels in dims if isinstance(labels, np.ndarray)}
+        if len(streams) == 1:  # else it is called on several: where their sizes part, the check finds it
+            (numbers,) = streams
+            firsts = {n: (touched[n][0][0], int(touched[n][0][1][0])) for n in numbers if n in touched}
+            yield plain_name(name), tuple(firsts.get(n) for n in numbers)
+
+
+def first_maker(places: Iterable[Place], readers: frozenset[Place]) -> str:
+    """The first weight that makes the channels, or the first of all that they run through."""
+    names = [n for n, d in places if (n, d) not in readers] or [n for n, _ in places]
+    return next((n for n in names if n.endswith("weight")), names[0])
+
+
+def _named(groups: Iterable[Group], readers: frozenset[Place]) -> Iterator[Group]:
+    """The groups, each by a name of its own."""
+    seen: Counter[str] = Counter()
+    for group in groups:
+        name = first_maker(group.places, readers)
+        seen[name] += 1
+        yield replace(group, name=name if seen[name] == 1 else f"{name} #{seen[name]}")

@@ -17,9 +17,9 @@ __all__ = ["new_sizes"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 Kept = Mapping[tuple[str, int], Array]
-#: Numbers of heads, as attention modules call them, and widths of what their projections make.
-HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "num_key_value_heads", "heads")
-WIDTHS = ("all_head_size", "attn_dim", "inner_dim", "embed_dim", "hidden_dim", "split_size", "dim")
+#: Numbers of channels that are several indices each, as heads and the equal parts of a split are; widths of all of them.
+HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "num_key_value_heads", "heads", "width")
+WIDTHS = ("all_head_size", "attn_dim", "inner_dim", "embed_dim", "hidden_dim", "split_size", "dim", "expand_chs")
 
 
 @singledispatch
@@ -34,7 +34,8 @@ def new_sizes(module: nn.Module, old: Shapes, new: Shapes, keep: Kept) -> dict[s
     """
     if hasattr(module, "nf") and "weight" in new:  # the transformers' Conv1D, a linear layer with its weight turned
         return {"nf": new["weight"][1]} | ({"nx": new["weight"][0]} if hasattr(module, "nx") else {})
-    return {}
+    sizes = {(old[n][0], new[n][0]) for n in new if old[n] and old[n][0] != new[n][0]}
+    return {"channels": after for before, after in sizes if vars(module).get("channels") == before}  # a blur by a buffer
 
 
 @new_sizes.register(nn.modules.conv._ConvNd)
@@ -59,8 +60,10 @@ def _(module: nn.modules.batchnorm._NormBase, old: Shapes, new: Shapes, keep: Ke
 
 @new_sizes.register(nn.GroupNorm)
 def _(module: nn.GroupNorm, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
-    channels = new["weight"][0]
-    return {"num_channels": channels, "num_groups": module.num_groups * channels // old["weight"][0]}
+    channels, width = new["weight"][0], module.num_channels // module.num_groups
+    # Whole groups went, or the same channels of each.
+    groups = len(set((keep["weight", 0] // width).tolist())) if ("weight", 0) in keep else module.num_groups
+    return {"num_channels": channels, "num_groups": groups}
 
 
 @new_sizes.register(nn.LayerNorm)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from fasterai.core.targets import plain_name, unwrap
 from fasterai.prune.attention import SlimMultiheadAttention
@@ -15,7 +15,7 @@ from fasterai.prune.graph import ChannelGraph, Place
 from fasterai.prune.labels import Array, Flags
 from fasterai.prune.modules import HEADS, WIDTHS, new_sizes
 
-__all__ = ["Plan", "make_plan", "tensors_of"]
+__all__ = ["Plan", "check_plan", "make_plan", "tensor_of", "tensors_of"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def make_plan(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags]) -> P
         for place, indices in group.places.items() if not keep.all() else ():
             gone.setdefault(place, []).append(indices[~keep].ravel())
     tensors = tensors_of(model)
-    shapes = {n: tuple(_tensor(tensors, n).shape) for n in dict.fromkeys(n for n, _ in gone)}
+    shapes = {n: tuple(tensor_of(tensors, n).shape) for n in dict.fromkeys(n for n, _ in gone)}
     staying: dict[Place, Array] = {
         (n, d): np.setdiff1d(np.arange(shapes[n][d]), np.concatenate(lost)) for (n, d), lost in gone.items()
     }
@@ -104,10 +104,47 @@ def make_plan(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags]) -> P
     return Plan(shapes, staying, attributes, slim)
 
 
-def _tensor(tensors: Mapping[str, tuple[nn.Module, str]], name: str) -> Any:
+def tensor_of(tensors: Mapping[str, tuple[nn.Module, str]], name: str) -> Tensor:
+    """A parameter or buffer by its name, among those of `tensors_of`."""
     module, attribute = tensors[name]
     parameter = module._parameters.get(attribute)
-    return parameter if parameter is not None else module._buffers[attribute]
+    tensor = parameter if parameter is not None else module._buffers[attribute]
+    assert tensor is not None
+    return tensor
+
+
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """A plan that fits the model: tensors of the shapes before, modules with the numbers before.
+
+    Raises:
+        ValueError: It was made for another model, or was carried out already.
+    """
+    problem = next(_misfits(unwrap(model), plan), None)
+    if problem is not None:
+        raise ValueError(f"plan must be for this model, got one {problem}")
+
+
+def _misfits(model: nn.Module, plan: Plan) -> Iterator[str]:
+    tensors, modules = tensors_of(model), {plain_name(name): module for name, module in model.named_modules()}
+    for name, shape in plan.shapes.items():
+        if name not in tensors:
+            yield f"that cuts {name}, which it has not"
+        elif tuple(tensor_of(tensors, name).shape) != tuple(shape):
+            yield f"where {name} is {tuple(shape)}, here {tuple(tensor_of(tensors, name).shape)}"
+    for (name, d), kept in plan.keep.items():
+        size = plan.shapes[name][d] if name in plan.shapes and d < len(plan.shapes[name]) else 0
+        if not (kept.size and kept.min() >= 0 and kept.max() < size):
+            yield f"that keeps indices of {name} which are not there"
+    for module, attribute, before, _ in plan.attributes:
+        if module not in modules or not hasattr(modules[module], attribute):
+            yield f"that sets {module}.{attribute}, which it has not"
+        elif getattr(modules[module], attribute) != before:
+            yield f"where {module}.{attribute} is {before}, here {getattr(modules[module], attribute)}"
+    for name in plan.slim:
+        if not name:
+            yield "that takes heads from the model itself; put the attention into an nn.Sequential"
+        elif not isinstance(modules.get(name), nn.MultiheadAttention | SlimMultiheadAttention):
+            yield f"that takes heads from {name}, which is no nn.MultiheadAttention here"
 
 
 def _sizes(
@@ -135,11 +172,26 @@ def _sizes(
             )
             new.update({a: plan.shape_after(n) for a, n in own.items()})
             keep = {(a, d): plan.keep[n, d] for a, n in own.items() for d in range(len(old[a])) if (n, d) in plan.keep}
-            for attribute, value in new_sizes(module, old, new, keep).items():
-                if getattr(module, attribute) != value:
-                    changed.append((name, attribute, getattr(module, attribute), value))
+            changed += [(name, *c) for c in _differing(module, new_sizes(module, old, new, keep))]
+        elif name in graph.normed:
+            changed += [(name, *c) for c in _bare_sizes(module, plan, graph.normed[name])]
         changed += [(name, *c) for c in _parent_sizes(module, dot, heads)]
     return tuple(changed), slim
+
+
+def _differing(module: nn.Module, sizes: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [(a, getattr(module, a), value) for a, value in sizes.items() if getattr(module, a) != value]
+
+
+def _bare_sizes(module: nn.Module, plan: Plan, goes_with: Sequence[tuple[Place, int] | None]) -> list[tuple[str, Any, Any]]:
+    """The numbers of a module without parameters, as if it had a weight that goes with what it normalises."""
+    staying = {place: set(kept.tolist()) for place, kept in plan.keep.items()}
+    is_kept = [at is None or at[0] not in staying or at[1] in staying[at[0]] for at in goes_with]
+    kept = np.flatnonzero(is_kept)
+    if len(kept) == len(goes_with):
+        return []
+    old, new = {"weight": (len(goes_with),)}, {"weight": (len(kept),)}
+    return _differing(module, new_sizes(module, old, new, {("weight", 0): kept}))
 
 
 @dataclass(frozen=True)
@@ -164,7 +216,8 @@ def _heads(plan: Plan, graph: ChannelGraph, kept: Sequence[Flags]) -> dict[str, 
 def _parent_sizes(module: nn.Module, dot: str, heads: Mapping[str, Sequence[_Width]]) -> list[tuple[str, Any, Any]]:
     """Numbers of heads and widths that a module keeps of the layers right below it."""
     changed: dict[str, tuple[str, Any, Any]] = {}
-    for width in (w for child in module._modules for w in heads.get(f"{dot}{child}.weight", ())):
+    below = [f"{dot}{child}{inner}.weight" for child in module._modules for inner in ("", ".conv")]
+    for width in (w for name in below for w in heads.get(name, ())):
         for names, (before, after) in ((HEADS, width.channels), (WIDTHS, width.sizes)):
             for attribute in names:
                 if vars(module).get(attribute) == before:

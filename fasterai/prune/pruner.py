@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,25 +13,29 @@ from torch import Tensor, nn
 from fasterai.core import contexts
 from fasterai.core import criteria as criterion_catalogue
 from fasterai.core.checks import check_choice, check_count, check_fraction, from_catalogue, unknown
-from fasterai.core.contexts import Context, Global, Local, PerTarget
+from fasterai.core.contexts import NM, Context, Local, PerTarget
 from fasterai.core.criteria import Criterion, as_criterion
+from fasterai.core.cuts import Cut, follow
+from fasterai.core.granularities import Coupled
+from fasterai.core.loop import Batch
 from fasterai.core.schedules import Schedule, as_schedule, lin
-from fasterai.core.selection import TensorScores
-from fasterai.core.targets import unwrap
-from fasterai.core.types import Evidence, Layout, Limits
-from fasterai.prune.graph import ChannelGraph, Group, channel_graph
+from fasterai.core.selection import Scores
+from fasterai.core.targets import all_targets, find_targets, resolve, unwrap
+from fasterai.core.types import Limits
+from fasterai.prune.admission import check_whole, positional
+from fasterai.prune.budget import Budget, fit_budget
+from fasterai.prune.copies import Copies
+from fasterai.prune.graph import ChannelGraph, channel_graph
 from fasterai.prune.labels import Flags
-from fasterai.prune.plan import tensors_of
 from fasterai.prune.removal import Removal, mask_channels_, removable, remove_channels
+from fasterai.sparse.evidence import Source
+from fasterai.sparse.pools import OVER, ChannelPool, by_pool, channel_pools
+from fasterai.sparse.scoring import Scorer
 
-__all__ = ["Pruner", "channel_scores"]
+__all__ = ["Pruner", "check_context"]
 
-Ratio = float | Mapping[str, float]
-OVER_PLACES: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda x: x.sum(0),
-    "mean": lambda x: x.mean(0),
-    "max": lambda x: x.amax(0),
-}
+Ratio = float | Mapping[str, float] | Budget
+OVER_PLACES = tuple(OVER)
 
 
 class Pruner:
@@ -38,20 +43,29 @@ class Pruner:
 
     Args:
         model: The model; `prune_model` changes it in place.
-        pruning_ratio: The share of the channels that go, in [0, 1], or a dict of names of layers to shares (context `local`;
-            other layers stay as they are).
-        context: `local` ranks inside each group of coupled channels, `global` all together.
-        criteria: How much a weight matters: a criterion of the weight alone, its name, or a function of the weight.
+        pruning_ratio: The share of the channels that go, in [0, 1]; a dict of names of layers or globs to shares (context
+            `local`; other layers stay as they are); or a `Budget`.
+        context: `local` ranks inside each group of coupled channels, `global` all together; or another of the contexts.
+        criteria: How much a weight matters: a criterion, its name, or a function of the weight.
         schedule: Which share of the ratio is reached at which of the `iterative_steps`.
         ignored_layers: Modules, or their names, whose outputs stay, besides all that has to stay anyway.
         example_inputs: A tensor or tuple that the model runs on.
         iterative_steps: In how many calls of `prune_model` the ratio is reached.
         over_places: How the scores of a channel's slices, one for each weight it runs through, become one: `sum`, `mean`
             or `max`.
-        round_to: Kept channels of a group are rounded up to a multiple of it.
+        round_to: Kept channels of a group are rounded up to a multiple of it; by default to 8, in groups of at least 32. Pass
+            1 for exact counts. With a `Budget` the counts are exact unless it is given.
+        data: Batches `(x, y)` for criteria that need data.
+        loss: The loss function for criteria that need gradients of `data`.
+        exact: Whether channels that a norm averages over stay. If not they may go, and the outputs move when they do.
+
+    Attributes:
+        original: Group's name -> how many channels it had at first.
+        dense: For a `Budget`, the model as it was at first; else None.
 
     Raises:
-        ValueError: An argument is out of range or unknown, or there are no example inputs.
+        TypeError: An argument is of the wrong type.
+        ValueError: An argument is out of range or unknown, there are no example inputs, or the model cannot be followed.
     """
 
     def __init__(
@@ -67,146 +81,185 @@ class Pruner:
         iterative_steps: int = 1,
         over_places: str = "sum",
         round_to: int | None = None,
+        data: Iterable[Any] | None = None,
+        loss: Callable[..., Tensor] | None = None,
+        exact: bool = True,
     ) -> None:
-        for value in pruning_ratio.values() if isinstance(pruning_ratio, Mapping) else [pruning_ratio]:
-            check_fraction("pruning_ratio", value)
-        if example_inputs is None:
-            raise ValueError("example_inputs must be given: the channels are found by following them through the model")
-        self.context = from_catalogue("context", context, contexts)
-        if not isinstance(self.context, Local | Global):
-            raise ValueError(f"context must be 'local' or 'global', got {context!r}")
-        if isinstance(pruning_ratio, Mapping) and not isinstance(self.context, Local):
-            raise ValueError("pruning_ratio must be one number for context 'global', got a dict; pass context='local'")
-        self.model = model
+        self.context = check_context(context, pruning_ratio)
+        self.model = check_whole(model)
         self.pruning_ratio = pruning_ratio
         self.criteria = as_criterion(from_catalogue("criteria", criteria, criterion_catalogue))
-        if self.criteria.needs:
-            needs = ", ".join(sorted(self.criteria.needs))
-            raise ValueError(f"criteria must read nothing but the weight here, got one that needs {needs}")
         self.schedule = as_schedule(schedule)
-        self.inputs = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
         self.iterative_steps = check_count("iterative_steps", iterative_steps)
         self.over_places = check_choice("over_places", over_places, OVER_PLACES)
         self.round_to = None if round_to is None else check_count("round_to", round_to)
+        self.exact = exact
+        self.inputs = positional(example_inputs)
         self.ignored_layers = _names_of(model, ignored_layers or ())
-        self._original: dict[str, int] = {}
+        self._graph = channel_graph(model, self.inputs, exact)
+        self._pools = self._allowed(channel_pools(model, self._graph, Coupled(over_places)))
+        self.original = {p.name: p.count for p in self._pools}
+        self._ratios = by_pool(self._pools, self._by_layer(pruning_ratio)) if isinstance(pruning_ratio, Mapping) else None
+        self.dense = copy.deepcopy(unwrap(model)) if isinstance(pruning_ratio, Budget) else None
+        source = Source(data=data, loss=loss, inputs=self.inputs)
+        weights = find_targets(model, fits=lambda _: None, coarse=False, targets=lambda _, p: p.dim() > 1).targets
+        self._scorer = Scorer(self.criteria, Coupled(over_places), source, weights)
         self._step = 0
+        follow(model, self)
 
-    def prune_model(self, optimizer: Any = None) -> Removal:
+    @property
+    def channels(self) -> dict[str, tuple[int, int]]:
+        """Group's name -> (channels at first, channels now)."""
+        return {p.name: (self.original[p.name], p.count) for p in self._pools}
+
+    def prune_model(self, optimizer: Any = None, *, copies: Copies = None, measure: bool = True) -> Removal:
         """Score, mask, take out, check; the next of `iterative_steps`.
 
         Args:
             optimizer: Whose state is cut alike; torch's or fastai's.
+            copies: Models of the same structure that lose the same channels.
+            measure: Whether to count and time the model before and after.
 
         Returns:
             What was taken out, what could not go and why, and how far the outputs moved at the removal.
 
         Raises:
-            ValueError: The model cannot be followed, a dict names no layer, or all steps were taken. Nothing is changed then.
+            ValueError: All steps were taken, or the criterion's evidence is not there. Nothing is changed then.
         """
         if self._step >= self.iterative_steps:
             raise ValueError(
                 f"iterative_steps must be at least the number of calls, got {self.iterative_steps} and a further call"
             )
-        removal = self.prune_to(self.schedule((self._step + 1) / self.iterative_steps), optimizer)
+        share = self.schedule((self._step + 1) / self.iterative_steps)
+        removal = self.prune_to(share, optimizer, copies=copies, measure=measure)
         self._step += 1
         return removal
 
-    def prune_to(self, share: float, optimizer: Any = None) -> Removal:
+    def prune_to(self, share: float, optimizer: Any = None, *, copies: Copies = None, measure: bool = True) -> Removal:
         """Take out channels until a share of the `pruning_ratio` is reached, counted from the channels there were at first.
 
         Args:
             share: Of the ratio, in [0, 1].
-            optimizer: Whose state is cut alike; torch's or fastai's.
+            optimizer: As for `prune_model`.
+            copies: As for `prune_model`.
+            measure: As for `prune_model`.
 
         Raises:
-            ValueError: The share is out of range, the model cannot be followed, or a dict names no layer. Nothing is
-                changed then.
+            ValueError: The share is out of range, or the criterion's evidence is not there. Nothing is changed then.
         """
         check_fraction("share", share)
-        graph = self._allowed(channel_graph(self.model, self.inputs))
-        self._original = self._original or {g.name: g.channels for g in graph.groups}
+        graph = replace(self._graph, groups=tuple(p.group for p in self._pools))
         kept = self._choose(graph, share)
         chosen, refused = self._mask_removable(graph, kept)
-        removal = remove_channels(self.model, graph, chosen, self.inputs, optimizer=optimizer)
+        removal = remove_channels(
+            self.model, graph, chosen, self.inputs, optimizer=optimizer, copies=copies, exact=self.exact, measure=measure
+        )
+        self._scorer.note_move(self._pools)
         return replace(removal, refused={**refused, **removal.refused})
+
+    def see(self, batch: Batch, loss: Callable[..., Tensor] | None = None) -> None:
+        """Note a training's batch and loss, for a criterion that needs data and was given none."""
+        self._scorer.begin(loss)
+        self._scorer.see(batch)
+
+    def end(self) -> None:
+        """Let go of what the training gave."""
+        self._scorer.end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next choice depends on besides the weights: plain numbers, and copies of earlier weights."""
+        return {"original": dict(self.original), **self._scorer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state, with a model as small as it was then; the caller's dict is not changed."""
+        self.original = {name: state["original"].get(name, count) for name, count in self.original.items()}
+        self._scorer.load_state_dict(state, all_targets(unwrap(self.model)))
+
+    def after_cut(self, cut: Cut) -> None:
+        """Follow the model's parameters, which have got smaller."""
+        fresh = {t.name: t for t in all_targets(unwrap(self.model))}
+        self._pools = tuple(p.cut(cut, fresh) for p in self._pools)
+        self._scorer.after_cut(cut)
+
+    def print_sparsity(self) -> None:
+        """Print how many channels of each group are left."""
+        for name, (before, now) in self.channels.items():
+            print(f"{name}: {now} of {before} channels")  # noqa: T201 - what it is for
+
+    # --- the choice --------------------------------------------------------------------------------------------------
+
+    def _allowed(self, pools: Sequence[ChannelPool]) -> tuple[ChannelPool, ...]:
+        """The pools whose channels no ignored layer makes."""
+        readers = self._graph.readers
+        made = [{n.rpartition(".")[0] for n, d in p.group.places if (n, d) not in readers} for p in pools]
+        allowed = tuple(p for p, names in zip(pools, made, strict=True) if not names & self.ignored_layers)
+        if not allowed:
+            raise ValueError("model must have channels that may go, got none; channel_graph(model, inputs).pinned says why")
+        return allowed
+
+    def _by_layer(self, ratios: Mapping[str, float]) -> dict[str, float]:
+        makers = {n for p in self._pools for n in p.makers}
+        targets = [t for t in all_targets(unwrap(self.model)) if t.name in makers]
+        return resolve(ratios, targets, "pruning_ratio's keys")
+
+    def _choose(self, graph: ChannelGraph, share: float) -> list[Flags]:
+        scores = self._scorer(self.model, self._pools, {})
+        if isinstance(self.pruning_ratio, Budget):
+            left = 1 - share * (1 - self.pruning_ratio.share)
+            shares: dict[str, Any] = {self.pruning_ratio.kind: left, "batch": self.pruning_ratio.batch}
+            budget = Budget(**shares)
+            return fit_budget(
+                self.model, graph, self.inputs, lambda s: self._keep(scores, self.context, s), budget, self.dense
+            )
+        return self._keep(scores, *self._to_prune(self.pruning_ratio, share))
+
+    def _keep(self, scores: Sequence[Scores], context: Context, sparsity: float) -> list[Flags]:
+        round_to = 1 if self.round_to is None and isinstance(self.pruning_ratio, Budget) else self.round_to
+        steps = {p.name: p.step(round_to) for p in self._pools}
+        keeps = context(scores, [p.layout for p in self._pools], sparsity, Limits(round_to=steps))
+        return [keep.cpu().numpy() for keep in keeps]
+
+    def _to_prune(self, ratio: float | Mapping[str, float], share: float) -> tuple[Context, float]:
+        """What goes now, as shares of what is still there, so that the whole is the ratio of what there was."""
+        if not isinstance(self.context, Local):
+            first, now = sum(self.original.values()), sum(p.count for p in self._pools)
+            wanted = round(share * float(ratio) * first)  # type: ignore[arg-type]
+            return self.context, max(0, wanted - (first - now)) / max(1, now)
+        shares = {}
+        for name, (first, now) in self.channels.items():
+            own = self._ratios.get(name, 0.0) if self._ratios is not None else float(ratio)  # type: ignore[arg-type]
+            shares[name] = max(0, round(share * own * first) - (first - now)) / now
+        return PerTarget(shares), 1.0
 
     @torch.no_grad()
     def _mask_removable(self, graph: ChannelGraph, kept: list[Flags]) -> tuple[list[Flags], dict[str, str]]:
         """Mask the channels that can go; those of a group that cannot get their weights back."""
         before = {p: p.detach().clone() for p in unwrap(self.model).parameters()}
         mask_channels_(self.model, graph, kept)
-        chosen, refused, _ = removable(self.model, graph, kept, self.inputs)
+        chosen, refused, _ = removable(self.model, graph, kept, self.inputs, exact=self.exact)
         if refused:
             for parameter, weights in before.items():
                 parameter.copy_(weights)
             mask_channels_(self.model, graph, chosen)
         return chosen, refused
 
-    def print_sparsity(self) -> None:
-        """Print how many channels of each group are left."""
-        graph = channel_graph(self.model, self.inputs)
-        for group in graph.groups:
-            before = self._original.get(group.name, group.channels)
-            print(f"{group.name}: {group.channels} of {before} channels")  # noqa: T201 - what it is for
 
-    def _allowed(self, graph: ChannelGraph) -> ChannelGraph:
-        """The groups whose channels no ignored layer makes."""
-        made = [{n.rpartition(".")[0] for n, d in g.places if (n, d) not in graph.readers} for g in graph.groups]
-        groups = tuple(g for g, names in zip(graph.groups, made, strict=True) if not names & self.ignored_layers)
-        if not groups:
-            raise ValueError("model must have channels that may go, got none; channel_graph(model, inputs).pinned says why")
-        return ChannelGraph(groups, graph.pinned, graph.readers)
+def check_context(context: Context | str, ratio: Ratio) -> Context:
+    """The context, checked together with the ratio that it gets.
 
-    def _choose(self, graph: ChannelGraph, share: float) -> list[Flags]:
-        scores = [TensorScores(g.name, channel_scores(self.model, g, self.criteria, self.over_places)) for g in graph.groups]
-        layouts = [Layout((g.channels,), (frozenset({"out"}),)) for g in graph.groups]
-        context, sparsity = self._to_prune(graph, share)
-        keeps = context(scores, layouts, sparsity, Limits(round_to=self.round_to))
-        return [keep.cpu().numpy() for keep in keeps]
-
-    def _to_prune(self, graph: ChannelGraph, share: float) -> tuple[Context, float]:
-        """What goes now, as shares of what is still there, so that the whole is the ratio of what there was."""
-        there = {g.name: g.channels for g in graph.groups}
-        ratios = self._ratios(graph)
-        if isinstance(self.context, Global):
-            wanted = round(share * float(self.pruning_ratio) * sum(self._original.values()))  # type: ignore[arg-type]
-            gone = sum(self._original.values()) - sum(there.values())
-            return self.context, max(0, wanted - gone) / max(1, sum(there.values()))
-        shares = {}
-        for name, ratio in ratios.items():
-            wanted = round(share * ratio * self._original[name]) - (self._original[name] - there[name])
-            shares[name] = max(0, wanted) / there[name]
-        return PerTarget(shares), 1.0
-
-    def _ratios(self, graph: ChannelGraph) -> dict[str, float]:
-        if not isinstance(self.pruning_ratio, Mapping):
-            return {g.name: self.pruning_ratio for g in graph.groups}
-        makers = {n.rpartition(".")[0]: g.name for g in graph.groups for n, d in g.places if (n, d) not in graph.readers}
-        for name in self.pruning_ratio:
-            if name not in makers:
-                raise unknown("pruning_ratio's keys", name, makers, "the name of a layer whose outputs may go, of")
-        return {makers[name]: ratio for name, ratio in self.pruning_ratio.items()}
-
-
-@torch.no_grad()
-def channel_scores(model: nn.Module, group: Group, criterion: Criterion, over_places: str = "sum") -> Tensor:
-    """The score of each coupled channel of a group, `(channels,)`.
-
-    Of every weight with two or more dimensions that a channel runs through, the scores of its slice become one by the
-    criterion's reducer; these become one by `over_places`. Biases and norms have no say.
+    Raises:
+        TypeError: The ratio is no number, dict or `Budget`.
+        ValueError: One of them is out of range or unknown, or they do not go together.
     """
-    tensors = tensors_of(model)
-    parts = []
-    for (name, d), indices in group.places.items():
-        weight = tensors[name][0]._parameters.get(tensors[name][1])
-        if weight is None or weight.dim() < 2:
-            continue
-        slices = criterion(Evidence(name, weight.detach())).movedim(d, 0).reshape(weight.shape[d], -1)
-        per_index = slices.mean(1) if criterion.reducer == "mean" else slices.sum(1)
-        per_channel = per_index[torch.as_tensor(indices, device=weight.device)]
-        parts.append(per_channel.mean(1) if criterion.reducer == "mean" else per_channel.sum(1))
-    return criterion.normalize(OVER_PLACES[over_places](torch.stack(parts)))
+    if not isinstance(ratio, Budget):
+        for value in ratio.values() if isinstance(ratio, Mapping) else [ratio]:
+            check_fraction("pruning_ratio", value)
+    found: Context = from_catalogue("context", context, contexts)
+    if isinstance(found, NM) or not isinstance(found, Context):
+        raise ValueError(f"context must be 'local', 'global', 'erk' or 'lamp', got {context!r}")
+    if isinstance(ratio, Mapping) and not isinstance(found, Local):
+        raise ValueError(f"pruning_ratio must be one number for context {found!r}, got a dict; pass context='local'")
+    return found
 
 
 def _names_of(model: nn.Module, layers: Iterable[nn.Module | str]) -> frozenset[str]:

@@ -51,11 +51,15 @@ class Trace:
         choices: Kind of operation -> which way it takes; the first if it is not in it. A kind is what it does to which sizes.
         options: Kind of operation -> how many ways it has, filled on the way.
         readers: The places, as (name, dimension), that multiply what a channel carries and hand on something else.
+        exact: Whether what averages over a channel pins it, as the average would change without it.
+        normed: Name of a module that normalises, or calls what does -> the dimensions that it does it along.
     """
 
-    def __init__(self, choices: dict[str, int]) -> None:
+    def __init__(self, choices: dict[str, int], exact: bool = True) -> None:
         self.labels = Labels()
         self.choices = choices
+        self.exact = exact
+        self.normed: dict[str, list[Dim]] = {}
         self.options: dict[str, int] = {}
         self.readers: set[tuple[str, int]] = set()
 
@@ -63,6 +67,16 @@ class Trace:
         """Which of several ways an operation takes."""
         self.options[kind] = ways
         return self.choices.get(kind, 0)
+
+    def norms(self, node: Any, dim: Dim) -> None:
+        """A normalisation along a dimension: the module that it stands in may know the size, even without parameters."""
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        self.normed.setdefault(str(stack[-1][0]) if stack else "", []).append(dim)
+
+    def averages(self, dims: Iterable[Dim], name: str) -> None:
+        """What is averaged over stays, where nothing may move."""
+        if self.exact:
+            self.labels.pin_all(list(dims), f"{name} averages over it")
 
     def reads(self, weight: Value, d: int) -> None:
         """A weight multiplies what a channel carries along its dimension `d`, and hands on something else."""
@@ -265,7 +279,18 @@ def matmul(trace: Trace, node: Any, a: Value, b: Value) -> Value:
     return Value(shape, (*broadcast(trace, node.name, sides, batch).dims, *rows, *columns))
 
 
-@rule("addmm")
+@rule("_grouped_mm", "grouped_mm_fallback")
+def grouped_matmul(trace: Trace, node: Any, x: Value, weight: Value, ends: Value, *rest: Any, **keywords: Any) -> Value:
+    """Rows of `x` by experts, `(rows, in)` and `(experts, in, out)`: what is cut is cut in every expert."""
+    name = node.name
+    trace.labels.pin_all([x.dims[0], weight.dims[0], *ends.dims], f"{name} sends its rows to experts")
+    if len(x.shape) != 2 or len(weight.shape) != 3 or _values([rest, keywords]):
+        return _unknown_tensor(trace, node, x, weight, ends, *rest)
+    _read(trace, x, -1, weight, -2, name)
+    return Value(_shape(node), (FIXED, weight.dims[-1]))
+
+
+@rule("addmm", "baddbmm")
 def addmm(trace: Trace, node: Any, bias: Value, a: Value, b: Value, **keywords: Any) -> Value:
     product = matmul(trace, node, a, b)
     return broadcast(trace, node.name, [product, bias], product.shape)
@@ -303,13 +328,16 @@ def batch_norm(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: A
     for value in (*arguments, *keywords.values()):
         if isinstance(value, Value):
             channel = trace.labels.join(channel, value.dims[0], f"{node.name} reads a dimension of fixed size")
+    trace.norms(node, channel)
     return Value(x.shape, (x.dims[0], channel, *x.dims[2:]))
 
 
 @rule("layer_norm", "rms_norm")
 def layer_norm(trace: Trace, node: Any, x: Value, shape: Sequence[int], *arguments: Any, **keywords: Any) -> Value:
     normed = x.dims[-len(shape) :]
-    trace.labels.pin_all(normed, f"{node.name} averages over it")
+    trace.averages(normed, node.name)
+    if len(shape) == 1:
+        trace.norms(node, normed[0])
     for value in (*arguments, *keywords.values()):
         if isinstance(value, Value):
             for mine, its in zip(normed, value.dims, strict=True):
@@ -325,7 +353,11 @@ def group_norm(trace: Trace, node: Any, x: Value, groups: int, *arguments: Any, 
         if isinstance(value, Value):
             channel = trace.labels.join(channel, value.dims[0], f"{node.name} reads a dimension of fixed size")
     if isinstance(channel, np.ndarray):
-        trace.labels.unify(channel.reshape(groups, -1))
+        rows = channel.reshape(groups, -1)
+        # Whole groups leave the others as they are; the same channel of each changes all averages.
+        same = not trace.exact and trace.choose(f"group norm {rows.shape}", 2) == 1
+        trace.labels.unify(rows.T if same else rows)
+    trace.norms(node, channel)
     return Value(x.shape, (x.dims[0], channel, *x.dims[2:]))
 
 
@@ -353,9 +385,14 @@ def reduction(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: An
     given = _argument(node, "dim", arguments, keywords)
     dims = range(len(x.shape)) if given is None or given == [] else [given] if isinstance(given, int) else given
     dims = [d % len(x.shape) for d in dims]
-    for d in dims:
-        trace.labels.pin(x.dims[d], f"{node.name} takes one number of it")
+    if trace.exact or not _is_average(node):
+        trace.labels.pin_all([x.dims[d] for d in dims], f"{node.name} takes one number of it")
     return Value(shape, _without(x.dims, dims, len(shape)))
+
+
+def _is_average(node: Any) -> bool:
+    """What tells of a dimension's scale, and moves little where some of its channels, silent ones, go."""
+    return str(node.target).split(".")[1] in ("mean", "var", "std", "linalg_vector_norm", "norm", "var_mean", "std_mean")
 
 
 def _argument(node: Any, name: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
@@ -375,8 +412,8 @@ def extremes(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any
     if given is None:
         return unknown(trace, node, x)
     gone = [d % len(x.shape) for d in ([given] if isinstance(given, int) else given)]
-    for d in gone:
-        trace.labels.pin(x.dims[d], f"{node.name} takes some of it")
+    if trace.exact or not _is_average(node):
+        trace.labels.pin_all([x.dims[d] for d in gone], f"{node.name} takes some of it")
     fixed = [FIXED if i in gone else d for i, d in enumerate(x.dims)]
     shapes = [tuple(int(n) for n in value.shape) for value in node.meta["val"]]
     return [Value(s, tuple(fixed) if len(s) == len(fixed) else _without(x.dims, gone, len(s))) for s in shapes]

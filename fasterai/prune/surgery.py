@@ -1,25 +1,38 @@
 """L4. The one place that takes channels out of a model, and puts them back if it has to.
 
-Parameters keep their identity, so that an optimizer goes on with them; its state and their gradients are cut alike.
+Parameters and buffers keep their identity, so that an optimizer goes on with them; its state and their gradients are cut alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
+from fasterai.core.cuts import announce
 from fasterai.core.targets import unwrap
 from fasterai.prune.attention import SlimMultiheadAttention
-from fasterai.prune.plan import Plan, tensors_of
+from fasterai.prune.carry import check_optimizer, cut_entry, sliced, states_of
+from fasterai.prune.plan import Plan, check_plan, tensor_of, tensors_of
 
-__all__ = ["Surgery"]
+__all__ = ["Surgery", "apply_plan_", "operate"]
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One thing that a surgery does, and how to take it back."""
+
+    forth: Callable[[], None]
+    back: Callable[[], None]
 
 
 class Surgery:
-    """A plan carried out on a model; `undo()` takes it back.
+    """A plan carried out on a model; `undo()` takes it back, and `redo()` does it again.
 
     Args:
         model: The model; changed in place.
@@ -27,91 +40,145 @@ class Surgery:
         optimizer: Whose state is cut alike; torch's or fastai's.
 
     Raises:
-        ValueError: The plan is for another model; nothing is changed then.
+        TypeError: The optimizer keeps no state by parameter.
+        ValueError: The plan is for another model, or the optimizer's state cannot be cut; nothing is changed then.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, optimizer: Any = None) -> None:
-        self._undo: list[Callable[[], None]] = []
-        tensors = tensors_of(model)
-        _check(tensors, plan)
+        check_optimizer(optimizer)
+        check_plan(model, plan)
+        self._changes: list[_Change] = []
+        self._is_done = True
         try:
-            for name in plan.shapes:
-                self._cut(*tensors[name], plan, name, optimizer)
-            for module_name, attribute, _, value in plan.attributes:
-                self._set(unwrap(model).get_submodule(module_name), attribute, value)
-            for name, heads in plan.slim.items():
-                self._slim(unwrap(model), name, heads)
+            for change in _changes(unwrap(model), plan, optimizer):
+                change.forth()
+                self._changes.append(change)
         except BaseException:
             self.undo()
             raise
 
     def undo(self) -> None:
         """Put everything back as it was."""
-        while self._undo:
-            self._undo.pop()()
+        for change in reversed(self._changes) if self._is_done else ():
+            change.back()
+        self._is_done = False
 
-    @torch.no_grad()
-    def _cut(self, module: nn.Module, attribute: str, plan: Plan, name: str, optimizer: Any) -> None:
-        parameter = module._parameters.get(attribute)
-        if parameter is None:
-            buffer = module._buffers[attribute]
-            assert buffer is not None
-            module._buffers[attribute] = _sliced(buffer, plan, name)
-            self._undo.append(lambda: module._buffers.__setitem__(attribute, buffer))
-            return
-        data, grad, shape = parameter.data, parameter.grad, parameter.shape
-        state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-        before = dict(state)
-        parameter.grad = None
-        parameter.data = _sliced(data, plan, name)
-        parameter.grad = None if grad is None else _sliced(grad, plan, name)
-        for key, value in before.items():
-            if isinstance(value, Tensor) and value.shape == shape:
-                state[key] = _sliced(value, plan, name)
+    def redo(self) -> None:
+        """Do again what was undone; nothing is cut anew."""
+        for change in self._changes if not self._is_done else ():
+            change.forth()
+        self._is_done = True
 
-        def back() -> None:
-            parameter.grad = None
-            parameter.data = data
-            parameter.grad = grad
-            state.update(before)
-
-        self._undo.append(back)
-
-    def _set(self, module: nn.Module, attribute: str, value: Any) -> None:
-        before = getattr(module, attribute)
-        setattr(module, attribute, value)
-        self._undo.append(lambda: setattr(module, attribute, before))
-
-    def _slim(self, model: nn.Module, name: str, heads: int) -> None:
-        parent_name, _, attribute = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        attention = parent.get_submodule(attribute)
-        if isinstance(attention, SlimMultiheadAttention):
-            self._set(attention, "num_heads", heads)
-            return
-        assert isinstance(attention, nn.MultiheadAttention)
-        setattr(parent, attribute, SlimMultiheadAttention(attention, heads))
-        self._undo.append(lambda: setattr(parent, attribute, attention))
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """The model as it was, for a while."""
+        self.undo()
+        try:
+            yield
+        finally:
+            self.redo()
 
 
-def _check(tensors: dict[str, tuple[nn.Module, str]], plan: Plan) -> None:
-    for name, shape in plan.shapes.items():
-        if name not in tensors:
-            raise ValueError(f"plan must be for this model, got one that cuts {name}, which it has not")
-        module, attribute = tensors[name]
-        parameter = module._parameters.get(attribute)
-        tensor = parameter if parameter is not None else module._buffers[attribute]
-        assert tensor is not None
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"plan must be for this model, got one where {name} is {shape}, here {tuple(tensor.shape)}")
+def apply_plan_(model: nn.Module, plan: Plan, *, optimizer: Any = None) -> None:
+    """Carry a plan out on another model of the same structure: a moving average of the weights, a fresh model.
+
+    What is taken out need not be silent there; its outputs are not checked.
+
+    Args:
+        model: The model, as dense as the one that the plan was made for; changed in place. An `AveragedModel` of torch too.
+        plan: `Removal.plan`, or one that `Plan.from_dict` read.
+        optimizer: Whose state is cut alike.
+
+    Raises:
+        TypeError: The optimizer keeps no state by parameter.
+        ValueError: The plan is for another model; nothing is changed then.
+    """
+    operate(model, plan, optimizer)
+    announce(_inner(model), plan.keep)
 
 
-def _sliced(tensor: Tensor, plan: Plan, name: str) -> Tensor:
-    """A new tensor of the indices that stay, in the memory format of the old."""
-    result = tensor.detach()
-    for d in range(tensor.dim()):
-        if (name, d) in plan.keep:
-            result = result.index_select(d, torch.as_tensor(plan.keep[name, d], device=tensor.device))
-    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
-        result = result.contiguous(memory_format=torch.channels_last)
-    return result
+def operate(model: nn.Module, plan: Plan, optimizer: Any = None, copies: Sequence[nn.Module] = ()) -> Surgery:
+    """Carry a plan out on a model and on copies of it: on all of them, or on none.
+
+    Raises:
+        ValueError: The plan does not fit one of them; nothing is changed then.
+    """
+    done = [Surgery(_inner(model), plan, optimizer)]
+    try:
+        for i, other in enumerate(copies):
+            try:
+                done.append(Surgery(_inner(other), plan))
+            except ValueError as error:
+                raise ValueError(f"copies must be models of the same structure, got copies[{i}] where {error}") from error
+    except BaseException:
+        for surgery in reversed(done):
+            surgery.undo()
+        raise
+    return done[0]
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    inner = unwrap(model)
+    return unwrap(inner.module) if isinstance(inner, AveragedModel) else inner
+
+
+def _changes(model: nn.Module, plan: Plan, optimizer: Any) -> Iterator[_Change]:
+    """One after the other: each is made when those before it have been done."""
+    tensors, states = tensors_of(model), states_of(optimizer)
+    for name in plan.shapes:
+        tensor = tensor_of(tensors, name)
+        kept = {d: plan.keep[name, d] for d in range(tensor.dim()) if (name, d) in plan.keep}
+        yield _cut(tensor, kept)
+        yield from (_entry(state, tensor, name, plan.shapes[name], kept) for state in states if state.get(tensor))
+    for module_name, attribute, before, after in plan.attributes:
+        yield _set(model.get_submodule(module_name), attribute, before, after)
+    for name, heads in plan.slim.items():
+        yield _slim(model, name, heads)
+
+
+def _cut(tensor: Tensor, kept: Any) -> _Change:
+    data, grad = tensor.data, tensor.grad
+    small, small_grad = sliced(data, kept), None if grad is None else sliced(grad, kept)
+    return _Change(lambda: _put(tensor, small, small_grad), lambda: _put(tensor, data, grad))
+
+
+def _put(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    """Other values of another shape under the same identity.
+
+    A loss that is still held keeps alive the node that gathers the parameter's gradients, with the shape that it had.
+    Autograd makes a new one only where the type changes: so it changes in between.
+    """
+    tensor.grad = None
+    tensor.data = torch.empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64, device=data.device)
+    tensor.data = data
+    tensor.grad = grad
+
+
+def _entry(state: Any, tensor: Tensor, name: str, shape: Sequence[int], kept: Any) -> _Change:
+    before = dict(state[tensor])
+    after = cut_entry(before, name, shape, kept)
+
+    def put(entry: dict[str, Any]) -> None:
+        state[tensor].clear()
+        state[tensor].update(entry)
+
+    return _Change(lambda: put(after), lambda: put(before))
+
+
+def _set(module: nn.Module, attribute: str, before: Any, after: Any) -> _Change:
+    return _Change(lambda: setattr(module, attribute, after), lambda: setattr(module, attribute, before))
+
+
+def _slim(model: nn.Module, name: str, heads: int) -> _Change:
+    attention = model.get_submodule(name)
+    if isinstance(attention, SlimMultiheadAttention):
+        return _set(attention, "num_heads", attention.num_heads, heads)
+    assert isinstance(attention, nn.MultiheadAttention)
+    slim = SlimMultiheadAttention(attention, heads)
+    places = [(parent, key) for parent in model.modules() for key, child in parent._modules.items() if child is attention]
+
+    def put(module: nn.Module) -> None:
+        for parent, key in places:
+            setattr(parent, key, module)
+
+    return _Change(lambda: put(slim), lambda: put(attention))

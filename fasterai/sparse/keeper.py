@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fasterai.core.granularities import Granularity
+from fasterai.core.cuts import Cut, follow, sliced
+from fasterai.core.granularities import Coupled, Granularity
 from fasterai.core.loop import Fit
 from fasterai.core.masks import apply_masks_, like
 from fasterai.core.selection import count_true
-from fasterai.core.targets import Selection, unwrap
+from fasterai.core.targets import Selection, all_targets, unwrap
 from fasterai.core.types import Target
+from fasterai.prune.graph import ChannelGraph
 from fasterai.sparse.dataflow import Flow
-from fasterai.sparse.partners import Partner, find_partners, kept_outputs, revive_, without_outputs
+from fasterai.sparse.partners import find_partners, revive_, without_outputs
+from fasterai.sparse.pools import Pool, TargetPool, channel_pools
 from fasterai.sparse.report import Reached, Row, SparsityReport
 
 __all__ = ["Keeper"]
@@ -30,8 +32,9 @@ class Keeper:
         model: The model, wrapped or not.
         granularity: What a unit is.
         selection: The targets, and what was left out and why.
+        pools: The units; none as long as coupled channels are not known.
         flow: What the data flow shows, None as long as it is not known.
-        keep: Target name -> decisions so far, bool of the units' shape; a target without any is dense.
+        keep: Pool's name -> decisions so far, bool of the units' shape; a pool without any is dense.
         noted: Name of a bias, or a norm's scale or shift -> its values for outputs that are pruned, to give back if they
             return.
         moves: How often the masks have moved.
@@ -46,7 +49,8 @@ class Keeper:
         self.noted: dict[str, Tensor] = {}
         self.moves = 0
         self._counted: dict[str, tuple[Tensor, int]] = {}  # decisions -> how many prune, which is asked for at every move
-        self._partners: tuple[Partner, ...] = find_partners(model, selection, granularity, None)
+        self.pools: tuple[Pool, ...] = () if isinstance(granularity, Coupled) else self._target_pools()
+        follow(model, self)
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -54,9 +58,14 @@ class Keeper:
         return self.selection.targets
 
     @property
-    def active(self) -> list[Target]:
-        """The targets that train now or were named."""
-        return [t for t in self.targets if t.parameter.requires_grad or t.name in self.selection.named]
+    def active(self) -> list[Pool]:
+        """The pools that train now or were named."""
+        return [p for p in self.pools if p.trains or p.makers & self.selection.named]
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether example inputs have shown all that they can."""
+        return bool(self.pools) if isinstance(self.granularity, Coupled) else self.flow is not None
 
     def name(self, names: Iterable[str]) -> None:
         """Take targets as named by the user, so that they are not left out again."""
@@ -66,7 +75,41 @@ class Keeper:
         """Take over what the data flow shows: norms that read a target, and targets that make the output."""
         self.flow = flow
         self.selection = without_outputs(self.selection, self.granularity, flow)
-        self._partners = find_partners(self.model, self.selection, self.granularity, flow)
+        self.pools = self._target_pools()
+
+    def _target_pools(self) -> tuple[Pool, ...]:
+        partners = find_partners(self.model, self.selection, self.granularity, self.flow)
+        return tuple(
+            TargetPool(t, self.granularity, tuple(p for p in partners if p.target == t.name)) for t in self.selection.targets
+        )
+
+    def couple(self, graph: ChannelGraph) -> None:
+        """Take over the coupled channels that the targets make.
+
+        Raises:
+            ValueError: There are none that may go; why is said.
+        """
+        assert isinstance(self.granularity, Coupled)
+        chosen = {t.name for t in self.targets}
+        pools = [p for p in channel_pools(self.model, graph, self.granularity) if p.makers & chosen]
+        if not pools:
+            why = "; ".join(f"{t.name}: {_why_pinned(t, graph)}" for t in self.targets[:3])
+            raise ValueError(f"targets must make channels that may go, got none that do ({why})")
+        weights = {t.name: t for p in pools for t in p.targets}
+        left_out = {t.name: _why_pinned(t, graph) for t in self.targets if t.name not in weights}
+        left_out = {n: why for n, why in {**self.selection.left_out, **left_out}.items() if n not in weights}
+        self.selection = Selection(tuple(weights.values()), left_out, self.selection.named)
+        self.pools = tuple(pools)
+
+    def after_cut(self, cut: Cut) -> None:
+        """Follow the model's parameters, which have got smaller."""
+        fresh = {t.name: t for t in all_targets(unwrap(self.model))}
+        before, self.pools = self.pools, tuple(p.cut(cut, fresh) for p in self.pools)
+        after = {p.name: p for p in self.pools}
+        self.keep = {p.name: p.cut_keep(self.keep[p.name], cut, after[p.name]) for p in before if p.name in self.keep}
+        self.noted = {n: sliced(values, cut, n) for n, values in self.noted.items()}
+        self.selection = replace(self.selection, targets=tuple(fresh[t.name] for t in self.targets))
+        self._counted = {}
 
     def check_trained(self, fit: Fit) -> None:
         """Refuse a run whose optimizer trains another model.
@@ -81,21 +124,16 @@ class Keeper:
                 "...): make the optimizer anew after the model"
             )
 
-    def units(self, target: Target) -> int:
-        """How many units a target has."""
-        return math.prod(self.granularity.unit_shape(target.layout))
-
     def replace(self, chosen: Mapping[str, Tensor]) -> bool:
-        """Take over new decisions for some targets; the weights are not touched, partners of returning outputs are.
+        """Take over new decisions for some pools; the weights are not touched, vectors of returning outputs are.
 
         Returns:
             Whether the masks have moved.
         """
-        by_name = {t.name: t for t in self.targets}
-        # Single weights are held in the weight's memory format, so that both are read in the same order.
-        held = {n: like(by_name[n].parameter, k) if k.shape == by_name[n].parameter.shape else k for n, k in chosen.items()}
+        by_name = {p.name: p for p in self.pools}
+        held = {n: _like_weight(by_name[n], k) for n, k in chosen.items()}
         after = {**self.keep, **held}
-        revive_(self._partner_keeps(self.keep, after), self.noted)
+        revive_(self._vectors(self.keep, after), self.noted)
         counts = {n: self._pruned(by_name[n]) for n in held}
         self.keep = after
         # Choices are nested, so that equal counts are equal masks.
@@ -108,90 +146,97 @@ class Keeper:
         apply_masks_(self._pairs())
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for target in self.targets:
-            keep = self.keep.get(target.name)
+        for pool in self.pools:
+            keep = self.keep.get(pool.name)
             if keep is not None:
-                yield target.parameter.detach().view(target.layout.shape), self.granularity.expand(keep, target.layout)
-        for partner, _, keep in self._partner_keeps(self.keep, self.keep):
-            yield partner.parameter, keep
+                yield from ((weight, mask) for _, weight, mask in pool.masks(keep))
+                yield from ((vector, kept) for _, vector, kept in pool.vectors(keep))
 
-    def _partner_keeps(
+    def _vectors(
         self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
-    ) -> Iterator[tuple[Partner, Tensor, Tensor]]:
-        by_name = {t.name: t for t in self.targets}
-        for partner in self._partners:
-            if partner.target in after:
-                new = kept_outputs(after[partner.target], by_name[partner.target])
-                old = before.get(partner.target)
-                yield partner, torch.ones_like(new) if old is None else kept_outputs(old, by_name[partner.target]), new
+    ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        for pool in self.pools:
+            if pool.name in after:
+                old = before.get(pool.name, torch.ones_like(after[pool.name]))
+                for (name, vector, new), (_, _, was) in zip(pool.vectors(after[pool.name]), pool.vectors(old), strict=True):
+                    yield name, vector, was, new
 
     def forget_stale(self) -> bool:
         """Drop masks that the weights no longer obey: others were loaded, or they trained without being held."""
-        stale = [t.name for t in self.targets if self._disobeying(t)]
+        stale = [p.name for p in self.pools if self._disobeying(p)]
         self.keep = {n: k for n, k in self.keep.items() if n not in stale}
         return bool(stale)
 
-    def _disobeying(self, target: Target) -> int:
-        """How many masked weights of a target are not zero."""
-        keep = self.keep.get(target.name)
-        if keep is None:
-            return 0
-        view = target.parameter.detach().view(target.layout.shape)
-        return count_true(view.ne(0) & ~self.granularity.expand(keep, target.layout))
+    def _disobeying(self, pool: Pool) -> int:
+        """How many masked weights of a pool are not zero."""
+        keep = self.keep.get(pool.name)
+        return 0 if keep is None else sum(count_true(w.ne(0) & ~mask) for _, w, mask in pool.masks(keep))
 
     # --- what is held ------------------------------------------------------------------------------------------------
 
     def masks(self) -> dict[str, Tensor]:
         """Target name -> a new bool tensor of the parameter's shape, True = keep."""
-        result = {}
-        for t in self.targets:
-            keep = self.keep.get(t.name)
-            if keep is None:
-                result[t.name] = torch.ones_like(t.parameter, dtype=torch.bool)
-            else:
-                expanded = self.granularity.expand(keep, t.layout).expand(t.layout.shape)
-                result[t.name] = expanded.reshape(t.parameter.shape).clone()
+        result = {t.name: torch.ones_like(t.parameter, dtype=torch.bool) for t in self.targets}
+        for pool in self.pools:
+            keep = self.keep.get(pool.name)
+            for name, weight, mask in pool.masks(keep) if keep is not None else ():
+                parameter = pool.parameter(name)
+                whole = mask.expand(weight.shape).reshape(parameter.shape)
+                result[name] = result[name] & whole if name in result else whole
         return result
 
     def reached(self) -> Reached:
         """The sparsity, counted from the masks."""
-        units = {t.name: self.units(t) for t in self.targets}
-        pruned = {t.name: self._pruned(t) for t in self.targets}
-        masked = sum(self._masked_weights(t) for t in self.targets)
+        units = {p.name: p.count for p in self.pools}
+        pruned = {p.name: self._pruned(p) for p in self.pools}
         weights = sum(t.parameter.numel() for t in self.targets)
-        per_target = {n: pruned[n] / units[n] if units[n] else 0.0 for n in units}
-        return Reached(sum(pruned.values()) / max(1, sum(units.values())), masked / max(1, weights), per_target)
+        per_pool = {n: pruned[n] / units[n] if units[n] else 0.0 for n in units}
+        return Reached(sum(pruned.values()) / max(1, sum(units.values())), self._masked() / max(1, weights), per_pool)
 
-    def _pruned(self, target: Target) -> int:
-        keep = self.keep.get(target.name)
+    def _pruned(self, pool: Pool) -> int:
+        keep = self.keep.get(pool.name)
         if keep is None:
             return 0
-        counted = self._counted.get(target.name)
+        counted = self._counted.get(pool.name)
         if counted is None or counted[0] is not keep:
-            counted = self._counted[target.name] = (keep, self.units(target) - count_true(keep))
+            counted = self._counted[pool.name] = (keep, pool.count - count_true(keep))
         return counted[1]
 
-    def _masked_weights(self, target: Target) -> int:
-        keep = self.keep.get(target.name)
+    def _masked(self) -> int:
+        """How many weights of the targets the masks set to zero."""
+        if isinstance(self.granularity, Coupled):  # channels of two pools cross in the weight between them
+            masks = self.masks()
+            return sum(masks[t.name].numel() - count_true(masks[t.name]) for t in self.targets)
+        return sum(self._masked_weights(p) for p in self.pools)
+
+    def _masked_weights(self, pool: Pool) -> int:
+        keep = self.keep.get(pool.name)
         if keep is None:
             return 0
-        expanded = self.granularity.expand(keep, target.layout)
-        return (expanded.numel() - count_true(expanded)) * (target.parameter.numel() // max(1, expanded.numel()))
+        # A mask is smaller than its weight where one decision stands for several.
+        return sum((m.numel() - count_true(m)) * (w.numel() // max(1, m.numel())) for _, w, m in pool.masks(keep))
 
     def report(self) -> SparsityReport:
         """What is held, target by target, and what was left out and why."""
-        rows = []
-        for t in self.targets:
-            weight = t.parameter.detach()
-            zeros = weight.numel() - int(torch.count_nonzero(weight))
-            counts = (self.units(t), self._pruned(t), weight.numel(), zeros, self._masked_weights(t), self._disobeying(t))
-            rows.append(Row(t.name, tuple(weight.shape), *counts))
-        active = {t.name for t in self.active}
-        left_out = {**self.selection.left_out, **{t.name: "frozen" for t in self.targets if t.name not in active}}
+        rows = tuple(self._row(p) for p in self.pools)
+        active = {p.name for p in self.active}
+        left_out = {**self.selection.left_out, **{p.name: "frozen" for p in self.pools if p.name not in active}}
         parameters = [p.detach() for p in unwrap(self.model).parameters()]
         total = sum(p.numel() for p in parameters)
         zeros = total - sum(int(torch.count_nonzero(p)) for p in parameters)
-        return SparsityReport(repr(self.granularity), tuple(rows), left_out, total, zeros)
+        return SparsityReport(repr(self.granularity), rows, left_out, total, zeros, self._together(rows))
+
+    def _row(self, pool: Pool) -> Row:
+        zeros = sum(_zeros(t) for t in pool.targets)
+        counts = (pool.count, self._pruned(pool), pool.weights, zeros, self._masked_weights(pool), self._disobeying(pool))
+        shape = tuple(pool.targets[0].parameter.shape) if isinstance(pool, TargetPool) else pool.shape
+        return Row(pool.name, shape, *counts)
+
+    def _together(self, rows: Sequence[Row]) -> Row:
+        """All targets as one."""
+        sums = (sum(r.units for r in rows), sum(r.pruned for r in rows))
+        weights, zeros = sum(t.parameter.numel() for t in self.targets), sum(_zeros(t) for t in self.targets)
+        return Row("all targets", (), *sums, weights, zeros, self._masked(), sum(r.disobeying for r in rows))
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
@@ -220,12 +265,33 @@ class Keeper:
         ]
         if differences:
             raise ValueError(f"state must be of the same model and targets, got one where {'; '.join(differences[:5])}")
-        units = {t.name: self.granularity.unit_shape(t.layout) for t in self.targets}
+        units = {p.name: p.shape for p in self.pools}
         for name, keep in state["keep"].items():
             if keep.dtype is not torch.bool or tuple(keep.shape) != units.get(name):
                 wanted = f"bool of shape {units[name]}" if name in units else f"of {', '.join(units)}"
                 raise ValueError(f"state's keep must be {wanted}, got {name}: {keep.dtype} of shape {tuple(keep.shape)}")
-        devices = {t.name: t.parameter.device for t in self.targets}
-        devices |= {p.name: p.parameter.device for p in self._partners}
+        devices = {p.name: p.device for p in self.pools}
+        devices_of_vectors = {
+            name: vector.device
+            for p in self.pools
+            for name, vector, _ in p.vectors(torch.ones(p.shape, dtype=torch.bool, device=p.device))
+        }
         self.keep = {n: k.to(devices[n], copy=True) for n, k in state["keep"].items()}
-        self.noted = {n: s.to(devices.get(n, s.device), copy=True) for n, s in state["noted"].items()}
+        self.noted = {n: s.to(devices_of_vectors.get(n, s.device), copy=True) for n, s in state["noted"].items()}
+
+
+def _like_weight(pool: Pool, keep: Tensor) -> Tensor:
+    """Decisions on single weights in the weight's memory format, so that both are read in the same order."""
+    weight = pool.targets[0].parameter
+    return like(weight, keep) if isinstance(pool, TargetPool) and keep.shape == weight.shape else keep
+
+
+def _why_pinned(target: Target, graph: ChannelGraph) -> str:
+    """Why the outputs of a target may not go."""
+    outputs = 1 if target.layout.axes[0] == {"in"} else 0
+    return graph.pinned.get((target.name, outputs), "its channels may not go")
+
+
+def _zeros(target: Target) -> int:
+    weight = target.parameter.detach()
+    return weight.numel() - int(torch.count_nonzero(weight))

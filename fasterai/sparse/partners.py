@@ -88,18 +88,18 @@ def kept_outputs(keep: Tensor, target: Target) -> Tensor:
 
 
 @torch.no_grad()
-def revive_(partners: Iterator[tuple[Partner, Tensor, Tensor]], noted: dict[str, Tensor]) -> None:
+def revive_(vectors: Iterator[tuple[str, Tensor, Tensor, Tensor]], noted: dict[str, Tensor]) -> None:
     """Note the biases, scales and shifts of outputs that go, and give them back to outputs that return.
 
     Without its norm's scale a returning output, whose weights are zero, would never learn again; behind a ReLU it learns
     only where its bias or shift is positive.
 
     Args:
-        partners: (partner, outputs kept so far, outputs kept from now on), both `(O,)` bool.
-        noted: Partner name -> noted values; changed in place.
+        vectors: (name, vector, entries kept so far, entries kept from now on), the last three `(O,)`.
+        noted: Name -> noted values; changed in place.
     """
-    for partner, before, after in partners:
-        value = partner.parameter.detach()
-        old = noted.get(partner.name, value)
-        noted[partner.name] = torch.where(before & ~after, value, old)
+    for name, vector, before, after in vectors:
+        value = vector.detach()
+        old = noted.get(name, value)
+        noted[name] = torch.where(before & ~after, value, old)
         value.copy_(torch.where(after & ~before, old, value))

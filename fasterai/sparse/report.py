@@ -84,6 +84,7 @@ class SparsityReport:
         left_out: Parameter name -> why it is no target.
         parameters: How many parameters the model has.
         zeros: How many of them are zero.
+        together: All targets as one; coupled channels cross in the weights between them, which then count once.
     """
 
     granularity: str
@@ -91,20 +92,24 @@ class SparsityReport:
     left_out: Mapping[str, str]
     parameters: int
     zeros: int
+    together: Row
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         return asdict(self) | {"left_out": dict(self.left_out)}
 
+    @property
+    def _units(self) -> str:
+        return "channels" if self.granularity.lower().startswith("coupled") else f"{self.granularity}s"
+
     def __str__(self) -> str:
-        header = ("target", "shape", self.granularity + "s", "pruned", "sparsity", "zeros")
+        header = ("target", "shape", self._units, "pruned", "sparsity", "zeros")
         body = [
             (r.name, "x".join(map(str, r.shape)), f"{r.units:,}", f"{r.pruned:,}", f"{r.sparsity:.2%}", f"{r.zeros:,}")
             for r in self.rows
         ]
-        units, pruned = sum(r.units for r in self.rows), sum(r.pruned for r in self.rows)
-        share = f"{pruned / units if units else 0.0:.2%}"
-        body.append(("all targets", "", f"{units:,}", f"{pruned:,}", share, f"{sum(r.zeros for r in self.rows):,}"))
+        whole = self.together
+        body.append(("all targets", "", f"{whole.units:,}", f"{whole.pruned:,}", f"{whole.sparsity:.2%}", f"{whole.zeros:,}"))
         share = f"{self.zeros / self.parameters if self.parameters else 0.0:.2%}"
         body.append(("whole model", "", f"{self.parameters:,} weights", "", share, f"{self.zeros:,}"))
         widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
@@ -115,11 +120,10 @@ class SparsityReport:
         lines.insert(1, "-" * len(lines[0]))
         lines.insert(-2, lines[1])
         lines += [f"left out: {name} ({why})" for name, why in self.left_out.items()]
-        loose, masked = sum(r.disobeying for r in self.rows), sum(r.masked for r in self.rows)
-        if loose:
+        if whole.disobeying:
             lines.append(
-                f"{loose:,} of {masked:,} masked weights are not zero: others were loaded, or they trained without the masks "
-                "being held; the sparsity above is that of the masks, not of the model."
+                f"{whole.disobeying:,} of {whole.masked:,} masked weights are not zero: others were loaded, or they trained "
+                "without the masks being held; the sparsity above is that of the masks, not of the model."
             )
         lines.append("Masked weights are zero; a mask alone makes a network neither smaller nor faster.")
         return "\n".join(line.rstrip() for line in lines)
@@ -135,10 +139,9 @@ class SparsityReport:
         axes = ax or plt.subplots(figsize=(7, max(2.0, 0.25 * len(self.rows) + 1)), layout="constrained")[1]
         names = [r.name for r in self.rows]
         axes.barh(names, [r.sparsity for r in self.rows], color="#4c72b0")
-        units = sum(r.units for r in self.rows)
-        overall = sum(r.pruned for r in self.rows) / units if units else 0.0
+        overall = self.together.sparsity
         axes.axvline(overall, color="#c44e52", linestyle="--", label=f"all targets: {overall:.1%}")
-        axes.set(xlim=(0, 1), xlabel=f"sparsity (share of {self.granularity}s pruned)")
+        axes.set(xlim=(0, 1), xlabel=f"sparsity (share of {self._units} pruned)")
         axes.invert_yaxis()
         axes.legend(loc="lower right")
         return axes

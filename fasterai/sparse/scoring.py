@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.core.criteria import Criterion
+from fasterai.core.cuts import Cut, sliced
 from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Batch
 from fasterai.core.selection import EvidenceScores, Scores, TensorScores
 from fasterai.core.types import Evidence, Target
 from fasterai.sparse.evidence import GATHERERS, Source
+from fasterai.sparse.pools import Pool
 
 __all__ = ["Scorer"]
 
@@ -41,8 +43,7 @@ class Scorer:
     @property
     def looks_at_pruned(self) -> bool:
         """Whether the weights of pruned units have a say in the scores of others."""
-        alone = self.granularity.is_weight and self.criterion.elementwise and self.criterion.normalizer is None
-        return not (alone and self.criterion.needs <= {"initial"})
+        return not (self._alone and self.criterion.needs <= {"initial"})
 
     def begin(self, loss: Callable[..., Tensor] | None) -> None:
         """Take over a loop's loss for the time of a run, unless the user gave one."""
@@ -57,17 +58,18 @@ class Scorer:
         """Let go of what the loop gave."""
         self.source = self._given
 
-    def __call__(self, model: nn.Module, targets: Sequence[Target], keep: Mapping[str, Tensor]) -> list[Scores]:
-        """The unit scores of each target.
+    def __call__(self, model: nn.Module, pools: Sequence[Pool], keep: Mapping[str, Tensor]) -> list[Scores]:
+        """The unit scores of each pool.
 
         Args:
             model: The model, for evidence that is found by running it.
-            targets: What to score; masked weights are zero.
-            keep: Target name -> decisions so far.
+            pools: What to score; masked weights are zero.
+            keep: Pool's name -> decisions so far.
 
         Raises:
             ValueError: The criterion's evidence is not there.
         """
+        targets = list({t.name: t for pool in pools for t in pool.targets}.values())
         known: dict[str, Mapping[str, Tensor]] = {"initial": self._initial, "previous": self._previous}
         for need in sorted(self.criterion.needs):
             if need not in known:
@@ -77,23 +79,38 @@ class Scorer:
                     f"criteria needs the {need} weights of {lost[0]}, which are not held any more: finalize() let them go, or "
                     "the loaded state had none"
                 )
-        return [self._score(t, {need: known[need][t.name] for need in self.criterion.needs}, keep) for t in targets]
 
-    def _score(self, target: Target, known: Mapping[str, Any], keep: Mapping[str, Tensor]) -> Scores:
-        evidence = Evidence(target.name, target.parameter.detach(), **known)
-        so_far = keep.get(target.name)
-        alone = self.granularity.is_weight and self.criterion.elementwise and self.criterion.normalizer is None
-        if alone and evidence.weight.device.type == "cpu" and _is_dense(evidence):
-            viewed = evidence.map(lambda x: x.view(target.layout.shape))
-            return EvidenceScores(target.name, viewed, self.criterion, so_far)
-        scores = self.granularity.reduce(self.criterion(evidence), target.layout, self.criterion.reducer)
-        return TensorScores(target.name, self.criterion.normalize(scores), so_far)
+        def evidence(target: Target) -> Evidence:
+            own: dict[str, Any] = {need: known[need][target.name] for need in self.criterion.needs}
+            return Evidence(target.name, target.parameter.detach(), **own)
+
+        return [self._score(pool, evidence, keep.get(pool.name)) for pool in pools]
+
+    def _score(self, pool: Pool, evidence: Callable[[Target], Evidence], so_far: Tensor | None) -> Scores:
+        if self._alone:
+            (target,) = pool.targets
+            found = evidence(target)
+            if found.weight.device.type == "cpu" and _is_dense(found):
+                viewed = found.map(lambda x: x.view(target.layout.shape))
+                return EvidenceScores(pool.name, viewed, self.criterion, so_far)
+        scores = pool.score(lambda t: self.criterion(evidence(t)), self.criterion.reducer)
+        return TensorScores(pool.name, self.criterion.normalize(scores), so_far)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether each weight is scored by itself."""
+        return self.granularity.is_weight and self.criterion.elementwise and self.criterion.normalizer is None
 
     @torch.no_grad()
-    def note_move(self, targets: Sequence[Target]) -> None:
+    def note_move(self, pools: Sequence[Pool]) -> None:
         """Remember the weights as those of the last move of the masks."""
-        for t in targets if self._previous else ():
+        for t in (t for pool in pools for t in pool.targets) if self._previous else ():
             self._previous[t.name].copy_(t.parameter)
+
+    def after_cut(self, cut: Cut) -> None:
+        """Follow the model's parameters, which have got smaller."""
+        self._initial = {n: sliced(w, cut, n) for n, w in self._initial.items()}
+        self._previous = {n: sliced(w, cut, n) for n, w in self._previous.items()}
 
     def forget(self) -> None:
         """Let go of the copies of earlier weights."""

@@ -9,22 +9,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 from fasterai.core import contexts, granularities, schedules
 from fasterai.core import criteria as criterion_catalogue
 from fasterai.core.checks import check_count, check_fraction, from_catalogue, warn
 from fasterai.core.contexts import NM, Context, PerTarget
 from fasterai.core.criteria import Criterion, as_criterion
-from fasterai.core.granularities import Block, Granularity
+from fasterai.core.cuts import Cut, follow
+from fasterai.core.granularities import Block, Coupled, Granularity
 from fasterai.core.loop import Batch, Fit, Participant
 from fasterai.core.schedules import Schedule, as_schedule
 from fasterai.core.targets import LayerTypes, TargetsLike, find_targets, resolve, unwrap
 from fasterai.core.types import Limits, Target
+from fasterai.prune.graph import channel_graph
 from fasterai.sparse.dataflow import watch
 from fasterai.sparse.evidence import Source
 from fasterai.sparse.hold import Hold
 from fasterai.sparse.keeper import Keeper
 from fasterai.sparse.pace import Pace
+from fasterai.sparse.pools import Pool, by_pool
 from fasterai.sparse.report import Reached, SparsityReport
 from fasterai.sparse.scoring import Scorer
 
@@ -56,9 +60,11 @@ class Sparsifier(Participant):
         data: Batches `(x, y)` for criteria that need data; a callback has the batch at hand for it.
         loss: The loss function for criteria that need gradients of `data`.
         example_inputs: A tensor or tuple that the model runs on: shows which batch norm reads which filter, and which
-            target makes the output. Callbacks of fastai and Lightning have a batch for it.
+            target makes the output; for granularity `coupled`, which channels go together. Callbacks of fastai and Lightning
+            have a batch for it.
         min_keep: Units that stay in each target, whatever is asked. At granularity `layer` whole targets go.
-        round_to: Kept units of each target are rounded up to a multiple of it.
+        round_to: Kept units of each target are rounded up to a multiple of it. Coupled channels are by default rounded up to
+            8, in groups of at least 32; pass 1 for exact counts.
         max_updates: How often at most the masks move in one training. Up to so many steps they follow the schedule at every
             step; in a longer training they move when it has gone on by that share of the whole. The last move is exact.
 
@@ -105,16 +111,20 @@ class Sparsifier(Participant):
         if self.round_to is not None and isinstance(self.context, NM):
             raise ValueError("round_to must be None for N:M, which fixes what each group keeps")
         self._pace = Pace(as_schedule(from_catalogue("schedule", schedule, schedules)), check_count("max_updates", max_updates))
-        coarse = not (self.granularity.is_weight or isinstance(self.granularity, Block))
+        coarse = not (self.granularity.is_weight or isinstance(self.granularity, Block | Coupled))
         selection = find_targets(model, fits=self._misfit, coarse=coarse, targets=targets, layer_type=layer_type)
         self._keeper = Keeper(model, self.granularity, selection)
+        source = Source(data=data, loss=loss, inputs=_as_inputs(example_inputs))
+        if source.inputs is not None and isinstance(self.granularity, Coupled):
+            self._keeper.couple(channel_graph(model, source.inputs))
+        self._sparsity = sparsity
         self._plan = None if sparsity is None else self._read_sparsity(sparsity)
         if self._plan is not None and isinstance(self._plan[0], PerTarget):
             self._keeper.name(self._plan[0].sparsities)
-        source = Source(data=data, loss=loss, inputs=_as_inputs(example_inputs))
-        if source.inputs is not None:
+        if source.inputs is not None and not isinstance(self.granularity, Coupled):
             self._keeper.see(watch(model, source.inputs))
         self._scorer = Scorer(self.criteria, self.granularity, source, self.targets)
+        follow(model, self)
         self._warned = False
         self._stepping = False
         self._holds: list[Any] = []
@@ -161,9 +171,20 @@ class Sparsifier(Participant):
     def _drops_outputs(self) -> bool:
         return any(self.granularity.drops_outputs(t.layout) for t in self.targets)
 
+    def _check_coupled(self) -> None:
+        if isinstance(self.granularity, Coupled) and not self._keeper.is_seen:
+            raise ValueError(
+                "example_inputs must be given for granularity 'coupled', got None: the channels are found by following them "
+                "through the model; a callback of fastai or Lightning has a batch for it"
+            )
+
+    def after_cut(self, cut: Cut) -> None:
+        """Follow the model's parameters, which have got smaller: earlier weights that are remembered are cut alike."""
+        self._scorer.after_cut(cut)
+
     def _warn_without_flow(self) -> None:
         """Say once what cannot be known without example inputs."""
-        if self._warned or self._keeper.flow is not None or not self._drops_outputs:
+        if self._warned or self._keeper.is_seen or not self._drops_outputs:
             return
         self._warned = True
         norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
@@ -191,6 +212,7 @@ class Sparsifier(Participant):
         plan = self._plan if sparsity is None else self._read_sparsity(sparsity)
         if plan is None:
             raise ValueError("sparsity must be given, here or to the Sparsifier")
+        self._check_coupled()
         if not self._keeper.active:
             raise ValueError("targets must train, and all are frozen: name them with targets= to prune them all the same")
         self._warn_without_flow()
@@ -206,8 +228,10 @@ class Sparsifier(Participant):
         """
         if not isinstance(m, nn.Module):
             raise TypeError(f"m must be a module of the model, got {m!r}; for names pass sparsify_model a dict")
-        targets = [t for t in self.targets if any(t.module is inner for inner in m.modules())]
-        if not targets:
+        self._check_coupled()
+        targets = {t.name for t in self.targets if any(t.module is inner for inner in m.modules())}
+        pools = [p for p in self._keeper.pools if p.makers & targets]
+        if not pools:
             raise ValueError(
                 f"m must hold a target, got {type(m).__name__}; the targets are {', '.join(t.name for t in self.targets)}"
             )
@@ -215,7 +239,7 @@ class Sparsifier(Participant):
         self.context.check(share)
         self._warn_without_flow()
         self._forget_stale()
-        self._move((self.context, share), 1.0, targets, may_fall=True, round_to=round_to)
+        self._move((self.context, share), 1.0, pools, may_fall=True, round_to=round_to)
         self.apply_masks()
 
     def apply_masks(self) -> None:
@@ -240,25 +264,28 @@ class Sparsifier(Participant):
             elif not isinstance(key, str):
                 raise TypeError(f"sparsity's keys must be names or modules of the model, got {key!r} ({type(key).__name__})")
             readable[key] = check_fraction(f"sparsity of {key!r}", value)
-        return PerTarget(resolve(readable, self.targets, "sparsity's keys")), 1.0
+        pools = self._keeper.pools
+        makers = [t for t in self.targets if not pools or any(t.name in p.makers for p in pools)]
+        return PerTarget(by_pool(pools, resolve(readable, makers, "sparsity's keys"))), 1.0
 
     def _move(
-        self, plan: tuple[Context, float], share: float, targets: list[Target], may_fall: bool, round_to: int | None = None
+        self, plan: tuple[Context, float], share: float, pools: list[Pool], may_fall: bool, round_to: int | None = None
     ) -> None:
         """Choose anew what is pruned; the masks and what is noted with them change together, or not at all."""
         context, sparsity = plan
         if may_fall or context.looks_at_pruned or self._scorer.looks_at_pruned:
             self.apply_masks()  # the optimizer has moved pruned weights, too
-        scores = self._scorer(self.model, targets, self._keeper.keep)
-        whole = any(self.granularity.is_whole(t.layout) for t in targets)
+        scores = self._scorer(self.model, pools, self._keeper.keep)
+        round_to = self.round_to if round_to is None else check_count("round_to", round_to)
+        steps = {p.name: p.step(round_to) for p in pools}
         limits = Limits(
-            min_keep=0 if whole else self.min_keep,
+            min_keep=0 if any(p.is_whole for p in pools) else self.min_keep,
             may_fall=may_fall,
-            round_to=self.round_to if round_to is None else check_count("round_to", round_to),
+            round_to=steps if max(steps.values()) > 1 else None,
         )
-        keeps = self._agree(context(scores, [t.layout for t in targets], sparsity * share, limits))
-        if self._keeper.replace({t.name: k for t, k in zip(targets, keeps, strict=True)}):
-            self._scorer.note_move(targets)
+        keeps = self._agree(context(scores, [p.layout for p in pools], sparsity * share, limits))
+        if self._keeper.replace({p.name: k for p, k in zip(pools, keeps, strict=True)}):
+            self._scorer.note_move(pools)
 
     def _agree(self, keeps: list[Tensor]) -> list[Tensor]:
         """The same masks on every rank of a DDP run: those of the first."""
@@ -282,14 +309,20 @@ class Sparsifier(Participant):
         if self._plan is None:
             raise ValueError("sparsity must be given to the Sparsifier to train with it")
         self._keeper.check_trained(fit)
-        if self._keeper.flow is None and fit.batch is not None and self._drops_outputs:
+        if not self._keeper.is_seen and fit.batch is not None and self._drops_outputs:
             self._watch_batch(fit.model or self.model, fit.batch)
+        self._check_coupled()
         self._scorer.begin(fit.loss)
         self._warn_without_flow()
         self._forget_stale()
         self._pace.start(fit.total_steps)
 
     def _watch_batch(self, model: nn.Module, batch: Batch) -> None:
+        if isinstance(self.granularity, Coupled):
+            if unwrap(model) is unwrap(self.model):
+                self._keeper.couple(channel_graph(model, tree_map(_few, batch.inputs)))
+                self._plan = self._read_sparsity(self._sparsity or 0.0)
+            return
         try:
             self._keeper.see(watch(model, batch.inputs, part=self.model))
         except ValueError as error:
@@ -315,12 +348,12 @@ class Sparsifier(Participant):
         assert self._plan is not None
         context, sparsity = self._plan
         share = self._pace.at(position)
-        targets = self._keeper.active
-        counts = {t.name: self._keeper.units(t) for t in targets}
-        asked = (*context.asked(counts, sparsity * share), *counts)
-        if targets and (asked != self._pace.asked or position >= 1):
+        pools = self._keeper.active
+        counts = {p.name: p.count for p in pools}
+        asked = (*context.asked(counts, sparsity * share), *counts, *counts.values())
+        if pools and (asked != self._pace.asked or position >= 1):
             # A run that starts below what is pruned already waits until its schedule has passed it, or begins to fall.
-            self._move(self._plan, share, targets, may_fall=share < self._pace.share or position >= 1)
+            self._move(self._plan, share, pools, may_fall=share < self._pace.share or position >= 1)
         self._pace.asked, self._pace.share = asked, share
 
     def on_fit_end(self, completed: bool) -> None:
@@ -434,6 +467,11 @@ def _context(context: Context | str, nm: bool) -> Context:
     if not isinstance(found, Context):
         raise TypeError(f"context must be a context, its name or a dict, got {context!r} ({type(context).__name__})")
     return found
+
+
+def _few(x: Any) -> Any:
+    """Two samples of a batch, which show as much as all of it."""
+    return x[:2] if isinstance(x, Tensor) and x.dim() else x
 
 
 def _as_inputs(inputs: Any) -> tuple[Any, ...] | None:

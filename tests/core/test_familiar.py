@@ -110,7 +110,7 @@ def test_a_granularity_that_a_module_has_not_is_refused(module, name, message):
 def test_what_is_allowed_and_available():
     assert set(Granularities.allowed_granularities(nn.Linear(4, 8))) == set(LINEAR)
     assert set(Granularities.allowed_granularities(nn.Conv2d(4, 8, 3))) == set(CONV2D)
-    assert set(Granularities.available_granularities()) == set(CONV2D)
+    assert set(Granularities.available_granularities()) == {*CONV2D, "coupled"}
     modules = Granularities.available_modules()
     assert isinstance(modules, tuple)
     for kind in (nn.Conv2d(1, 1, 1), nn.ConvTranspose2d(1, 1, 1), nn.Conv1d(1, 1, 1), nn.Linear(1, 1)):

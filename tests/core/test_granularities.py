@@ -34,8 +34,9 @@ CASES = {
     "shared_horizontal_slice": (1, 1, 3, 1),
     "shared_kernel": (1, 4, 1, 1),
     "layer": (1, 1, 1, 1),
+    "coupled": (8, 1, 1, 1),  # on a layer seen by itself: its outputs
 }
-MATRIX = {"weight": (8, 4), "row": (8, 1), "column": (1, 4), "layer": (1, 1)}  # Linear(4, 8): (out, in)
+MATRIX = {"weight": (8, 4), "row": (8, 1), "column": (1, 4), "layer": (1, 1), "coupled": (8, 1)}  # Linear(4, 8): (out, in)
 
 
 def layout_of(module: nn.Module, name: str = "weight") -> Layout:
@@ -54,7 +55,7 @@ def exchanged(shape):
 
 def test_every_entry_has_a_case():
     assert set(CASES) == set(granularities.__all__)
-    assert len(CASES) == 16
+    assert len(CASES) == 17
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -121,7 +122,7 @@ def test_units_of_matrices(name):
     assert named(name).unit_shape(layout_of(nn.Linear(4, 8))) == MATRIX[name]
     # An embedding holds (in, out): its rows are the indices that it reads, its columns what they become.
     assert named(name).unit_shape(layout_of(nn.Embedding(8, 4))) == exchanged(
-        {"weight": (4, 8), "row": (4, 1), "column": (1, 8), "layer": (1, 1)}[name]
+        {"weight": (4, 8), "row": (4, 1), "column": (1, 8), "layer": (1, 1), "coupled": (4, 1)}[name]
     )
 
 
@@ -154,7 +155,7 @@ def test_matrices_have_four_of_the_sixteen(name):
 
 def test_allowed_lists_what_fits():
     assert allowed(layout_of(nn.Linear(4, 8))) == ["column", "layer", "row", "weight"]
-    assert sorted(allowed(layout_of(nn.Conv3d(4, 8, 3)))) == sorted(CASES)
+    assert sorted(allowed(layout_of(nn.Conv3d(4, 8, 3)))) == sorted(set(CASES) - {"coupled"})
 
 
 # --- keep ---
@@ -375,7 +376,7 @@ def test_entries_are_frozen_values_with_their_name(name):
 
 
 def test_entries_differ_from_each_other():
-    assert len({named(name) for name in CASES}) == 16
+    assert len({named(name) for name in CASES}) == 17
 
 
 def test_unknown_names_list_the_known():

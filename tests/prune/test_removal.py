@@ -159,7 +159,7 @@ def test_a_forward_that_hard_codes_a_size_is_refused_with_its_line_and_the_rest_
     removal = remove(net, x)
     line = HardCoded.forward.__code__.co_firstlineno + 2
     assert list(removal.refused) == ["b.weight"]
-    assert f"(forward, line {line})" in removal.refused["b.weight"]
+    assert f"(forward, line {line} of test_removal.py)" in removal.refused["b.weight"]
     assert removal.removed == {"a.weight": (8, 4)}
     assert (net.a.out_features, net.b.in_features, net.b.out_features, net.c.in_features) == (4, 4, 8, 8)
     assert moved(net, x, wanted) <= 1e-6

@@ -105,12 +105,12 @@ def test_partners_are_noted_when_outputs_go_and_given_back_when_they_return():
         scale.parameter.copy_(torch.arange(8.0) + 2)
     everything, some = mask(*[True] * 8), mask(False, True, True, False, True, True, True, True)
     noted = {}
-    revive_(iter([(scale, everything, some)]), noted)
+    revive_(iter([("1.weight", scale.parameter, everything, some)]), noted)
     assert noted["1.weight"][[0, 3]].tolist() == [2.0, 5.0]
     with torch.no_grad():
         scale.parameter.mul_(some).add_(some * 10.0)  # masked, and the others have trained on
     back = mask(True, True, True, False, True, True, True, True)
-    revive_(iter([(scale, some, back)]), noted)
+    revive_(iter([("1.weight", scale.parameter, some, back)]), noted)
     assert scale.parameter.tolist() == [2.0, 13.0, 14.0, 0.0, 16.0, 17.0, 18.0, 19.0]
-    revive_(iter([(scale, back, everything)]), noted)
+    revive_(iter([("1.weight", scale.parameter, back, everything)]), noted)
     assert scale.parameter.tolist() == [2.0, 13.0, 14.0, 5.0, 16.0, 17.0, 18.0, 19.0]

@@ -18,6 +18,7 @@ REPORT = SparsityReport(
     {"c.weight": "frozen"},
     100,
     25,
+    Row("all targets", (), 12, 6, 44, 25),
 )
 
 

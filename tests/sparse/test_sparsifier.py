@@ -99,8 +99,14 @@ UNITS = {
     "shared_horizontal_slice": (3, 3),
     "shared_kernel": (4, 8),
     "layer": (1, 1),
+    "coupled": (8, 8),
 }
 CONTEXTS = ("local", "global", "erk", "lamp")
+
+
+def seen(granularity):
+    """Coupled channels are found by following example inputs."""
+    return {"example_inputs": X} if granularity == "coupled" else {}
 
 
 def expected(granularity, context, share):
@@ -122,7 +128,7 @@ def test_every_granularity_and_context_has_a_case():
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5])
 def test_exactly_the_asked_units_go_at_every_granularity_and_context(granularity, context, share):
-    sparsifier = Sparsifier(cnn(), granularity, context)
+    sparsifier = Sparsifier(cnn(), granularity, context, **seen(granularity))
     sparsifier.sparsify_model(share)
     assert tuple(r.units for r in sparsifier.report().rows) == UNITS[granularity]
     assert units_pruned(sparsifier) == expected(granularity, context, share)
@@ -131,7 +137,7 @@ def test_exactly_the_asked_units_go_at_every_granularity_and_context(granularity
 
 @pytest.mark.parametrize("granularity", UNITS)
 def test_a_dict_prunes_what_it_names_at_every_granularity(granularity):
-    sparsifier = Sparsifier(cnn(), granularity, {"3": 0.5})
+    sparsifier = Sparsifier(cnn(), granularity, {"3": 0.5}, **seen(granularity))
     sparsifier.sparsify_model()
     rows = {r.name: r.pruned for r in sparsifier.report().rows}
     assert rows.pop("3.weight") == round(0.5 * UNITS[granularity][1])
@@ -139,7 +145,7 @@ def test_a_dict_prunes_what_it_names_at_every_granularity(granularity):
 
 
 @pytest.mark.parametrize("name", criteria.__all__)
-@pytest.mark.parametrize("granularity", ["weight", "kernel", "filter"])
+@pytest.mark.parametrize("granularity", ["weight", "kernel", "filter", "coupled"])
 @pytest.mark.parametrize("context", ["local", "global"])
 def test_every_criterion_reaches_the_asked_units(name, granularity, context):
     sparsifier = Sparsifier(cnn(), granularity, context, name, **with_gradients())

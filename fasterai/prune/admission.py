@@ -1,0 +1,141 @@
+"""L2. Which models can be followed and cut, and where in a user's code an error arose."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fasterai.core.targets import unwrap
+from fasterai.core.undisturbed import evaluating, undisturbed
+
+__all__ = ["check_inputs", "check_model", "check_runs", "check_whole", "positional", "said", "shapes_of_inputs", "where"]
+
+#: Beginning of a class's full name -> what it is called, and what to do.
+WRAPPERS = (
+    ("torch.nn.parallel.distributed.", "DistributedDataParallel", "prune model.module before wrapping: DDP notes the sizes"),
+    ("torch.distributed.fsdp.", "FSDP", "prune the model before it is sharded: each process holds a part of each parameter"),
+    ("torch._dynamo.", "torch.compile", "prune the module inside (model._orig_mod), and compile the small one"),
+    ("torch.jit.", "a TorchScript module", "prune the nn.Module that it was made of"),
+    ("torch.ao.", "a module of torch.ao's quantisation", "prune first, and quantise the small model"),
+)
+HERE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
+TORCH = os.path.join(os.path.dirname(os.path.abspath(torch.__file__)), "")
+PYTHON = os.path.join(os.path.dirname(os.path.abspath(os.__file__)), "")
+
+
+def check_model(model: object) -> nn.Module:
+    """A module whose parameters have shapes.
+
+    Raises:
+        TypeError: It is no module.
+        ValueError: A lazy module has not been run yet.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"model must be initialised, got {name} without a shape; run the lazy module once on its inputs")
+    return model
+
+
+def check_whole(model: object) -> nn.Module:
+    """A model that channels can be taken out of: bare, with plain parameters that hold values.
+
+    Raises:
+        TypeError: It is no module.
+        ValueError: It is wrapped, scripted, compiled, sharded, quantised, lazy or without values.
+    """
+    for name, module in check_model(model).named_modules():
+        found = next(((kind, repair) for start, kind, repair in WRAPPERS if _is_of(module, start)), None)
+        if found is None and getattr(module, "_compiled_call_impl", None) is not None:
+            found = "compiled in place", "compile it after the removal"
+        if found is not None:
+            place = f"{name}, which is {found[0]}" if name else found[0]
+            raise ValueError(f"model must be the bare network, got {place} ({type(module).__name__}); {found[1]}")
+    for name, parameter in model.named_parameters():  # type: ignore[attr-defined]
+        if parameter.is_meta:
+            raise ValueError(f"model must hold its weights, got {name} on the meta device")
+        if is_traceable_wrapper_subclass(parameter) or parameter.is_quantized:
+            kind = type(parameter.data).__name__
+            raise ValueError(f"model must hold plain parameters, got {name}, a {kind}; prune before sharding or quantising")
+    return check_model(model)
+
+
+def _is_of(module: nn.Module, start: str) -> bool:
+    return any(f"{c.__module__}.{c.__qualname__}".startswith(start) for c in type(module).__mro__)
+
+
+def positional(example_inputs: Any) -> tuple[Any, ...]:
+    """Example inputs as positional arguments: a tuple or list as it is, anything else alone.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if example_inputs is None:
+        raise ValueError("example_inputs must be a tensor, or a tuple of what the model takes, got None")
+    return tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
+
+
+def check_inputs(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Inputs that the model runs on, and outputs that can be compared.
+
+    Raises:
+        ValueError: It fails on them, and where; or it returns no tensor.
+    """
+    outputs = check_runs(model, inputs)
+    if not any(isinstance(x, Tensor) for x in tree_leaves(outputs)):
+        kind = type(outputs).__name__
+        raise ValueError(f"model must return tensors, alone or in tuples, lists and dicts, to be compared, got {kind}")
+
+
+def check_runs(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    """What the model returns in eval mode.
+
+    Raises:
+        ValueError: It fails on the inputs; where.
+    """
+    inner = unwrap(model)
+    with undisturbed(inner), evaluating(inner), torch.no_grad():
+        try:
+            return inner(*tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs))
+        except Exception as error:
+            raise ValueError(
+                f"example_inputs must be arguments that the model runs on, got {shapes_of_inputs(inputs)}: {said(error)}"
+            ) from error
+
+
+def shapes_of_inputs(inputs: tuple[Any, ...]) -> str:
+    """What inputs are, in short: 2x3x64x64 float32."""
+    leaves = tree_leaves(inputs)
+    if not leaves:
+        return "no arguments"
+    return ", ".join(_shape(x) if isinstance(x, Tensor) else type(x).__name__ for x in leaves)
+
+
+def _shape(x: Tensor) -> str:
+    return f"{'x'.join(map(str, x.shape)) or 'a single'} {str(x.dtype).removeprefix('torch.')}"
+
+
+def said(error: BaseException) -> str:
+    """What an error says, in a line, and where in the user's code it arose."""
+    first = next((line for line in str(error).splitlines() if line.strip()), "no message")
+    return f"{type(error).__name__}: {first}{where(error)}"
+
+
+def where(error: BaseException) -> str:
+    """The innermost place outside of torch and this library at which an error arose: ` (forward, line 12 of net.py)`."""
+    trace, last = error.__traceback__, None
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if not file.startswith((TORCH, HERE, "<")) and (not file.startswith(PYTHON) or "site-packages" in file):
+            last = trace
+        trace = trace.tb_next
+    if last is None:
+        return ""
+    code = last.tb_frame.f_code
+    return f" ({code.co_name}, line {last.tb_lineno} of {os.path.basename(code.co_filename)})"

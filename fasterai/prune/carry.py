@@ -1,0 +1,130 @@
+"""L4. What an optimizer keeps for a parameter, cut as the parameter is."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from fasterai.prune.labels import Array
+
+__all__ = ["check_optimizer", "cut_entry", "sliced", "states_of"]
+
+#: Where wrappers of optimizers (fastai's, Lightning's, Accelerate's) hold what they wrap.
+INNER = ("opt", "optimizer", "_optimizer", "optimizers")
+Kept = Mapping[int, Array]  # dimension of a parameter -> the indices that stay
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def states_of(optimizer: Any) -> list[MutableMapping[Any, Any]]:
+    """The states, parameter -> entry, of an optimizer and of what it wraps, or of several in a list; each once."""
+    return list({id(state): state for one in _unwrapped(optimizer) if (state := _state(one)) is not None}.values())
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """An optimizer whose state can be cut, or None.
+
+    Raises:
+        TypeError: It keeps no state by parameter.
+        ValueError: It keeps one state for all parameters at once, as LBFGS does.
+    """
+    if optimizer is None:
+        return
+    if not states_of(optimizer):
+        kind = type(optimizer).__name__
+        raise TypeError(f"optimizer must be torch's or fastai's, with a state for each parameter, got {optimizer!r} ({kind})")
+    if any(isinstance(one, torch.optim.LBFGS) for one in _unwrapped(optimizer)):
+        raise ValueError(
+            "optimizer must keep a state for each parameter, got LBFGS, which has one for all; make a new one after the removal"
+        )
+
+
+def _unwrapped(optimizer: Any) -> Iterator[Any]:
+    stack, seen = [optimizer], set()
+    while stack:
+        one = stack.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, list | tuple):
+            stack += one
+            continue
+        yield one
+        stack += [vars(one).get(name) for name in INNER] if hasattr(one, "__dict__") else []
+
+
+def _state(optimizer: Any) -> MutableMapping[Any, Any] | None:
+    state = getattr(optimizer, "state", None)
+    return state if isinstance(state, MutableMapping) else None
+
+
+def cut_entry(entry: Mapping[str, Any], name: str, shape: Sequence[int], kept: Kept) -> dict[str, Any]:
+    """An optimizer's entry for a parameter, cut as the parameter is; empty, with a warning, where that cannot be told.
+
+    A tensor of the parameter's shape is cut as it is; one with 1 for some of its sizes (factored second moments), or with
+    some of its dimensions, along those that it has; a number is left alone. An entry without one of its parts would break the
+    optimizer's next step, so an entry that cannot be cut starts anew as a whole.
+
+    Args:
+        entry: As it is; not changed.
+        name: The parameter's, for the warning.
+        shape: The parameter's, before.
+        kept: Its dimension -> the indices that stay.
+    """
+    strangers: list[str] = []
+
+    def cut(key: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.numel() <= 1:
+            return value
+        dims = _dims(tuple(value.shape), tuple(shape), kept)
+        if dims is None:
+            strangers.append(f"{key} {tuple(value.shape)}")
+            return value
+        return sliced(value, {i: kept[d] for i, d in dims.items() if d in kept})
+
+    result = {key: tree_map(lambda v, key=key: cut(key, v), value) for key, value in entry.items()}
+    if not strangers:
+        return result
+    warnings.warn(
+        f"optimizer's state of {name} {tuple(shape)} cannot be cut as it is, for its {', '.join(strangers)}: it starts anew",
+        stacklevel=2,
+    )
+    return {}
+
+
+def _dims(own: tuple[int, ...], shape: tuple[int, ...], kept: Kept) -> dict[int, int] | None:
+    """Which dimension of a parameter each of a tensor's is, where it is one; None where that cannot be told."""
+    if len(own) == len(shape):
+        if any(n not in (1, m) for n, m in zip(own, shape, strict=True)):
+            return None
+        return {d: d for d, (n, m) in enumerate(zip(own, shape, strict=True)) if n == m}
+    fitting = [c for c in combinations(range(len(shape)), len(own)) if all(n == shape[d] for n, d in zip(own, c, strict=True))]
+    # Several readings are one where the same indices stay in all of them.
+    effects = {tuple(kept[d].tobytes() if d in kept else b"" for d in c) for c in fitting}
+    return dict(enumerate(fitting[0])) if len(effects) == 1 else None
+
+
+def sliced(tensor: Tensor, kept: Kept) -> Tensor:
+    """A new tensor of the indices that stay, in the memory format of the old."""
+    result = tensor.detach()
+    for d, indices in kept.items():
+        result = result.index_select(d, torch.as_tensor(indices, device=tensor.device))
+    layout = FORMATS.get(tensor.dim())
+    if layout is not None and tensor.stride() == _channels_last_strides(tensor.shape) != _contiguous_strides(tensor.shape):
+        result = torch.empty_like(result, memory_format=layout).copy_(result)
+    return result
+
+
+def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+
+
+def _channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    n, *kernel, c = _contiguous_strides((shape[0], *shape[2:], shape[1]))
+    return n, c, *kernel

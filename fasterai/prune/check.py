@@ -1,0 +1,220 @@
+"""L4. Whether the outputs stay when channels go: tried on the model itself, and taken back, for as many channels as may go."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fasterai.analyze.quiet import at_rest, copies
+from fasterai.core.targets import unwrap
+from fasterai.prune.admission import check_inputs, said
+from fasterai.prune.graph import ChannelGraph
+from fasterai.prune.labels import Array, Flags
+from fasterai.prune.plan import make_plan
+from fasterai.prune.surgery import Surgery
+
+__all__ = ["Sound", "largest_sound"]
+
+#: How far an output may move, as a share of the outputs' scale: rounding in another order of summation, no more.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+#: After so many trial runs without one that goes well, the channels of a group are not tried any further.
+GIVE_UP = 15
+
+
+@dataclass
+class Sound:
+    """What may be taken out.
+
+    Attributes:
+        kept: For each group the channels to keep.
+        refused: Group's name -> why silent channels of it stay.
+        stayed: Group's name -> which of them.
+        difference: How far the outputs move at most, as a share of their scale.
+    """
+
+    kept: list[Flags]
+    refused: dict[str, str] = field(default_factory=dict)
+    stayed: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    difference: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What came of a trial: how far the outputs moved; why it will not do; whether fewer channels might."""
+
+    moved: float
+    reason: str | None = None
+    is_structural: bool = False
+
+
+def largest_sound(
+    model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags], inputs: tuple[Any, ...], *, exact: bool = True
+) -> Sound:
+    """The channels without which all goes well, out of those that are not to be kept.
+
+    What fails is tried in halves: halves of the groups, then, where the outputs move, halves of the channels of one group.
+    That takes about `2 log2(n)` trial runs for each channel of n that may not go, and at most `8 (1 + log2(n))` a group.
+
+    Args:
+        model: The model, its channels silent already; it is left as it was.
+        graph: Its channel graph.
+        kept: For each group a bool array over its channels; at least one of each group stays.
+        inputs: Positional arguments of the model.
+        exact: Whether the outputs have to stay; if not, channels are put back only where the model fails without them.
+
+    Raises:
+        ValueError: The model does not run on the inputs, or returns no tensors.
+    """
+    kept = [_at_least_one(k) for k in kept]
+    sound = Sound([np.ones_like(k) for k in kept])
+    stack = [[i for i, k in enumerate(kept) if not k.all()]]
+    if not stack[0]:
+        return sound
+    trials = _Trials(model, graph, inputs, exact)
+    while stack:
+        some = stack.pop()
+        if not some:
+            continue
+        verdict = trials.run([kept[i] if i in some else k for i, k in enumerate(sound.kept)])
+        if verdict.reason is None:
+            for i in some:
+                sound.kept[i] = kept[i]
+            sound.difference = verdict.moved
+        elif len(some) == 1:
+            _largest_part(trials, sound, some[0], kept[some[0]], verdict)
+        else:
+            stack += [some[len(some) // 2 :], some[: len(some) // 2]]
+    return sound
+
+
+def _at_least_one(keep: Flags) -> Flags:
+    if keep.any():
+        return keep
+    result = keep.copy()
+    result[-1] = True
+    return result
+
+
+def _largest_part(trials: _Trials, sound: Sound, i: int, keep: Flags, whole: _Verdict) -> None:
+    """Take of one group what may go; the largest pieces that are not decided are tried first."""
+    assert whole.reason is not None
+    name, silent = trials.graph.groups[i].name, np.flatnonzero(~keep)
+    refused = {}
+    pieces = [] if whole.is_structural or len(silent) == 1 else _halves(silent)
+    bound, count = 8 * (1 + math.ceil(math.log2(len(silent)))), 0
+    while pieces and count < bound and (count < GIVE_UP or not sound.kept[i].all()):
+        count += 1
+        _, _, piece = heapq.heappop(pieces)
+        trial = sound.kept[i].copy()
+        trial[piece] = False
+        verdict = trials.run([trial if j == i else k for j, k in enumerate(sound.kept)])
+        if verdict.reason is None:
+            sound.kept[i], sound.difference = trial, verdict.moved
+        elif len(piece) == 1:
+            refused[int(piece[0])] = verdict.reason
+        else:
+            for half in _halves(piece):
+                heapq.heappush(pieces, half)
+    stayed = tuple(np.flatnonzero(sound.kept[i] & ~keep).tolist())
+    sound.stayed[name] = stayed
+    sound.refused[name] = _why(stayed, len(silent), whole.reason, refused, count)
+
+
+def _halves(channels: Array) -> list[tuple[int, int, Array]]:
+    """Both halves, in the order in which they are tried."""
+    middle = len(channels) // 2
+    return [(-len(half), int(half[0]), half) for half in (channels[:middle], channels[middle:])]
+
+
+def _why(stayed: Sequence[int], silent: int, whole: str, refused: dict[int, str], count: int) -> str:
+    reason = refused[min(refused)] if refused and len(stayed) < silent else whole
+    if len(stayed) < silent:
+        listed = ", ".join(map(str, stayed[:8])) + (", ..." if len(stayed) > 8 else "")
+        reason = f"{len(stayed)} of its {silent} silent channels stay ({listed}): {reason}"
+    undecided = len(stayed) - len(refused)
+    if count and undecided:
+        reason += f"; {undecided} of them were not tried alone, after {count} trial runs"
+    return reason
+
+
+class _Trials:
+    """The model run on probes, before and after channels have gone."""
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], exact: bool) -> None:
+        check_inputs(model, inputs)
+        self.graph = graph
+        self._model, self._exact = model, exact
+        runs = [(probe, _outputs(model, probe)) for probe in (inputs, _other_inputs(inputs))]
+        self._probes = [(probe, outputs) for probe, outputs in runs if not isinstance(outputs, Exception)]
+        dtypes = [x.dtype for x in self._probes[0][1] if x.is_floating_point()] if self._probes else []
+        self._limit = TOLERANCE.get(dtypes[0], 1e-2) if dtypes else 0.0
+
+    def run(self, kept: Sequence[Flags]) -> _Verdict:
+        """Carry it out, compare, and take it back."""
+        try:
+            surgery = Surgery(self._model, make_plan(self._model, self.graph, kept))
+        except ValueError as error:
+            return _Verdict(0.0, str(error), True)
+        try:
+            return self._compare()
+        finally:
+            surgery.undo()
+
+    def _compare(self) -> _Verdict:
+        worst = 0.0
+        for probe, wanted in self._probes:
+            found = _outputs(self._model, probe)
+            if isinstance(found, Exception):
+                return _Verdict(0.0, f"the model fails without them: {said(found)}", True)
+            if [x.shape for x in found] != [x.shape for x in wanted]:
+                return _Verdict(math.inf, "an output would get another shape", True)
+            worst = max([worst, *(_moved(a, b) for a, b in zip(wanted, found, strict=True))])
+        if worst <= self._limit or (not self._exact and worst < math.inf):
+            return _Verdict(worst)
+        if worst == math.inf:
+            return _Verdict(worst, "an output would be NaN or infinite: it is not silent")
+        return _Verdict(worst, f"the outputs would move by {worst:.1e} of their scale: it is not silent")
+
+
+def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor] | Exception:
+    """The tensors among the outputs, or what the model raises."""
+    with at_rest(unwrap(model)):
+        try:
+            output = unwrap(model)(*copies(inputs))
+        except Exception as error:
+            return error
+        return [x.detach().clone() for x in tree_leaves(output) if isinstance(x, Tensor)]
+
+
+def _moved(before: Tensor, after: Tensor) -> float:
+    """The largest difference as a share of the scale; infinite where one of them is no number."""
+    if before.numel() == 0 or torch.equal(before, after):
+        return 0.0
+    a, b = (x if x.is_floating_point() or x.is_complex() else x.double() for x in (before, after))
+    scale = float(a.abs().where(a.isfinite(), 0).max())
+    # Equal infinities, as in masked scores, are equal; a NaN equals nothing.
+    difference = float((a - b).abs().where(a != b, 0).max()) / max(scale, 1e-30)
+    return math.inf if math.isnan(difference) else difference
+
+
+def _other_inputs(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Random inputs with another batch size."""
+    generator = torch.Generator().manual_seed(0)
+
+    def other(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.dim() == 0:
+            return x
+        if not x.is_floating_point():
+            return torch.cat([x, x[:1]])
+        return torch.randn((x.shape[0] + 1, *x.shape[1:]), generator=generator).to(x.device, x.dtype)
+
+    result: tuple[Any, ...] = tree_map(other, inputs)
+    return result

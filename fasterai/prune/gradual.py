@@ -1,0 +1,233 @@
+"""L4. Removal during a training: a schedule's share of the channels goes at each of a few moments, the optimizer goes on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fasterai.core.checks import warn
+from fasterai.core.contexts import Context
+from fasterai.core.criteria import Criterion
+from fasterai.core.cuts import follow
+from fasterai.core.loop import Batch, Fit, Participant
+from fasterai.core.schedules import Schedule, lin
+from fasterai.prune.budget import Budget
+from fasterai.prune.carry import check_optimizer
+from fasterai.prune.copies import Copies, matching_copies
+from fasterai.prune.gradual_settings import check_bare, check_settings, check_trained, is_due
+from fasterai.prune.plan import Plan
+from fasterai.prune.pruner import Pruner
+from fasterai.prune.removal import Removal
+from fasterai.prune.replay import FORMAT, read_state, replay, shapes_of
+from fasterai.prune.samples import batch_inputs
+from fasterai.prune.surgery import Surgery
+
+__all__ = ["GradualPruner"]
+
+
+class GradualPruner(Participant):
+    """Takes channels out of a model while it trains.
+
+    After a step at which the schedule has gone on far enough, the channels that matter least are masked and removed, the
+    removal is checked, and the optimizer's state is cut alike. At most `max_updates` times a run: where the schedule passes
+    another stair, and where it reaches its end, so that the ratio is exact there. The ratio counts from the model there was
+    before the first run. Layers whose weights are frozen are left alone until they train.
+
+    Args:
+        model: The model, or a part of the one that is trained; changed in place.
+        pruning_ratio: The share of the channels that go, in [0, 1], or a dict of names of layers to shares (context `local`).
+        context: `local` ranks inside each group of coupled channels, `global` all together; or its name.
+        criteria: How much a weight matters: a criterion, its name, or a function of the weight.
+        schedule: Which share of the ratio is gone at which position of the training; it must not fall.
+        ignored_layers: Modules, or their names, whose outputs stay, besides all that has to stay anyway.
+        example_inputs: A tensor or tuple that the model runs on; a few samples of the loop's batch if left out.
+        max_updates: How often channels go in a run, at most; each time costs an export of the model.
+        copies: Modules of the same structure, such as moving averages of the weights, or a function that gives them, asked
+            at each removal; they are cut alike.
+        **options: Of the `Pruner`: `round_to`, `over_places` and others.
+
+    Attributes:
+        removal: What the last removal took out, and what not; None before the first.
+        plans: What was taken out since the first run, in order.
+        channels: Group's name -> (channels at first, channels now).
+
+    Raises:
+        TypeError: An argument is of the wrong type, or there is no such option.
+        ValueError: An argument is out of range or unknown, or the schedule falls.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pruning_ratio: Any,
+        context: Context | str,
+        criteria: Criterion | Callable[[Tensor], Tensor] | str,
+        schedule: Schedule | Callable[[float], float] | str = lin,
+        ignored_layers: Iterable[nn.Module | str] | None = None,
+        example_inputs: Any = None,
+        *,
+        max_updates: int = 10,
+        copies: Copies = None,
+        **options: Any,
+    ) -> None:
+        settings = (pruning_ratio, context, criteria, schedule, ignored_layers, max_updates, copies, options)
+        self.schedule = check_settings(*settings)
+        self.model = model
+        self.max_updates = max_updates
+        self.copies = copies
+        self.removal: Removal | None = None
+        self.plans: list[Plan] = []
+        self.channels: dict[str, tuple[int, int]] = {}
+        self._ratio, self._axes, self._options = pruning_ratio, (context, criteria), options
+        self._ignored = list(ignored_layers or ())
+        self._inputs = example_inputs
+        self._pruner: Pruner | None = None
+        self._key: tuple[Any, ...] = ()
+        self._done = 0.0  # the share of the ratio that was gone to
+        self._steps = 1
+        self._dense: nn.Module | None = None
+        self._optimizer: Any = None
+        self._loss: Callable[..., Tensor] | None = None
+        self._path = ""
+        self._replayed: list[list[Surgery]] = []
+
+    @property
+    def sparsity(self) -> float:
+        """The share of the channels that may go, and are gone, in [0, 1]."""
+        first = sum(before for before, _ in self.channels.values())
+        return 1 - sum(now for _, now in self.channels.values()) / first if first else 0.0
+
+    # --- a run -------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, fit: Fit) -> None:
+        """Take up a run: look at the model before anything is changed.
+
+        Raises:
+            TypeError: The optimizer keeps no state by parameter.
+            ValueError: The model is wrapped, cannot be followed, or is not what the optimizer trains, a copy is of another
+                structure, or there are no example inputs.
+        """
+        check_bare(self.model)
+        check_bare(self.model if fit.model is None else fit.model)
+        check_optimizer(fit.optimizer)
+        check_trained(self.model, fit.optimizer)
+        self._path = _path(self.model, fit.model)
+        self._matching()
+        self._look(fit)
+        self._optimizer, self._loss, self._steps = fit.optimizer, fit.loss, fit.total_steps
+
+    def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
+        """Note the batch, for criteria that need data; the loss is not changed."""
+        if self._pruner is not None:
+            self._pruner.see(batch, self._loss)
+        return loss
+
+    def after_step(self, position: float) -> None:
+        """Remove what the schedule asks for, if it has gone on far enough."""
+        self._replayed = []
+        share = self.schedule(position)
+        if is_due(self.schedule, share, self._done, self.max_updates, self._steps):
+            self._remove(share)
+
+    def on_fit_end(self, completed: bool) -> None:
+        """End a run; if it was completed before its last step, the schedule's end is reached now."""
+        try:
+            if completed and self.schedule(1.0) > self._done:
+                self._remove(self.schedule(1.0))
+        except ValueError as error:
+            warn(f"the run ended before its last step, with {self.sparsity:.4f} of the channels gone ({error})")
+        finally:
+            self._optimizer, self._loss, self._replayed = None, None, []
+            if self._pruner is not None:
+                self._pruner.end()
+
+    def _look(self, fit: Fit) -> None:
+        """Count the channels that may go, if something has changed since the last run."""
+        frozen = _frozen_layers(self.model)
+        parameter = next(self.model.parameters())
+        key = (*frozen, parameter.device, parameter.dtype)
+        if key == self._key:
+            if self._pruner is not None:
+                follow(self.model, self._pruner)  # a copy of both does not do so yet
+            return
+        inputs = self._inputs if self._inputs is not None else batch_inputs(self.model, fit)
+        pruner: Pruner | None = self._pruner_without(inputs, ())
+        if frozen:
+            try:
+                pruner = self._pruner_without(inputs, frozen)
+            except ValueError:  # the frozen layers make all channels that may go: this run goes by
+                pruner = None
+        self._pruner, self._key, self._done = pruner, key, 0.0
+
+    def _pruner_without(self, inputs: Any, frozen: Iterable[str]) -> Pruner:
+        """A pruner that counts from the first model, and leaves some layers alone."""
+        ignored = [*self._ignored, *frozen]
+        pruner = Pruner(self.model, self._ratio, *self._axes, self.schedule, ignored, inputs, **self._options)
+        if pruner.dense is not None:
+            pruner.dense = self._dense = self._dense or pruner.dense
+        for name, now in pruner.original.items():
+            first, _ = self.channels.setdefault(name, (now, now))
+            self.channels[name], pruner.original[name] = (first, now), first
+        return pruner
+
+    def _remove(self, share: float) -> None:
+        if self._pruner is None:
+            return
+        removal = self._pruner.prune_to(share, self._optimizer, copies=self._matching(), measure=False)
+        self._done, self.removal = share, removal
+        if removal.plan:
+            self.plans.append(removal.plan)
+            self.channels |= self._pruner.channels
+
+    # --- saving and going on -----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was taken out so far, how far the schedule was followed, and what the criterion remembers."""
+        return {
+            "format": FORMAT,
+            "plans": [plan.to_dict() for plan in self.plans],
+            "shapes": {name: list(shape) for name, shape in shapes_of(self.model).items()},
+            "channels": {name: list(counts) for name, counts in self.channels.items()},
+            "done": self._done,
+            "pruner": {} if self._pruner is None else self._pruner.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state: what was taken out then is taken out of a model that still has it.
+
+        Call it before the small weights and the optimizer's state are loaded. The caller's dict is not changed.
+
+        Raises:
+            ValueError: It is no state of a `GradualPruner`, or of another model. Nothing is changed then.
+        """
+        plans, shapes = read_state(state)
+        while self._replayed and shapes_of(self.model) != shapes:
+            for surgery in reversed(self._replayed.pop()):
+                surgery.undo()
+        if isinstance(self._ratio, Budget) and self._dense is None:
+            self._dense = copy.deepcopy(self.model)
+        self._replayed += replay(self.model, plans, shapes, self._optimizer, self._matching)
+        self.plans, self._done = plans, float(state["done"])
+        self.channels |= {name: (first, now) for name, (first, now) in state["channels"].items()}
+        if self._pruner is not None:
+            self._pruner.original = {name: self.channels[name][0] for name in self._pruner.original}
+
+    def _matching(self) -> list[nn.Module]:
+        return matching_copies(self.copies, self.model, self._path)
+
+
+def _path(part: nn.Module, whole: nn.Module | None) -> str:
+    """The name of a part in the whole model."""
+    return next((name for name, module in whole.named_modules() if module is part), "") if whole is not None else ""
+
+
+def _frozen_layers(model: nn.Module) -> list[str]:
+    """Modules with a weight of their own that does not train."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name and any(p.dim() > 1 and not p.requires_grad for p in module.parameters(recurse=False))
+    ]

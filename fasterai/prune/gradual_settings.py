@@ -1,0 +1,134 @@
+"""L4. What removal during a training asks of its arguments, of its model, and when channels go."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fasterai.core import schedules
+from fasterai.core import criteria as criterion_catalogue
+from fasterai.core.checks import check_choice, check_count, check_fraction, from_catalogue
+from fasterai.core.contexts import Context
+from fasterai.core.criteria import Criterion, as_criterion
+from fasterai.core.schedules import Schedule, as_schedule
+from fasterai.prune.admission import check_whole
+from fasterai.prune.copies import Copies, check_copies
+from fasterai.prune.pruner import OVER_PLACES, Pruner, check_context
+
+__all__ = ["check_bare", "check_settings", "check_trained", "is_due"]
+
+POSITIONS = 1000  # at which a schedule is looked at
+
+
+def check_settings(
+    pruning_ratio: Any,
+    context: Context | str,
+    criteria: Criterion | Callable[[Tensor], Tensor] | str,
+    schedule: Schedule | Callable[[float], float] | str,
+    ignored_layers: Iterable[nn.Module | str] | None,
+    max_updates: int,
+    copies: Copies,
+    options: Mapping[str, Any],
+) -> Schedule:
+    """Check what can be checked without a model, and return the schedule.
+
+    Raises:
+        TypeError: An argument is of the wrong type, or there is no such option.
+        ValueError: An argument is out of range or unknown, or the schedule falls.
+    """
+    check_context(context, pruning_ratio)
+    as_criterion(from_catalogue("criteria", criteria, criterion_catalogue))
+    if isinstance(ignored_layers, str | nn.Module):
+        raise TypeError(f"ignored_layers must be several modules or names, got {ignored_layers!r}; pass a list")
+    check_count("max_updates", max_updates)
+    check_copies(copies)
+    _check_options(options)
+    return _rising(as_schedule(from_catalogue("schedule", schedule, schedules)))
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    known = [p.name for p in inspect.signature(Pruner).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    known.remove("iterative_steps")
+    for name in options:
+        if name == "iterative_steps":
+            raise TypeError("iterative_steps must be left out, got one: in a training max_updates= says how often channels go")
+        if name not in known:
+            raise TypeError(f"options must be of {', '.join(known)}, got {name!r}")
+    if options.get("round_to") is not None:
+        check_count("round_to", options["round_to"])
+    if "over_places" in options:
+        check_choice("over_places", options["over_places"], OVER_PLACES)
+
+
+def _rising(schedule: Schedule) -> Schedule:
+    """A schedule that never falls: what is removed is gone."""
+    before = 0.0
+    for i in range(POSITIONS + 1):
+        share = check_fraction("what the schedule returns", schedule(i / POSITIONS))
+        if share < before - 1e-9:
+            raise ValueError(
+                f"schedule must never fall, for what is removed is gone, got {schedule!r}, which falls from {before:.4g} to "
+                f"{share:.4g} at position {i / POSITIONS:.4g}; pass one that rises, such as agp or cos"
+            )
+        before = share
+    return schedule
+
+
+def is_due(schedule: Schedule, share: float, done: float, max_updates: int, steps: int) -> bool:
+    """Whether channels go now: at most `max_updates` times a run, and where the schedule reaches its end.
+
+    The way to the schedule's end is divided into `max_updates - 1` stairs; channels go where it comes closest to another
+    one. In a run of up to `max_updates` steps they go at every step.
+
+    Args:
+        schedule: It never falls.
+        share: The schedule's share now.
+        done: The share that was gone to last.
+        max_updates: How often channels go at most.
+        steps: How many steps the run has.
+    """
+    end = schedule(1.0)
+    if share <= done:
+        return False
+    if share >= end or steps <= max_updates:
+        return True
+    stair, last = (int((max_updates - 1) * x / end + 0.5) for x in (share, done))
+    return stair > last
+
+
+def check_bare(model: nn.Module) -> None:
+    """Refuse a model that is wrapped, sharded or compiled, as a whole or in parts: what wraps it holds on to the sizes.
+
+    Raises:
+        ValueError: What it is, and what to do instead.
+    """
+    check_whole(model)
+    for module in model.modules():
+        if getattr(module, "_compiler_ctx", None) is not None:  # Lightning has unwrapped it, and calls the compiled one
+            raise ValueError(
+                f"model must be the bare network, got a {type(module).__name__} that torch.compile has compiled; train the "
+                "module itself, and compile the small one"
+            )
+
+
+def check_trained(model: nn.Module, optimizer: Any) -> None:
+    """Refuse an optimizer, or several, that train another model.
+
+    Raises:
+        ValueError: They hold none of the model's parameters.
+    """
+    groups = [group for one in (optimizer if isinstance(optimizer, list | tuple) else [optimizer]) for group in _groups(one)]
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    if trained and not any(id(parameter) in trained for parameter in model.parameters()):
+        raise ValueError(
+            f"optimizer must train the model that channels go from, got one that holds none of the parameters of this "
+            f"{type(model).__name__}: make the optimizer anew after the model"
+        )
+
+
+def _groups(optimizer: Any) -> Iterable[Mapping[str, Any]]:
+    groups: Iterable[Mapping[str, Any]] = getattr(optimizer, "param_groups", ())
+    return groups
