@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -16,8 +16,6 @@ from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Batch, Fit, Loop, Participant
 from fasterai.core.schedules import Schedule
 from fasterai.core.targets import LayerTypes
-from fasterai.prune.copies import Copies
-from fasterai.prune.gradual import GradualPruner
 from fasterai.sparse.sparsifier import Sparsifier, Sparsity
 
 try:
@@ -25,6 +23,10 @@ try:
     from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 except ImportError as error:
     raise ImportError("fasterai.callbacks.fastai needs fastai: pip install 'fasterai[fastai]'") from error
+
+if TYPE_CHECKING:
+    from fasterai.prune.copies import Copies
+    from fasterai.prune.gradual import GradualPruner
 
 __all__ = ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,6 @@ from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Batch, Fit, Loop, Participant
 from fasterai.core.schedules import Schedule
 from fasterai.core.targets import LayerTypes
-from fasterai.prune.copies import Copies
-from fasterai.prune.gradual import GradualPruner
 from fasterai.sparse.evidence import as_batch
 from fasterai.sparse.sparsifier import Sparsifier, Sparsity
 
@@ -28,6 +26,10 @@ try:
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 except ImportError as error:
     raise ImportError("fasterai.callbacks.lightning needs lightning: pip install 'fasterai[lightning]'") from error
+
+if TYPE_CHECKING:
+    from fasterai.prune.copies import Copies
+    from fasterai.prune.gradual import GradualPruner
 
 __all__ = ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 

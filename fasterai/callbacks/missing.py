@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-__all__ = ["HoldCallback", "ParticipantCallback", "SparsifyCallback"]
+__all__ = ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 
 
 class _Missing:
@@ -20,6 +20,10 @@ class _Missing:
 
 class SparsifyCallback(_Missing):
     """Stands for `fasterai.callbacks.fastai.SparsifyCallback`."""
+
+
+class PruneCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.PruneCallback`."""
 
 
 class HoldCallback(_Missing):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -18,11 +18,12 @@ from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Participant
 from fasterai.core.schedules import Schedule, as_schedule
 from fasterai.core.targets import unwrap
-from fasterai.prune.copies import Copies
-from fasterai.prune.gradual import GradualPruner
-from fasterai.prune.gradual_settings import check_settings
 from fasterai.sparse.sparsifier import Sparsifier, Sparsity
 from fasterai.sparse.tickets import LotteryTicket
+
+if TYPE_CHECKING:
+    from fasterai.prune.copies import Copies
+    from fasterai.prune.gradual import GradualPruner
 
 __all__ = ["PruneSettings", "SparsifySettings"]
 
@@ -134,6 +135,8 @@ class PruneSettings:
         copies: Copies,
         options: Mapping[str, Any],
     ) -> None:
+        from fasterai.prune.gradual_settings import check_settings  # not needed by those who only mask, and slow to load
+
         check_settings(pruning_ratio, context, criteria, schedule, ignored_layers, max_updates, copies, options)
         self.axes = (pruning_ratio, context, criteria, schedule)
         self.ignored_layers = None if ignored_layers is None else list(ignored_layers)
@@ -150,6 +153,8 @@ class PruneSettings:
             model: What channels go from.
             copies: A function that gives the modules that are cut alike, instead of the argument.
         """
+        from fasterai.prune.gradual import GradualPruner
+
         if self.pruner is None or self.pruner.model is not model:
             self.pruner = GradualPruner(
                 model,

@@ -1,7 +1,11 @@
-"""For notebooks: `from fasterai.prune.all import *`. Re-exports only."""
+"""For notebooks: `from fasterai.prune.all import *`. Re-exports only; the callback is fastai's, where that is installed."""
 
+import importlib.util
+
+from fasterai.callbacks.plain import attach
 from fasterai.core import all as _core
 from fasterai.core.all import *
+from fasterai.prune.gradual import GradualPruner
 from fasterai.prune.graph import ChannelGraph, Group, channel_graph
 from fasterai.prune.plan import Plan
 from fasterai.prune.pruner import Pruner
@@ -11,12 +15,22 @@ from fasterai.prune.small import load_small, save_small
 __all__ = [
     *_core.__all__,
     "ChannelGraph",
+    "GradualPruner",
     "Group",
     "Plan",
     "Pruner",
     "Removal",
+    "attach",
     "channel_graph",
     "load_small",
     "remove",
     "save_small",
 ]
+
+if importlib.util.find_spec("fastai") is not None:
+    from fasterai.callbacks.fastai import ParticipantCallback, PruneCallback
+
+else:
+    from fasterai.callbacks.missing import ParticipantCallback, PruneCallback  # type: ignore[assignment]
+
+__all__ += ["ParticipantCallback", "PruneCallback"]

@@ -166,7 +166,7 @@ def _fit(left: Share, choose: Callable[[float], Kept], everything: Kept, budget:
 
 
 def _too_small(kind: str, share: float, floor: float) -> ValueError:
-    least = math.ceil(floor * 1000) / 1000
+    least = math.ceil(round(floor * 1000, 6)) / 1000
     return ValueError(f"{kind} must be at least {least:.3f} for this model, got {share}; more is left when all goes that can")
 
 
@@ -184,7 +184,7 @@ def _remembered(left: Share) -> Share:
     known: dict[bytes, float] = {}
 
     def remembered(kept: Sequence[Flags]) -> float:
-        key = np.concatenate(kept).tobytes()
+        key = b"".join(keep.tobytes() for keep in kept)
         if key not in known:
             known[key] = left(kept)
         return known[key]
@@ -194,7 +194,8 @@ def _remembered(left: Share) -> Share:
 
 def _search(left: Share, choose: Callable[[float], Kept], share: float) -> Kept:
     held: dict[int, Flags] = {}
-    used, best, sparsity = -1.0, None, 0.0
+    steps: list[_Step] = []
+    sparsity = 0.0
 
     def chosen(sparsity: float) -> Kept:
         return [held.get(i, keep) for i, keep in enumerate(choose(sparsity))]
@@ -204,14 +205,15 @@ def _search(left: Share, choose: Callable[[float], Kept], share: float) -> Kept:
         if share - left(less) <= CLOSE:
             return less
         step = _step_between(left, more, less, share)
-        if (found := left(step.below)) > used:
-            used, best = found, step
-        if share - used <= CLOSE:
-            break
+        if share - left(step.below) <= CLOSE:
+            return step.below
+        steps.append(step)
         # What moves too much at once stays as it is, and the others go on.
         held[step.group] = step.above[step.group]
-    assert best is not None
-    return best.below if share - used <= REACHED else _channel_by_channel(left, best, share)
+    best = max((step.below for step in steps), key=left)
+    if share - left(best) <= REACHED:
+        return best
+    return max((_channel_by_channel(left, step, share) for step in steps), key=left)
 
 
 def _neighbours(left: Share, choose: Callable[[float], Kept], share: float, low: float) -> tuple[Kept, Kept, float]:

@@ -38,12 +38,14 @@ class Sound:
         refused: Group's name -> why silent channels of it stay.
         stayed: Group's name -> which of them.
         difference: How far the outputs move at most, as a share of their scale.
+        streams: Whether models' own numbers of the size of a stream have to follow (`make_plan`).
     """
 
     kept: list[Flags]
     refused: dict[str, str] = field(default_factory=dict)
     stayed: dict[str, tuple[int, ...]] = field(default_factory=dict)
     difference: float = 0.0
+    streams: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def largest_sound(
             _largest_part(trials, sound, some[0], kept[some[0]], verdict)
         else:
             stack += [some[len(some) // 2 :], some[: len(some) // 2]]
+    sound.streams = trials.streams
     return sound
 
 
@@ -146,11 +149,17 @@ def _why(stayed: Sequence[int], silent: int, whole: str, refused: dict[int, str]
 
 
 class _Trials:
-    """The model run on probes, before and after channels have gone."""
+    """The model run on probes, before and after channels have gone.
+
+    Attributes:
+        streams: Whether models' own widths follow: from the first time on that the model runs only if they do.
+    """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], exact: bool) -> None:
-        check_inputs(model, inputs)
+        with at_rest(unwrap(model)):
+            check_inputs(model, inputs)
         self.graph = graph
+        self.streams = False
         self._model, self._exact = model, exact
         runs = [(probe, _outputs(model, probe)) for probe in (inputs, _other_inputs(inputs))]
         self._probes = [(probe, outputs) for probe, outputs in runs if not isinstance(outputs, Exception)]
@@ -159,8 +168,16 @@ class _Trials:
 
     def run(self, kept: Sequence[Flags]) -> _Verdict:
         """Carry it out, compare, and take it back."""
+        verdict = self._run(kept, self.streams)
+        if verdict.is_structural and not self.streams:
+            again = self._run(kept, True)
+            self.streams = again.reason is None
+            return again if self.streams else verdict
+        return verdict
+
+    def _run(self, kept: Sequence[Flags], streams: bool) -> _Verdict:
         try:
-            surgery = Surgery(self._model, make_plan(self._model, self.graph, kept))
+            surgery = Surgery(self._model, make_plan(self._model, self.graph, kept, streams=streams))
         except ValueError as error:
             return _Verdict(0.0, str(error), True)
         try:

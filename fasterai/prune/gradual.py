@@ -14,14 +14,15 @@ from fasterai.core.criteria import Criterion
 from fasterai.core.cuts import follow
 from fasterai.core.loop import Batch, Fit, Participant
 from fasterai.core.schedules import Schedule, lin
+from fasterai.core.targets import unwrap
 from fasterai.prune.budget import Budget
 from fasterai.prune.carry import check_optimizer
 from fasterai.prune.copies import Copies, matching_copies
-from fasterai.prune.gradual_settings import check_bare, check_settings, check_trained, is_due
+from fasterai.prune.gradual_settings import check_bare, check_settings, check_trained, next_share
 from fasterai.prune.plan import Plan
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import Removal
-from fasterai.prune.replay import FORMAT, read_state, replay, shapes_of
+from fasterai.prune.replay import FORMAT, Shapes, read_state, replay, shapes_of
 from fasterai.prune.samples import batch_inputs
 from fasterai.prune.surgery import Surgery
 
@@ -32,8 +33,8 @@ class GradualPruner(Participant):
     """Takes channels out of a model while it trains.
 
     After a step at which the schedule has gone on far enough, the channels that matter least are masked and removed, the
-    removal is checked, and the optimizer's state is cut alike. At most `max_updates` times a run: where the schedule passes
-    another stair, and where it reaches its end, so that the ratio is exact there. The ratio counts from the model there was
+    removal is checked, and the optimizer's state is cut alike. At most `max_updates` times a run: where the schedule comes
+    closest to another stair, and the last time exactly to its end. The ratio counts from the model there was
     before the first run. Layers whose weights are frozen are left alone until they train.
 
     Args:
@@ -86,8 +87,8 @@ class GradualPruner(Participant):
         self._inputs = example_inputs
         self._pruner: Pruner | None = None
         self._key: tuple[Any, ...] = ()
+        self._frozen: list[str] = []
         self._done = 0.0  # the share of the ratio that was gone to
-        self._steps = 1
         self._dense: nn.Module | None = None
         self._optimizer: Any = None
         self._loss: Callable[..., Tensor] | None = None
@@ -98,7 +99,7 @@ class GradualPruner(Participant):
     def sparsity(self) -> float:
         """The share of the channels that may go, and are gone, in [0, 1]."""
         first = sum(before for before, _ in self.channels.values())
-        return 1 - sum(now for _, now in self.channels.values()) / first if first else 0.0
+        return sum(before - now for before, now in self.channels.values()) / first if first else 0.0
 
     # --- a run -------------------------------------------------------------------------------------------------------
 
@@ -117,7 +118,7 @@ class GradualPruner(Participant):
         self._path = _path(self.model, fit.model)
         self._matching()
         self._look(fit)
-        self._optimizer, self._loss, self._steps = fit.optimizer, fit.loss, fit.total_steps
+        self._optimizer, self._loss = fit.optimizer, fit.loss
 
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
         """Note the batch, for criteria that need data; the loss is not changed."""
@@ -128,8 +129,8 @@ class GradualPruner(Participant):
     def after_step(self, position: float) -> None:
         """Remove what the schedule asks for, if it has gone on far enough."""
         self._replayed = []
-        share = self.schedule(position)
-        if is_due(self.schedule, share, self._done, self.max_updates, self._steps):
+        share = next_share(self.schedule, self.schedule(position), self._done, self.max_updates)
+        if share is not None:
             self._remove(share)
 
     def on_fit_end(self, completed: bool) -> None:
@@ -148,7 +149,7 @@ class GradualPruner(Participant):
         """Count the channels that may go, if something has changed since the last run."""
         frozen = _frozen_layers(self.model)
         parameter = next(self.model.parameters())
-        key = (*frozen, parameter.device, parameter.dtype)
+        key = (frozen, parameter.device, parameter.dtype)
         if key == self._key:
             if self._pruner is not None:
                 follow(self.model, self._pruner)  # a copy of both does not do so yet
@@ -160,7 +161,7 @@ class GradualPruner(Participant):
                 pruner = self._pruner_without(inputs, frozen)
             except ValueError:  # the frozen layers make all channels that may go: this run goes by
                 pruner = None
-        self._pruner, self._key, self._done = pruner, key, 0.0
+        self._pruner, self._key, self._frozen, self._done = pruner, key, frozen, 0.0
 
     def _pruner_without(self, inputs: Any, frozen: Iterable[str]) -> Pruner:
         """A pruner that counts from the first model, and leaves some layers alone."""
@@ -204,16 +205,24 @@ class GradualPruner(Participant):
             ValueError: It is no state of a `GradualPruner`, or of another model. Nothing is changed then.
         """
         plans, shapes = read_state(state)
-        while self._replayed and shapes_of(self.model) != shapes:
-            for surgery in reversed(self._replayed.pop()):
-                surgery.undo()
+        self._take_back(shapes)
         if isinstance(self._ratio, Budget) and self._dense is None:
             self._dense = copy.deepcopy(self.model)
         self._replayed += replay(self.model, plans, shapes, self._optimizer, self._matching)
         self.plans, self._done = plans, float(state["done"])
         self.channels |= {name: (first, now) for name, (first, now) in state["channels"].items()}
-        if self._pruner is not None:
-            self._pruner.original = {name: self.channels[name][0] for name in self._pruner.original}
+        if self._pruner is not None and state["pruner"]:
+            self._pruner.load_state_dict(state["pruner"])
+
+    def _take_back(self, shapes: Shapes) -> None:
+        """Undo what an earlier load has taken out, as far as it takes."""
+        if not self._replayed or shapes_of(self.model) == shapes:
+            return
+        while self._replayed and shapes_of(self.model) != shapes:
+            for surgery in reversed(self._replayed.pop()):
+                surgery.undo()
+        if self._pruner is not None:  # it has followed the cuts, and knows no way back
+            self._pruner = self._pruner_without(self._pruner.inputs, self._frozen)
 
     def _matching(self) -> list[nn.Module]:
         return matching_copies(self.copies, self.model, self._path)
@@ -228,6 +237,6 @@ def _frozen_layers(model: nn.Module) -> list[str]:
     """Modules with a weight of their own that does not train."""
     return [
         name
-        for name, module in model.named_modules()
+        for name, module in unwrap(model).named_modules()
         if name and any(p.dim() > 1 and not p.requires_grad for p in module.parameters(recurse=False))
     ]

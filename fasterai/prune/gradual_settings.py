@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fasterai.core import schedules
 from fasterai.core import criteria as criterion_catalogue
+from fasterai.core import schedules
 from fasterai.core.checks import check_choice, check_count, check_fraction, from_catalogue
 from fasterai.core.contexts import Context
 from fasterai.core.criteria import Criterion, as_criterion
@@ -18,7 +18,7 @@ from fasterai.prune.admission import check_whole
 from fasterai.prune.copies import Copies, check_copies
 from fasterai.prune.pruner import OVER_PLACES, Pruner, check_context
 
-__all__ = ["check_bare", "check_settings", "check_trained", "is_due"]
+__all__ = ["check_bare", "check_settings", "check_trained", "next_share"]
 
 POSITIONS = 1000  # at which a schedule is looked at
 
@@ -77,26 +77,26 @@ def _rising(schedule: Schedule) -> Schedule:
     return schedule
 
 
-def is_due(schedule: Schedule, share: float, done: float, max_updates: int, steps: int) -> bool:
-    """Whether channels go now: at most `max_updates` times a run, and where the schedule reaches its end.
+def next_share(schedule: Schedule, share: float, done: float, max_updates: int) -> float | None:
+    """Which share is gone to now; None if it is not time.
 
-    The way to the schedule's end is divided into `max_updates - 1` stairs; channels go where it comes closest to another
-    one. In a run of up to `max_updates` steps they go at every step.
+    The way to the schedule's end is divided into `max_updates` stairs, and channels go where the schedule comes closest to
+    another one. They follow the schedule's own share; but the last time, within half a stair of the end, all goes that is left,
+    so that the network trains on at its final size.
 
     Args:
         schedule: It never falls.
         share: The schedule's share now.
         done: The share that was gone to last.
         max_updates: How often channels go at most.
-        steps: How many steps the run has.
     """
     end = schedule(1.0)
     if share <= done:
-        return False
-    if share >= end or steps <= max_updates:
-        return True
-    stair, last = (int((max_updates - 1) * x / end + 0.5) for x in (share, done))
-    return stair > last
+        return None
+    stair, last = (int(max_updates * x / end + 0.5 + 1e-9) for x in (share, done))
+    if stair <= last:
+        return None
+    return end if stair >= max_updates else share
 
 
 def check_bare(model: nn.Module) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ def measured(model: nn.Module, surgery: Surgery, inputs: tuple[Any, ...], descri
 
 def _timed(model: nn.Module, surgery: Surgery, inputs: tuple[Any, ...]) -> LatencyComparison:
     """The times of both states, by turns."""
-    states = {DENSE: surgery.undone, SMALL: nullcontext}
+    states: dict[str, Callable[[], AbstractContextManager[None]]] = {DENSE: surgery.undone, SMALL: nullcontext}
     times: dict[str, list[float]] = {name: [] for name in states}
     counts: dict[str, int] = {}
     start = time.perf_counter()
@@ -102,18 +102,19 @@ def _is_enough(times: Mapping[str, Sequence[float]], seconds: float) -> bool:
 
 def _block(model: nn.Module, inputs: tuple[Any, ...], count: int) -> float:
     """Seconds of a forward pass, over so many."""
-    wait = torch.accelerator.synchronize if _is_elsewhere(model, inputs) else lambda: None
-    wait()
+    device = _first_device(model, inputs)
+    _wait(device)
     start = time.perf_counter()
     for _ in range(count):
         model(*inputs)
-    wait()
+    _wait(device)
     return (time.perf_counter() - start) / count
 
 
-def _is_elsewhere(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
-    """Whether it runs on an accelerator, which works on while Python goes on."""
-    return _first_device(model, inputs).type not in ("cpu", "meta")
+def _wait(device: torch.device) -> None:
+    """Until an accelerator is done, which works on while Python goes on."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _timing(values: Sequence[float]) -> Timing:

@@ -13,13 +13,15 @@ from torch import nn
 
 from fasterai.prune.labels import Array
 
-__all__ = ["new_sizes"]
+__all__ = ["HEADS", "STREAMS", "WIDTHS", "new_sizes"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 Kept = Mapping[tuple[str, int], Array]
 #: Numbers of channels that are several indices each, as heads and the equal parts of a split are; widths of all of them.
 HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "num_key_value_heads", "heads", "width")
 WIDTHS = ("all_head_size", "attn_dim", "inner_dim", "embed_dim", "hidden_dim", "split_size", "dim", "expand_chs")
+#: Widths of streams, as models call them.
+STREAMS = ("hidden_dim", "hidden_size", "embed_dim", "d_model", "dim", "n_embd", "width", "channels", "num_features")
 
 
 @singledispatch
@@ -34,8 +36,9 @@ def new_sizes(module: nn.Module, old: Shapes, new: Shapes, keep: Kept) -> dict[s
     """
     if hasattr(module, "nf") and "weight" in new:  # the transformers' Conv1D, a linear layer with its weight turned
         return {"nf": new["weight"][1]} | ({"nx": new["weight"][0]} if hasattr(module, "nx") else {})
-    sizes = {(old[n][0], new[n][0]) for n in new if old[n] and old[n][0] != new[n][0]}
-    return {"channels": after for before, after in sizes if vars(module).get("channels") == before}  # a blur by a buffer
+    rows: dict[Any, int] = {old[n][0]: new[n][0] for n in new if old[n]}
+    before = vars(module).get("channels")  # of a blur by a buffer
+    return {"channels": rows[before]} if before in rows else {}
 
 
 @new_sizes.register(nn.modules.conv._ConvNd)

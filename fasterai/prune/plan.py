@@ -13,7 +13,7 @@ from fasterai.core.targets import plain_name, unwrap
 from fasterai.prune.attention import SlimMultiheadAttention
 from fasterai.prune.graph import ChannelGraph, Place
 from fasterai.prune.labels import Array, Flags
-from fasterai.prune.modules import HEADS, WIDTHS, new_sizes
+from fasterai.prune.modules import HEADS, STREAMS, WIDTHS, new_sizes
 
 __all__ = ["Plan", "check_plan", "make_plan", "tensor_of", "tensors_of"]
 
@@ -82,13 +82,14 @@ def tensors_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return found
 
 
-def make_plan(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags]) -> Plan:
+def make_plan(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags], *, streams: bool = False) -> Plan:
     """The plan that takes out the channels of each group that are not kept.
 
     Args:
         model: The model, dense; not changed.
         graph: Its channel graph.
         kept: For each group a bool array over its channels, True = stays.
+        streams: Whether models' own modules that keep a number of the size of a stream get a new one.
     """
     gone: dict[Place, list[Array]] = {}
     for group, keep in zip(graph.groups, kept, strict=True):
@@ -101,6 +102,8 @@ def make_plan(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags]) -> P
     }
     bare = Plan(shapes, staying, (), {})
     attributes, slim = _sizes(model, bare, graph, kept)
+    if streams:
+        attributes += tuple(_stream_sizes(unwrap(model), bare, {(name, attribute) for name, attribute, _, _ in attributes}))
     return Plan(shapes, staying, attributes, slim)
 
 
@@ -223,3 +226,24 @@ def _parent_sizes(module: nn.Module, dot: str, heads: Mapping[str, Sequence[_Wid
                 if vars(module).get(attribute) == before:
                     changed.setdefault(attribute, (attribute, before, after))
     return list(changed.values())
+
+
+def _stream_sizes(model: nn.Module, plan: Plan, known: set[tuple[str, str]]) -> Iterator[tuple[str, str, Any, Any]]:
+    """Widths that modules other than torch's keep, where all that they hold of that width gets one and the same other."""
+    for prefix, module in model.named_modules():
+        widths = {a: n for a in STREAMS if isinstance(n := vars(module).get(a), int) and not isinstance(n, bool)}
+        if not widths or type(module).__module__.startswith("torch.nn."):
+            continue
+        name = plain_name(prefix)
+        dot = f"{name}." if name else ""
+        after: dict[int, set[int]] = {}
+        for path, holder in (
+            ("", module),
+            *((f"{key}.", child) for key, child in module._modules.items() if child is not None),
+        ):
+            for own, tensor in holder._parameters.items():
+                for d, n in enumerate(tensor.shape if tensor is not None else ()):
+                    after.setdefault(n, set()).add(len(plan.keep.get((f"{dot}{path}{own}", d), range(n))))
+        for attribute, n in widths.items():
+            if len(after.get(n, ())) == 1 and after[n] != {n} and (name, attribute) not in known:
+                yield name, attribute, n, next(iter(after[n]))

@@ -123,7 +123,7 @@ def remove_channels(
     others = matching_copies(copies, unwrap(model))
     before = sum(p.numel() for p in unwrap(model).parameters())
     sound = largest_sound(model, graph, kept, inputs, exact=exact)
-    plan = make_plan(model, graph, sound.kept)
+    plan = make_plan(model, graph, sound.kept, streams=sound.streams)
     surgery = operate(model, plan, optimizer, others)
     measurement = Measurement()
     if measure and plan:

@@ -11,7 +11,7 @@ from fasterai.core.cuts import announce
 from fasterai.prune.plan import Plan, tensor_of, tensors_of
 from fasterai.prune.surgery import Surgery
 
-__all__ = ["FORMAT", "read_state", "replay", "shapes_of"]
+__all__ = ["FORMAT", "Shapes", "read_state", "replay", "shapes_of"]
 
 FORMAT = "fasterai-gradual-1"
 Shapes = dict[str, tuple[int, ...]]

@@ -280,12 +280,12 @@ def matmul(trace: Trace, node: Any, a: Value, b: Value) -> Value:
 
 
 @rule("_grouped_mm", "grouped_mm_fallback")
-def grouped_matmul(trace: Trace, node: Any, x: Value, weight: Value, ends: Value, *rest: Any, **keywords: Any) -> Value:
+def grouped_matmul(trace: Trace, node: Any, x: Value, weight: Value, ends: Any = None, *rest: Any, **keywords: Any) -> Value:
     """Rows of `x` by experts, `(rows, in)` and `(experts, in, out)`: what is cut is cut in every expert."""
     name = node.name
-    trace.labels.pin_all([x.dims[0], weight.dims[0], *ends.dims], f"{name} sends its rows to experts")
     if len(x.shape) != 2 or len(weight.shape) != 3 or _values([rest, keywords]):
         return _unknown_tensor(trace, node, x, weight, ends, *rest)
+    trace.labels.pin_all([x.dims[0], weight.dims[0], *ends.dims], f"{name} sends its rows to experts")
     _read(trace, x, -1, weight, -2, name)
     return Value(_shape(node), (FIXED, weight.dims[-1]))
 

@@ -11,15 +11,16 @@ import torch
 from torch import nn
 
 from fasterai.core.targets import unwrap
+from fasterai.prune.admission import check_model, check_whole
 from fasterai.prune.attention import SlimMultiheadAttention
-from fasterai.prune.modules import HEADS, WIDTHS
+from fasterai.prune.modules import HEADS, STREAMS, WIDTHS
 
 __all__ = ["load_small", "save_small"]
 
 FORMAT = "fasterai-small-1"
 SIZES = (
     *("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels", "num_groups"),
-    *("normalized_shape", "embedding_dim", "num_parameters", "input_size", "hidden_size", *HEADS, *WIDTHS),
+    *("normalized_shape", "embedding_dim", "num_parameters", "input_size", "hidden_size", *HEADS, *WIDTHS, *STREAMS),
 )
 
 
@@ -28,11 +29,17 @@ def save_small(path: str | os.PathLike[str], model: nn.Module) -> None:
 
     Args:
         path: The file; it is written whole or not at all.
-        model: The model, wrapped or not.
+        model: The model, wrapped or not. One that has lost nothing is saved as well, and loads into its like.
+
+    Raises:
+        TypeError: The model is no module.
+        ValueError: A parameter holds no values.
     """
     from safetensors.torch import save
 
-    inner = unwrap(model)
+    inner = unwrap(check_model(model))
+    if empty := [name for name, parameter in inner.named_parameters() if parameter.is_meta]:
+        raise ValueError(f"model must hold its weights, got {empty[0]} on the meta device")
     tensors = _untied({n: t.detach().contiguous() for n, t in inner.state_dict().items()})
     header = {"format": FORMAT, "sizes": json.dumps(_sizes(inner)), "slim": json.dumps(_slim(inner))}
     target = Path(path)
@@ -52,7 +59,8 @@ def load_small(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         model: The dense model, built as the one was that channels were taken out of; changed in place, and returned.
 
     Raises:
-        ValueError: The file is truncated or foreign, or the model is another one. Nothing is changed then.
+        TypeError: The model is no module.
+        ValueError: The file is truncated or foreign, or the model is wrapped or another one. Nothing is changed then.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -64,14 +72,15 @@ def load_small(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         raise ValueError(f"path must be a file that save_small wrote, got {path}: {error}") from error
     if header.get("format") != FORMAT:
         raise ValueError(f"path must be a file that save_small wrote, got {path}, which is not one")
-    inner = unwrap(model)
-    _check(inner, tensors)
-    for name, heads in json.loads(header["slim"]).items():
+    inner = check_whole(model)
+    slim, all_sizes = json.loads(header["slim"]), json.loads(header["sizes"])
+    _check(inner, tensors, slim, all_sizes)
+    for name, heads in slim.items():
         parent = inner.get_submodule(name.rpartition(".")[0])
         attention = parent.get_submodule(name.rpartition(".")[2])
         if isinstance(attention, nn.MultiheadAttention):
             setattr(parent, name.rpartition(".")[2], SlimMultiheadAttention(attention, heads))
-    for name, sizes in json.loads(header["sizes"]).items():
+    for name, sizes in all_sizes.items():
         module = inner.get_submodule(name)
         for attribute, value in sizes.items():
             setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
@@ -104,14 +113,22 @@ def _untied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def _check(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    own = model.state_dict()
+def _check(model: nn.Module, tensors: dict[str, torch.Tensor], slim: dict[str, int], sizes: dict[str, Any]) -> None:
+    own, modules = model.state_dict(), dict(model.named_modules())
     problems = [f"{n} is not in it" for n in tensors if n not in own]
     problems += [f"{n} is not in the file" for n in _untied(dict(own)) if n not in tensors]
     problems += [
         f"{n} is {tuple(own[n].shape)} here and {tuple(t.shape)} in the file"
         for n, t in tensors.items()
         if n in own and (own[n].dim() != t.dim() or any(a < b for a, b in zip(own[n].shape, t.shape, strict=True)))
+    ]
+    problems += [
+        f"{n} is no nn.MultiheadAttention"
+        for n in slim
+        if not n or not isinstance(modules.get(n), nn.MultiheadAttention | SlimMultiheadAttention)
+    ]
+    problems += [
+        f"{n or 'the model'} has no {a}" for n, found in sizes.items() for a in found if not hasattr(modules.get(n), a)
     ]
     if problems:
         raise ValueError(

@@ -48,6 +48,8 @@ class Keeper:
         self.keep: dict[str, Tensor] = {}
         self.noted: dict[str, Tensor] = {}
         self.moves = 0
+        self._merged: dict[str, tuple[Pool, Tensor]] = {}
+        self._merged_of: Mapping[str, Tensor] | None = None  # the decisions that the merged masks are of
         self._counted: dict[str, tuple[Tensor, int]] = {}  # decisions -> how many prune, which is asked for at every move
         self.pools: tuple[Pool, ...] = () if isinstance(granularity, Coupled) else self._target_pools()
         follow(model, self)
@@ -75,7 +77,7 @@ class Keeper:
         """Take over what the data flow shows: norms that read a target, and targets that make the output."""
         self.flow = flow
         self.selection = without_outputs(self.selection, self.granularity, flow)
-        self.pools = self._target_pools()
+        self.pools, self._merged_of = self._target_pools(), None
 
     def _target_pools(self) -> tuple[Pool, ...]:
         partners = find_partners(self.model, self.selection, self.granularity, self.flow)
@@ -146,11 +148,19 @@ class Keeper:
         apply_masks_(self._pairs())
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._merged_of is not self.keep:
+            self._merged, self._merged_of = self._merge(), self.keep
+        for name, (pool, mask) in self._merged.items():
+            yield pool.tensor(name), mask
+
+    def _merge(self) -> dict[str, tuple[Pool, Tensor]]:
+        """One mask for each weight and vector: channels of two pools cross in the weight between them."""
+        merged: dict[str, tuple[Pool, Tensor]] = {}
         for pool in self.pools:
             keep = self.keep.get(pool.name)
-            if keep is not None:
-                yield from ((weight, mask) for _, weight, mask in pool.masks(keep))
-                yield from ((vector, kept) for _, vector, kept in pool.vectors(keep))
+            for name, mask in (*pool.masks(keep), *pool.vectors(keep)) if keep is not None else ():
+                merged[name] = (pool, merged[name][1] & mask if name in merged else mask)
+        return merged
 
     def _vectors(
         self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
@@ -158,8 +168,8 @@ class Keeper:
         for pool in self.pools:
             if pool.name in after:
                 old = before.get(pool.name, torch.ones_like(after[pool.name]))
-                for (name, vector, new), (_, _, was) in zip(pool.vectors(after[pool.name]), pool.vectors(old), strict=True):
-                    yield name, vector, was, new
+                for (name, new), (_, was) in zip(pool.vectors(after[pool.name]), pool.vectors(old), strict=True):
+                    yield name, pool.tensor(name), was, new
 
     def forget_stale(self) -> bool:
         """Drop masks that the weights no longer obey: others were loaded, or they trained without being held."""
@@ -170,19 +180,17 @@ class Keeper:
     def _disobeying(self, pool: Pool) -> int:
         """How many masked weights of a pool are not zero."""
         keep = self.keep.get(pool.name)
-        return 0 if keep is None else sum(count_true(w.ne(0) & ~mask) for _, w, mask in pool.masks(keep))
+        return 0 if keep is None else sum(count_true(pool.tensor(name).ne(0) & ~mask) for name, mask in pool.masks(keep))
 
     # --- what is held ------------------------------------------------------------------------------------------------
 
     def masks(self) -> dict[str, Tensor]:
         """Target name -> a new bool tensor of the parameter's shape, True = keep."""
+        shapes = {t.name: t.parameter.shape for t in self.targets}
         result = {t.name: torch.ones_like(t.parameter, dtype=torch.bool) for t in self.targets}
-        for pool in self.pools:
-            keep = self.keep.get(pool.name)
-            for name, weight, mask in pool.masks(keep) if keep is not None else ():
-                parameter = pool.parameter(name)
-                whole = mask.expand(weight.shape).reshape(parameter.shape)
-                result[name] = result[name] & whole if name in result else whole
+        for name, (pool, mask) in self._merge().items():
+            if name in shapes:
+                result[name] = mask.expand(pool.tensor(name).shape).reshape(shapes[name]).clone()
         return result
 
     def reached(self) -> Reached:
@@ -214,7 +222,8 @@ class Keeper:
         if keep is None:
             return 0
         # A mask is smaller than its weight where one decision stands for several.
-        return sum((m.numel() - count_true(m)) * (w.numel() // max(1, m.numel())) for _, w, m in pool.masks(keep))
+        sizes = ((pool.tensor(name).numel(), mask) for name, mask in pool.masks(keep))
+        return sum((m.numel() - count_true(m)) * (size // max(1, m.numel())) for size, m in sizes)
 
     def report(self) -> SparsityReport:
         """What is held, target by target, and what was left out and why."""
@@ -272,9 +281,9 @@ class Keeper:
                 raise ValueError(f"state's keep must be {wanted}, got {name}: {keep.dtype} of shape {tuple(keep.shape)}")
         devices = {p.name: p.device for p in self.pools}
         devices_of_vectors = {
-            name: vector.device
+            name: p.tensor(name).device
             for p in self.pools
-            for name, vector, _ in p.vectors(torch.ones(p.shape, dtype=torch.bool, device=p.device))
+            for name, _ in p.vectors(torch.ones(p.shape, dtype=torch.bool, device=p.device))
         }
         self.keep = {n: k.to(devices[n], copy=True) for n, k in state["keep"].items()}
         self.noted = {n: s.to(devices_of_vectors.get(n, s.device), copy=True) for n, s in state["noted"].items()}

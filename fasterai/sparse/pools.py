@@ -22,9 +22,8 @@ from fasterai.core.types import Layout, Target
 from fasterai.prune.graph import ChannelGraph, Group
 from fasterai.sparse.partners import Partner, kept_outputs
 
-__all__ = ["ChannelPool", "Pool", "TargetPool", "by_pool", "channel_pools"]
+__all__ = ["ChannelPool", "Pool", "TargetPool", "WeightScores", "by_pool", "channel_pools"]
 
-Score = Callable[[Target], Tensor]
 #: Multiples of channels that kernels are written for, on a CPU and a GPU alike, and how many a pool has to have for it.
 ROUND_TO, ENOUGH = 8, 32
 OVER: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -32,6 +31,30 @@ OVER: Mapping[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda x: x.mean(0),
     "max": lambda x: x.amax(0),
 }
+
+
+class WeightScores:
+    """The scores of targets' weights, each worked out once where several pools want them.
+
+    Args:
+        score: Target -> scores of the shape of its weight.
+        reducer: `mean` or `sum` over the weights of a unit.
+    """
+
+    def __init__(self, score: Callable[[Target], Tensor], reducer: str) -> None:
+        self.of = score
+        self.reducer = reducer
+        self._along: dict[tuple[str, int], Tensor] = {}
+
+    def along(self, target: Target, dim: int) -> Tensor:
+        """The scores of the indices of a dimension of the parameter, over all others."""
+        if (target.name, dim) not in self._along:
+            scores = self.of(target).reshape(target.parameter.shape)
+            for d in {*range(min(2, scores.dim())), dim}:  # the two that channels run along
+                others = [i for i in range(scores.dim()) if i != d]
+                reduced = scores.mean(others) if self.reducer == "mean" else scores.sum(others)
+                self._along[target.name, d] = reduced if others else scores
+        return self._along[target.name, dim]
 
 
 class Pool(ABC):
@@ -81,20 +104,20 @@ class Pool(ABC):
         return self.targets[0].parameter.device
 
     @abstractmethod
-    def parameter(self, name: str) -> nn.Parameter:
-        """The parameter of a name that `masks` gives."""
+    def tensor(self, name: str) -> Tensor:
+        """The weight or vector of a name as its mask sees it: detached, in its layout's view, looked up anew each time."""
 
     @abstractmethod
-    def score(self, score: Score, reducer: str) -> Tensor:
-        """The scores of its units, from those of each target's weights."""
+    def score(self, scores: WeightScores) -> Tensor:
+        """The scores of its units."""
 
     @abstractmethod
-    def masks(self, keep: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(target name, view of its weight, mask that broadcasts against it), for decisions of the units' shape."""
+    def masks(self, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(name of a weight, mask that broadcasts against `tensor(name)`), for decisions of the units' shape."""
 
     @abstractmethod
-    def vectors(self, keep: Tensor) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-        """(name, bias or norm's scale or shift, which of its entries stay)."""
+    def vectors(self, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(name of a bias or a norm's scale or shift, which of its entries stay)."""
 
     @abstractmethod
     def cut(self, cut: Cut, fresh: Mapping[str, Target]) -> Pool:
@@ -147,19 +170,20 @@ class TargetPool(Pool):
     def is_whole(self) -> bool:
         return self.granularity.is_whole(self.target.layout)
 
-    def parameter(self, name: str) -> nn.Parameter:
-        return self.target.parameter
+    def tensor(self, name: str) -> Tensor:
+        if name == self.name:
+            return self.target.parameter.detach().view(self.target.layout.shape)
+        return next(p.parameter for p in self.partners if p.name == name).detach()
 
-    def score(self, score: Score, reducer: str) -> Tensor:
-        return self.granularity.reduce(score(self.target), self.target.layout, reducer)
+    def score(self, scores: WeightScores) -> Tensor:
+        return self.granularity.reduce(scores.of(self.target), self.target.layout, scores.reducer)
 
-    def masks(self, keep: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        view = self.target.parameter.detach().view(self.target.layout.shape)
-        yield self.target.name, view, self.granularity.expand(keep, self.target.layout)
+    def masks(self, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield self.target.name, self.granularity.expand(keep, self.target.layout)
 
-    def vectors(self, keep: Tensor) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    def vectors(self, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
         for partner in self.partners:
-            yield partner.name, partner.parameter, kept_outputs(keep, self.target)
+            yield partner.name, kept_outputs(keep, self.target)
 
     def cut(self, cut: Cut, fresh: Mapping[str, Target]) -> TargetPool:
         return replace(self, target=fresh[self.name])
@@ -200,8 +224,8 @@ class ChannelPool(Pool):
     def weights(self) -> int:
         none = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
         gone: dict[str, Tensor] = {}
-        for name, weight, mask in self.masks(none):
-            gone[name] = gone.get(name, torch.zeros_like(weight, dtype=torch.bool)) | ~mask
+        for name, mask in self.masks(none):
+            gone[name] = gone.get(name, torch.zeros_like(self.tensor(name), dtype=torch.bool)) | ~mask
         return sum(int(g.sum()) for g in gone.values())
 
     def step(self, round_to: int | None) -> int:
@@ -211,33 +235,29 @@ class ChannelPool(Pool):
         width = min((i.shape[1] for (n, _), i in self.group.places.items() if n in self.makers), default=1)
         return round_to // math.gcd(round_to, width)
 
-    def parameter(self, name: str) -> nn.Parameter:
-        return self.parameters[name].parameter
+    def tensor(self, name: str) -> Tensor:
+        return self.parameters[name].parameter.detach()
 
-    def score(self, score: Score, reducer: str) -> Tensor:
+    def score(self, scores: WeightScores) -> Tensor:
         scored = {t.name: t for t in self.targets}
         parts = []
         for (name, d), indices in self.group.places.items():
-            if name not in scored:
-                continue
-            weight = scored[name].parameter
-            slices = score(scored[name]).reshape(weight.shape).movedim(d, 0).flatten(1)
-            per_index = slices.mean(1) if reducer == "mean" else slices.sum(1)
-            per_channel = per_index[torch.as_tensor(indices, device=weight.device)]
-            parts.append((per_channel.mean(1) if reducer == "mean" else per_channel.sum(1)).to(self.device))
+            if name in scored:
+                along = scores.along(scored[name], d)
+                per_channel = along[torch.as_tensor(indices, device=along.device)]
+                parts.append((per_channel.mean(1) if scores.reducer == "mean" else per_channel.sum(1)).to(self.device))
         return OVER[self.over](torch.stack(parts))
 
-    def masks(self, keep: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def masks(self, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
         for name, d, kept in self._kept(keep):
-            target = self.parameters[name]
-            if target.parameter.dim() > 1:
-                weight = target.parameter.detach()
-                yield name, weight, kept.view([-1 if i == d else 1 for i in range(weight.dim())])
+            dims = self.parameters[name].parameter.dim()
+            if dims > 1:
+                yield name, kept.view([-1 if i == d else 1 for i in range(dims)])
 
-    def vectors(self, keep: Tensor) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    def vectors(self, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
         for name, _, kept in self._kept(keep):
             if self.parameters[name].parameter.dim() == 1:
-                yield name, self.parameters[name].parameter, kept
+                yield name, kept
 
     def _kept(self, keep: Tensor) -> Iterator[tuple[str, int, Tensor]]:
         """(parameter, dimension, which of its indices stay)."""

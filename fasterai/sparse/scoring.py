@@ -16,7 +16,7 @@ from fasterai.core.loop import Batch
 from fasterai.core.selection import EvidenceScores, Scores, TensorScores
 from fasterai.core.types import Evidence, Target
 from fasterai.sparse.evidence import GATHERERS, Source
-from fasterai.sparse.pools import Pool
+from fasterai.sparse.pools import Pool, WeightScores
 
 __all__ = ["Scorer"]
 
@@ -84,17 +84,21 @@ class Scorer:
             own: dict[str, Any] = {need: known[need][target.name] for need in self.criterion.needs}
             return Evidence(target.name, target.parameter.detach(), **own)
 
-        return [self._score(pool, evidence, keep.get(pool.name)) for pool in pools]
+        by_weight = WeightScores(lambda t: self.criterion(evidence(t)), self.criterion.reducer)
+        return [self._each_weight(p, evidence, keep.get(p.name)) or self._units(p, by_weight, keep.get(p.name)) for p in pools]
 
-    def _score(self, pool: Pool, evidence: Callable[[Target], Evidence], so_far: Tensor | None) -> Scores:
-        if self._alone:
-            (target,) = pool.targets
-            found = evidence(target)
-            if found.weight.device.type == "cpu" and _is_dense(found):
-                viewed = found.map(lambda x: x.view(target.layout.shape))
-                return EvidenceScores(pool.name, viewed, self.criterion, so_far)
-        scores = pool.score(lambda t: self.criterion(evidence(t)), self.criterion.reducer)
-        return TensorScores(pool.name, self.criterion.normalize(scores), so_far)
+    def _each_weight(self, pool: Pool, evidence: Callable[[Target], Evidence], so_far: Tensor | None) -> Scores | None:
+        """Scores that are worked out where they are read, if that can be done."""
+        if not self._alone:
+            return None
+        (target,) = pool.targets
+        found = evidence(target)
+        if found.weight.device.type != "cpu" or not _is_dense(found):
+            return None
+        return EvidenceScores(pool.name, found.map(lambda x: x.view(target.layout.shape)), self.criterion, so_far)
+
+    def _units(self, pool: Pool, by_weight: WeightScores, so_far: Tensor | None) -> Scores:
+        return TensorScores(pool.name, self.criterion.normalize(pool.score(by_weight)), so_far)
 
     @property
     def _alone(self) -> bool:

@@ -234,10 +234,19 @@ def test_a_run_that_is_stopped_leaves_a_model_that_trains_on(tmp_path, error):
     assert shapes(learn.model) == HALF
 
 
-def test_wrapped_models_are_refused_and_stay(tmp_path):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_data_parallel_is_no_hindrance(tmp_path, frozen):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 4))
+    model[0].requires_grad_(not frozen)
+    learner(tmp_path, nn.DataParallel(model)).fit(1, cbs=prune())
+    assert [m.out_features for m in model.modules() if isinstance(m, nn.Linear)] == [10 if frozen else 5, 4, 4]
+
+
+def test_a_compiled_model_is_refused_and_stays(tmp_path):
     model = net()
-    learn = learner(tmp_path, nn.DataParallel(model))
-    with pytest.raises(ValueError, match="model must not be wrapped while channels go, got a DataParallel: train on one"):
+    learn = learner(tmp_path, torch.compile(model))
+    with pytest.raises(ValueError, match=r"model must be the bare network, got torch\.compile"):
         learn.fit(1, cbs=prune())
     assert width(model) == 10
 

@@ -215,7 +215,7 @@ def test_a_run_that_fails_leaves_a_module_that_trains_on(tmp_path, error):
 
 def test_a_compiled_module_is_refused(tmp_path):
     module = torch.compile(Net())
-    with pytest.raises(ValueError, match="model must be the bare network, got a Net that torch.compile"):
+    with pytest.raises(ValueError, match=r"model must be the bare network, got a Net that torch\.compile"):
         fit(tmp_path, prune(), module=module)
 
 

@@ -90,3 +90,16 @@ def test_a_linear_layer_with_its_weight_turned() -> None:
 
 def test_an_unknown_module_keeps_no_numbers() -> None:
     assert new_sizes(nn.ReLU(), {}, {}, {}) == {}
+
+
+@pytest.mark.parametrize(("kept_number", "expected"), [(8, {"channels": 3}), (5, {})])
+def test_channels_of_a_filter_that_is_a_buffer(kept_number: int, expected: dict[str, Any]) -> None:
+    blur = nn.Module()
+    blur.channels = kept_number
+    assert new_sizes(blur, {"filt": (8, 1, 3, 3)}, {"filt": (3, 1, 3, 3)}, {}) == expected
+
+
+def test_channels_that_stay_are_as_many_as_before() -> None:
+    blur = nn.Module()
+    blur.channels = 8
+    assert new_sizes(blur, {"filt": (8, 4), "scale": ()}, {"filt": (8, 3), "scale": ()}, {}) == {"channels": 8}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -119,6 +120,33 @@ def test_heads_and_widths_of_attention_modules(fused: bool) -> None:
     assert net(x).shape == (2, 5, 6)
     assert net.num_heads == 2
     assert net.head_dim == 2
+
+
+class Parts(nn.Module):
+    """A convolution, alone or in a block of its own, whose outputs are split by a number that the network keeps."""
+
+    def __init__(self, attribute: str, size: int, in_block: bool) -> None:
+        super().__init__()
+        conv = nn.Conv2d(3, 8, 1)
+        self.first = nn.Sequential(OrderedDict(conv=conv)) if in_block else conv
+        self.second, self.attribute = nn.Conv2d(4, 2, 1), attribute
+        setattr(self, attribute, size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        part = getattr(self, self.attribute) // (2 if self.attribute == "expand_chs" else 1)
+        a, b = self.first(x).split(part, 1)
+        return self.second(a + b)
+
+
+@pytest.mark.parametrize("in_block", [True, False])
+@pytest.mark.parametrize(("attribute", "size", "after"), [("width", 4, 3), ("expand_chs", 8, 6)])
+def test_sizes_by_which_a_network_splits(attribute: str, size: int, after: int, in_block: bool) -> None:
+    net, x = Parts(attribute, size, in_block), torch.randn(2, 3, 4, 4)
+    graph = channel_graph(net, (x,))
+    plan = make_plan(net, graph, [np.array([True, False, True, True])])
+    assert ("", attribute, size, after) in plan.attributes
+    Surgery(net, plan)
+    assert net(x).shape == (2, 2, 4, 4)
 
 
 def test_lost_heads_of_torchs_attention_are_counted() -> None:

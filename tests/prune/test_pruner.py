@@ -10,7 +10,7 @@ from fasterai.core.criteria import Criterion, large_final
 from fasterai.prune.graph import channel_graph
 from fasterai.core.granularities import Coupled
 from fasterai.prune.pruner import Pruner
-from fasterai.sparse.pools import channel_pools
+from fasterai.sparse.pools import WeightScores, channel_pools
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -50,7 +50,7 @@ def test_a_channel_is_scored_by_all_weights_that_it_runs_through():
 
     def scores(over, reducer):
         (pool,) = channel_pools(model, graph, Coupled(over))
-        return pool.score(lambda t: t.parameter.detach().abs(), reducer).tolist()
+        return pool.score(WeightScores(lambda t: t.parameter.detach().abs(), reducer)).tolist()
 
     assert scores("sum", "mean") == [3.0, 3.0], "2 + 1 and 2 + 1"
     assert scores("max", "mean") == [2.0, 2.0]
@@ -143,7 +143,8 @@ def test_a_name_that_makes_no_channels_is_refused_and_nothing_is_changed():
     model = net()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(
-        ValueError, match=r"pruning_ratio's keys must be the name of a target or a glob over them, of 0.weight, 3.weight, got '8'"
+        ValueError,
+        match=r"pruning_ratio's keys must be the name of a target or a glob over them, of 0.weight, 3.weight, got '8'",
     ):
         Pruner(model, {"8": 0.5}, "local", "large_final", example_inputs=X).prune_model()
     assert all(torch.equal(v, model.state_dict()[n]) for n, v in before.items())

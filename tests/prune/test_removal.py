@@ -356,3 +356,235 @@ def test_a_weight_that_two_layers_share_stays_shared() -> None:
     assert net.first.weight.shape == (3, 3)
     assert (net.second.in_features, net.second.out_features) == (3, 3)
     assert moved(net, x, wanted) <= 1e-9
+
+
+# --- norms without parameters ------------------------------------------------------------------------------------------------
+
+# The norm between the convolutions, of eight channels; what its numbers are when half of the groups have gone.
+BARE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "group": (lambda: nn.GroupNorm(4, 8, affine=False), {"num_groups": 2, "num_channels": 4}),
+    "group, affine": (lambda: nn.GroupNorm(4, 8), {"num_groups": 2, "num_channels": 4}),
+    "instance": (lambda: nn.InstanceNorm2d(8), {"num_features": 4}),
+    "instance, running": (lambda: nn.InstanceNorm2d(8, track_running_stats=True), {"num_features": 4}),
+    "batch": (lambda: nn.BatchNorm2d(8, affine=False), {"num_features": 4}),
+    "batch, of the batch": (lambda: nn.BatchNorm2d(8, affine=False, track_running_stats=False), {"num_features": 4}),
+}
+
+
+def normed_net(norm: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), norm, nn.ReLU(), nn.Conv2d(8, 2, 1)).double().eval()
+
+
+@pytest.mark.parametrize("kind", BARE)
+@pytest.mark.filterwarnings("error")  # an instance norm warns where its number is not that of the channels
+def test_norms_without_parameters_keep_the_number_that_is_left(kind: str) -> None:
+    build, numbers = BARE[kind]
+    net, x = normed_net(build()), SMALL.double()
+    graph = channel_graph(net, (x,))
+    mask_channels_(net, graph, [np.arange(g.channels) % 2 == 0 for g in graph.groups])
+    with torch.no_grad():
+        wanted = net(x)
+    removal = remove(net, x)
+    assert removal.refused == {}
+    assert net[0].out_channels == 4
+    assert {name: getattr(net[1], name) for name in numbers} == numbers
+    assert moved(net, x, wanted) <= 1e-9
+    assert net.train()(x).shape == (2, 2, 6, 6)
+
+
+def test_a_norm_that_is_called_on_two_streams_keeps_its_number_and_is_refused_where_it_counts() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.norm = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.GroupNorm(4, 8, affine=False)
+            self.c, self.d = nn.Conv2d(8, 2, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.norm(self.a(x))) + self.d(self.norm(self.b(x)))
+
+    net, x = Twice().double(), SMALL.double()
+    with torch.no_grad():
+        net.c.weight[:, :2] = 0
+        wanted = net(x)
+    removal = remove(net, x)
+    assert removal.removed == {}
+    assert list(removal.refused) == ["a.weight"]
+    assert net.norm.num_groups == 4
+    assert moved(net, x, wanted) == 0
+
+
+# --- exact=False -------------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Pre-norm, with a stream of eight and a hidden layer of sixteen."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = norm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+
+
+class WrittenOut(nn.Module):
+    """A root-mean-square norm as models write it themselves."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+STREAMS: dict[str, Any] = {
+    "layer": nn.LayerNorm,
+    "layer, bare": lambda n: nn.LayerNorm(n, elementwise_affine=False),
+    "rms": nn.RMSNorm,
+    "rms, bare": lambda n: nn.RMSNorm(n, elementwise_affine=False),
+    "rms, written out": WrittenOut,
+}
+
+
+def stream(norm: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), Block(norm), Block(norm), norm(8), nn.Linear(8, 3)).double().eval()
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_a_normed_stream_goes_only_where_outputs_may_move(kind: str) -> None:
+    net, x = stream(STREAMS[kind]), torch.randn(4, 7, 5, dtype=torch.float64)
+    graph = channel_graph(net, (x,), exact=False)
+    mask_channels_(net, graph, [np.arange(g.channels) != 1 for g in graph.groups])
+    exact = channel_graph(net, (x,))
+    assert "0.weight" not in [g.name for g in exact.groups]
+    assert "0.weight" in [g.name for g in graph.groups]
+    with torch.no_grad():
+        wanted = net(x)
+    copied = copy.deepcopy(net)
+    assert "0.weight" not in remove(copied, x, measure=False).removed
+    assert moved(copied, x, wanted) <= 1e-9
+    removal = remove(net, x, exact=False, measure=False)
+    assert removal.removed["0.weight"] == (8, 7)
+    assert removal.refused == {}
+    assert net[0].weight.shape == (7, 5)
+    assert net[1].norm(torch.zeros(2, 7, dtype=torch.float64)).shape == (2, 7)
+    if hasattr(net[1].norm, "normalized_shape"):
+        assert net[1].norm.normalized_shape == (7,)
+    difference = moved(net, x, wanted)
+    assert 1e-4 < difference <= removal.difference < 1
+    assert f"outputs moved by at most {removal.difference:.1e} of their scale, as was allowed (exact=False)" in str(removal)
+
+
+def test_a_group_norm_of_one_group_loses_channels_only_where_outputs_may_move() -> None:
+    net, x = normed_net(nn.GroupNorm(1, 8)), SMALL.double()
+    assert channel_graph(net, (x,)).groups == ()
+    graph = channel_graph(net, (x,), exact=False)
+    mask_channels_(net, graph, [np.arange(8) != 3])
+    removal = remove(net, x, exact=False)
+    assert removal.removed == {"0.weight": (8, 7)}
+    assert (net[1].num_groups, net[1].num_channels) == (1, 7)
+    assert 0 < removal.difference < 1
+
+
+def test_group_norms_lose_whole_groups_where_that_is_as_much() -> None:
+    net, x = normed_net(nn.GroupNorm(4, 8)), SMALL.double()
+    (group,) = channel_graph(net, (x,), exact=False).groups
+    assert group.channels == 4
+
+
+def test_what_the_model_fails_without_stays_where_outputs_may_move() -> None:
+    net = HardCoded()
+    x = torch.randn(4, 5)
+    graph = channel_graph(net, (x,), exact=False)
+    mask_channels_(net, graph, half_of(graph))
+    removal = remove(net, x, exact=False)
+    assert list(removal.refused) == ["b.weight"]
+    assert removal.removed == {"a.weight": (8, 4)}
+
+
+def test_a_nan_is_no_movement() -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.b(y) * torch.tensor(y.shape[-1] - 7.5).sqrt()  # of a negative number without one of them
+
+    net = Root()
+    with torch.no_grad():
+        net.b.weight[:, 2] = 0
+    before = snapshot(net)
+    removal = remove(net, torch.randn(4, 5), exact=False)
+    assert removal.refused == {"a.weight": "an output would be NaN or infinite: it is not silent"}
+    assert_unchanged(net, before)
+
+
+NORMED: dict[str, tuple[Any, float]] = {  # share of the parameters left at most, without a quarter of the channels
+    "convnext": (
+        lambda: models.ConvNeXt([models.convnext.CNBlockConfig(16, 32, 1), models.convnext.CNBlockConfig(32, None, 2)]),
+        0.85,
+    ),
+    "vit": (lambda: models.VisionTransformer(32, 8, 2, 4, 32, 64, num_classes=10), 0.75),
+}
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_torchvisions_normed_nets_lose_their_streams_where_outputs_may_move(name: str) -> None:
+    build, left = NORMED[name]
+    torch.manual_seed(0)
+    net = lively(build().double())
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    graph = channel_graph(net, (x,), exact=False)
+    mask_channels_(net, graph, [np.arange(g.channels) % 4 != 1 for g in graph.groups])
+    with torch.no_grad():
+        wanted = net(x)
+    removal = remove(net, x, exact=False, measure=False)
+    assert removal.refused == {}
+    assert removal.parameters[1] <= left * removal.parameters[0]
+    assert 0 < moved(net, x, wanted) <= removal.difference < 0.5
+    assert channel_graph(net, (x,)).groups
+
+
+# --- copies ------------------------------------------------------------------------------------------------------------------
+
+
+def test_copies_lose_the_same_channels() -> None:
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    average = torch.optim.swa_utils.AveragedModel(net)
+    with torch.no_grad():
+        net[2].weight[:, 2] = 0
+    whole = average.module[0].weight.detach().clone()
+    removal = remove(net, torch.randn(4, 5), copies=[average])
+    assert removal.removed == {"0.weight": (8, 7)}
+    assert torch.equal(average.module[0].weight, whole[[0, 1, 3, 4, 5, 6, 7]])
+    average.update_parameters(net)
+
+
+def test_a_copy_of_another_structure_is_refused_and_nothing_changes() -> None:
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        net[2].weight[:, 2] = 0
+    before = snapshot(net)
+    with pytest.raises(ValueError, match="copies"):
+        remove(net, torch.randn(4, 5), copies=nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 3)))
+    assert_unchanged(net, before)
+
+
+def test_attention_that_is_the_model_itself_is_refused_with_the_repair() -> None:
+    class Own(nn.MultiheadAttention):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x, x, x, need_weights=False)[0]
+
+    attention, x = Own(8, 4, batch_first=True).eval(), torch.randn(2, 5, 8)
+    graph = channel_graph(attention, (x,))
+    mask_channels_(attention, graph, [np.arange(g.channels) != 1 for g in graph.groups])
+    before = snapshot(attention)
+    removal = remove(attention, x)
+    assert removal.removed == {}
+    assert "put the attention into an nn.Sequential" in removal.refused["in_proj_weight"]
+    assert_unchanged(attention, before)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 from fastai.optimizer import Adam as FastaiAdam
 from torch import Tensor, nn
 
+from fasterai.prune import surgery
 from fasterai.prune.graph import channel_graph
 from fasterai.prune.plan import Plan, make_plan
-from fasterai.prune.surgery import Surgery
+from fasterai.prune.surgery import Surgery, apply_plan_, operate
 
 
 def small_net() -> nn.Sequential:
@@ -127,11 +129,11 @@ def test_undo_brings_everything_back(kind: str) -> None:
     net(X).sum().backward()
     plan = plan_for(net)
     before = picture(net, optimizer)
-    surgery = Surgery(net, plan, optimizer)
+    done = Surgery(net, plan, optimizer)
     assert not same(before, picture(net, optimizer))
-    surgery.undo()
+    done.undo()
     assert same(before, picture(net, optimizer))
-    surgery.undo()
+    done.undo()
     assert same(before, picture(net, optimizer))
 
 
@@ -184,11 +186,11 @@ def test_attention_is_replaced_and_put_back() -> None:
         (("a.out_proj", "in_features", 8, 4),),
         {"a": 2},
     )
-    surgery = Surgery(net, plan)
+    done = Surgery(net, plan)
     assert (type(net["a"]).__name__, net["a"].num_heads, net["a"].out_proj.in_features) == ("SlimMultiheadAttention", 2, 4)
     x = torch.randn(2, 3, 8)
     assert net["a"](x, x, x)[0].shape == (2, 3, 8)
-    surgery.undo()
+    done.undo()
     assert net["a"] is attention
     assert (attention.num_heads, attention.in_proj_weight.shape) == (4, (24, 8))
 
@@ -206,13 +208,122 @@ def test_a_plan_for_another_model_is_refused_by_name() -> None:
     assert same(before, dict(other.state_dict()))
 
 
-def test_a_surgery_that_fails_on_the_way_leaves_nothing_behind() -> None:
+def test_a_surgery_that_fails_on_the_way_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     net = small_net()
     optimizer = OPTIMIZERS["sgd"](list(net.parameters()))
     train(net, optimizer)
     plan = plan_for(net)
-    broken = Plan(plan.shapes, plan.keep, (*plan.attributes, ("9", "width", 4, 2)), {})
     before = picture(net, optimizer)
-    with pytest.raises(AttributeError, match="9"):
-        Surgery(net, broken, optimizer)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no more memory")
+
+    monkeypatch.setattr(surgery, "_set", fail)
+    with pytest.raises(RuntimeError, match="no more memory"):
+        Surgery(net, plan, optimizer)
     assert same(before, picture(net, optimizer))
+
+
+def test_what_was_undone_is_done_again_without_cutting_anew() -> None:
+    net = small_net()
+    optimizer = OPTIMIZERS["adam"](list(net.parameters()))
+    train(net, optimizer)
+    done = Surgery(net, plan_for(net), optimizer)
+    small, addresses = picture(net, optimizer), [p.data_ptr() for p in net.parameters()]
+    with done.undone():
+        assert net[0].weight.shape == (4, 3, 3, 3)
+    assert same(small, picture(net, optimizer))
+    assert [p.data_ptr() for p in net.parameters()] == addresses
+    done.redo()
+    assert same(small, picture(net, optimizer))
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_loss_that_is_still_held_does_not_stand_in_the_way_of_training(kind: str) -> None:
+    """It keeps alive what gathers the gradients, with the shapes that they had."""
+    net = small_net()
+    optimizer = OPTIMIZERS[kind](list(net.parameters()))
+    loss = net(X).square().sum()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    Surgery(net, plan_for(net), optimizer)
+    train(net, optimizer)
+    assert loss.grad_fn is not None
+    assert net[0].weight.shape == (2, 3, 3, 3)
+
+
+def test_buffers_that_two_modules_share_stay_shared() -> None:
+    net = nn.Sequential(*small_net(), nn.Identity())
+    net[-1].register_buffer("mean", net[1].running_mean)
+    Surgery(net, plan_for(net))
+    assert net[-1].mean is net[1].running_mean
+    assert net[1].running_mean.shape == (2,)
+
+
+def test_attention_that_two_modules_share_stays_shared() -> None:
+    attention = nn.MultiheadAttention(8, 4, batch_first=True)
+    net = nn.ModuleDict({"a": attention, "b": nn.ModuleList([attention])})
+    rows = np.array([0, 1, 4, 5])
+    in_rows = np.concatenate([rows, rows + 8, rows + 16])
+    keep = {("a.in_proj_weight", 0): in_rows, ("a.in_proj_bias", 0): in_rows, ("a.out_proj.weight", 1): rows}
+    shapes = {"a.in_proj_weight": (24, 8), "a.in_proj_bias": (24,), "a.out_proj.weight": (8, 8)}
+    done = Surgery(net, Plan(shapes, keep, (("a.out_proj", "in_features", 8, 4),), {"a": 2}))
+    assert net["a"] is net["b"][0] is not attention
+    done.undo()
+    assert net["a"] is net["b"][0] is attention
+
+
+# --- copies ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_carried_out_on_a_moving_average() -> None:
+    net = small_net()
+    average = torch.optim.swa_utils.AveragedModel(net)
+    with torch.no_grad():
+        net[0].weight.add_(1.0)
+    average.update_parameters(net)
+    optimizer = OPTIMIZERS["adam"](list(average.module.parameters()))
+    plan, whole = plan_for(net), average.module[0].weight.detach().clone()
+    Surgery(net, plan)
+    apply_plan_(average, plan, optimizer=optimizer)
+    assert torch.equal(average.module[0].weight, whole[[0, 2]])
+    average.update_parameters(net)
+    assert average(X).shape == (2, 2)
+
+
+def test_either_all_copies_are_cut_or_none() -> None:
+    net, twin, other = small_net(), small_net(), nn.Sequential(nn.Linear(3, 2))
+    plan, optimizer = plan_for(net), OPTIMIZERS["adam"](list(net.parameters()))
+    train(net, optimizer)
+    before = picture(net, optimizer), copy.deepcopy(twin.state_dict())
+    with pytest.raises(ValueError, match=r"copies must be models of the same structure, got copies\[1\] where plan must be"):
+        operate(net, plan, optimizer, [twin, other])
+    assert same(before, (picture(net, optimizer), dict(twin.state_dict())))
+    operate(net, plan, optimizer, [twin])
+    assert twin[0].weight.shape == net[0].weight.shape == (2, 3, 3, 3)
+
+
+PLANS: dict[str, tuple[Any, str]] = {
+    "carried out": (lambda p: p, r"where 0\.weight is \(4, 3, 3, 3\), here \(2, 3, 3, 3\)"),
+    "indices": (lambda p: replace(p, keep={("0.weight", 0): np.array([0, 4])}), r"that keeps indices of 0\.weight which are"),
+    "no indices": (lambda p: replace(p, keep={("0.weight", 0): np.array([], int)}), r"that keeps indices of 0\.weight which"),
+    "a dimension": (lambda p: replace(p, keep={("0.bias", 1): np.array([0])}), r"that keeps indices of 0\.bias which are not"),
+    "no module": (lambda p: replace(p, attributes=(("9", "width", 4, 2),)), r"that sets 9\.width, which it has not"),
+    "a number": (lambda p: replace(p, attributes=(("0", "groups", 4, 2),)), r"where 0\.groups is 4, here 1"),
+    "heads": (lambda p: replace(p, slim={"0": 2}), r"that takes heads from 0, which is no nn\.MultiheadAttention here"),
+    "own heads": (lambda p: replace(p, slim={"": 2}), r"that takes heads from the model itself; put the attention into"),
+}
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_plans_that_do_not_fit_are_refused_before_anything_changes(kind: str) -> None:
+    change, match = PLANS[kind]
+    net = small_net()
+    plan = change(plan_for(net))
+    if kind == "carried out":
+        Surgery(net, plan)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=f"plan must be for this model, got one {match}"):
+        apply_plan_(net, plan)
+    assert same(dict(before), dict(net.state_dict()))

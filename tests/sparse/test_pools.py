@@ -15,7 +15,7 @@ from fasterai.core.granularities import Coupled
 from fasterai.core.types import Evidence
 from fasterai.prune.graph import channel_graph
 from fasterai.prune.removal import remove, silent_channels
-from fasterai.sparse.pools import TargetPool, channel_pools
+from fasterai.sparse.pools import TargetPool, WeightScores, channel_pools
 from fasterai.sparse.sparsifier import Sparsifier
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -82,7 +82,7 @@ def test_a_channel_counts_the_weights_of_all_its_slices():
 @pytest.mark.parametrize("reducer", ["sum", "mean"])
 def test_a_channel_scores_by_its_slices(over, function, reducer):
     model = residual()
-    found = pools_of(model, over=over)["stem.weight"].score(magnitude, reducer)
+    found = pools_of(model, over=over)["stem.weight"].score(WeightScores(magnitude, reducer))
     w = {n: p.detach().abs().numpy() for n, p in model.named_parameters()}
     per_slice = np.sum if reducer == "sum" else np.mean
     slices = [
@@ -99,7 +99,7 @@ def test_heads_score_and_round_as_heads():
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0).eval()
     pools = pools_of(layer, torch.randn(2, 5, 16))
     heads = next(p for p in pools.values() if p.count == 4)
-    assert heads.score(magnitude, "sum").shape == (4,)
+    assert heads.score(WeightScores(magnitude, "sum")).shape == (4,)
     assert heads.step(8) == 2, "two heads of four indices each are a multiple of 8"
     hidden = next(p for p in pools.values() if p.count == 32)
     assert (hidden.step(None), hidden.step(1), hidden.step(4)) == (8, 1, 4)
@@ -360,7 +360,7 @@ def test_a_target_pool_is_the_units_of_its_target():
     pools = sparsifier._keeper.pools
     assert all(isinstance(p, TargetPool) for p in pools)
     assert [p.count for p in pools] == [6, 4, 6]
-    assert [p.score(large_final_of, "sum").shape for p in pools] == [(6, 1, 1, 1), (4, 1, 1, 1), (6, 1, 1, 1)]
+    assert [p.score(WeightScores(large_final_of, "sum")).shape for p in pools] == [(6, 1, 1, 1), (4, 1, 1, 1), (6, 1, 1, 1)]
 
 
 def large_final_of(target):

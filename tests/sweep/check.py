@@ -139,7 +139,7 @@ def randomize_(model: nn.Module, inputs: Inputs) -> None:
 def _unlike(parameter: Tensor, name: str, dice: torch.Generator) -> None:
     """A norm's parameter, or one whose numbers are all the same, gets others: in (0.5, 1.5) if it is a scale, else around 0."""
     noise = torch.rand(parameter.shape, generator=dice, dtype=torch.float64).to(parameter)
-    is_bias = name.endswith("bias") or parameter.dim() == 2 or parameter.dim() > 2 and not parameter.any()
+    is_bias = name.endswith("bias") or parameter.dim() == 2 or (parameter.dim() > 2 and not parameter.any())
     parameter.copy_((noise - 0.5) * 0.4 if is_bias else noise + 0.5)
 
 
@@ -161,14 +161,21 @@ def _rescaled(module: nn.Module, given: Any, result: Any, seen: set[int], dice: 
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
         _fit_statistics(module, given[0], dice)
     elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd) or type(module).__name__ == "Conv1D":
-        scale = result.std(unbiased=False) if result.numel() > 1 else result.abs().max()
-        if not scale > 1e-6:
-            return None
-        for parameter in module.parameters(recurse=False):
-            parameter.div_(scale)
+        _fit_weight(module, given)
     else:
         return None
     return type(module).forward(module, *given)
+
+
+def _fit_weight(module: Any, given: Any) -> None:
+    kept = None if module.bias is None else module.bias.clone()
+    if kept is not None:
+        module.bias.zero_()
+    scale = type(module).forward(module, *given).std(unbiased=False)
+    if scale > 1e-9:
+        module.weight.div_(scale)
+    if kept is not None:
+        module.bias.copy_(kept)
 
 
 def _fit_statistics(module: Any, x: Tensor, dice: torch.Generator) -> None:

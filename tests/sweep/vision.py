@@ -26,9 +26,8 @@ def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """A network, of detectors its backbone, and an image."""
     if name in DETECTION:
         detector: Any = getattr(torchvision.models.detection, name)(weights=None, weights_backbone=None)
-        return detector.backbone, (
-            torch.randn(1, 3, 300 if name == "ssd300_vgg16" else 128, 128 if name != "ssd300_vgg16" else 300),
-        )
+        side = 300 if "300" in name else 320 if "320" in name else 128
+        return detector.backbone, (torch.randn(1, 3, side, side),)
     if name in SEGMENTATION:
         return getattr(torchvision.models.segmentation, name)(weights=None, weights_backbone=None), (torch.randn(1, 3, 96, 96),)
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}

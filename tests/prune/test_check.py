@@ -1,0 +1,212 @@
+"""How much may go: everything sound, found in few trial runs, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fasterai.prune import check
+from fasterai.prune.check import largest_sound
+from fasterai.prune.graph import channel_graph
+from fasterai.prune.removal import remove, silent_channels
+
+X = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+
+
+class Shifted(nn.Module):
+    """Some of the silent channels are not: something is added to them behind the layer."""
+
+    def __init__(self, channels: int, bad: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(5, channels), nn.Linear(channels, 3)
+        shift = torch.zeros(channels)
+        shift[list(bad)] = 0.5
+        self.shift = nn.Buffer(shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b((self.a(x) + self.shift).relu())
+
+
+def shifted(channels: int, silent: Any, bad: Any) -> Shifted:
+    net = Shifted(channels, bad)
+    with torch.no_grad():
+        net.a.weight[list(silent)], net.a.bias[list(silent)] = 0, 0
+        net.b.weight.abs_().add_(0.1)
+    return net.double()
+
+
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with each trial."""
+    counted: list[int] = []
+    original = check._Trials._run
+
+    def counting(self: Any, *arguments: Any) -> Any:
+        counted.append(1)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(check._Trials, "_run", counting)
+    return counted
+
+
+@pytest.mark.parametrize("bad", [(3,), (0, 31), (7, 8, 9)])
+def test_the_silent_channels_of_a_group_go_without_those_that_are_not(bad: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = range(32)
+    net, x = shifted(40, silent, bad), X.double()
+    with torch.no_grad():
+        wanted = net(x)
+    counted = runs(monkeypatch)
+    removal = remove(net, x, measure=False)
+    assert removal.removed == {"a.weight": (40, 8 + len(bad))}
+    assert removal.stayed == {"a.weight": bad}
+    listed = ", ".join(map(str, bad))
+    assert f"{len(bad)} of its 32 silent channels stay ({listed}): the outputs would move by" in removal.refused["a.weight"]
+    assert "not tried" not in removal.refused["a.weight"]
+    assert len(counted) <= 1 + 2 * 5 * len(bad)  # log2(32) = 5
+    assert net.a.weight.shape == (8 + len(bad), 5)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), wanted, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sets(st.integers(0, 15), min_size=1), st.sets(st.integers(0, 15), max_size=4))
+def test_what_goes_is_silent_and_what_is_silent_goes(silent: set[int], bad: set[int]) -> None:
+    net, x = shifted(20, silent, bad), X.double()
+    graph = channel_graph(net, (x,))
+    sound = largest_sound(net, graph, [~s for s in silent_channels(net, graph)], (x,))
+    (kept,) = sound.kept
+    assert not set(np.flatnonzero(~kept)) - (silent - bad)
+    if len(silent) <= 8 or len(silent & bad) <= 1:  # else the bound may be reached
+        assert set(np.flatnonzero(~kept)) == silent - bad
+        assert set(sound.stayed.get("a.weight", ())) == silent & bad
+
+
+def test_where_all_fail_the_search_ends_early_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = shifted(64, range(48), range(48))
+    counted = runs(monkeypatch)
+    removal = remove(net, X.double(), measure=False)
+    assert removal.removed == {}
+    assert len(removal.stayed["a.weight"]) == 48
+    assert len(counted) == 1 + check.GIVE_UP
+    assert "it is not silent; 48 of them were not tried alone, after 15 trial runs" in removal.refused["a.weight"]
+
+
+def test_many_bad_channels_cost_no_more_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = set(range(0, 128, 3))
+    net, x = shifted(130, range(128), bad), X.double()
+    counted = runs(monkeypatch)
+    removal = remove(net, x, measure=False)
+    assert len(counted) <= 1 + 8 * (1 + 7)  # log2(128) = 7
+    assert bad <= set(removal.stayed.get("a.weight", range(128)))
+    with torch.no_grad():
+        assert net(x).shape == (4, 3)
+
+
+class HardCoded(nn.Module):
+    """A size in its code, so that nothing of the group can go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 32), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu().view(-1, 32))
+
+
+def test_where_the_model_fails_its_channels_are_not_tried_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = HardCoded()
+    with torch.no_grad():
+        net.b.weight[:, :16] = 0
+    counted = runs(monkeypatch)
+    removal = remove(net, X)
+    assert "the model fails without them: RuntimeError" in removal.refused["a.weight"]
+    assert removal.stayed == {"a.weight": tuple(range(16))}
+    assert len(counted) == 2  # as it is, and with the model's own numbers changed
+
+
+class OwnWidth(nn.Module):
+    """Keeps the width of its stream as a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_dim = 8
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu().view(-1, self.hidden_dim))
+
+
+def test_a_models_own_width_follows_where_the_model_needs_it() -> None:
+    net = OwnWidth()
+    with torch.no_grad():
+        net.b.weight[:, 2] = 0
+    removal = remove(net, X)
+    assert removal.removed == {"a.weight": (8, 7)}
+    assert net.hidden_dim == 7
+    assert ("", "hidden_dim", 8, 7) in removal.plan.attributes
+
+
+def test_the_difference_is_that_of_the_whole_that_goes() -> None:
+    net = shifted(16, range(8), (2,)).float()
+    graph = channel_graph(net, (X,))
+    with torch.no_grad():
+        wanted = net(X)
+    removal = remove(net, X, measure=False)
+    with torch.no_grad():
+        moved = float((net(X) - wanted).abs().max() / wanted.abs().max())
+    assert len(graph.groups) == 1
+    assert removal.difference <= 1e-5
+    assert removal.difference >= moved or math.isclose(removal.difference, moved, rel_tol=0.5)
+
+
+class Whole(nn.Module):
+    """Its output is whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).sigmoid()).argmax(1)
+
+
+def test_outputs_of_whole_numbers_are_compared_as_well() -> None:
+    torch.manual_seed(0)
+    net = Whole()
+    with torch.no_grad():
+        net.a.weight[2], net.a.bias[2] = 0, 0
+        net.b.weight[:, 2] = torch.tensor([0.0, 0.0, 50.0])
+        net.b.bias.copy_(torch.tensor([9.0, 0.0, 0.0]))
+        wanted = net(X)
+    removal = remove(net, X)
+    assert list(removal.refused) == ["a.weight"]
+    assert torch.equal(net(X), wanted)
+
+
+class Counting(nn.Module):
+    """Counts its calls, and writes into its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.calls = nn.Buffer(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.b(self.a(x.relu_()).relu())
+
+
+def test_neither_buffers_nor_inputs_are_changed_by_the_trials() -> None:
+    net, x = Counting(), X.clone()
+    with torch.no_grad():
+        net.b.weight[:, 2] = 0
+    remove(net, x)
+    assert net.calls == 0
+    assert torch.equal(x, X)
