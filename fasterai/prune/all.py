@@ -11,6 +11,7 @@ from fasterai.prune.plan import Plan
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import Removal, remove
 from fasterai.prune.small import load_small, save_small
+from fasterai.prune.surgery import apply_plan_
 
 __all__ = [
     *_core.__all__,
@@ -20,6 +21,7 @@ __all__ = [
     "Plan",
     "Pruner",
     "Removal",
+    "apply_plan_",
     "attach",
     "channel_graph",
     "load_small",

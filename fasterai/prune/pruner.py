@@ -19,7 +19,7 @@ from fasterai.core.cuts import Cut, follow
 from fasterai.core.granularities import Coupled
 from fasterai.core.loop import Batch
 from fasterai.core.schedules import Schedule, as_schedule, lin
-from fasterai.core.selection import Scores
+from fasterai.core.selection import Scores, TensorScores
 from fasterai.core.targets import all_targets, find_targets, resolve, unwrap
 from fasterai.core.types import Limits
 from fasterai.prune.admission import check_whole, positional
@@ -27,7 +27,7 @@ from fasterai.prune.budget import Budget, fit_budget
 from fasterai.prune.copies import Copies
 from fasterai.prune.graph import ChannelGraph, channel_graph
 from fasterai.prune.labels import Flags
-from fasterai.prune.removal import Removal, mask_channels_, removable, remove_channels
+from fasterai.prune.removal import Removal, mask_channels_, removable, remove_channels, silent_channels
 from fasterai.sparse.evidence import Source
 from fasterai.sparse.pools import OVER, ChannelPool, by_pool, channel_pools
 from fasterai.sparse.scoring import Scorer
@@ -203,14 +203,12 @@ class Pruner:
         return resolve(ratios, targets, "pruning_ratio's keys")
 
     def _choose(self, graph: ChannelGraph, share: float) -> list[Flags]:
-        scores = self._scorer(self.model, self._pools, {})
+        scores = _silent_first(self._scorer(self.model, self._pools, {}), silent_channels(self.model, graph))
         if isinstance(self.pruning_ratio, Budget):
             left = 1 - share * (1 - self.pruning_ratio.share)
             shares: dict[str, Any] = {self.pruning_ratio.kind: left, "batch": self.pruning_ratio.batch}
             budget = Budget(**shares)
-            return fit_budget(
-                self.model, graph, self.inputs, lambda s: self._keep(scores, self.context, s), budget, self.dense
-            )
+            return fit_budget(self.model, graph, self.inputs, lambda s: self._keep(scores, self.context, s), budget, self.dense)
         return self._keep(scores, *self._to_prune(self.pruning_ratio, share))
 
     def _keep(self, scores: Sequence[Scores], context: Context, sparsity: float) -> list[Flags]:
@@ -242,6 +240,14 @@ class Pruner:
                 parameter.copy_(weights)
             mask_channels_(self.model, graph, chosen)
         return chosen, refused
+
+
+def _silent_first(scores: Sequence[Scores], silent: Sequence[Flags]) -> list[Scores]:
+    """The scores with channels that are silent already below all others: without them the outputs stay as they are."""
+    values = [s.tensor() for s in scores]
+    below = min(float(v.min()) for v in values) - 1
+    flags = [torch.as_tensor(f, device=v.device) for f, v in zip(silent, values, strict=True)]
+    return [TensorScores(s.name, v.masked_fill(f, below)) for s, v, f in zip(scores, values, flags, strict=True)]
 
 
 def check_context(context: Context | str, ratio: Ratio) -> Context:

@@ -1,8 +1,10 @@
 import copy
 import pickle
+import random
 from contextlib import nullcontext
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from fastai.callback.all import EarlyStoppingCallback, GradientAccumulation, ReduceLROnPlateau, SaveModelCallback
@@ -11,8 +13,10 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
 from fastai.optimizer import SGD, Adam, OptimWrapper
 from fastai.tabular.all import Normalize, TabularDataLoaders, tabular_learner
+from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -52,7 +56,14 @@ def silent(log) -> None:
 
 
 def learner(path, model: nn.Module | None = None, opt_func=Adam, **options) -> Learner:
-    learn = Learner(dls(), model or net(), loss_func=CrossEntropyLossFlat(), opt_func=opt_func, path=path, **options)
+    learn = Learner(
+        options.pop("data", None) or dls(),
+        model or net(),
+        loss_func=CrossEntropyLossFlat(),
+        opt_func=opt_func,
+        path=path,
+        **options,
+    )
     if hasattr(learn, "progress"):
         learn.remove_cb(learn.progress)
     learn.logger = silent
@@ -170,6 +181,34 @@ def test_gradient_accumulation_moves_channels_only_at_steps(tmp_path):
     learn.fit(1, cbs=[prune(), GradientAccumulation(16), widths])
     assert widths.seen[-1] == 5
     assert shapes(learn.model) == HALF
+
+
+def digits() -> DataLoaders:
+    sets = load_digits()
+    order = torch.randperm(len(sets.images), generator=torch.Generator().manual_seed(0))
+    x, y = (torch.as_tensor(sets.images, dtype=torch.float32)[order, None] / 16, torch.as_tensor(sets.target)[order])
+    train, valid = TensorDataset(x[:1297], y[:1297]), TensorDataset(x[1297:], y[1297:])
+    return DataLoaders(TfmdDL(train, bs=64, shuffle=True, num_workers=0), TfmdDL(valid, bs=250, num_workers=0), device="cpu")
+
+
+def block(inputs: int, outputs: int) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+def test_half_of_the_channels_of_a_network_that_reads_digits(tmp_path):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
+    model = nn.Sequential(*block(1, 16), *block(16, 32), nn.MaxPool2d(2), *block(32, 64), *head)
+    learn = learner(tmp_path, model, data=digits(), metrics=accuracy)
+    learn.fit_one_cycle(6, 3e-3, cbs=prune(schedule="agp"))
+    # 24058 at first: 9 + 2 for each of 16 channels, 16 x 9 + 2 for 32, 32 x 9 + 2 for 64, and 65 x 10. Now with 8, 16 and 32.
+    assert sum(p.numel() for p in model.parameters()) == 11 * 8 + (8 * 9 + 2) * 16 + (16 * 9 + 2) * 32 + 33 * 10
+    assert {id(p) for p in optimizers(learn)} == {id(p) for p in model.parameters()}
+    train_losses = [values[0] for values in learn.recorder.values]
+    assert train_losses == sorted(train_losses, reverse=True)
+    assert learn.validate()[1] > 0.9
 
 
 # --- the life of a callback ---------------------------------------------------------------------------------------------
@@ -362,8 +401,6 @@ def test_the_learning_rate_waits_anew_after_a_removal(tmp_path):
 
 @pytest.mark.parametrize("monitor", ["valid_loss", "accuracy"])
 def test_trackers_start_anew_in_either_direction(tmp_path, monitor):
-    from fastai.metrics import accuracy
-
     learn, seen = learner(tmp_path, metrics=accuracy), []
     tracker = TrackerCallback(monitor)
     after = Callback(after_step=lambda self: seen.append(tracker.best))

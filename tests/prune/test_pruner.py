@@ -6,11 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from fasterai.core.criteria import Criterion, large_final
-from fasterai.prune.graph import channel_graph
+from fasterai.analyze.cost import cost
+from fasterai.core import criteria
+from fasterai.core.criteria import Criterion
 from fasterai.core.granularities import Coupled
+from fasterai.prune.budget import Budget
+from fasterai.prune.graph import channel_graph
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.pools import WeightScores, channel_pools
+from fasterai.sparse.sparsifier import Sparsifier
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -179,3 +183,100 @@ def test_a_group_that_cannot_go_gets_its_weights_back():
     assert torch.equal(model.head.weight, head)
     assert torch.equal(model.b.bias, bias)
     assert (model.b.weight != 0).all()
+
+
+# --- any criterion, context and budget ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", criteria.__all__)
+def test_every_criterion_takes_the_asked_channels(name):
+    model = net()
+    batch = (X, torch.tensor([0, 3]))
+    pruner = Pruner(
+        model, 0.5, "global", name, example_inputs=X, data=[batch], loss=nn.functional.cross_entropy, iterative_steps=2
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    gone = []
+    for _ in range(2):
+        gone.append(sum(n - m for n, m in pruner.prune_model(measure=False).removed.values()))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    assert gone == [6, 6], "12 of 24 in two steps"
+    assert sum(now for _, now in pruner.channels.values()) == 12
+
+
+def test_earlier_weights_are_cut_with_the_model():
+    """The channels that have moved most stay, counted from where they were when the pruner was made."""
+    model = net()
+    pruner = Pruner(model, {"3": 0.5}, "local", "movement", example_inputs=X, iterative_steps=2)
+    with torch.no_grad():
+        model[3].weight[:4] += 10  # the first four of 16 move, and then the last four of what is left
+    pruner.prune_model(measure=False)
+    assert model[3].out_channels == 12
+    with torch.no_grad():
+        model[3].weight[-4:] += 10
+    pruner.prune_model(measure=False)
+    first, last = model[3].weight[:4].flatten(1).mean(1), model[3].weight[4:].flatten(1).mean(1)
+    assert (first > 5).all(), "they count as moved although the weights were cut in between"
+    assert (last > 5).all()
+
+
+@pytest.mark.parametrize("context", ["erk", "lamp"])
+def test_contexts_that_allocate(context):
+    pruner = Pruner(net(), 0.5, context, "large_final", example_inputs=X)
+    pruner.prune_model(measure=False)
+    assert sum(now for _, now in pruner.channels.values()) == 12
+
+
+@pytest.mark.parametrize(("budget", "count"), [(Budget(params=0.5), "params"), (Budget(macs=0.4), "macs")])
+def test_a_budget_stands_where_a_ratio_stands(budget, count):
+    model = net()
+    dense = cost(model, X)
+    Pruner(model, budget, "global", "large_final", example_inputs=X).prune_model(measure=False)
+    small = cost(model, X)
+    share = small.macs / dense.macs if count == "macs" else small.parameters / dense.parameters
+    # A single channel of this tiny network costs up to 6 % of it.
+    assert budget.share - 0.07 < share <= budget.share
+
+
+def test_a_budget_is_of_the_first_model_over_several_steps():
+    model = net()
+    dense = cost(model, X).parameters
+    pruner = Pruner(model, Budget(params=0.4), "global", "large_final", example_inputs=X, iterative_steps=3)
+    left = [pruner.prune_model(measure=False).parameters[1] / dense for _ in range(3)]
+    assert all(wanted - 0.07 < share <= wanted for share, wanted in zip(left, (0.8, 0.6, 0.4), strict=True)), left
+
+
+def test_the_ratio_one_leaves_a_channel_of_each_group():
+    model = net()
+    Pruner(model, 1.0, "local", "large_final", example_inputs=X).prune_model(measure=False)
+    assert (model[0].out_channels, model[3].out_channels) == (1, 1)
+    assert model(X).shape == (2, 5)
+
+
+@pytest.mark.parametrize(("ratio", "left"), [(0.9, 1), (0.3, 6), (0.0, 8)])
+def test_small_groups_are_pruned_to_the_channel(ratio, left):
+    model = net()
+    Pruner(model, {"0": ratio}, "local", "large_final", example_inputs=X).prune_model(measure=False)
+    assert model[0].out_channels == left
+
+
+def test_big_groups_keep_multiples_of_eight_unless_told_otherwise():
+    for round_to, left in ((None, 40), (1, 36), (16, 48)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 4, 1)).eval()
+        Pruner(model, 0.44, "local", "large_final", example_inputs=X, round_to=round_to).prune_model(measure=False)
+        assert model[0].out_channels == left
+
+
+def test_a_masked_model_is_pruned_without_a_further_move():
+    """What filters were sparsified before goes first, and nothing else does, so the outputs stay."""
+    model = net()
+    Sparsifier(model, "filter", "local", "large_final", example_inputs=X, targets=["0", "3"]).sparsify_model(0.5)
+    before = model(X)
+    Pruner(model, 0.5, "local", "large_final", example_inputs=X).prune_model(measure=False)
+    assert (model[0].out_channels, model[3].out_channels) == (4, 8)
+    assert torch.allclose(model(X), before, rtol=0, atol=1e-5 * float(before.abs().max()))

@@ -158,8 +158,8 @@ def test_nothing_is_left_behind() -> None:
     assert model[0].out_channels == 8
 
 
-def test_time_is_the_median_of_passes_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The small model takes 1 of 4 seconds; one pass in five of the dense is disturbed."""
+def test_time_is_that_of_undisturbed_passes_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small model takes 1 of 4 seconds; of the passes of either five in seven are disturbed, up to a hundred times."""
     model, calls = mlp(), []
     monkeypatch.setattr(shares, "SECONDS", 0.0)
 
@@ -169,7 +169,8 @@ def test_time_is_the_median_of_passes_in_turns(monkeypatch: pytest.MonkeyPatch) 
         assert not one.training
         assert inputs[0].shape == (1, 4)
         calls.append("small" if small else "dense")
-        return 1.0 if small else 4.0 * (100 if len(calls) % 5 == 0 else 1)
+        round_ = (len(calls) - 1) // 2 - shares.WARM_UP
+        return (1.0 if small else 4.0) * (1 if round_ % 7 in ((1, 4) if small else (2, 5)) else 10.0 + 90 * small)
 
     monkeypatch.setattr(shares, "_seconds", seconds)
     torch.set_num_threads(2)
