@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import fasterai
 from fasterai.cli import output, pictures
 from fasterai.cli.data import Data
 from fasterai.cli.errors import UsageError, told_as_usage
+from fasterai.cli.small import WHOLE_CHANNELS, make_small
+from fasterai.cli.tables import epoch_line, small_line
 from fasterai.cli.training import Recipe, Training
 from fasterai.sparse.sparsifier import Sparsifier
 
@@ -71,13 +74,12 @@ def compare(job: Job) -> dict[str, Any]:
             training.load_state_dict(checkpoint["state"])
             print(f"{stage}: going on after epoch {len(training.history)} of {job.recipe.epochs}", flush=True)
         while not training.is_done:
-            print(output.epoch_line(stage, training.run_epoch(), job.recipe.epochs, training.seconds), flush=True)
+            print(epoch_line(stage, training.run_epoch(), job.recipe.epochs, training.seconds), flush=True)
             _save(job, done, stage, training.state_dict())
         done[stage] = _finish(job, stage, training)
         _save(job, done, None, {})
-    report = _report(job, done)
-    pictures.write_training(report, job.folder / "training.png")
-    pictures.write_sparsity(report, job.folder / "sparsity.png")
+    report = _report(job, done) | {"small": _small(job)}
+    pictures.write_all(report, job.folder)
     output.write_report(report, job.folder)  # its presence says that the run is complete
     output.remove_checkpoint(job.folder)
     return report
@@ -141,7 +143,7 @@ def _finish(job: Job, stage: str, training: Training) -> dict[str, Any]:
     """Write a stage's weights; what the report says of it."""
     training.finish()
     sparsifier = training.sparsifier
-    output.save_weights(training.network, job.folder / f"{stage}.safetensors", job.data.classes)
+    output.save_weights(training.network, output.file_of(job.folder, stage), job.data.classes)
     if sparsifier is not None:
         output.save_masks(sparsifier, job.folder)
     parameters = dict(training.network.named_parameters())
@@ -153,6 +155,19 @@ def _finish(job: Job, stage: str, training: Training) -> dict[str, Any]:
         "weights": {name: p.numel() for name, p in parameters.items()},
         "sparsity": None if sparsifier is None else sparsifier.report().to_dict(),
     }
+
+
+def _small(job: Job) -> dict[str, Any] | None:
+    """What the report says of the small network; None where the axes leave no whole channels silent."""
+    if job.axes["granularity"] not in WHOLE_CHANNELS:
+        return None
+    networks = {}
+    for stage in job.stages:
+        networks[stage] = job.make_network().to(job.recipe.device)
+        networks[stage].load_state_dict(load_file(output.file_of(job.folder, stage)))
+    small = make_small(networks, job.data, job.recipe, job.folder)
+    print(small_line(small), flush=True)
+    return small
 
 
 def _report(job: Job, done: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,7 +184,7 @@ def _report(job: Job, done: Mapping[str, Any]) -> dict[str, Any]:
             {
                 "name": row["name"],
                 "shape": list(row["shape"]),
-                "weights": row["weights"],
+                "weights": done["sparse"]["weights"][row["name"]],
                 "units": row["units"],
                 "pruned": row["pruned"],
                 "zeros": {stage: record["zeros"][row["name"]] for stage, record in done.items()},

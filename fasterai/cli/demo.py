@@ -1,4 +1,4 @@
-"""L6. `fasterai demo`: dense against sparse on handwritten digits."""
+"""L6. `fasterai demo`: dense, sparse and small on handwritten digits."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from fasterai.cli.comparison import Job, compare
 from fasterai.cli.data import digits
 from fasterai.cli.errors import UsageError
 from fasterai.cli.networks import digits_network
-from fasterai.cli.output import holds_run, load_report, prepare_folder, remove_checkpoint, result_table
+from fasterai.cli.output import holds_run, load_report, prepare_folder, remove_checkpoint
+from fasterai.cli.tables import result_table
 from fasterai.cli.training import Recipe
 
 __all__ = ["run"]
 
 EPOCHS = 15
 AXES = {
-    "sparsity": 0.9,
-    "granularity": "weight",
-    "context": "global",
+    "sparsity": 0.75,
+    "granularity": "coupled",
+    "context": "local",
     "criteria": "large_final",
     "schedule": "one_cycle",
 }
@@ -38,7 +39,8 @@ def run(arguments: argparse.Namespace, epochs: int = EPOCHS) -> int:
     recipe = Recipe(epochs, 64, 5e-3, arguments.seed, torch.device("cpu"), crop=False, flip=False)
     data = digits(arguments.seed)
     known = {"arch": "digits CNN", "seed": arguments.seed, "epochs": epochs, "batch_size": 64, "lr": 5e-3, **AXES}
-    print(f"{len(data.train):,} digits to train on, {len(data.valid)} to test on; the same network dense, then sparse\n")
+    print(f"{len(data.train):,} digits to train on, {len(data.valid)} to test on")
+    print("the same network dense, then with three of four channels silenced on the way, then without these channels\n")
     with one_thread():
         report = compare(Job("demo", known, digits_network, AXES, data, recipe, folder))
     print(f"\n{result_table(report)}\n\nweights, masks, report and pictures: {folder}/")

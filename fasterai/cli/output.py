@@ -1,4 +1,4 @@
-"""L6. The run folder and what is printed."""
+"""L6. The run folder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from fasterai.cli.errors import UsageError
 from fasterai.sparse.sparsifier import Sparsifier
 
 __all__ = [
-    "epoch_line",
+    "file_of",
     "holds_run",
     "load_checkpoint",
     "load_report",
     "prepare_folder",
     "remove_checkpoint",
-    "result_table",
     "save_checkpoint",
     "save_masks",
     "save_weights",
@@ -45,6 +44,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def holds_run(folder: Path) -> bool:
     """Whether a run, complete or not, has written there."""
     return (folder / CHECKPOINT).exists() or (folder / REPORT).exists()
+
+
+def file_of(folder: Path, name: str) -> Path:
+    """Where a network's weights lie: `dense`, `sparse` or `small`."""
+    return folder / f"{name}.safetensors"
 
 
 def prepare_folder(folder: Path) -> None:
@@ -112,44 +116,3 @@ def load_report(folder: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise UsageError(f"cannot read {path} ({error}); take it away to begin anew") from error
     return found
-
-
-def epoch_line(stage: str, epoch: Mapping[str, float], epochs: int, seconds: float) -> str:
-    """One epoch in one line."""
-    line = f"{stage:6}  epoch {epoch['epoch']:>{len(str(epochs))}}/{epochs}  loss {epoch['loss']:.4f}"
-    return f"{line}  accuracy {epoch['accuracy']:7.2%}  sparsity {epoch['sparsity']:6.1%}  {seconds:7.1f} s"
-
-
-def result_table(report: Mapping[str, Any]) -> str:
-    """Dense and sparse side by side: accuracy, zeros per layer and overall, time."""
-    results = report["results"]
-    stages = list(results)
-    rows = [["", "weights", *(f"{stage} zeros" for stage in stages)]]
-    for layer in report["layers"]:
-        zeros = [_share(layer["zeros"][stage], layer["weights"]) for stage in stages]
-        rows.append([layer["name"], f"{layer['weights']:,}", *zeros])
-    targets = [sum(layer["zeros"][stage] for layer in report["layers"]) for stage in stages]
-    size = sum(layer["weights"] for layer in report["layers"])
-    rows.append(["all of these", f"{size:,}", *(_share(zeros, size) for zeros in targets)])
-    weights = next(iter(results.values()))["weights"]
-    whole = [_share(results[stage]["zeros"], weights) for stage in stages]
-    rows.append(["whole network", f"{weights:,}", *whole])
-    rows.append(["", "", *stages])
-    rows.append(["accuracy", "", *(f"{results[stage]['accuracy']:.2%}" for stage in stages)])
-    rows.append(["time", "", *(f"{results[stage]['seconds']:.1f} s" for stage in stages)])
-    return _table(rows, rules=(1, len(rows) - 5, len(rows) - 3, len(rows) - 2))
-
-
-def _share(zeros: int, weights: int) -> str:
-    return f"{zeros:,}  {zeros / max(1, weights):7.2%}"
-
-
-def _table(rows: Sequence[Sequence[str]], rules: Sequence[int]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for i, row in enumerate(rows):
-        if i in rules:
-            lines.append("-" * (sum(widths) + 3 * (len(widths) - 1)))
-        cells = (cell.ljust(w) if j == 0 else cell.rjust(w) for j, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        lines.append("   ".join(cells).rstrip())
-    return "\n".join(lines)

@@ -15,7 +15,8 @@ from fasterai.cli.data import Data
 from fasterai.cli.errors import UsageError
 from fasterai.cli.folders import read_folder
 from fasterai.cli.networks import check_runs, choose_device, make_classifier
-from fasterai.cli.output import holds_run, prepare_folder, result_table
+from fasterai.cli.output import holds_run, prepare_folder
+from fasterai.cli.tables import result_table
 from fasterai.cli.training import Recipe
 
 __all__ = ["run"]

@@ -20,7 +20,7 @@ from fasterai.core.granularities import Coupled
 from fasterai.core.loop import Batch
 from fasterai.core.schedules import Schedule, as_schedule, lin
 from fasterai.core.selection import Scores, TensorScores
-from fasterai.core.targets import all_targets, find_targets, resolve, unwrap
+from fasterai.core.targets import all_targets, find_targets, unwrap
 from fasterai.core.types import Limits
 from fasterai.prune.admission import check_whole, positional
 from fasterai.prune.budget import Budget, fit_budget
@@ -99,7 +99,7 @@ class Pruner:
         self._graph = channel_graph(model, self.inputs, exact)
         self._pools = self._allowed(channel_pools(model, self._graph, Coupled(over_places)))
         self.original = {p.name: p.count for p in self._pools}
-        self._ratios = by_pool(self._pools, self._by_layer(pruning_ratio)) if isinstance(pruning_ratio, Mapping) else None
+        self._ratios = self._by_group(pruning_ratio) if isinstance(pruning_ratio, Mapping) else None
         self.dense = copy.deepcopy(unwrap(model)) if isinstance(pruning_ratio, Budget) else None
         source = Source(data=data, loss=loss, inputs=self.inputs)
         weights = find_targets(model, fits=lambda _: None, coarse=False, targets=lambda _, p: p.dim() > 1).targets
@@ -197,10 +197,8 @@ class Pruner:
             raise ValueError("model must have channels that may go, got none; channel_graph(model, inputs).pinned says why")
         return allowed
 
-    def _by_layer(self, ratios: Mapping[str, float]) -> dict[str, float]:
-        makers = {n for p in self._pools for n in p.makers}
-        targets = [t for t in all_targets(unwrap(self.model)) if t.name in makers]
-        return resolve(ratios, targets, "pruning_ratio's keys")
+    def _by_group(self, ratios: Mapping[str, float]) -> dict[str, float]:
+        return by_pool(self._pools, ratios, all_targets(unwrap(self.model)), "pruning_ratio's keys")
 
     def _choose(self, graph: ChannelGraph, share: float) -> list[Flags]:
         scores = _silent_first(self._scorer(self.model, self._pools, {}), silent_channels(self.model, graph))

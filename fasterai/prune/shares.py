@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -103,7 +102,7 @@ def time_left(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], de
 def _time_ratio(dense: nn.Module, small: nn.Module, inputs: tuple[Any, ...]) -> float:
     """The time of the small by that of the dense model, over passes in turns on one thread.
 
-    Of each the first decile counts: other work on the machine adds to times and takes nothing away.
+    Of each the fastest pass counts: other work on the machine adds to times and takes nothing away.
     """
     threads = torch.get_num_threads()
     times: dict[nn.Module, list[float]] = {dense: [], small: []}
@@ -118,7 +117,7 @@ def _time_ratio(dense: nn.Module, small: nn.Module, inputs: tuple[Any, ...]) -> 
                     times[model].append(_seconds(model, inputs))
         finally:
             torch.set_num_threads(threads)
-    return float(np.quantile(times[small], 0.1) / np.quantile(times[dense], 0.1))
+    return min(times[small]) / min(times[dense])
 
 
 def _seconds(model: nn.Module, inputs: tuple[Any, ...]) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fasterai.core.cuts import Cut, sliced
 from fasterai.core.granularities import Coupled, Granularity
-from fasterai.core.targets import all_targets, unwrap
+from fasterai.core.targets import all_targets, resolve, unwrap
 from fasterai.core.types import Layout, Target
 from fasterai.prune.graph import ChannelGraph, Group
 from fasterai.sparse.partners import Partner, kept_outputs
@@ -329,18 +329,24 @@ def _layout(maker: Target, channels: int) -> Layout:
     return Layout((channels,), (frozenset({"out"}),))
 
 
-def by_pool(pools: Sequence[Pool], shares: Mapping[str, float]) -> dict[str, float]:
-    """Shares by target name as shares by pool name.
+def by_pool(pools: Sequence[Pool], values: Mapping[str, float], targets: Sequence[Target], argument: str) -> dict[str, float]:
+    """Shares by name or glob of a target that makes units, or by a pool's own name, as shares by pool name.
 
     Raises:
-        ValueError: Layers whose channels are coupled were given different shares.
+        ValueError: A name matches nothing; the known ones are listed. Or layers whose channels are coupled, or a tied
+            parameter, were given different shares.
     """
+    makers = [t for t in targets if not pools or any(t.name in p.makers for p in pools)]
+    own = {p.name for p in pools} - {t.name for t in makers}
+    shares = resolve({n: v for n, v in values.items() if n not in own}, makers, argument)
+    if not pools:
+        return shares
     result: dict[str, float] = {}
     for pool in pools:
         given = {n: shares[n] for n in sorted(pool.makers & shares.keys())}
         if len(set(given.values())) > 1:
             shown = ", ".join(f"{n}: {s:g}" for n, s in given.items())
-            raise ValueError(f"sparsity must be one for layers whose channels are coupled, got {shown}")
+            raise ValueError(f"{argument} must give layers whose channels are coupled one share, got {shown}")
         if given:
             result[pool.name] = next(iter(given.values()))
-    return result
+    return result | {n: v for n, v in values.items() if n in own}

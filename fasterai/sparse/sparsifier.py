@@ -20,7 +20,7 @@ from fasterai.core.cuts import Cut, follow
 from fasterai.core.granularities import Block, Coupled, Granularity
 from fasterai.core.loop import Batch, Fit, Participant
 from fasterai.core.schedules import Schedule, as_schedule
-from fasterai.core.targets import LayerTypes, TargetsLike, find_targets, resolve, unwrap
+from fasterai.core.targets import LayerTypes, TargetsLike, find_targets, unwrap
 from fasterai.core.types import Limits, Target
 from fasterai.prune.graph import channel_graph
 from fasterai.sparse.dataflow import watch
@@ -264,9 +264,7 @@ class Sparsifier(Participant):
             elif not isinstance(key, str):
                 raise TypeError(f"sparsity's keys must be names or modules of the model, got {key!r} ({type(key).__name__})")
             readable[key] = check_fraction(f"sparsity of {key!r}", value)
-        pools = self._keeper.pools
-        makers = [t for t in self.targets if not pools or any(t.name in p.makers for p in pools)]
-        return PerTarget(by_pool(pools, resolve(readable, makers, "sparsity's keys"))), 1.0
+        return PerTarget(by_pool(self._keeper.pools, readable, self.targets, "sparsity's keys")), 1.0
 
     def _move(
         self, plan: tuple[Context, float], share: float, pools: list[Pool], may_fall: bool, round_to: int | None = None

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fasterai.analyze.sensitivity import Sensitivity, sensitivity
+from fasterai.prune.pruner import Pruner
 from fasterai.sparse.sparsifier import Sparsifier
 
 
@@ -332,3 +333,41 @@ def test_a_score_as_a_tensor_is_a_number():
 def test_bad_shares_of_an_allocation(arguments, message):
     with pytest.raises(ValueError, match=message):
         run().allocate(arguments[0], **dict(zip(("least",), arguments[1:], strict=False)))
+
+
+class TwoPaths(nn.Module):
+    """`quiet` counts for nothing in the output, `loud` for all; both have channels of their own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.quiet = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        self.loud = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    def forward(self, x):
+        return 1e-3 * self.quiet(x) + self.loud(x)
+
+
+def test_coupled_groups_are_tried_one_by_one_and_the_pruner_takes_what_is_allocated():
+    model, x = TwoPaths().eval(), torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+    wanted = model(x).detach()
+
+    def loss(m):
+        return float((m(x) - wanted).square().mean())
+
+    found = sensitivity(
+        model,
+        loss,
+        granularity="coupled",
+        example_inputs=x,
+        sparsities=(0.25, 0.5, 0.75),
+        higher_is_better=False,
+        progress=False,
+    )
+    assert set(found.scores) == {"quiet.0.weight", "loud.0.weight"}
+    assert found.units == {"quiet.0.weight": 8, "loud.0.weight": 8}
+    assert found.top(1)[0].name == "loud.0.weight"
+    shares = found.allocate(0.5)
+    assert shares["quiet.0.weight"] > shares["loud.0.weight"]
+    removal = Pruner(model, shares, "local", "large_final", example_inputs=x).prune_model(measure=False)
+    assert sum(n - m for n, m in removal.removed.values()) == 8

@@ -577,7 +577,7 @@ def test_bad_arguments_are_refused_at_once(arguments, options, error, message):
 
 def test_an_unknown_ignored_layer_is_refused_before_the_first_step():
     model = net()
-    with pytest.raises(ValueError, match="ignored_layers must be modules of the model or their names, .*, got 'body'"):
+    with pytest.raises(ValueError, match=r"ignored_layers must be modules of the model or their names, .*, got 'body'"):
         attach(adam(model), gradual(model, ignored_layers=["body"]), total_steps=4)
 
 

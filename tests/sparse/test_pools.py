@@ -190,7 +190,7 @@ def test_a_dict_names_any_of_the_layers_that_make_channels():
 
 def test_coupled_layers_cannot_have_two_shares():
     with pytest.raises(
-        ValueError, match=r"sparsity must be one for layers whose channels are coupled, got branch.3.weight: 0.25"
+        ValueError, match=r"sparsity's keys must give layers whose channels are coupled one share, got branch.3.weight: 0.25"
     ):
         Sparsifier(residual(), "coupled", {"branch.3": 0.25, "stem": 0.5}, example_inputs=X)
 

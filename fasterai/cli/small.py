@@ -1,0 +1,91 @@
+"""L6. The small network beside the sparse one: silent channels taken out, and all networks counted and timed."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasterai.analyze.comparison import Comparison, compare
+from fasterai.analyze.latency import batch_of
+from fasterai.analyze.quiet import at_rest
+from fasterai.cli.data import Data
+from fasterai.cli.output import file_of
+from fasterai.cli.training import Recipe, evaluate
+from fasterai.prune.removal import remove
+from fasterai.prune.small import save_small
+
+__all__ = ["SMALL", "WHOLE_CHANNELS", "make_small"]
+
+#: Granularities whose units are whole outputs, which can be taken out.
+WHOLE_CHANNELS = ("coupled", "filter")
+SMALL = "small"
+EXAMPLES, BATCH = 8, 32
+#: Seconds of timing for each network and batch size; where one image takes longer than the second, a batch is not timed.
+RUN_TIME, QUICK = 0.3, 0.05
+
+
+def make_small(networks: Mapping[str, nn.Module], data: Data, recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Take out what is silent in the sparse network, write it, and measure it beside the others.
+
+    Args:
+        networks: Stage -> trained network, `sparse` the last; none of them is changed.
+        data: What they were trained on.
+        recipe: How.
+        folder: Where the others lie already, and the small one goes.
+
+    Returns:
+        What the report says of it; if there is no small network, why not.
+    """
+    small = copy.deepcopy(networks["sparse"])
+    inputs = data.normalize(data.train.batch(torch.arange(min(EXAMPLES, len(data.train))))[0].to(recipe.device))
+    try:
+        removal = remove(small, inputs, measure=False)
+    except ValueError as error:  # a training that went well is not to fail for it
+        return {"why_not": str(error)}
+    if not removal.removed:
+        return {"why_not": "no channel that may go is silent"}
+    save_small(file_of(folder, SMALL), small)
+    accuracy, loss = evaluate(small, data, data.valid, recipe)
+    models = {**networks, SMALL: small}
+    measured = compare(models, inputs[:1], batch_sizes=_batch_sizes(small, inputs[:1]), min_run_time=RUN_TIME)
+    return {
+        "why_not": "",
+        "accuracy": accuracy,
+        "validation_loss": loss,
+        "costs": {name: _cost(measured, name, folder) for name in models},
+        "times": _times(measured),
+        "removal": removal.to_dict(),
+    }
+
+
+def _cost(measured: Comparison, name: str, folder: Path) -> dict[str, int]:
+    cost = measured.costs[name]
+    counts = {"parameters": cost.parameters, "nonzero": cost.nonzero, "macs": cost.macs}
+    return counts | {"file_bytes": file_of(folder, name).stat().st_size}
+
+
+def _times(measured: Comparison) -> dict[str, Any]:
+    """For each batch size the seconds of a forward pass, and how many times as fast as the first network each is."""
+    latency = measured.latency
+    assert latency is not None
+    first = latency.models[measured.first]
+    rows = []
+    for size in latency.batch_sizes:
+        medians = {name: one[size].median for name, one in latency.models.items()}
+        rows.append({"images": size, "seconds": medians, "as_fast": {name: latency.ratio(name, size) for name in medians}})
+    return {"device": first.device, "threads": first.threads, "batches": rows}
+
+
+def _batch_sizes(network: nn.Module, image: Tensor) -> tuple[int, ...]:
+    """One image, and a batch unless that takes long."""
+    with at_rest(network):
+        network(*batch_of((image,), 2))  # warm
+        start = time.perf_counter()
+        network(image)
+        return (1, BATCH) if time.perf_counter() - start < QUICK else (1,)
