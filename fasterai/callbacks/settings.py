@@ -155,7 +155,9 @@ class PruneSettings:
         """
         from fasterai.prune.gradual import GradualPruner
 
-        if self.pruner is None or self.pruner.model is not model:
+        if self.pruner is not None and unwrap(self.pruner.model) is unwrap(model):
+            self.pruner.model = model  # a wrapper may have come or gone
+        else:
             self.pruner = GradualPruner(
                 model,
                 *self.axes,

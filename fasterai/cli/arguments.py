@@ -6,11 +6,14 @@ import argparse
 import difflib
 import math
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from fasterai.cli.errors import UsageError, told_as_usage
 
-__all__ = ["Axes", "check_arguments", "make_parser"]
+if TYPE_CHECKING:
+    from fasterai.prune.budget import Budget
+
+__all__ = ["Axes", "check_arguments", "check_prune_arguments", "make_parser", "read_budget"]
 
 Axes = dict[str, "str | float"]
 
@@ -22,6 +25,14 @@ DATA holds one sub-folder a class; if it has train/ and one of valid/, val/ or t
 these are used, else a fifth of each class is kept for validation. Images are cut to a square and resized, then kept in
 memory up to 2 GiB; larger sets are decoded anew in every epoch. Networks are torchvision's own, as they are: a resnet
 shrinks its input 32 times, so 32x32 images are worth a larger --image-size where accuracy counts more than time.
+"""
+
+PRUNE_HELP = """\
+Takes the channels that matter least out of a trained classifier of torchvision, and writes the smaller network: it computes
+what the network with these channels masked computes, which is checked. Or takes out only what is silent already, such as the
+channels that `fasterai sparsify --granularity coupled` has masked: then nothing is lost.
+
+WEIGHTS is a state dict written by torch.save, or a file of safetensors. The number of classes is read off it.
 """
 
 
@@ -36,15 +47,23 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     from fasterai import __version__
 
-    parser = _Parser(prog="fasterai", description="Makes PyTorch networks sparse.")
+    parser = _Parser(prog="fasterai", description="Makes PyTorch networks sparse, and small.")
     parser.add_argument("--version", action="version", version=f"fasterai {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | sparsify")
-    _add_demo(commands.add_parser("demo", help="dense against sparse on 1,797 handwritten digits, in under a minute"))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | sparsify | prune")
+    _add_demo(commands.add_parser("demo", help="dense, sparse and small on 1,797 handwritten digits, in under a minute"))
     _add_sparsify(
         commands.add_parser(
             "sparsify",
             help="train a sparse classifier on a folder of images",
             description=SPARSIFY_HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    _add_prune(
+        commands.add_parser(
+            "prune",
+            help="make a trained classifier small",
+            description=PRUNE_HELP,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
@@ -87,6 +106,35 @@ def _add_sparsify(sparsify: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on from the last full epoch of an interrupted run in --output")
 
 
+def _add_prune(prune: argparse.ArgumentParser) -> None:
+    add = prune.add_argument
+    add("weights", type=Path, metavar="WEIGHTS", help="a state dict: of torch.save, or safetensors")
+    add("--arch", required=True, help="the classifier of torchvision.models that the weights are of")
+    add("-o", "--output", type=Path, default=Path("small"), help="folder to write, not there yet (default: %(default)s)")
+    add("--onnx", action="store_true", help="write small.onnx as well")
+    add("--device", default="auto", help="cpu, cuda, mps, ... (default: %(default)s)")
+    axes = prune.add_argument_group("what goes")
+    much = axes.add_mutually_exclusive_group(required=True)
+    much.add_argument("--sparsity", type=float, help="share of the channels that goes, in [0, 1]")
+    much.add_argument("--budget", metavar="KIND=SHARE", help="macs, params or latency that may be left, such as macs=0.5")
+    much.add_argument("--remove-only", action="store_true", help="only what is silent already")
+    axes.add_argument("--context", default="local", help="which channels compete (default: %(default)s)")
+    axes.add_argument("--criteria", default="large_final", help="how much a weight matters (default: %(default)s)")
+    axes.add_argument(
+        "--round-to", type=int, metavar="N", help="keep multiples of N channels (default: 8, in groups of 32 and more)"
+    )
+    axes.add_argument("--ignore", nargs="+", action="extend", metavar="LAYER", help="layers whose outputs all stay")
+    images = prune.add_argument_group("images")
+    images.add_argument("--batch", type=int, default=1, help="images that it is checked and timed on (default: %(default)s)")
+    images.add_argument("--image-size", type=int, metavar="N", help="side of the square (default: 224, or as for sparsify)")
+    images.add_argument(
+        "--data", type=Path, help="a folder as for sparsify: accuracy on its validation part, and criteria's data"
+    )
+    images.add_argument("--seed", type=int, default=0, help="of the split of the data (default: %(default)s)")
+    images.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out instead of stopping")
+    images.add_argument("--workers", type=int, default=0, help="threads that decode images (default: %(default)s)")
+
+
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Check what can be checked without the data.
 
@@ -111,6 +159,73 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if not (math.isfinite(arguments.lr) and arguments.lr > 0):
         raise UsageError(f"--lr must be above 0, got {arguments.lr!r}")
     _check_arch(arguments.arch)
+
+
+def check_prune_arguments(arguments: argparse.Namespace) -> None:
+    """Check what can be checked without the weights and the data.
+
+    Raises:
+        UsageError: An argument is out of range or unknown; the known names are listed.
+    """
+    from fasterai.core import contexts, criteria
+    from fasterai.core.checks import check_count, check_fraction, from_catalogue
+
+    with told_as_usage():
+        if arguments.sparsity is not None:
+            check_fraction("--sparsity", arguments.sparsity)
+        from_catalogue("--context", arguments.context, contexts)
+        criterion = from_catalogue("--criteria", arguments.criteria, criteria)
+        check_count("--batch", arguments.batch)
+        check_count("--workers", arguments.workers, 0)
+        check_seed(arguments.seed)
+        if arguments.round_to is not None:
+            check_count("--round-to", arguments.round_to)
+        if arguments.image_size is not None:
+            check_count("--image-size", arguments.image_size, 8)
+    if arguments.budget is not None:
+        read_budget(arguments.budget)
+    _check_evidence(criterion.needs, arguments)
+    _check_arch(arguments.arch)
+    if arguments.onnx:
+        _check_onnx()
+
+
+def read_budget(text: str) -> Budget:
+    """The budget of `macs=0.5`, `params=0.3` or `latency=0.5`.
+
+    Raises:
+        UsageError: It is none of these.
+    """
+    from fasterai.prune.budget import Budget
+
+    kind, _, share = text.partition("=")
+    try:
+        shares = {kind: float(share)}
+    except ValueError:
+        shares = {}
+    if not shares or kind not in ("macs", "params", "latency"):
+        raise UsageError(f"--budget must be macs=SHARE, params=SHARE or latency=SHARE, got {text!r}")
+    with told_as_usage():
+        return Budget(macs=shares.get("macs"), params=shares.get("params"), latency=shares.get("latency"))
+
+
+def _check_evidence(needs: frozenset[str], arguments: argparse.Namespace) -> None:
+    if earlier := sorted(needs & {"initial", "previous"}):
+        raise UsageError(
+            f"--criteria must be one that reads no earlier weights, got {arguments.criteria!r}, which reads the "
+            f"{earlier[0]} ones; it needs a training: fasterai sparsify --granularity coupled"
+        )
+    if needs & {"gradient", "activation", "hessian_gradient"} and arguments.data is None:
+        raise UsageError(f"--data must be given for --criteria {arguments.criteria}, which looks at images")
+
+
+def _check_onnx() -> None:
+    from fasterai.export.checking import require
+
+    try:
+        require("onnx", "onnxscript", "onnxruntime")
+    except ImportError as error:
+        raise UsageError(f"--onnx cannot be done: {error}") from error
 
 
 def check_seed(seed: int) -> None:

@@ -21,7 +21,7 @@ from fasterai.cli.tables import epoch_line, small_line
 from fasterai.cli.training import Recipe, Training
 from fasterai.sparse.sparsifier import Sparsifier
 
-__all__ = ["Job", "compare", "finished_report", "make_sparsifier"]
+__all__ = ["Job", "compare", "finished_report", "make_sparsifier", "versions"]
 
 FORMAT = 1
 
@@ -176,7 +176,7 @@ def _report(job: Job, done: Mapping[str, Any]) -> dict[str, Any]:
         "format": FORMAT,
         "command": job.command,
         "arguments": dict(job.arguments),
-        "versions": _versions(),
+        "versions": versions(),
         "device": str(job.recipe.device),
         "data": job.data.summary(),
         "results": {stage: _result(record) for stage, record in done.items()},
@@ -211,7 +211,8 @@ def _result(record: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what a result depends on."""
     import numpy as np
     import torchvision
 

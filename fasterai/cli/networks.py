@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fasterai.cli.errors import UsageError
 
-__all__ = ["check_runs", "choose_device", "classifiers", "digits_network", "make_classifier"]
+__all__ = ["check_runs", "choose_device", "classifiers", "digits_network", "how_to_make", "make_classifier"]
 
 
 def classifiers() -> list[str]:
@@ -37,6 +37,13 @@ def make_classifier(arch: str, class_count: int, image_size: int) -> nn.Module:
             f"--arch {arch} cannot be built for {image_size}x{image_size} images ({error}); try another --image-size"
         ) from error
     return network
+
+
+def how_to_make(arch: str, class_count: int, image_size: int) -> str:
+    """The arguments of `torchvision.models.get_model` for the same network, as Python."""
+    options = {name: value for name, value in _options(arch, image_size).items() if name != "init_weights"}
+    arguments = [repr(arch), f"num_classes={class_count}", *(f"{name}={value!r}" for name, value in options.items())]
+    return ", ".join(arguments)
 
 
 def _options(arch: str, image_size: int) -> dict[str, Any]:
@@ -79,14 +86,21 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def check_runs(network: nn.Module, inputs: Tensor, arch: str) -> None:
-    """Try a training pass, so that a network too large for its images is told before the training.
+def check_runs(network: nn.Module, inputs: Tensor, arch: str, training: bool = True) -> None:
+    """Try a pass, so that a network too large for its images is told before anything else is done.
+
+    Args:
+        network: The network; a pass of training moves its running statistics.
+        inputs: Images.
+        arch: Its name.
+        training: Whether to run it as in training.
 
     Raises:
         UsageError: The pass fails.
     """
     try:
-        network.train()(inputs)
+        with torch.set_grad_enabled(training):
+            network.train(training)(inputs)
     except (RuntimeError, ValueError, AssertionError) as error:
         size = f"{inputs.shape[-1]}x{inputs.shape[-2]}"
         raise UsageError(f"--arch {arch} does not run on {size} images ({error}); pass a larger --image-size") from error

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ from fasterai.cli.errors import UsageError
 from fasterai.sparse.sparsifier import Sparsifier
 
 __all__ = [
+    "SMALL",
+    "check_new_folder",
     "file_of",
     "holds_run",
     "load_checkpoint",
     "load_report",
+    "new_folder",
     "prepare_folder",
     "remove_checkpoint",
     "save_checkpoint",
@@ -28,6 +33,7 @@ __all__ = [
     "write_report",
 ]
 
+SMALL = "small"
 CHECKPOINT = "checkpoint.pt"
 REPORT = "report.json"
 
@@ -61,6 +67,33 @@ def prepare_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output must be a folder, got {folder} ({error.strerror})") from error
+
+
+def check_new_folder(folder: Path) -> None:
+    """Refuse a folder that holds anything.
+
+    Raises:
+        UsageError: It does, or it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output must be a folder, got {folder}, which is a file")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"--output must be a new folder, got {folder}, which is not empty; pass another one")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which gets its name once all went well; else nothing of it is left.
+
+    Raises:
+        UsageError: It cannot be made.
+    """
+    prepare_folder(folder.parent)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
+        part = Path(place) / folder.name
+        part.mkdir()
+        yield part
+        part.replace(folder)
 
 
 def save_checkpoint(content: Mapping[str, Any], folder: Path) -> None:

@@ -6,17 +6,40 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fasterai.analyze.look import short, short_bytes, short_time
 from fasterai.cli.output import write_atomically
+from fasterai.cli.tables import columns, is_by_channel, unit_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["write_sparsity", "write_training"]
+    from fasterai.prune.report import Removal
+
+__all__ = ["write_all", "write_removal", "write_small", "write_sparsity", "write_training"]
 
 INK, QUIET, GRID, EMPTY = "#22303c", "#6b7a88", "#e3e8ed", "#eef1f4"
-COLORS = {"dense": "#7b8794", "sparse": "#d9480f"}
+COLORS = {"dense": "#7b8794", "sparse": "#d9480f", "small": "#1c7293"}
 AREA = "#fbe3d3"
+
+
+def write_all(report: Mapping[str, Any], folder: Path) -> None:
+    """Every picture that the report has figures for."""
+    write_training(report, folder / "training.png")
+    write_sparsity(report, folder / "sparsity.png")
+    if "small" in columns(report):
+        write_small(report, folder / "small.png")
+
+
+def write_removal(removal: Removal, path: Path) -> None:
+    """The removal's own picture."""
+    import matplotlib.pyplot as plt
+
+    figure = removal.plot()
+    try:
+        write_atomically(path, lambda part: figure.savefig(part, format="png", backend="agg", dpi=110))
+    finally:
+        plt.close(figure)
 
 
 def write_training(report: Mapping[str, Any], path: Path) -> None:
@@ -39,25 +62,90 @@ def write_sparsity(report: Mapping[str, Any], path: Path) -> None:
     axes = figure.subplots()
     axes.barh(range(len(layers)), [1.0] * len(layers), color=EMPTY, height=0.74)
     for place, layer in enumerate(layers):
-        _draw_layer(axes, place, layer)
-    axes.text(1.02, -0.8, "weights left", va="center", color=QUIET, fontsize=8.5, weight="bold")
+        _draw_layer(axes, place, layer, _left(report, layer))
+    unit = "channels" if is_by_channel(report) else "weights"
+    axes.text(1.02, -0.8, f"{unit} left", va="center", color=QUIET, fontsize=8.5, weight="bold")
     _draw_overall(axes, layers)
     axes.set_yticks(range(len(layers)), [layer["name"].removesuffix(".weight") for layer in layers])
-    axes.set(xlim=(0, 1), ylim=(len(layers) - 0.45, -0.55), xlabel=f"share of {report['granularity']}s pruned")
+    axes.set(xlim=(0, 1), ylim=(len(layers) - 0.45, -0.55), xlabel=f"share of {unit_name(report)} pruned")
     axes.xaxis.set_major_formatter(_percent)
     axes.spines["left"].set_visible(False)
     axes.set_title("What is gone, layer by layer", loc="left", pad=24, fontsize=14, weight="bold", color=INK)
     _write(figure, path)
 
 
-def _draw_layer(axes: Axes, place: int, layer: Mapping[str, Any]) -> None:
+def _left(report: Mapping[str, Any], layer: Mapping[str, Any]) -> str:
+    """How much is left of a layer, and of how much."""
+    if is_by_channel(report):
+        return f"{layer['units'] - layer['pruned']:,} of {layer['units']:,}"
+    return f"{layer['weights'] - layer['zeros']['sparse']:,} of {layer['weights']:,}"
+
+
+def _draw_layer(axes: Axes, place: int, layer: Mapping[str, Any], left: str) -> None:
     share = layer["pruned"] / max(1, layer["units"])
     axes.barh(place, share, color=COLORS["sparse"], height=0.74)
     inside = share > 0.1
     at, color = (0.01, "white") if inside else (share + 0.01, INK)
     axes.text(at, place, f"{share:.1%}", va="center", color=color, fontsize=8.5, weight="bold")
-    left = layer["weights"] - layer["zeros"]["sparse"]
-    axes.text(1.02, place, f"{left:,} of {layer['weights']:,}", va="center", color=QUIET, fontsize=8.5)
+    axes.text(1.02, place, left, va="center", color=QUIET, fontsize=8.5)
+
+
+def write_small(report: Mapping[str, Any], path: Path) -> None:
+    """Size, work and time of each network, as shares of the first one's."""
+    names, rows = columns(report), _shares(report)
+    figure = _figure(8.0, 1.6 + 0.72 * len(rows))
+    axes = figure.subplots()
+    thickness = 0.78 / len(names)
+    most = max(share for _, bars in rows for share, _ in bars.values())
+    for place, (_, bars) in enumerate(rows):
+        for i, name in enumerate(names):
+            (share, text), at = bars[name], place + (i - (len(names) - 1) / 2) * thickness
+            axes.barh(at, share, height=0.88 * thickness, color=COLORS[name])
+            label = text if i == 0 else f"{text}   {share:.0%}"
+            axes.text(share + 0.012 * most, at, label, va="center", color=COLORS[name], fontsize=8.5, weight="bold")
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+    axes.set(xlim=(0, 1.2 * most), ylim=(len(rows) - 0.5, -0.5))
+    axes.set_xlabel(_conditions(report), loc="left", fontsize=8.5)
+    axes.set_xticks([])
+    title = f"{report['arguments']['arch']}: masked, and without what is masked"
+    axes.set_title(title, loc="left", pad=26, fontsize=14, weight="bold", color=INK)
+    _accuracies(axes, report)
+    _write(figure, path)
+
+
+def _shares(report: Mapping[str, Any]) -> list[tuple[str, dict[str, tuple[float, str]]]]:
+    """Label, and for each network its share of the first one's figure and the figure as it is written."""
+    small, names = report["small"], columns(report)
+    first, rows = small["costs"][names[0]], []
+    for label, key, write in (
+        ("parameters", "parameters", "{:,}".format),
+        ("MACs", "macs", short),
+        ("file", "file_bytes", short_bytes),
+    ):
+        values = {name: small["costs"][name][key] for name in names}
+        rows.append((label, {name: (value / max(1, first[key]), write(value)) for name, value in values.items()}))
+    for batch in small["times"]["batches"]:
+        label = f"time,\n{batch['images']} image{'s' if batch['images'] > 1 else ''}"
+        rows.append((label, {name: (1 / batch["as_fast"][name], short_time(batch["seconds"][name])) for name in names}))
+    return rows
+
+
+def _conditions(report: Mapping[str, Any]) -> str:
+    times, sparse = report["small"]["times"], report["small"]["costs"]["sparse"]
+    threads = f"{times['threads']} thread{'s' if times['threads'] > 1 else ''}"
+    return (
+        f"sparse: only {sparse['nonzero']:,} of its {sparse['parameters']:,} parameters are not zero, but a mask changes no "
+        f"tensor's size\ntimes: median forward passes on {times['device']}, {threads}, measured in turns"
+    )
+
+
+def _accuracies(axes: Axes, report: Mapping[str, Any]) -> None:
+    accuracies = {name: result["accuracy"] for name, result in report["results"].items()}
+    accuracies["small"] = report["small"]["accuracy"]
+    axes.text(0, 1.02, "accuracy", transform=axes.transAxes, color=QUIET, fontsize=10)
+    for i, (name, accuracy) in enumerate(accuracies.items()):
+        at = 0.13 + 0.2 * i
+        axes.text(at, 1.02, f"{name} {accuracy:.1%}", transform=axes.transAxes, color=COLORS[name], fontsize=10, weight="bold")
 
 
 def _draw_overall(axes: Axes, layers: list[Mapping[str, Any]]) -> None:
@@ -119,7 +207,7 @@ def _title(axes: Axes, report: Mapping[str, Any]) -> None:
     title = f"{arguments['arch']}: dense and sparse" if "dense" in report["results"] else f"{arguments['arch']}: sparse"
     axes.set_title(title, loc="left", pad=26, fontsize=14, weight="bold", color=INK)
     line = (
-        f"{arguments['sparsity']:.0%} of the {report['granularity']}s pruned, {arguments['context']}, "
+        f"{arguments['sparsity']:.0%} of the {unit_name(report)} pruned, {arguments['context']}, "
         f"by {arguments['criteria']}, on schedule {arguments['schedule']}"
     )
     axes.text(0, 1.06, line, transform=axes.transAxes, color=QUIET, fontsize=10)

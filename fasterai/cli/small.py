@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,16 +16,15 @@ from fasterai.analyze.comparison import Comparison, compare
 from fasterai.analyze.latency import batch_of
 from fasterai.analyze.quiet import at_rest
 from fasterai.cli.data import Data
-from fasterai.cli.output import file_of
+from fasterai.cli.output import SMALL, file_of
 from fasterai.cli.training import Recipe, evaluate
 from fasterai.prune.removal import remove
 from fasterai.prune.small import save_small
 
-__all__ = ["SMALL", "WHOLE_CHANNELS", "make_small"]
+__all__ = ["WHOLE_CHANNELS", "make_small"]
 
 #: Granularities whose units are whole outputs, which can be taken out.
 WHOLE_CHANNELS = ("coupled", "filter")
-SMALL = "small"
 EXAMPLES, BATCH = 8, 32
 #: Seconds of timing for each network and batch size; where one image takes longer than the second, a batch is not timed.
 RUN_TIME, QUICK = 0.3, 0.05
@@ -53,6 +53,7 @@ def make_small(networks: Mapping[str, nn.Module], data: Data, recipe: Recipe, fo
     save_small(file_of(folder, SMALL), small)
     accuracy, loss = evaluate(small, data, data.valid, recipe)
     models = {**networks, SMALL: small}
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it tells of CUDA toolkits without a GPU
     measured = compare(models, inputs[:1], batch_sizes=_batch_sizes(small, inputs[:1]), min_run_time=RUN_TIME)
     return {
         "why_not": "",

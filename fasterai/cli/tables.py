@@ -13,8 +13,8 @@ Report = Mapping[str, Any]
 #: Label, key of a network's costs, and how it is written.
 COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("parameters", "parameters", "{:,}".format),
-    ("of them not zero", "nonzero", "{:,}".format),
-    ("MACs of an image", "macs", short),
+    ("  not zero", "nonzero", "{:,}".format),
+    ("MACs of 1 image", "macs", short),
     ("file", "file_bytes", short_bytes),
 )
 

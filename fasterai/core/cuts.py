@@ -1,4 +1,4 @@
-"""L1. Tells whoever keeps something of a model's parameters that they get smaller."""
+"""L1. Who keeps something of a model's parameters, and hears that they get smaller: followers, and optimizers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fasterai.core.targets import plain_name, unwrap
 
-__all__ = ["Cut", "Follower", "announce", "follow", "sliced"]
+__all__ = ["Cut", "Follower", "announce", "follow", "note_optimizer", "noted_optimizers", "sliced"]
 
 #: Parameter or buffer name and dimension -> the indices that stay, where not all do.
 Cut = Mapping[tuple[str, int], np.ndarray[Any, np.dtype[np.int64]]]
@@ -26,6 +26,7 @@ class Follower(Protocol):
 
 
 _followers: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
+_optimizers: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
 
 
 def follow(model: nn.Module, follower: Follower) -> None:
@@ -46,6 +47,21 @@ def announce(model: nn.Module, cut: Cut) -> None:
             part = {(f"{names[0]}.{n}", d): kept for (n, d), kept in cut.items()} if names else {}
         for follower in list(followers) if part else ():
             follower.after_cut(part)
+
+
+def note_optimizer(model: nn.Module, optimizer: Any) -> None:
+    """Remember who trains a model, or several in a list, so that a later removal cuts its state alike; nobody is kept alive."""
+    for one in optimizer if isinstance(optimizer, list | tuple) else [optimizer]:
+        if hasattr(one, "state") and hasattr(one, "__weakref__"):
+            _optimizers.setdefault(unwrap(model), WeakSet()).add(one)
+
+
+def noted_optimizers(model: nn.Module) -> list[Any]:
+    """Who was noted for a model, for parts of it, or for what it is a part of."""
+    whole = unwrap(model)
+    inner = {id(m) for m in whole.modules()}
+    related = [m for m in list(_optimizers) if id(m) in inner or any(part is whole for part in m.modules())]
+    return [one for m in related for one in _optimizers[m]]
 
 
 def _within(cut: Cut, prefix: str) -> Cut:

@@ -5,6 +5,7 @@ import importlib.util
 from fasterai.callbacks.plain import attach
 from fasterai.core import all as _core
 from fasterai.core.all import *
+from fasterai.prune.budget import Budget, fit_budget
 from fasterai.prune.gradual import GradualPruner
 from fasterai.prune.graph import ChannelGraph, Group, channel_graph
 from fasterai.prune.plan import Plan
@@ -15,6 +16,7 @@ from fasterai.prune.surgery import apply_plan_
 
 __all__ = [
     *_core.__all__,
+    "Budget",
     "ChannelGraph",
     "GradualPruner",
     "Group",
@@ -24,6 +26,7 @@ __all__ = [
     "apply_plan_",
     "attach",
     "channel_graph",
+    "fit_budget",
     "load_small",
     "remove",
     "save_small",

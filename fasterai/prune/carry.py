@@ -28,18 +28,17 @@ def states_of(optimizer: Any) -> list[MutableMapping[Any, Any]]:
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """An optimizer whose state can be cut, or None.
+    """An optimizer whose state can be cut, several in a list, or None.
 
     Raises:
         TypeError: It keeps no state by parameter.
         ValueError: It keeps one state for all parameters at once, as LBFGS does.
     """
-    if optimizer is None:
-        return
-    if not states_of(optimizer):
+    found = list(_unwrapped(optimizer))
+    if found and not states_of(optimizer):
         kind = type(optimizer).__name__
         raise TypeError(f"optimizer must be torch's or fastai's, with a state for each parameter, got {optimizer!r} ({kind})")
-    if any(isinstance(one, torch.optim.LBFGS) for one in _unwrapped(optimizer)):
+    if any(isinstance(one, torch.optim.LBFGS) for one in found):
         raise ValueError(
             "optimizer must keep a state for each parameter, got LBFGS, which has one for all; make a new one after the removal"
         )

@@ -138,6 +138,8 @@ class GradualPruner(Participant):
         try:
             if completed and self.schedule(1.0) > self._done:
                 self._remove(self.schedule(1.0))
+            if completed:
+                self._warn_of_refusals()
         except ValueError as error:
             warn(f"the run ended before its last step, with {self.sparsity:.4f} of the channels gone ({error})")
         finally:
@@ -182,6 +184,12 @@ class GradualPruner(Participant):
         if removal.plan:
             self.plans.append(removal.plan)
             self.channels |= self._pruner.channels
+
+    def _warn_of_refusals(self) -> None:
+        refused = {} if self.removal is None else self.removal.refused
+        if refused:
+            name, why = next(iter(refused.items()))
+            warn(f"pruning_ratio was not reached: {len(refused)} of {len(self.channels)} groups stay; {name}: {why}")
 
     # --- saving and going on -----------------------------------------------------------------------------------------
 

@@ -68,12 +68,14 @@ class ChannelGraph:
         readers: The places that multiply what a channel carries and hand on something else.
         normed: Name of a module that normalises without parameters -> for each index of what it normalises a place, and the
             index there, with which it goes; None where it stays.
+        rescaled: Names of weights of norms that average over what may go: the more of it goes, the more they have to grow.
     """
 
     groups: tuple[Group, ...]
     pinned: Mapping[Place, str]
     readers: frozenset[Place]
     normed: Mapping[str, tuple[tuple[Place, int] | None, ...]] = field(default_factory=dict)
+    rescaled: frozenset[str] = frozenset()
 
 
 def channel_graph(model: nn.Module, inputs: tuple[Any, ...], exact: bool = True) -> ChannelGraph:
@@ -291,7 +293,13 @@ def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value]) -> Chan
         order = np.argsort(next(iter(stacked.values()))[:, 0], kind="stable")
         groups.append(Group({place: indices[order] for place, indices in stacked.items()}))
     readers = frozenset(trace.readers)
-    return ChannelGraph(tuple(_named(groups, readers)), pinned, readers, dict(_normed(model, trace, components, touched)))
+    return ChannelGraph(
+        tuple(_named(groups, readers)),
+        pinned,
+        readers,
+        dict(_normed(model, trace, components, touched)),
+        frozenset(trace.rescaled),
+    )
 
 
 def _normed(

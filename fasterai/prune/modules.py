@@ -36,9 +36,11 @@ def new_sizes(module: nn.Module, old: Shapes, new: Shapes, keep: Kept) -> dict[s
     """
     if hasattr(module, "nf") and "weight" in new:  # the transformers' Conv1D, a linear layer with its weight turned
         return {"nf": new["weight"][1]} | ({"nx": new["weight"][0]} if hasattr(module, "nx") else {})
-    rows: dict[Any, int] = {old[n][0]: new[n][0] for n in new if old[n]}
-    before = vars(module).get("channels")  # of a blur by a buffer
-    return {"channels": rows[before]} if before in rows else {}
+    shrunk: dict[Any, int] = {b: a for n in new for b, a in zip(old[n], new[n], strict=True) if b != a}
+    # A filter that is a buffer keeps its channels, a table of relative positions the shape of what is read off it.
+    known = {"channels": vars(module).get("channels"), "bias_shape": vars(module).get("bias_shape")}
+    sizes = {k: tuple(shrunk.get(n, n) for n in v) if isinstance(v, tuple) else shrunk.get(v, v) for k, v in known.items()}
+    return {k: v for k, v in sizes.items() if v != known[k]}
 
 
 @new_sizes.register(nn.modules.conv._ConvNd)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,15 @@ class Plan:
         keep: Its name and dimension -> the indices that stay.
         attributes: (module name, attribute, value before, value after).
         slim: Names of `nn.MultiheadAttention`s that lose heads -> heads that stay.
+        scales: Names of weights of norms that average over what goes -> by how much what stays of them grows. With a share r
+            of the channels, the others silent, the mean of squares is 1 / r of what it was: the weight grows by its root.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     keep: Mapping[Place, Array]
     attributes: tuple[tuple[str, str, Any, Any], ...]
     slim: Mapping[str, int]
+    scales: Mapping[str, float] = field(default_factory=dict)
 
     def shape_after(self, name: str) -> tuple[int, ...]:
         """The shape that a parameter or buffer gets."""
@@ -48,6 +52,7 @@ class Plan:
             "keep": [[n, d, kept.tolist()] for (n, d), kept in self.keep.items()],
             "attributes": [list(a) for a in self.attributes],
             "slim": dict(self.slim),
+            "scales": dict(self.scales),
         }
 
     @classmethod
@@ -58,11 +63,13 @@ class Plan:
             {(n, d): np.asarray(kept, np.int64) for n, d, kept in data["keep"]},
             tuple((m, a, _tupled(before), _tupled(after)) for m, a, before, after in data["attributes"]),
             dict(data["slim"]),
+            dict(data.get("scales", {})),
         )
 
     def __str__(self) -> str:
         lines = [f"{n}: {'x'.join(map(str, s))} -> {'x'.join(map(str, self.shape_after(n)))}" for n, s in self.shapes.items()]
         lines += [f"{m}.{a}: {before} -> {after}" for m, a, before, after in self.attributes]
+        lines += [f"{n}: times {factor:.4g}" for n, factor in self.scales.items()]
         return "\n".join(lines) or "nothing is taken out"
 
 
@@ -104,7 +111,8 @@ def make_plan(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags], *, s
     attributes, slim = _sizes(model, bare, graph, kept)
     if streams:
         attributes += tuple(_stream_sizes(unwrap(model), bare, {(name, attribute) for name, attribute, _, _ in attributes}))
-    return Plan(shapes, staying, attributes, slim)
+    rescaled = {n: staying[n, 0] for n in sorted(graph.rescaled) if (n, 0) in staying}
+    return Plan(shapes, staying, attributes, slim, {n: math.sqrt(shapes[n][0] / len(kept)) for n, kept in rescaled.items()})
 
 
 def tensor_of(tensors: Mapping[str, tuple[nn.Module, str]], name: str) -> Tensor:

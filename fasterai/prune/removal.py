@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fasterai.core.cuts import announce
+from fasterai.core.cuts import announce, noted_optimizers
 from fasterai.core.targets import unwrap
 from fasterai.prune.admission import check_whole, positional, shapes_of_inputs
 from fasterai.prune.carry import check_optimizer
@@ -42,7 +42,7 @@ def remove(
     Args:
         model: The model; changed in place. Parameters stay the same objects.
         example_inputs: A tensor or tuple that the model runs on.
-        optimizer: Whose state is cut alike; torch's or fastai's.
+        optimizer: Whose state is cut alike; torch's or fastai's. One that a sparsifier has seen train the model is known.
         copies: Models of the same structure, such as moving averages of the weights, that lose the same channels.
         exact: Whether the outputs have to stay. If not, channels that a norm averages over may go as well: the average is then
             one of fewer channels, and the outputs move; the result says how far.
@@ -124,7 +124,7 @@ def remove_channels(
     before = sum(p.numel() for p in unwrap(model).parameters())
     sound = largest_sound(model, graph, kept, inputs, exact=exact)
     plan = make_plan(model, graph, sound.kept, streams=sound.streams)
-    surgery = operate(model, plan, optimizer, others)
+    surgery = operate(model, plan, _trainers(model, optimizer), others)
     measurement = Measurement()
     if measure and plan:
         measurement = measured(model, surgery, inputs, shapes_of_inputs(inputs))
@@ -143,6 +143,12 @@ def remove_channels(
         exact=exact,
         measurement=measurement,
     )
+
+
+def _trainers(model: nn.Module, optimizer: Any) -> list[Any] | None:
+    """The optimizer given, and those that a sparsifier has seen train the model, less any whose state cannot be cut."""
+    noted = [one for one in noted_optimizers(model) if not isinstance(one, torch.optim.LBFGS)]
+    return [one for one in (optimizer, *noted) if one is not None] or None
 
 
 def removable(

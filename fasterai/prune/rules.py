@@ -53,6 +53,7 @@ class Trace:
         readers: The places, as (name, dimension), that multiply what a channel carries and hand on something else.
         exact: Whether what averages over a channel pins it, as the average would change without it.
         normed: Name of a module that normalises, or calls what does -> the dimensions that it does it along.
+        rescaled: Names of weights of norms that average over a dimension which may lose silent channels.
     """
 
     def __init__(self, choices: dict[str, int], exact: bool = True) -> None:
@@ -60,6 +61,7 @@ class Trace:
         self.choices = choices
         self.exact = exact
         self.normed: dict[str, list[Dim]] = {}
+        self.rescaled: set[str] = set()
         self.options: dict[str, int] = {}
         self.readers: set[tuple[str, int]] = set()
 
@@ -338,11 +340,19 @@ def layer_norm(trace: Trace, node: Any, x: Value, shape: Sequence[int], *argumen
     trace.averages(normed, node.name)
     if len(shape) == 1:
         trace.norms(node, normed[0])
+        _rescale(trace, *arguments, **keywords)
     for value in (*arguments, *keywords.values()):
         if isinstance(value, Value):
             for mine, its in zip(normed, value.dims, strict=True):
                 trace.labels.join(mine, its, node.name)
     return x
+
+
+def _rescale(trace: Trace, weight: Any = None, *rest: Any, **keywords: Any) -> None:
+    """Without silent channels the rest is a larger share of the average: the weight has to grow."""
+    weight = keywords.get("weight", weight)
+    if not trace.exact and isinstance(weight, Value) and weight.is_weight and weight.places:
+        trace.rescaled.add(weight.places[0][0])
 
 
 @rule("group_norm")
@@ -357,6 +367,8 @@ def group_norm(trace: Trace, node: Any, x: Value, groups: int, *arguments: Any, 
         # Whole groups leave the others as they are; the same channel of each changes all averages.
         same = not trace.exact and trace.choose(f"group norm {rows.shape}", 2) == 1
         trace.labels.unify(rows.T if same else rows)
+        if same:
+            _rescale(trace, *arguments, **keywords)
     trace.norms(node, channel)
     return Value(x.shape, (x.dims[0], channel, *x.dims[2:]))
 

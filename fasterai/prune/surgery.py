@@ -128,7 +128,7 @@ def _changes(model: nn.Module, plan: Plan, optimizer: Any) -> Iterator[_Change]:
     for name in plan.shapes:
         tensor = tensor_of(tensors, name)
         kept = {d: plan.keep[name, d] for d in range(tensor.dim()) if (name, d) in plan.keep}
-        yield _cut(tensor, kept)
+        yield _cut(tensor, kept, plan.scales.get(name, 1.0))
         yield from (_entry(state, tensor, name, plan.shapes[name], kept) for state in states if state.get(tensor))
     for module_name, attribute, before, after in plan.attributes:
         yield _set(model.get_submodule(module_name), attribute, before, after)
@@ -136,9 +136,11 @@ def _changes(model: nn.Module, plan: Plan, optimizer: Any) -> Iterator[_Change]:
         yield _slim(model, name, heads)
 
 
-def _cut(tensor: Tensor, kept: Any) -> _Change:
+def _cut(tensor: Tensor, kept: Any, scale: float) -> _Change:
     data, grad = tensor.data, tensor.grad
     small, small_grad = sliced(data, kept), None if grad is None else sliced(grad, kept)
+    if scale != 1.0:
+        small.mul_(scale)
     return _Change(lambda: _put(tensor, small, small_grad), lambda: _put(tensor, data, grad))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fasterai.core.cuts import note_optimizer
 from fasterai.core.loop import Fit, Participant
 from fasterai.sparse.keeper import Keeper
 
@@ -21,6 +22,7 @@ class Hold(Participant):
             ValueError: The run trains another model.
         """
         self.keeper.check_trained(fit)
+        note_optimizer(self.keeper.model, fit.optimizer)
 
     def after_step(self, position: float) -> None:
         """Apply the masks."""

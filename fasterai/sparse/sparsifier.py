@@ -16,7 +16,7 @@ from fasterai.core import criteria as criterion_catalogue
 from fasterai.core.checks import check_count, check_fraction, from_catalogue, warn
 from fasterai.core.contexts import NM, Context, PerTarget
 from fasterai.core.criteria import Criterion, as_criterion
-from fasterai.core.cuts import Cut, follow
+from fasterai.core.cuts import Cut, follow, note_optimizer
 from fasterai.core.granularities import Block, Coupled, Granularity
 from fasterai.core.loop import Batch, Fit, Participant
 from fasterai.core.schedules import Schedule, as_schedule
@@ -307,6 +307,7 @@ class Sparsifier(Participant):
         if self._plan is None:
             raise ValueError("sparsity must be given to the Sparsifier to train with it")
         self._keeper.check_trained(fit)
+        note_optimizer(self.model, fit.optimizer)
         if not self._keeper.is_seen and fit.batch is not None and self._drops_outputs:
             self._watch_batch(fit.model or self.model, fit.batch)
         self._check_coupled()
@@ -387,6 +388,7 @@ class Sparsifier(Participant):
                 f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; in fastai and Lightning pass "
                 "HoldCallback(sparsifier) as a callback"
             )
+        note_optimizer(self.model, optimizer)
         handle = optimizer.register_step_post_hook(self._hold_after_step)
         self._holds.append(handle)
         return handle

@@ -278,8 +278,11 @@ def test_data_parallel_is_no_hindrance(tmp_path, frozen):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 4))
     model[0].requires_grad_(not frozen)
-    learner(tmp_path, nn.DataParallel(model)).fit(1, cbs=prune())
-    assert [m.out_features for m in model.modules() if isinstance(m, nn.Linear)] == [10 if frozen else 5, 4, 4]
+    learn, callback = learner(tmp_path, nn.DataParallel(model)), prune()
+    for _ in range(2):
+        learn.fit(1, cbs=callback)
+        assert [m.out_features for m in model.modules() if isinstance(m, nn.Linear)] == [10 if frozen else 5, 4, 4]
+        learn.model = nn.DataParallel(model)  # as fastai's ParallelTrainer does in each fit
 
 
 def test_a_compiled_model_is_refused_and_stays(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fasterai.core.cuts import announce, follow, sliced
+from fasterai.core.cuts import announce, follow, note_optimizer, noted_optimizers, sliced
 
 CUT = {("0.weight", 0): np.array([0, 2]), ("1.inner.weight", 1): np.array([1])}
 
@@ -82,3 +82,17 @@ def test_sliced_takes_what_stays_of_each_dimension():
     assert sliced(x, cut, "w").tolist() == [[3.0], [11.0]]
     assert sliced(x, cut, "v").tolist() == [[4.0, 5.0, 6.0, 7.0]]
     assert sliced(x, cut, "u") is x
+
+
+def test_optimizers_are_known_by_model_part_and_whole():
+    model = nest()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    note_optimizer(model, optimizer)
+    note_optimizer(model, [optimizer, None])
+    assert noted_optimizers(model) == [optimizer]
+    assert noted_optimizers(model[1]) == [optimizer]
+    assert noted_optimizers(nn.Sequential(model)) == [optimizer]
+    assert noted_optimizers(nest()) == []
+    del optimizer
+    gc.collect()
+    assert noted_optimizers(model) == []

@@ -97,6 +97,12 @@ def test_the_states_of_wrapped_optimizers_are_found() -> None:
     assert {id(s) for s in states_of([inner, other, inner])} == {id(inner.state), id(other.state)}
 
 
+@pytest.mark.parametrize("none", [None, [], [None]])
+def test_no_optimizer_is_fine(none: Any) -> None:
+    check_optimizer(none)
+    assert states_of(none) == []
+
+
 @pytest.mark.parametrize("bad", ["adam", 0.1, torch.optim.Adam])
 def test_what_keeps_no_state_is_no_optimizer(bad: Any) -> None:
     with pytest.raises(TypeError, match=r"optimizer must be torch's or fastai's, with a state for each parameter, got"):

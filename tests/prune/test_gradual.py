@@ -144,6 +144,27 @@ def test_the_lowest_go():
     assert model[0].weight[:, 0].tolist() == [9, 7, 8, 10, 6]
 
 
+class Particular(nn.Module):
+    """Its code wants ten features."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = deep()
+
+    def forward(self, x):
+        x = self.net[0](x)
+        if x.shape[1] != 10:
+            raise RuntimeError("ten")
+        return self.net[1:](x)
+
+
+def test_what_cannot_go_is_said_at_the_end():
+    model = Particular()
+    with pytest.warns(UserWarning, match="pruning_ratio was not reached: 1 of 2 groups stay; net.0.weight: .*ten"):
+        train(model, gradual(model))
+    assert widths(model) == [10, 3]
+
+
 def test_a_run_that_ends_early_as_completed_reaches_the_end():
     model = net()
     pruner, optimizer = gradual(model), adam(model)
@@ -238,6 +259,12 @@ def test_the_optimizer_holds_the_models_parameters_and_no_other():
     train(model, gradual(model), optimizer=optimizer)
     assert [id(p) for g in optimizer.param_groups for p in g["params"]] == [id(p) for p in model.parameters()]
     assert all(optimizer.state[p][k].shape == p.shape for p in model.parameters() for k in ("exp_avg", "exp_avg_sq"))
+
+
+def test_an_optimizer_whose_state_cannot_be_cut_is_refused_before_the_run():
+    model = net()
+    with pytest.raises(ValueError, match="optimizer must keep a state for each parameter, got LBFGS"):
+        attach(torch.optim.LBFGS(model.parameters()), gradual(model), total_steps=4)
 
 
 def test_an_optimizer_of_another_model_is_refused():
@@ -349,6 +376,15 @@ def test_a_wrapped_model_is_refused(process_group, wrap, what, repair):
     with pytest.raises(ValueError, match=f"model must be the bare network, got {what} .*{repair}"):
         attach(adam(wrapped), gradual(wrapped), total_steps=4)
     assert {n: p.shape for n, p in wrapped.named_parameters()} == before
+
+
+def test_a_model_that_was_compiled_since_the_last_run_is_refused():
+    model = net()
+    pruner = gradual(model)
+    train(model, pruner)
+    model.compile()
+    with pytest.raises(ValueError, match="model must be the bare network, got compiled in place"):
+        attach(adam(model), pruner, total_steps=4)
 
 
 def test_a_model_that_the_loop_has_wrapped_is_refused(process_group):

@@ -92,14 +92,20 @@ def test_an_unknown_module_keeps_no_numbers() -> None:
     assert new_sizes(nn.ReLU(), {}, {}, {}) == {}
 
 
-@pytest.mark.parametrize(("kept_number", "expected"), [(8, {"channels": 3}), (5, {})])
-def test_channels_of_a_filter_that_is_a_buffer(kept_number: int, expected: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("kept_number", "expected"), [(8, {"channels": 3}), (5, {}), (None, {})])
+def test_channels_of_a_filter_that_is_a_buffer(kept_number: Any, expected: dict[str, Any]) -> None:
     blur = nn.Module()
     blur.channels = kept_number
     assert new_sizes(blur, {"filt": (8, 1, 3, 3)}, {"filt": (3, 1, 3, 3)}, {}) == expected
 
 
-def test_channels_that_stay_are_as_many_as_before() -> None:
+def test_channels_that_stay_keep_their_number() -> None:
     blur = nn.Module()
     blur.channels = 8
-    assert new_sizes(blur, {"filt": (8, 4), "scale": ()}, {"filt": (8, 3), "scale": ()}, {}) == {"channels": 8}
+    assert new_sizes(blur, {"filt": (8, 4), "scale": ()}, {"filt": (8, 3), "scale": ()}, {}) == {}
+
+
+def test_the_shape_of_a_bias_by_relative_positions() -> None:
+    positions = nn.Module()
+    positions.bias_shape = (49, 49, 6)
+    assert new_sizes(positions, {"table": (169, 6)}, {"table": (169, 4)}, {}) == {"bias_shape": (49, 49, 4)}

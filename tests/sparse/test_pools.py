@@ -365,3 +365,22 @@ def test_a_target_pool_is_the_units_of_its_target():
 
 def large_final_of(target):
     return large_final(Evidence(target.name, target.parameter.detach()))
+
+
+def test_the_optimizer_of_an_earlier_run_goes_on_after_a_removal():
+    """As in fastai, where a learner keeps its optimizer from one fit to the next and nobody hands it to `remove`."""
+    model = residual(16, 8)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    sparsifier = Sparsifier(model, "coupled", "local", "large_final", sparsity=0.5, schedule="lin", example_inputs=X)
+    train(model, [sparsifier], optimizer=optimizer)
+    moments = {n: optimizer.state[p]["exp_avg"].clone() for n, p in model.named_parameters()}
+    plan = remove(model.eval(), X).plan
+    for name, parameter in model.named_parameters():
+        left = moments[name]
+        for d in range(left.dim()):
+            if (name, d) in plan.keep:
+                left = left[(slice(None),) * d + (torch.as_tensor(plan.keep[name, d]),)]
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], left), name
+    optimizer.zero_grad()
+    F.cross_entropy(model(X), torch.tensor([0, 1])).backward()
+    optimizer.step()

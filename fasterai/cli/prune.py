@@ -1,0 +1,194 @@
+"""L6. `fasterai prune`: a trained classifier of torchvision made small, without training."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasterai.cli.arguments import check_prune_arguments, read_budget
+from fasterai.cli.comparison import versions
+from fasterai.cli.data import Data
+from fasterai.cli.errors import UsageError, told_as_usage
+from fasterai.cli.folders import read_folder
+from fasterai.cli.networks import check_runs, choose_device, how_to_make
+from fasterai.cli.output import SMALL, check_new_folder, file_of, new_folder, write_report
+from fasterai.cli.pictures import write_removal
+from fasterai.cli.training import Recipe, evaluate
+from fasterai.cli.weights import Weights, load_classifier, read_weights
+from fasterai.prune.pruner import Pruner
+from fasterai.prune.removal import Removal, remove
+from fasterai.prune.small import save_small
+
+__all__ = ["run"]
+
+FORMAT = 1
+IMAGE_SIZE = 224
+#: For criteria that need data: how many batches of how many training images.
+BATCHES, BATCH_SIZE = 4, 32
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be made small.
+
+    Attributes:
+        network: With its weights, in eval mode.
+        inputs: What it is run on, checked and timed.
+        image_size: The side of the images.
+        classes: How many.
+        data: Images to measure accuracy on, if any.
+        recipe: How to run on them.
+        notes: What there is to say of the weights.
+    """
+
+    network: nn.Module
+    inputs: Tensor
+    image_size: int
+    classes: int
+    data: Data | None
+    recipe: Recipe
+    notes: tuple[str, ...]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything, then prune, print and write."""
+    check_prune_arguments(arguments)
+    check_new_folder(arguments.output)
+    job = _make_job(arguments)
+    print("\n".join([_headline(arguments, job), *job.notes]), end="\n\n", flush=True)
+    before = _accuracy(job)
+    with told_as_usage():
+        removal = _prune(arguments, job)
+    print(removal, flush=True)
+    if not removal.removed:
+        repair = "; pass --sparsity or --budget" if arguments.remove_only else ""
+        raise UsageError(f"nothing was removed from {arguments.weights}, and nothing was written{repair}")
+    after = _accuracy(job)
+    with new_folder(arguments.output) as folder:
+        _write(folder, arguments, job, removal, {"before": before, "after": after})
+    print(_closing(arguments, job, before, after))
+    return 0
+
+
+def _make_job(arguments: argparse.Namespace) -> _Job:
+    device = choose_device(arguments.device)
+    weights = read_weights(arguments.weights)
+    data = None if arguments.data is None else _read_data(arguments)
+    image_size = arguments.image_size or IMAGE_SIZE if data is None else data.image_size
+    network, classes, left_out = load_classifier(arguments.arch, weights, image_size)
+    _check_classes(weights, classes, data)
+    inputs = _inputs(data, arguments.batch, image_size).to(device)
+    check_runs(network.to(device), inputs, arguments.arch, training=False)
+    notes = [f"left out, for they serve training alone: {', '.join(sorted({n.split('.')[0] for n in left_out}))}"]
+    recipe = Recipe(1, BATCH_SIZE, 1.0, arguments.seed, device)
+    return _Job(network, inputs, image_size, classes, data, recipe, tuple(notes if left_out else ()))
+
+
+def _read_data(arguments: argparse.Namespace) -> Data:
+    return read_folder(
+        arguments.data,
+        image_size=arguments.image_size,
+        seed=arguments.seed,
+        skip_unreadable=arguments.skip_unreadable,
+        workers=arguments.workers,
+    )
+
+
+def _check_classes(weights: Weights, count: int, data: Data | None) -> None:
+    if data is None:
+        return
+    if count != len(data.classes):
+        raise UsageError(f"--data must hold the {count} classes of WEIGHTS, got {len(data.classes)}")
+    for own, theirs in zip(weights.classes or data.classes, data.classes, strict=True):
+        if own != theirs:
+            raise UsageError(f"--data must hold the classes of WEIGHTS, got {theirs!r} in the place of {own!r}")
+
+
+def _inputs(data: Data | None, count: int, image_size: int) -> Tensor:
+    """Training images, repeated where there are too few, or noise."""
+    if data is None:
+        return torch.randn((count, 3, image_size, image_size), generator=torch.Generator().manual_seed(0))
+    return data.normalize(data.train.batch(torch.arange(count) % len(data.train))[0])
+
+
+def _accuracy(job: _Job) -> float | None:
+    return None if job.data is None else evaluate(job.network, job.data, job.data.valid, job.recipe)[0]
+
+
+def _prune(arguments: argparse.Namespace, job: _Job) -> Removal:
+    if arguments.remove_only:
+        return remove(job.network, job.inputs)
+    ratio = arguments.sparsity if arguments.budget is None else read_budget(arguments.budget)
+    pruner = Pruner(
+        job.network,
+        ratio,
+        arguments.context,
+        arguments.criteria,
+        ignored_layers=arguments.ignore,
+        example_inputs=job.inputs,
+        round_to=arguments.round_to,
+        data=_batches(job),
+        loss=nn.functional.cross_entropy,
+    )
+    return pruner.prune_model()
+
+
+def _batches(job: _Job) -> list[tuple[Tensor, Tensor]] | None:
+    """Training images in random order, for criteria that need data."""
+    if job.data is None:
+        return None
+    order = torch.randperm(len(job.data.train), generator=torch.Generator().manual_seed(job.recipe.seed))
+    batches = (job.data.train.batch(picks) for picks in order.split(BATCH_SIZE)[:BATCHES])
+    return [(job.data.normalize(x.to(job.recipe.device)), y.to(job.recipe.device)) for x, y in batches]
+
+
+def _write(folder: Path, arguments: argparse.Namespace, job: _Job, removal: Removal, accuracy: dict[str, Any]) -> None:
+    save_small(file_of(folder, SMALL), job.network.cpu())
+    if arguments.onnx:
+        from fasterai.export.onnx import export_onnx
+
+        with told_as_usage():
+            export_onnx(job.network, job.inputs.cpu(), folder / "small.onnx")
+    write_removal(removal, folder / "small.png")
+    known = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+    report = {
+        "format": FORMAT,
+        "command": "prune",
+        "arguments": {name: value for name, value in known.items() if name not in ("command", "output")},
+        "versions": versions(),
+        "device": str(job.recipe.device),
+        "image_size": job.image_size,
+        "classes": job.classes,
+        "data": None if job.data is None else job.data.summary(),
+        "accuracy": accuracy,
+        "removal": removal.to_dict(),
+    }
+    write_report(report, folder)
+
+
+def _headline(arguments: argparse.Namespace, job: _Job) -> str:
+    parameters, side = sum(p.numel() for p in job.network.parameters()), job.image_size
+    found = f"{arguments.arch}: {parameters:,} parameters, {job.classes} classes, {side}x{side} images; {job.recipe.device}"
+    return found if job.data is None else f"{found}\n{len(job.data.valid):,} images to validate on ({job.data.validation})"
+
+
+def _closing(arguments: argparse.Namespace, job: _Job, before: float | None, after: float | None) -> str:
+    """The accuracy, and what to do next."""
+    if before is None or after is None:
+        lines = ["accuracy: not measured, for want of images; pass --data FOLDER"]
+    else:
+        lines = [f"accuracy: {before:.2%} -> {after:.2%} of {len(job.data.valid) if job.data else 0:,} images"]
+    if not arguments.remove_only:
+        lines.append("what was taken out mattered least, but it was not silent: train the small network on")
+    make = how_to_make(arguments.arch, job.classes, job.image_size)
+    return "\n".join([
+        "", *lines, "", "from fasterai.prune.all import load_small", "import torchvision", "",
+        f"model = torchvision.models.get_model({make})",
+        f"load_small({str(file_of(arguments.output, SMALL))!r}, model)",
+        "", f"weights, report and picture: {arguments.output}/",
+    ])  # fmt: skip

@@ -1,0 +1,140 @@
+"""L6. Weights from a file into a classifier of torchvision, whatever wrote them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasterai.cli.errors import UsageError
+from fasterai.cli.networks import make_classifier
+
+__all__ = ["Weights", "load_classifier", "read_weights"]
+
+#: Where trainers keep the weights inside of what they save.
+INSIDE = ("state_dict", "model", "model_state_dict")
+#: Classifiers that only training runs; torchvision's pretrained googlenet and inception_v3 have them.
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+MOST_PROBLEMS = 3
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file of weights holds.
+
+    Attributes:
+        path: The file.
+        tensors: Name -> parameter or buffer.
+        classes: The classes' names in the order of the outputs, if the file tells them.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    classes: tuple[str, ...] | None = None
+
+
+def read_weights(path: Path) -> Weights:
+    """Read a state dict: of `torch.save`, or safetensors.
+
+    Raises:
+        UsageError: There is no such file, or it holds no state dict.
+    """
+    if path.is_dir():
+        inside = path / "sparse.safetensors"
+        raise UsageError(f"WEIGHTS must be a file, got the folder {path}{f'; pass {inside}' if inside.exists() else ''}")
+    if not path.exists():
+        raise UsageError(f"WEIGHTS must be a file, got {path}, which does not exist")
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_saved(path)
+
+
+def _read_safetensors(path: Path) -> Weights:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise UsageError(f"WEIGHTS must be a file of safetensors, got {path} ({error})") from error
+    if header.get("format", "").startswith("fasterai-small"):
+        raise UsageError(f"WEIGHTS must be of a network of full size, got {path}, which holds a small one already")
+    classes = json.loads(header["classes"]) if "classes" in header else None
+    return Weights(path, tensors, None if classes is None else tuple(classes))
+
+
+def _read_saved(path: Path) -> Weights:
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken or foreign file can fail in any of zip, pickle and torch
+        raise UsageError(
+            f"WEIGHTS must be a state dict that torch.save wrote, got {path} ({type(error).__name__}); "
+            "write it by torch.save(model.state_dict(), path)"
+        ) from error
+    for name in INSIDE:
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
+            found = found[name]
+    tensors = {str(n): x for n, x in found.items() if isinstance(x, Tensor)} if isinstance(found, Mapping) else {}
+    if not tensors:
+        raise UsageError(f"WEIGHTS must be a state dict, got {path}, which holds a {type(found).__name__} without tensors")
+    return Weights(path, tensors)
+
+
+def load_classifier(arch: str, weights: Weights, image_size: int) -> tuple[nn.Module, int, list[str]]:
+    """A network of torchvision with these weights; the number of classes is read off them.
+
+    Returns:
+        The network in eval mode, its number of classes, and names of tensors that were left out, of auxiliary classifiers.
+
+    Raises:
+        UsageError: The weights are of another network.
+    """
+    few, more = (_shapes(arch, count, image_size) for count in (2, 3))
+    tensors = _without_prefix(weights.tensors, few)
+    left_out = [name for name in tensors if name.startswith(AUXILIARY) and name not in few]
+    tensors = {name: x for name, x in tensors.items() if name not in left_out}
+    heads = [name for name in few if few[name] != more[name] and name in tensors and tensors[name].dim()]
+    classes = len(tensors[heads[0]]) if heads else 2
+    if problems := _problems(tensors, _shapes(arch, classes, image_size)):
+        rest = f"; and {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
+        raise UsageError(
+            f"--arch must be the network that WEIGHTS are of, got {arch!r}, for which in {weights.path} "
+            f"{'; '.join(problems[:MOST_PROBLEMS])}{rest}"
+        )
+    network = make_classifier(arch, classes, image_size).eval()
+    network.load_state_dict(tensors, strict=False)  # what older files lack is the count of batches, as checked
+    return network, classes, left_out
+
+
+def _shapes(arch: str, classes: int, image_size: int) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(x.shape) for name, x in make_classifier(arch, classes, image_size).state_dict().items()}
+
+
+def _without_prefix(tensors: Mapping[str, Tensor], known: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Names without what wrappers put before them, such as `module.` or `_orig_mod.`."""
+    found = dict(tensors)
+    while not found.keys() & known.keys():
+        first = {name.partition(".")[0] for name in found}
+        if len(first) != 1 or not all("." in name for name in found):
+            break
+        found = {name.partition(".")[2]: x for name, x in found.items()}
+    return found
+
+
+def _problems(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    wrong = [
+        f"{name} is {_by(x.shape)} instead of {_by(wanted[name])}"
+        for name, x in tensors.items()
+        if name in wanted and tuple(x.shape) != wanted[name]
+    ]
+    missing = [f"{n} is missing" for n in wanted if n not in tensors and not n.endswith("num_batches_tracked")]
+    return [*wrong, *missing, *(f"{name} is too many" for name in tensors if name not in wanted)]
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a number"
