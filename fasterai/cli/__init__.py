@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 
 __all__ = ["main"]
 
 INTERRUPTED = 130  # what a shell expects after Ctrl-C
+AFTERWARDS = {
+    "sparsify": "--resume goes on from the last full epoch",
+    "prune": "nothing was written",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,19 +32,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fasterai.cli.arguments import make_parser
     from fasterai.cli.errors import UsageError
 
+    command = ""
     try:
         arguments = make_parser().parse_args(argv)
-        command = importlib.import_module(f"fasterai.cli.{arguments.command}")
-        return int(command.run(arguments))
+        command = arguments.command
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return int(importlib.import_module(f"fasterai.cli.{command}").run(arguments))
     except UsageError as error:
         return _fail(str(error))
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
-        print("\nfasterai: interrupted; `fasterai sparsify` goes on from its last full epoch with --resume", file=sys.stderr)
+        print(f"\nfasterai: interrupted; {AFTERWARDS.get(command, 'begin anew')}", file=sys.stderr)
         return INTERRUPTED
     except SystemExit as done:  # --help and --version
         return int(done.code or 0)
+
+
+def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+    print(f"fasterai: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _fail(message: str) -> int:

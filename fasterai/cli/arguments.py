@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["Axes", "check_arguments", "check_prune_arguments", "make_parser", "read_budget"]
 
 Axes = dict[str, "str | float"]
+#: Those that take one share for all channels.
+CONTEXTS = ("local", "global", "erk", "lamp")
 
 SPARSIFY_HELP = """\
 Trains a classifier of torchvision on a folder of images, dense and then the same network sparse (same start, same epochs),
@@ -167,13 +169,13 @@ def check_prune_arguments(arguments: argparse.Namespace) -> None:
     Raises:
         UsageError: An argument is out of range or unknown; the known names are listed.
     """
-    from fasterai.core import contexts, criteria
-    from fasterai.core.checks import check_count, check_fraction, from_catalogue
+    from fasterai.core import criteria
+    from fasterai.core.checks import check_choice, check_count, check_fraction, from_catalogue
 
     with told_as_usage():
         if arguments.sparsity is not None:
             check_fraction("--sparsity", arguments.sparsity)
-        from_catalogue("--context", arguments.context, contexts)
+        check_choice("--context", arguments.context, CONTEXTS)
         criterion = from_catalogue("--criteria", arguments.criteria, criteria)
         check_count("--batch", arguments.batch)
         check_count("--workers", arguments.workers, 0)

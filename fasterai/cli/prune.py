@@ -143,7 +143,7 @@ def _batches(job: _Job) -> list[tuple[Tensor, Tensor]] | None:
     if job.data is None:
         return None
     order = torch.randperm(len(job.data.train), generator=torch.Generator().manual_seed(job.recipe.seed))
-    batches = (job.data.train.batch(picks) for picks in order.split(BATCH_SIZE)[:BATCHES])
+    batches = (job.data.train.batch(picks) for picks in torch.split(order, BATCH_SIZE)[:BATCHES])
     return [(job.data.normalize(x.to(job.recipe.device)), y.to(job.recipe.device)) for x, y in batches]
 
 
@@ -187,7 +187,7 @@ def _closing(arguments: argparse.Namespace, job: _Job, before: float | None, aft
         lines.append("what was taken out mattered least, but it was not silent: train the small network on")
     make = how_to_make(arguments.arch, job.classes, job.image_size)
     return "\n".join([
-        "", *lines, "", "from fasterai.prune.all import load_small", "import torchvision", "",
+        "", *lines, "", "in Python:", "", "from fasterai.prune.all import load_small", "import torchvision", "",
         f"model = torchvision.models.get_model({make})",
         f"load_small({str(file_of(arguments.output, SMALL))!r}, model)",
         "", f"weights, report and picture: {arguments.output}/",

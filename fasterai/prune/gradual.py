@@ -34,8 +34,8 @@ class GradualPruner(Participant):
 
     After a step at which the schedule has gone on far enough, the channels that matter least are masked and removed, the
     removal is checked, and the optimizer's state is cut alike. At most `max_updates` times a run: where the schedule comes
-    closest to another stair, and the last time exactly to its end. The ratio counts from the model there was
-    before the first run. Layers whose weights are frozen are left alone until they train.
+    closest to another stair, and the last time exactly to its end. The ratio counts from the model there was before the first
+    run. Layers whose weights are frozen are left alone until they train.
 
     Args:
         model: The model, or a part of the one that is trained; changed in place.
@@ -45,7 +45,7 @@ class GradualPruner(Participant):
         schedule: Which share of the ratio is gone at which position of the training; it must not fall.
         ignored_layers: Modules, or their names, whose outputs stay, besides all that has to stay anyway.
         example_inputs: A tensor or tuple that the model runs on; a few samples of the loop's batch if left out.
-        max_updates: How often channels go in a run, at most; each time costs an export of the model.
+        max_updates: How often channels go in a run, at most; each time costs some forward passes.
         copies: Modules of the same structure, such as moving averages of the weights, or a function that gives them, asked
             at each removal; they are cut alike.
         **options: Of the `Pruner`: `round_to`, `over_places` and others.
@@ -216,7 +216,9 @@ class GradualPruner(Participant):
         self._take_back(shapes)
         if isinstance(self._ratio, Budget) and self._dense is None:
             self._dense = copy.deepcopy(self.model)
-        self._replayed += replay(self.model, plans, shapes, self._optimizer, self._matching)
+        done = replay(self.model, plans, shapes, self._optimizer, self._matching)
+        # In a run another participant may refuse its own state.
+        self._replayed += done if self._optimizer is not None else []
         self.plans, self._done = plans, float(state["done"])
         self.channels |= {name: (first, now) for name, (first, now) in state["channels"].items()}
         if self._pruner is not None and state["pruner"]:

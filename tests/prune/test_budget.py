@@ -181,12 +181,16 @@ def test_a_leap_is_walked_group_by_group() -> None:
     graph = channel_graph(model, (X,))
     assert [g.channels for g in graph.groups] == [8, 8, 8, 8]
 
+    asked = []
+
     def choose(sparsity: float) -> list[np.ndarray]:
+        asked.append(sparsity)
         return [np.arange(8) < (8 if sparsity < 0.4 else 1)] * 4
 
     # After one leap: 4 + 8 + 128 + 16 = 156; after two: 4 + 1 + 8 + 64 + 16 = 93 of 240.
     found = fit_budget(model, graph, (X,), choose, Budget(params=93 / 240))
     assert counts(found) == [1, 1, 8, 8]
+    assert len(asked) <= 25  # one bisection of [0, 1] to a millionth
 
 
 def test_in_one_group_it_goes_channel_by_channel() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,7 +56,10 @@ def test_a_plan_goes_through_json_and_can_be_replayed_on_a_fresh_model() -> None
 
 def test_sizes_that_are_tuples_go_through_json() -> None:
     plan = Plan({"n.weight": (4,)}, {("n.weight", 0): np.array([0, 1])}, (("n", "normalized_shape", (4,), (2,)),), {"a": 3})
+    plan = replace(plan, scales={"n.weight": 1.5})
     again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert again.scales == {"n.weight": 1.5}
+    assert "n.weight: times 1.5" in str(again)
     assert again.attributes == (("n", "normalized_shape", (4,), (2,)),)
     assert again.slim == {"a": 3}
     assert again.shapes == {"n.weight": (4,)}

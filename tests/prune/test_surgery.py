@@ -274,6 +274,18 @@ def test_attention_that_two_modules_share_stays_shared() -> None:
     assert net["a"] is net["b"][0] is attention
 
 
+def test_weights_that_make_up_for_what_went_are_scaled_and_put_back() -> None:
+    net = small_net()
+    plan = replace(plan_for(net), scales={"1.weight": 1.5})
+    before = net[1].weight.detach().clone()
+    done = Surgery(net, plan)
+    assert net[1].weight.tolist() == [1.5, 1.5]
+    done.undo()
+    assert torch.equal(net[1].weight, before)
+    done.redo()
+    assert net[1].weight.tolist() == [1.5, 1.5]
+
+
 # --- copies ------------------------------------------------------------------------------------------------------------------
 
 
