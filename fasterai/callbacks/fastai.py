@@ -338,6 +338,5 @@ class PruneCallback(ParticipantCallback):
         for tracker in self.learn.cbs:
             if isinstance(tracker, TrackerCallback):
                 tracker.best = float("inf") if tracker.comp is np.less else -float("inf")
-                vars(tracker).update(wait=0)
             if isinstance(tracker, SaveModelCallback) and not tracker.every_epoch and not tracker.at_end:
                 self.learn.save(tracker.fname, with_opt=tracker.with_opt)

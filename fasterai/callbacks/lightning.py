@@ -401,7 +401,6 @@ class PruneCallback(ParticipantCallback):
         """The best model so far does not fit any more: the next one is the best."""
         for tracker in self._callbacks():
             if isinstance(tracker, EarlyStopping):
-                tracker.wait_count = 0
                 tracker.best_score = _worst(tracker.mode)
             if isinstance(tracker, ModelCheckpoint) and tracker.monitor is not None:
                 tracker.best_k_models, tracker.kth_best_model_path, tracker.best_model_path = {}, "", ""

@@ -10,6 +10,7 @@ import importlib
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 __all__ = ["main"]
 
@@ -50,7 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(done.code or 0)
 
 
-def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning without the line of source that it came from."""
     print(f"fasterai: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 

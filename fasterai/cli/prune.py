@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def _make_job(arguments: argparse.Namespace) -> _Job:
     image_size = arguments.image_size or IMAGE_SIZE if data is None else data.image_size
     network, classes, left_out = load_classifier(arguments.arch, weights, image_size)
     _check_classes(weights, classes, data)
+    _check_layers(network, arguments)
     inputs = _inputs(data, arguments.batch, image_size).to(device)
     check_runs(network.to(device), inputs, arguments.arch, training=False)
     notes = [f"left out, for they serve training alone: {', '.join(sorted({n.split('.')[0] for n in left_out}))}"]
@@ -107,6 +109,14 @@ def _check_classes(weights: Weights, count: int, data: Data | None) -> None:
     for own, theirs in zip(weights.classes or data.classes, data.classes, strict=True):
         if own != theirs:
             raise UsageError(f"--data must hold the classes of WEIGHTS, got {theirs!r} in the place of {own!r}")
+
+
+def _check_layers(network: nn.Module, arguments: argparse.Namespace) -> None:
+    known = [name for name, _ in network.named_modules() if name]
+    for layer in arguments.ignore or ():
+        if layer not in known:
+            close = difflib.get_close_matches(layer, known, n=3, cutoff=0.5) or known[:3]
+            raise UsageError(f"--ignore must be layers of {arguments.arch}, got {layer!r}; such as {', '.join(close)}")
 
 
 def _inputs(data: Data | None, count: int, image_size: int) -> Tensor:

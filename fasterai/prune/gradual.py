@@ -111,7 +111,6 @@ class GradualPruner(Participant):
             ValueError: The model is wrapped, cannot be followed, or is not what the optimizer trains, a copy is of another
                 structure, or there are no example inputs.
         """
-        check_bare(self.model)
         check_bare(self.model if fit.model is None else fit.model)
         check_optimizer(fit.optimizer)
         check_trained(self.model, fit.optimizer)

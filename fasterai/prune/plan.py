@@ -16,7 +16,7 @@ from fasterai.prune.graph import ChannelGraph, Place
 from fasterai.prune.labels import Array, Flags
 from fasterai.prune.modules import HEADS, STREAMS, WIDTHS, new_sizes
 
-__all__ = ["Plan", "check_plan", "make_plan", "tensor_of", "tensors_of"]
+__all__ = ["Plan", "check_plan", "cut_normed", "make_plan", "tensor_of", "tensors_of"]
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,20 @@ def _sizes(
 
 def _differing(module: nn.Module, sizes: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     return [(a, getattr(module, a), value) for a, value in sizes.items() if getattr(module, a) != value]
+
+
+def cut_normed(normed: Mapping[str, Sequence[tuple[Place, int] | None]], keep: Mapping[Place, Array]) -> dict[str, Any]:
+    """What modules without parameters go with (`ChannelGraph.normed`), after a removal."""
+    left = {place: {int(old): new for new, old in enumerate(kept)} for place, kept in keep.items()}
+
+    def followed(at: tuple[Place, int] | None) -> tuple[Place, int] | None:
+        return at if at is None or at[0] not in left else (at[0], left[at[0]][at[1]])
+
+    stays = {
+        name: [at for at in goes_with if at is None or at[0] not in left or at[1] in left[at[0]]]
+        for name, goes_with in normed.items()
+    }
+    return {name: tuple(followed(at) for at in goes_with) for name, goes_with in stays.items()}
 
 
 def _bare_sizes(module: nn.Module, plan: Plan, goes_with: Sequence[tuple[Place, int] | None]) -> list[tuple[str, Any, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,9 +25,11 @@ from fasterai.core.targets import all_targets, find_targets, unwrap
 from fasterai.core.types import Limits
 from fasterai.prune.admission import check_whole, positional
 from fasterai.prune.budget import Budget, fit_budget
-from fasterai.prune.copies import Copies
+from fasterai.prune.carry import check_optimizer
+from fasterai.prune.copies import Copies, matching_copies
 from fasterai.prune.graph import ChannelGraph, channel_graph
 from fasterai.prune.labels import Flags
+from fasterai.prune.plan import cut_normed
 from fasterai.prune.removal import Removal, mask_channels_, removable, remove_channels, silent_channels
 from fasterai.sparse.evidence import Source
 from fasterai.sparse.pools import OVER, ChannelPool, by_pool, channel_pools
@@ -148,6 +151,8 @@ class Pruner:
             ValueError: The share is out of range, or the criterion's evidence is not there. Nothing is changed then.
         """
         check_fraction("share", share)
+        check_optimizer(optimizer)
+        matching_copies(copies, unwrap(self.model))
         graph = replace(self._graph, groups=tuple(p.group for p in self._pools))
         kept = self._choose(graph, share)
         chosen, refused = self._mask_removable(graph, kept)
@@ -179,6 +184,7 @@ class Pruner:
         """Follow the model's parameters, which have got smaller."""
         fresh = {t.name: t for t in all_targets(unwrap(self.model))}
         self._pools = tuple(p.cut(cut, fresh) for p in self._pools)
+        self._graph = replace(self._graph, normed=cut_normed(self._graph.normed, cut))
         self._scorer.after_cut(cut)
 
     def print_sparsity(self) -> None:
@@ -203,11 +209,17 @@ class Pruner:
     def _choose(self, graph: ChannelGraph, share: float) -> list[Flags]:
         scores = _silent_first(self._scorer(self.model, self._pools, {}), silent_channels(self.model, graph))
         if isinstance(self.pruning_ratio, Budget):
-            left = 1 - share * (1 - self.pruning_ratio.share)
+            left = self.pruning_ratio.share + (1 - share) * (1 - self.pruning_ratio.share)
             shares: dict[str, Any] = {self.pruning_ratio.kind: left, "batch": self.pruning_ratio.batch}
             budget = Budget(**shares)
-            return fit_budget(self.model, graph, self.inputs, lambda s: self._keep(scores, self.context, s), budget, self.dense)
+            return fit_budget(self.model, graph, self.inputs, lambda s: self._try(scores, s), budget, self.dense)
         return self._keep(scores, *self._to_prune(self.pruning_ratio, share))
+
+    def _try(self, scores: Sequence[Scores], sparsity: float) -> list[Flags]:
+        """A choice that a search looks at, and most likely discards: not worth a warning."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return self._keep(scores, self.context, sparsity)
 
     def _keep(self, scores: Sequence[Scores], context: Context, sparsity: float) -> list[Flags]:
         round_to = 1 if self.round_to is None and isinstance(self.pruning_ratio, Budget) else self.round_to

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fasterai.callbacks.lightning import PruneCallback
 from fasterai.core.criteria import large_final
 from fasterai.core.schedules import OneShot, lin, one_cycle
+from fasterai.prune.budget import Budget
 from fasterai.prune.small import load_small, save_small
 
 pytestmark = [
@@ -213,6 +214,19 @@ def test_a_run_that_fails_leaves_a_module_that_trains_on(tmp_path, error):
     assert shapes(module) == HALF
 
 
+class Unready(Net):
+    def configure_optimizers(self):
+        raise RuntimeError("not ready")
+
+
+def test_a_run_that_fails_before_it_begins_leaves_the_module_as_it_was(tmp_path):
+    module = Unready()
+    with pytest.raises(RuntimeError, match="not ready"):
+        fit(tmp_path, prune(), module=module)
+    assert "on_load_checkpoint" not in vars(module)
+    assert shapes(module) == shapes(Net())
+
+
 def test_a_compiled_module_is_refused(tmp_path):
     module = torch.compile(Net())
     with pytest.raises(ValueError, match=r"model must be the bare network, got a Net that torch\.compile"):
@@ -243,6 +257,17 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, schedule, epoch):
     assert same(resumed, whole)
     assert callback.pruner.channels == {"net.0.weight": (10, 5)}
     assert "on_load_checkpoint" not in vars(resumed)
+
+
+def test_a_budget_counts_from_the_dense_module_also_when_resumed(tmp_path):
+    def budget():
+        return PruneCallback(Budget(params=0.5), lin, "global", "large_final")
+
+    _, whole = fit(tmp_path, budget(), every_epoch(tmp_path))
+    _, resumed = fit(tmp_path, budget(), module=Net(9), ckpt_path=tmp_path / "each" / "epoch=0.ckpt")
+    assert same(resumed, whole)
+    # 11 parameters for each of 10 channels and 4 biases: at most 57 of 114 may be left.
+    assert shapes(resumed)[0] == (4, 6)
 
 
 def test_a_run_that_is_resumed_twice_is_the_same_bit_for_bit(tmp_path):

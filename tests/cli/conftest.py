@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +8,14 @@ import pytest
 from PIL import Image
 
 MakeImages = Callable[..., Path]
+
+
+@pytest.fixture(scope="package", autouse=True)
+def short_timing() -> Iterator[None]:
+    """What is tested is not how fast anything is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fasterai.cli.small.RUN_TIME", 0.01)
+        yield
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,16 +29,39 @@ def test_it_runs_as_a_module() -> None:
     assert (done.returncode, done.stdout) == (0, f"fasterai {fasterai.__version__}\n")
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["demo", "--help"], ["sparsify", "--help"]])
+@pytest.mark.parametrize("argv", [["--help"], ["demo", "--help"], ["sparsify", "--help"], ["prune", "--help"]])
 def test_help(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
     assert main(argv) == 0
     assert capsys.readouterr().out.startswith("usage: fasterai")
 
 
+PRUNE = ("prune", "--arch", "resnet18")
+HALF = (*PRUNE, "--sparsity", "0.5")
 # Arguments -> parts of the message, in their order.
 WRONG = {
     (): ["required"],
-    ("prune",): ["invalid choice", "prune"],
+    ("shrink",): ["invalid choice", "shrink"],
+    ("prune",): ["required", "WEIGHTS"],
+    ("prune", "W.pth", "--sparsity", "0.5"): ["required", "--arch"],
+    (*PRUNE, "W.pth"): ["one of", "--sparsity", "--budget", "--remove-only", "required"],
+    (*PRUNE, "W.pth", "--sparsity", "0.5", "--remove-only"): ["--remove-only", "not allowed with", "--sparsity"],
+    (*HALF, "nowhere.pth"): ["WEIGHTS must be a file, got nowhere.pth", "does not exist"],
+    (*HALF, "DATA"): ["WEIGHTS must be a file, got the folder DATA"],
+    (*PRUNE, "W.pth", "--sparsity", "50"): ["--sparsity must be in [0, 1], got 50", "pass 0.5"],
+    (*PRUNE, "W.pth", "--budget", "speed=0.5"): ["--budget must be macs=SHARE", "got 'speed=0.5'"],
+    (*PRUNE, "W.pth", "--budget", "macs"): ["--budget must be macs=SHARE", "got 'macs'"],
+    (*PRUNE, "W.pth", "--budget", "macs=50"): ["macs must be in (0, 1], got 50", "pass 0.5"],
+    (*HALF, "W.pth", "--context", "two_four"): ["--context must be one of local, global, erk, lamp, got 'two_four'"],
+    (*HALF, "W.pth", "--criteria", "largest"): ["--criteria", "large_final", "got 'largest'"],
+    (*HALF, "W.pth", "--criteria", "taylor"): ["--data must be given for --criteria taylor"],
+    (*HALF, "W.pth", "--criteria", "movement"): ["--criteria", "got 'movement'", "initial"],
+    (*HALF, "W.pth", "--round-to", "0"): ["--round-to must be at least 1, got 0"],
+    (*HALF, "W.pth", "--batch", "0"): ["--batch must be at least 1, got 0"],
+    (*HALF, "W.pth", "--image-size", "4"): ["--image-size must be at least 8, got 4"],
+    (*HALF, "W.pth", "--seed", "-1"): ["--seed must be in [0, 2^63), got -1"],
+    (*HALF, "W.pth", "-o", "DATA"): ["--output must be a new folder, got DATA", "not empty"],
+    (*HALF, "W.pth", "--device", "gpu0"): ["--device", "got 'gpu0'"],
+    ("prune", "W.pth", "--arch", "resnet81", "--sparsity", "0.5"): ["--arch", "got 'resnet81'", "resnet18"],
     ("sparsify",): ["required", "DATA"],
     ("sparsify", "DATA", "--sparsity", "half"): ["--sparsity", "half"],
     ("sparsify", "DATA", "--sparsity", "50"): ["--sparsity must be in [0, 1], got 50", "pass 0.5"],
@@ -105,12 +130,29 @@ def test_a_folder_that_cannot_be_made(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "--output must be a folder" in capsys.readouterr().err
 
 
-def test_an_interruption_tells_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import fasterai.cli.demo
-
+@pytest.mark.parametrize(("argv", "text"), [
+    (["demo"], "begin anew"),
+    (["sparsify", "DATA"], "--resume goes on from the last full epoch"),
+    ([*HALF, "W.pth"], "nothing was written"),
+])  # fmt: skip
+def test_an_interruption_tells_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, argv: list[str], text: str
+) -> None:
     def interrupted(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fasterai.cli.demo, "run", interrupted)
-    assert main(["demo"]) == 130
-    assert "--resume" in capsys.readouterr().err
+    monkeypatch.setattr(importlib.import_module(f"fasterai.cli.{argv[0]}"), "run", interrupted)
+    assert main(argv) == 130
+    assert text in capsys.readouterr().err
+
+
+def test_a_warning_is_one_line_without_source(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def doubtful(_: object) -> int:
+        warnings.warn("this is legal,\n but doubtful", stacklevel=1)
+        return 0
+
+    monkeypatch.setattr("fasterai.cli.demo.run", doubtful)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["demo"]) == 0
+    assert capsys.readouterr().err == "fasterai: warning: this is legal, but doubtful\n"

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fasterai.cli.errors import UsageError
-from fasterai.cli.networks import check_runs, choose_device, classifiers, digits_network, make_classifier
+from fasterai.cli.networks import check_runs, choose_device, classifiers, digits_network, how_to_make, make_classifier
 
 
 def test_classifiers_are_classifiers() -> None:
@@ -51,3 +51,20 @@ def test_devices() -> None:
 def test_a_device_that_is_not_there(name: str) -> None:
     with pytest.raises(UsageError, match=f"--device must be auto or a device of this machine, got '{name}'"):
         choose_device(name)
+
+
+def test_a_trial_run_moves_running_statistics_only_in_training() -> None:
+    norm = nn.BatchNorm2d(3)
+    check_runs(norm, torch.randn(2, 3, 4, 4), "norm", training=False)
+    assert (norm.num_batches_tracked.item(), norm.training) == (0, False)
+    check_runs(norm, torch.randn(2, 3, 4, 4), "norm")
+    assert norm.num_batches_tracked.item() == 1
+
+
+@pytest.mark.parametrize(("arch", "text"), [
+    ("resnet18", "'resnet18', num_classes=7"),
+    ("vit_b_16", "'vit_b_16', num_classes=7, image_size=64"),
+    ("googlenet", "'googlenet', num_classes=7, aux_logits=False"),
+])  # fmt: skip
+def test_how_to_make_the_same_network(arch: str, text: str) -> None:
+    assert how_to_make(arch, 7, 64) == text

@@ -10,59 +10,18 @@ from torch import nn
 
 from fasterai.cli.errors import UsageError
 from fasterai.cli.output import (
-    epoch_line,
+    check_new_folder,
     holds_run,
     load_checkpoint,
     load_report,
+    new_folder,
     prepare_folder,
     remove_checkpoint,
-    result_table,
     save_checkpoint,
     save_weights,
     write_atomically,
     write_report,
 )
-
-REPORT = {
-    "results": {
-        "dense": {"accuracy": 0.975, "zeros": 3, "weights": 1200, "seconds": 12.34},
-        "sparse": {"accuracy": 0.9625, "zeros": 900, "weights": 1200, "seconds": 15.0},
-    },
-    "layers": [
-        {"name": "conv.weight", "weights": 100, "zeros": {"dense": 0, "sparse": 25}},
-        {"name": "fc.weight", "weights": 1000, "zeros": {"dense": 3, "sparse": 875}},
-    ],
-}
-TABLE = """\
-                weights   dense zeros   sparse zeros
-----------------------------------------------------
-conv.weight         100    0    0.00%    25   25.00%
-fc.weight         1,000    3    0.30%   875   87.50%
-----------------------------------------------------
-all of these      1,100    3    0.27%   900   81.82%
-whole network     1,200    3    0.25%   900   75.00%
-----------------------------------------------------
-                                dense         sparse
-----------------------------------------------------
-accuracy                       97.50%         96.25%
-time                           12.3 s         15.0 s"""
-
-
-def test_table_shows_dense_and_sparse_side_by_side() -> None:
-    assert result_table(REPORT) == TABLE
-
-
-def test_table_of_a_sparse_run_alone() -> None:
-    lines = result_table({**REPORT, "results": {"sparse": REPORT["results"]["sparse"]}}).splitlines()
-    assert lines[0].split() == ["weights", "sparse", "zeros"]
-    assert lines[-2].split() == ["accuracy", "96.25%"]
-
-
-def test_epoch_line() -> None:
-    epoch = {"epoch": 2, "loss": 0.12345, "accuracy": 0.5, "sparsity": 0.25}
-    assert epoch_line("dense", epoch, 10, 3.21).split() == [
-        "dense", "epoch", "2/10", "loss", "0.1235", "accuracy", "50.00%", "sparsity", "25.0%", "3.2", "s",
-    ]  # fmt: skip
 
 
 def test_a_broken_off_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -118,3 +77,36 @@ def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
         prepare_folder(tmp_path / "taken")
     prepare_folder(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_a_new_folder_gets_its_name_when_all_went_well(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "small"
+    with new_folder(folder) as part:
+        (part / "file").write_text("whole")
+        assert not folder.exists()
+    assert [path.name for path in folder.iterdir()] == ["file"]
+    assert [path.name for path in folder.parent.iterdir()] == ["small"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_of_a_folder_that_failed_nothing_is_left(tmp_path: Path, error: type[BaseException]) -> None:
+    def fail() -> None:
+        with new_folder(tmp_path / "small") as part:
+            (part / "file").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_folder_may_be_empty_and_nothing_else(tmp_path: Path) -> None:
+    check_new_folder(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    check_new_folder(tmp_path / "empty")
+    (tmp_path / "full" / "something").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"--output must be a new folder, got .*full, which is not empty"):
+        check_new_folder(tmp_path / "full")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"--output must be a folder, got .*file, which is a file"):
+        check_new_folder(tmp_path / "file")

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
-from fasterai.cli.pictures import write_sparsity, write_training
+from fasterai.cli.pictures import write_all, write_removal, write_small, write_sparsity, write_training
+from fasterai.prune.removal import remove
 
 
 def report(stages: tuple[str, ...] = ("dense", "sparse"), epochs: int = 3, sparsity: float = 0.9, layers: int = 3) -> dict:
@@ -28,10 +31,37 @@ def report(stages: tuple[str, ...] = ("dense", "sparse"), epochs: int = 3, spars
     }
 
 
+ORANGE, BLUE = (0xD9, 0x48, 0x0F), (0x1C, 0x72, 0x93)
+
+
 def orange_pixels(path: Path) -> int:
     """Pixels in the colour of what is sparse."""
+    return pixels_of(path, ORANGE)
+
+
+def pixels_of(path: Path, color: tuple[int, int, int]) -> int:
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    return int((np.abs(pixels - [0xD9, 0x48, 0x0F]).max(2) < 8).sum())
+    return int((np.abs(pixels - color).max(2) < 8).sum())
+
+
+def with_small(share: float, stages: tuple[str, ...] = ("dense", "sparse")) -> dict:
+    """A report whose small network has a share of everything."""
+    names = [*stages, "small"]
+    shares = {name: share if name == "small" else 1.0 for name in names}
+    batches = [
+        {"images": size, "seconds": {n: 0.01 * s for n, s in shares.items()}, "as_fast": {n: 1 / s for n, s in shares.items()}}
+        for size in (1, 32)
+    ]
+    costs = {
+        n: {"parameters": int(1000 * s), "nonzero": 100, "macs": 1000 * s, "file_bytes": 1000 * s} for n, s in shares.items()
+    }
+    small = {
+        "why_not": "",
+        "accuracy": 0.9,
+        "costs": costs,
+        "times": {"device": "cpu", "threads": 1, "batches": batches},
+    }
+    return {**report(stages), "results": {stage: {"accuracy": 0.9} for stage in stages}, "small": small}
 
 
 @pytest.mark.parametrize("case", [
@@ -67,3 +97,38 @@ def test_pyplot_is_not_touched(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, json.dumps(report()), str(tmp_path / "picture.png")], check=False)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("stages", [("dense", "sparse"), ("sparse",)])
+def test_the_small_networks_bars_are_as_long_as_its_shares(tmp_path: Path, stages: tuple[str, ...]) -> None:
+    areas = {}
+    for share in (0.25, 0.5, 1.0):
+        write_small(with_small(share, stages), tmp_path / "small.png")
+        areas[share] = pixels_of(tmp_path / "small.png", BLUE)
+    # The figures beside the bars are of the same colour.
+    assert areas[0.5] / areas[1.0] == pytest.approx(0.5, abs=0.05)
+    assert areas[0.25] / areas[1.0] == pytest.approx(0.25, abs=0.05)
+    assert orange_pixels(tmp_path / "small.png") == pytest.approx(areas[1.0], rel=0.05)
+
+
+@pytest.mark.parametrize(("small", "names"), [
+    ({}, {"training.png", "sparsity.png"}),
+    ({"small": None}, {"training.png", "sparsity.png"}),
+    ({"small": {"why_not": "no channel that may go is silent"}}, {"training.png", "sparsity.png"}),
+    (None, {"training.png", "sparsity.png", "small.png"}),
+])  # fmt: skip
+def test_all_pictures_that_there_are_figures_for(tmp_path: Path, small: dict | None, names: set[str]) -> None:
+    write_all(with_small(0.5) if small is None else {**report(), **small}, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_the_picture_of_a_removal_leaves_no_figure_open(tmp_path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    with torch.no_grad():
+        network[0].weight[2:], network[0].bias[2:] = 0, 0
+    write_removal(remove(network, torch.randn(1, 1, 8, 8), measure=False), tmp_path / "small.png")
+    assert plt.get_fignums() == before
+    assert pixels_of(tmp_path / "small.png", BLUE) > 500

@@ -10,7 +10,8 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 
-from fasterai.cli import main, training
+from fasterai.cli import comparison, main, training
+from fasterai.prune.small import load_small
 from fasterai.sparse.sparsifier import Sparsifier
 
 MakeImages = Callable[..., Path]
@@ -134,3 +135,58 @@ def test_filters_leave_the_output_dense_and_say_so(images: Path, tmp_path: Path,
     first = report["layers"][0]
     assert (first["name"], first["units"], first["pruned"]) == ("conv1.0.weight", 24, 12)
     assert "left dense: fc.weight" in capsys.readouterr().out
+    assert report["small"]["why_not"] == ""
+
+
+def test_coupled_channels_end_in_a_small_network(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    axes = ["--granularity", "coupled", "--context", "local", "--sparsity", "0.5"]
+    assert main(command(images, folder, *axes)) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    table = printed.out.split("\n\n")[-3]
+    assert table.splitlines()[0].split() == ["channels", "dense", "sparse", "small"]
+    # 24 channels of the first convolution: 12 go, fewer than 32 are not rounded.
+    assert ["conv1.0", "24", "12", "of", "24", "12"] in [line.split() for line in table.splitlines()]
+    assert {path.name for path in folder.iterdir()} == {
+        "dense.safetensors", "sparse.safetensors", "small.safetensors", "sparsifier.pt", "report.json", "training.png",
+        "sparsity.png", "small.png",
+    }  # fmt: skip
+
+    sparse = torchvision.models.get_model(ARCH, weights=None, num_classes=2)
+    sparse.load_state_dict(load_file(folder / "sparse.safetensors"))
+    small = load_small(folder / "small.safetensors", torchvision.models.get_model(ARCH, weights=None, num_classes=2))
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        wanted, found = sparse.eval()(x), small.eval()(x)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert small.conv1[0].out_channels == 12
+
+    report = read_report(folder)
+    assert report["small"]["accuracy"] == report["results"]["sparse"]["accuracy"]
+    assert report["small"]["costs"]["small"]["parameters"] == sum(p.numel() for p in small.parameters())
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert main(command(images, folder, *axes, "--resume")) == 0
+    assert table in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_an_interruption_of_the_removal_loses_no_training(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    axes = ["--granularity", "coupled", "--context", "local", "--sparsity", "0.5", "--no-dense"]
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "make_small", interrupted)
+        assert main(command(images, tmp_path / "run", *axes)) == 130
+    assert "--resume goes on" in capsys.readouterr().err
+    weights = (tmp_path / "run" / "sparse.safetensors").read_bytes()
+
+    assert main(command(images, tmp_path / "run", *axes, "--resume")) == 0
+    printed = capsys.readouterr().out
+    assert "epoch" not in printed
+    assert ["channels", "sparse", "small"] in [line.split() for line in printed.splitlines()]
+    assert (tmp_path / "run" / "sparse.safetensors").read_bytes() == weights

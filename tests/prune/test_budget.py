@@ -329,7 +329,9 @@ def test_what_must_stay_counts_in_the_least_share() -> None:
 # --- latency -------------------------------------------------------------------------------------------------------------
 
 
-def timed(monkeypatch: pytest.MonkeyPatch, overhead: float, noise: float) -> list[tuple[int, ...]]:
+def timed(
+    monkeypatch: pytest.MonkeyPatch, overhead: float, noise: float, bend: Callable[[float], float] = lambda macs: macs
+) -> list[tuple[int, ...]]:
     """A machine whose time is an overhead and the rest in proportion to the MACs, with noise; and the inputs' shapes it saw."""
     dice, seen = np.random.default_rng(0), []
 
@@ -338,7 +340,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, overhead: float, noise: float) -> lis
 
         def left(kept: list[np.ndarray]) -> float:
             seen.append(tuple(inputs[0].shape))
-            return (overhead + (1 - overhead) * macs(kept)) * float(dice.normal(1, noise))
+            return (overhead + (1 - overhead) * bend(macs(kept))) * float(dice.normal(1, noise))
 
         return left
 
@@ -359,6 +361,26 @@ def test_a_latency_is_met_within_5_percent(
     assert share - 0.05 <= true <= share + 0.05
     assert len(seen) <= 10
     assert set(seen) == {(1, 3, 32, 32)}
+
+
+@pytest.mark.parametrize("power", [0.3, 3.0])
+@pytest.mark.parametrize("share", [0.4, 0.6, 0.8])
+def test_a_time_that_does_not_follow_the_macs_evenly_is_met(
+    monkeypatch: pytest.MonkeyPatch, share: float, power: float
+) -> None:
+    seen = timed(monkeypatch, 0.0, 0.0, lambda macs: macs**power)
+    model, x, graph = network("small")
+    kept = fit_budget(model, graph, x, chooser(graph), Budget(latency=share))
+    assert share - 0.05 <= macs_left(model, graph, x, model)(kept) ** power <= share + 0.05
+    assert len(seen) <= 10
+
+
+def test_of_a_time_with_leaps_the_nearest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are 1/3, 2/3 or 1; 2/3 is nearest to 0.63."""
+    timed(monkeypatch, 0.0, 0.0, lambda macs: math.ceil(macs * 3) / 3)
+    model, x, graph = network("small")
+    kept = fit_budget(model, graph, x, chooser(graph), Budget(latency=0.63))
+    assert 1 / 3 < macs_left(model, graph, x, model)(kept) <= 2 / 3
 
 
 def test_a_latency_that_cannot_be_reached_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,14 +99,14 @@ def test_where_all_fail_the_search_ends_early_and_says_so(monkeypatch: pytest.Mo
 
 
 def test_many_bad_channels_cost_no_more_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = set(range(0, 128, 3))
+    bad = set(range(64, 128, 3))
     net, x = shifted(130, range(128), bad), X.double()
     counted = runs(monkeypatch)
     removal = remove(net, x, measure=False)
-    assert len(counted) <= 1 + 8 * (1 + 7)  # log2(128) = 7
-    assert bad <= set(removal.stayed.get("a.weight", range(128)))
-    with torch.no_grad():
-        assert net(x).shape == (4, 3)
+    assert len(counted) == 1 + 8 * (1 + 7)  # log2(128) = 7
+    assert bad <= set(removal.stayed["a.weight"])
+    assert removal.removed["a.weight"][1] <= 2 + 64  # the half that is sound has gone
+    assert "were not tried alone, after 64 trial runs" in removal.refused["a.weight"]
 
 
 class HardCoded(nn.Module):

@@ -226,6 +226,14 @@ def test_criteria_that_need_more_than_the_weight(criterion):
     assert widths(model) == [5]
 
 
+def test_the_model_is_exported_once(monkeypatch):
+    model = net()
+    pruner = gradual(model)
+    train(model, pruner, until=2)
+    monkeypatch.setattr("fasterai.prune.pruner.channel_graph", None)
+    assert train(model, pruner) == [[8], [8], [6], [5]]
+
+
 # --- the optimizer ------------------------------------------------------------------------------------------------------
 
 
@@ -560,6 +568,20 @@ def test_a_state_that_another_participant_refuses_leaves_the_model_as_it_was():
     assert widths(average) == [10]
     loop.end(completed=True)
     assert widths(other) == widths(average) == [5]
+
+
+def test_what_was_taken_out_stays_out_once_the_run_has_gone_on():
+    model, other = net(), net()
+    pruner, fresh = gradual(model), gradual(other)
+    train(model, pruner)
+    optimizer = adam(other)
+    attach(optimizer, fresh, total_steps=4)
+    dense = fresh.state_dict()
+    fresh.load_state_dict(pruner.state_dict())
+    step(other, optimizer)
+    with pytest.raises(ValueError, match="build the model anew"):
+        fresh.load_state_dict(dense)
+    assert widths(other) == [5]
 
 
 def test_copies_and_pickles_go_on():

@@ -96,7 +96,7 @@ def test_an_unknown_module_keeps_no_numbers() -> None:
 def test_channels_of_a_filter_that_is_a_buffer(kept_number: Any, expected: dict[str, Any]) -> None:
     blur = nn.Module()
     blur.channels = kept_number
-    assert new_sizes(blur, {"filt": (8, 1, 3, 3)}, {"filt": (3, 1, 3, 3)}, {}) == expected
+    assert new_sizes(blur, {"filt": (8, 8, 3, 3)}, {"filt": (3, 8, 3, 3)}, {}) == expected
 
 
 def test_channels_that_stay_keep_their_number() -> None:

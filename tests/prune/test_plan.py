@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fasterai.prune.graph import channel_graph
-from fasterai.prune.plan import Plan, make_plan, tensors_of
+from fasterai.prune.plan import Plan, cut_normed, make_plan, tensors_of
 from fasterai.prune.surgery import Surgery
 
 X = torch.randn(2, 3, 6, 6)
@@ -177,3 +177,10 @@ def test_tied_tensors_stand_under_their_first_name() -> None:
         "2.bias",
     ]
     assert found["0.weight"] == (first, "weight")
+
+
+def test_what_modules_without_parameters_go_with_follows_a_removal() -> None:
+    place, other = ("a.weight", 0), ("b.weight", 0)
+    normed = {"norm": ((place, 0), (place, 1), None, (place, 3), (other, 1)), "far": ((other, 0), (other, 1))}
+    followed = cut_normed(normed, {place: np.array([0, 3])})
+    assert followed == {"norm": ((place, 0), None, (place, 1), (other, 1)), "far": ((other, 0), (other, 1))}

@@ -63,14 +63,15 @@ IMAGES = (torch.randn(2, 3, 8, 8),)
 
 
 class Deaf(nn.Module):
-    """Its output hears of nothing: the default statistics of a deep network, carried to the end."""
+    """Its output hears of the inputs, or of the weights, but not of the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, of_inputs: bool) -> None:
         super().__init__()
-        self.inner = small()
+        self.inner, self.of_inputs = small(), of_inputs
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) * 1e-9 + 1
+        y = self.inner(x)
+        return y.detach() * 1e-9 + self.inner[5].weight.sum() + 1 if self.of_inputs else y * 1e-9 + x.mean((1, 2, 3))[:, None]
 
 
 class Shifted(nn.Module):
@@ -84,8 +85,11 @@ class Shifted(nn.Module):
         return self.b(self.a(x).softmax(-1))
 
 
-def test_a_network_whose_outputs_hear_of_nothing_is_called_blind() -> None:
-    assert check(Deaf(), IMAGES).verdict == "blind"
+@pytest.mark.parametrize(("of_inputs", "reason"), [(True, "on the inputs"), (False, "on the masks")])
+def test_a_network_whose_outputs_hear_of_nothing_is_called_blind(of_inputs: bool, reason: str) -> None:
+    found = check(Deaf(of_inputs), IMAGES)
+    assert found.verdict == "blind"
+    assert reason in found.why
     assert check(small(), IMAGES).verdict == "pass"
 
 

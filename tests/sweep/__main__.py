@@ -78,7 +78,7 @@ def main() -> None:
 def table(zoo: str, names: list[str], dtype: torch.dtype) -> None:
     """Print one zoo's table, and how many passed."""
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in dict.fromkeys(("torch", ZOOS[zoo])))
-    print(f"\n{zoo}: {versions}, {str(dtype).removeprefix('torch.')}, one thread\n")
+    print(f"\n{zoo}: {versions}, {str(dtype).removeprefix('torch.')}, one thread, seconds of the processor\n")
     print("| network | removal | outputs moved by | parameters left | groups | stayed | graph | all | why |")
     print("|---|---|--:|--:|--:|--:|--:|--:|---|")
     verdicts = []
