@@ -16,6 +16,8 @@ from fasterai.sparse.sparsifier import Sparsifier
 
 MakeImages = Callable[..., Path]
 ARCH = "shufflenet_v2_x0_5"
+#: Without depthwise convolutions, shuffles and norms, quickly followed.
+PLAIN = "squeezenet1_1"
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +48,7 @@ def test_a_run_from_the_folder_of_images_to_the_folder_of_results(
     assert main(command(images, folder)) == 0
 
     printed = capsys.readouterr()
-    assert printed.err == ""
+    assert [line for line in printed.err.splitlines() if not line.startswith("fasterai: warning: but for min_keep")] == []
     assert "16 images to train on, 4 to validate on (a fifth of each class), 2 classes, 32x32" in printed.out
     for text in ("stage2.0.branch1.0.weight", "fc.weight", "whole network", "dense", "sparse", "accuracy", "time"):
         assert text in printed.out
@@ -140,27 +142,26 @@ def test_filters_leave_the_output_dense_and_say_so(images: Path, tmp_path: Path,
 
 def test_coupled_channels_end_in_a_small_network(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
-    axes = ["--granularity", "coupled", "--context", "local", "--sparsity", "0.5"]
+    axes = ["--arch", PLAIN, "--granularity", "coupled", "--context", "local", "--sparsity", "0.5"]
     assert main(command(images, folder, *axes)) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     table = printed.out.split("\n\n")[-3]
     assert table.splitlines()[0].split() == ["channels", "dense", "sparse", "small"]
-    # 24 channels of the first convolution: 12 go, fewer than 32 are not rounded.
-    assert ["conv1.0", "24", "12", "of", "24", "12"] in [line.split() for line in table.splitlines()]
+    assert ["features.0", "64", "32", "of", "64", "32"] in [line.split() for line in table.splitlines()]
     assert {path.name for path in folder.iterdir()} == {
         "dense.safetensors", "sparse.safetensors", "small.safetensors", "sparsifier.pt", "report.json", "training.png",
         "sparsity.png", "small.png",
     }  # fmt: skip
 
-    sparse = torchvision.models.get_model(ARCH, weights=None, num_classes=2)
+    sparse = torchvision.models.get_model(PLAIN, weights=None, num_classes=2)
     sparse.load_state_dict(load_file(folder / "sparse.safetensors"))
-    small = load_small(folder / "small.safetensors", torchvision.models.get_model(ARCH, weights=None, num_classes=2))
+    small = load_small(folder / "small.safetensors", torchvision.models.get_model(PLAIN, weights=None, num_classes=2))
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         wanted, found = sparse.eval()(x), small.eval()(x)
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-    assert small.conv1[0].out_channels == 12
+    assert small.features[0].out_channels == 32
 
     report = read_report(folder)
     assert report["small"]["accuracy"] == report["results"]["sparse"]["accuracy"]
@@ -174,7 +175,7 @@ def test_coupled_channels_end_in_a_small_network(images: Path, tmp_path: Path, c
 def test_an_interruption_of_the_removal_loses_no_training(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    axes = ["--granularity", "coupled", "--context", "local", "--sparsity", "0.5", "--no-dense"]
+    axes = ["--arch", PLAIN, "--granularity", "coupled", "--context", "local", "--sparsity", "0.5", "--no-dense"]
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
