@@ -183,16 +183,22 @@ class Coupled(Keep):
     Attributes:
         over: How the scores of a channel's slices, one for each weight that it runs through, become one: `sum`, `mean` or
             `max`.
+        relative: Whether scores are held against the mean of their group, so that groups of few and many, small and large
+            weights compare. Without it a context that lets groups compete empties some of them.
     """
 
     over: str
+    relative: bool
 
-    def __init__(self, over: str = "sum") -> None:
+    def __init__(self, over: str = "sum", relative: bool = True) -> None:
         super().__init__("out")
         object.__setattr__(self, "over", check_choice("over", over, ("sum", "mean", "max")))
+        object.__setattr__(self, "relative", relative)
 
     def __repr__(self) -> str:
-        return "coupled" if self.over == "sum" else f"Coupled({self.over!r})"
+        if self.relative:
+            return "coupled" if self.over == "sum" else f"Coupled({self.over!r})"
+        return f"Coupled({self.over!r}, relative=False)"
 
 
 @dataclass(frozen=True)

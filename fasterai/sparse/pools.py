@@ -111,6 +111,10 @@ class Pool(ABC):
     def score(self, scores: WeightScores) -> Tensor:
         """The scores of its units."""
 
+    def on_one_scale(self, scores: Tensor, keep: Tensor | None) -> Tensor:
+        """The scores as they are compared with those of other pools; as they are, unless the pool says otherwise."""
+        return scores
+
     @abstractmethod
     def masks(self, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name of a weight, mask that broadcasts against `tensor(name)`), for decisions of the units' shape."""
@@ -207,7 +211,7 @@ class ChannelPool(Pool):
         layout: That of the first maker, where the channels are its outputs.
         shape: `(channels,)`.
         group: Which indices of which parameters belong to each channel.
-        over: How the scores of a channel's slices become one.
+        granularity: How the scores of a channel's slices become one, and whether they are held against the group's mean.
         parameters: Name -> target, for every parameter that the channels run through, vectors included.
     """
 
@@ -217,7 +221,7 @@ class ChannelPool(Pool):
     layout: Layout
     shape: tuple[int, ...]
     group: Group
-    over: str
+    granularity: Coupled
     parameters: Mapping[str, Target] = field(repr=False)
 
     @property
@@ -246,7 +250,14 @@ class ChannelPool(Pool):
                 along = scores.along(scored[name], d)
                 per_channel = along[torch.as_tensor(indices, device=along.device)]
                 parts.append((per_channel.mean(1) if scores.reducer == "mean" else per_channel.sum(1)).to(self.device))
-        return OVER[self.over](torch.stack(parts))
+        return OVER[self.granularity.over](torch.stack(parts))
+
+    def on_one_scale(self, scores: Tensor, keep: Tensor | None) -> Tensor:
+        if not self.granularity.relative:
+            return scores
+        kept = torch.ones_like(scores, dtype=torch.bool) if keep is None else keep
+        mean = (scores.abs() * kept).sum() / kept.sum()
+        return torch.where(mean > 0, scores / mean, scores)
 
     def masks(self, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
         for name, d, kept in self._kept(keep):
@@ -317,7 +328,7 @@ def _channel_pool(group: Group, graph: ChannelGraph, known: Mapping[str, Target]
         layout=_layout(first, group.channels),
         shape=(group.channels,),
         group=group,
-        over=granularity.over,
+        granularity=granularity,
         parameters=parameters,
     )
 

@@ -98,7 +98,8 @@ class Scorer:
         return EvidenceScores(pool.name, found.map(lambda x: x.view(target.layout.shape)), self.criterion, so_far)
 
     def _units(self, pool: Pool, by_weight: WeightScores, so_far: Tensor | None) -> Scores:
-        return TensorScores(pool.name, self.criterion.normalize(pool.score(by_weight)), so_far)
+        scores = pool.on_one_scale(pool.score(by_weight), so_far)
+        return TensorScores(pool.name, self.criterion.normalize(scores), so_far)
 
     @property
     def _alone(self) -> bool:

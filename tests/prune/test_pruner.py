@@ -39,10 +39,23 @@ def test_local_takes_the_share_of_every_group():
 def test_global_takes_the_share_of_all_channels():
     model = net()
     with torch.no_grad():
+        model[3].weight.fill_(1.0)  # so that its 16 channels are worth the same, more than the six small ones of the other
+        model[8].weight.fill_(1.0)
+        model[0].weight[:2] = 5.0
+    removal = Pruner(model, 0.25, "global", "large_final", example_inputs=X).prune_model()
+    assert removal.removed == {"0.weight": (8, 2)}, "6 of 24"
+    assert (model[0].weight == 5.0).all()
+
+
+def test_groups_compare_by_the_mean_of_their_scores():
+    """A layer of small weights is not emptied: the scale of its weights is not its worth."""
+    model = net()
+    with torch.no_grad():
         model[3].weight.mul_(100)
         model[8].weight.mul_(100)
-    removal = Pruner(model, 0.25, "global", "large_final", example_inputs=X).prune_model()
-    assert removal.removed == {"0.weight": (8, 2)}, "6 of 24, all from the group of small weights"
+    removal = Pruner(model, 0.5, "global", "large_final", example_inputs=X).prune_model()
+    assert removal.removed["0.weight"][1] >= 2
+    assert removal.removed["3.weight"][1] <= 14
 
 
 def test_a_channel_is_scored_by_all_weights_that_it_runs_through():

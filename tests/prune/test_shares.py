@@ -86,11 +86,23 @@ class Attention(nn.Module):
         return self.layer(x)
 
 
+class AttentionWithConstant(Attention):
+    """Counted with its weights, where torch would run the layer as one fused operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.full((16,), 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x * self.scale)
+
+
 NETWORKS = {
     "resnet18": (lambda: resnet18(weights=None), (1, 3, 32, 32)),
     "mobilenet_v2": (lambda: mobilenet_v2(weights=None), (1, 3, 32, 32)),
     "vit": (lambda: VisionTransformer(32, 8, 2, 4, 32, 64), (1, 3, 32, 32)),
     "attention": (Attention, (1, 6, 16)),
+    "attention_with_constant": (AttentionWithConstant, (1, 6, 16)),
     "tied": (Tied, (1, 4)),
 }
 

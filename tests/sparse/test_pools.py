@@ -94,6 +94,16 @@ def test_a_channel_scores_by_its_slices(over, function, reducer):
     assert np.allclose(found.numpy(), function(np.stack(slices), axis=0), rtol=1e-5)
 
 
+def test_scores_are_held_against_the_mean_of_what_is_left_of_the_group():
+    (pool,) = (p for p in channel_pools(residual(), channel_graph(residual(), (X,)), Coupled()) if p.count == 4)
+    scores = torch.tensor([1.0, 2.0, 3.0, -6.0])
+    assert pool.on_one_scale(scores, None).tolist() == pytest.approx([1 / 3, 2 / 3, 1.0, -2.0])
+    assert pool.on_one_scale(scores, torch.tensor([False, True, True, False])).tolist() == pytest.approx([0.4, 0.8, 1.2, -2.4])
+    assert pool.on_one_scale(torch.zeros(4), None).tolist() == [0.0] * 4
+    (raw,) = (p for p in channel_pools(residual(), channel_graph(residual(), (X,)), Coupled(relative=False)) if p.count == 4)
+    assert raw.on_one_scale(scores, None).tolist() == scores.tolist()
+
+
 def test_heads_score_and_round_as_heads():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0).eval()
