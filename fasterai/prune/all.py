@@ -1,4 +1,4 @@
-"""For notebooks: `from fasterai.prune.all import *`. Re-exports only; the callback is fastai's, where that is installed."""
+"""For notebooks: `from fasterai.prune.all import *`. Re-exports only; the callbacks are fastai's, where that is installed."""
 
 import importlib.util
 
@@ -13,6 +13,7 @@ from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import Removal, remove
 from fasterai.prune.small import load_small, save_small
 from fasterai.prune.surgery import apply_plan_
+from fasterai.sparse.sparsifier import Sparsifier
 
 __all__ = [
     *_core.__all__,
@@ -23,6 +24,7 @@ __all__ = [
     "Plan",
     "Pruner",
     "Removal",
+    "Sparsifier",
     "apply_plan_",
     "attach",
     "channel_graph",
@@ -33,9 +35,14 @@ __all__ = [
 ]
 
 if importlib.util.find_spec("fastai") is not None:
-    from fasterai.callbacks.fastai import ParticipantCallback, PruneCallback
+    from fasterai.callbacks.fastai import HoldCallback, ParticipantCallback, PruneCallback, SparsifyCallback
 
 else:
-    from fasterai.callbacks.missing import ParticipantCallback, PruneCallback  # type: ignore[assignment]
+    from fasterai.callbacks.missing import (  # type: ignore[assignment]
+        HoldCallback,
+        ParticipantCallback,
+        PruneCallback,
+        SparsifyCallback,
+    )
 
-__all__ += ["ParticipantCallback", "PruneCallback"]
+__all__ += ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]

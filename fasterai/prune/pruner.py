@@ -21,7 +21,7 @@ from fasterai.core.granularities import Coupled
 from fasterai.core.loop import Batch
 from fasterai.core.schedules import Schedule, as_schedule, lin
 from fasterai.core.selection import Scores, TensorScores
-from fasterai.core.targets import all_targets, find_targets, unwrap
+from fasterai.core.targets import all_targets, unwrap
 from fasterai.core.types import Limits
 from fasterai.prune.admission import check_whole, positional
 from fasterai.prune.budget import Budget, fit_budget
@@ -37,7 +37,7 @@ from fasterai.sparse.scoring import Scorer
 
 __all__ = ["Pruner", "check_context"]
 
-Ratio = float | Mapping[str, float] | Budget
+Ratio = float | Mapping[Any, float] | Budget
 OVER_PLACES = tuple(OVER)
 
 
@@ -46,8 +46,8 @@ class Pruner:
 
     Args:
         model: The model; `prune_model` changes it in place.
-        pruning_ratio: The share of the channels that go, in [0, 1]; a dict of names of layers or globs to shares (context
-            `local`; other layers stay as they are); or a `Budget`.
+        pruning_ratio: The share of the channels that go, in [0, 1]; a dict of layers, their names or globs to shares
+            (context `local`; other layers stay as they are); or a `Budget`.
         context: `local` ranks inside each group of coupled channels, `global` all together; or another of the contexts.
         criteria: How much a weight matters: a criterion, its name, or a function of the weight.
         schedule: Which share of the ratio is reached at which of the `iterative_steps`.
@@ -105,7 +105,7 @@ class Pruner:
         self._ratios = self._by_group(pruning_ratio) if isinstance(pruning_ratio, Mapping) else None
         self.dense = copy.deepcopy(unwrap(model)) if isinstance(pruning_ratio, Budget) else None
         source = Source(data=data, loss=loss, inputs=self.inputs)
-        weights = find_targets(model, fits=lambda _: None, coarse=False, targets=lambda _, p: p.dim() > 1).targets
+        weights = [t for t in all_targets(unwrap(model)) if t.parameter.dim() > 1]
         self._scorer = Scorer(self.criteria, Coupled(over_places), source, weights)
         self._step = 0
         follow(model, self)
@@ -203,8 +203,15 @@ class Pruner:
             raise ValueError("model must have channels that may go, got none; channel_graph(model, inputs).pinned says why")
         return allowed
 
-    def _by_group(self, ratios: Mapping[str, float]) -> dict[str, float]:
-        return by_pool(self._pools, ratios, all_targets(unwrap(self.model)), "pruning_ratio's keys")
+    def _by_group(self, ratios: Mapping[Any, float]) -> dict[str, float]:
+        model = unwrap(self.model)
+        names = {id(m): n for n, m in model.named_modules()}
+        named = {names.get(id(key), key): ratio for key, ratio in ratios.items()}
+        for key in named:
+            if not isinstance(key, str):
+                got = f"{key!r} ({type(key).__name__})"
+                raise TypeError(f"pruning_ratio's keys must be names or modules of the model, got {got}")
+        return by_pool(self._pools, named, all_targets(model), "pruning_ratio's keys")
 
     def _choose(self, graph: ChannelGraph, share: float) -> list[Flags]:
         scores = _silent_first(self._scorer(self.model, self._pools, {}), silent_channels(self.model, graph))
