@@ -21,7 +21,8 @@ CONTEXTS = ("local", "global", "erk", "lamp")
 
 SPARSIFY_HELP = """\
 Trains a classifier of torchvision on a folder of images, dense and then the same network sparse (same start, same epochs),
-and compares the two.
+and compares the two. With --granularity coupled or filter it ends with a small network beside them: the sparse one without its
+silent channels, which computes the same.
 
 DATA holds one sub-folder a class; if it has train/ and one of valid/, val/ or test/ (each with one sub-folder a class),
 these are used, else a fifth of each class is kept for validation. Images are cut to a square and resized, then kept in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import heapq
 import math
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ __all__ = ["Sound", "largest_sound"]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 #: After so many trial runs without one that goes well, the channels of a group are not tried any further.
 GIVE_UP = 15
+#: In float32, up to so far a movement may be rounding after all: numbers that cancel lose that much.
+ROUNDING = 1e-2
 
 
 @dataclass
@@ -81,11 +84,28 @@ def largest_sound(
     if not stack[0]:
         return sound
     trials = _Trials(model, graph, inputs, exact)
+    first = trials.run(kept)
+    if first.reason is None:
+        return Sound(kept, difference=first.moved, streams=trials.streams)
+    precise = _in_float64(model, graph, inputs) if exact and 0 < first.moved <= ROUNDING else None
+    _search(precise or trials, sound, kept, stack, None if precise else first)
+    if precise is not None:
+        trials.streams = precise.streams
+        sound.difference = trials.run(sound.kept).moved
+    sound.streams = (precise or trials).streams
+    return sound
+
+
+def _search(
+    trials: _Trials, sound: Sound, kept: Sequence[Flags], stack: list[list[int]], verdict_of_all: _Verdict | None
+) -> None:
+    """Find the groups, and parts of them, without which all goes well."""
     while stack:
         some = stack.pop()
         if not some:
             continue
-        verdict = trials.run([kept[i] if i in some else k for i, k in enumerate(sound.kept)])
+        verdict = verdict_of_all or trials.run([kept[i] if i in some else k for i, k in enumerate(sound.kept)])
+        verdict_of_all = None
         if verdict.reason is None:
             for i in some:
                 sound.kept[i] = kept[i]
@@ -94,8 +114,18 @@ def largest_sound(
             _largest_part(trials, sound, some[0], kept[some[0]], verdict)
         else:
             stack += [some[len(some) // 2 :], some[: len(some) // 2]]
-    sound.streams = trials.streams
-    return sound
+
+
+def _in_float64(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) -> _Trials | None:
+    """Trials on a copy in float64, where what is silent and what is rounding are told apart; None where that does not run."""
+    if not any(p.dtype is torch.float32 for p in unwrap(model).parameters()):
+        return None
+    widened = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
+    try:
+        trials = _Trials(copy.deepcopy(unwrap(model)).double(), graph, widened, True)
+    except Exception:  # code of the user's that insists on its dtype, or cannot be copied
+        return None
+    return trials if trials.is_float64 else None
 
 
 def _at_least_one(keep: Flags) -> Flags:
@@ -153,6 +183,7 @@ class _Trials:
 
     Attributes:
         streams: Whether models' own widths follow: from the first time on that the model runs only if they do.
+        is_float64: Whether all outputs that could move are in float64.
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], exact: bool) -> None:
@@ -165,6 +196,7 @@ class _Trials:
         self._probes = [(probe, outputs) for probe, outputs in runs if not isinstance(outputs, Exception)]
         dtypes = [x.dtype for x in self._probes[0][1] if x.is_floating_point()] if self._probes else []
         self._limit = TOLERANCE.get(dtypes[0], 1e-2) if dtypes else 0.0
+        self.is_float64 = bool(dtypes) and all(dtype is torch.float64 for dtype in dtypes)
 
     def run(self, kept: Sequence[Flags]) -> _Verdict:
         """Carry it out, compare, and take it back."""

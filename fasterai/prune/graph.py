@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +20,7 @@ from fasterai.core.targets import plain_name, unwrap
 from fasterai.core.undisturbed import evaluating, undisturbed
 from fasterai.prune.admission import check_model, check_runs, positional, said
 from fasterai.prune.labels import FIXED, FREE, Array, Components, Dim
+from fasterai.prune.modules import recomputed
 from fasterai.prune.rules import RULES, Trace, Value, unknown
 
 __all__ = ["ChannelGraph", "Group", "channel_graph"]
@@ -95,8 +96,9 @@ def channel_graph(model: nn.Module, inputs: tuple[Any, ...], exact: bool = True)
     """
     program = _export(unwrap(check_model(model)), positional(inputs))
     names = _names(unwrap(model), program)
-    choices = _choose(program, names, exact)
-    trace, weights = _follow(program, names, choices, exact)
+    stay = recomputed(unwrap(model))
+    choices = _choose(program, names, stay, exact)
+    trace, weights = _follow(program, names, stay, choices, exact)
     return _graph(unwrap(model), trace, weights)
 
 
@@ -134,13 +136,13 @@ def _names(model: nn.Module, program: ExportedProgram) -> dict[str, str]:
     return {node: called.get(name, plain_name(name)) for node, name in found.items()}
 
 
-def _choose(program: ExportedProgram, names: Mapping[str, str], exact: bool) -> dict[str, int]:
+def _choose(program: ExportedProgram, names: Mapping[str, str], stay: Collection[str], exact: bool) -> dict[str, int]:
     """For each kind of operation that can go several ways the one after which most weights may go.
 
     One kind after the other is tried in each of its ways while the others stay as they are, until nothing gets better.
     """
     choices: dict[str, int] = {}
-    trace, weights = _follow(program, names, choices, exact)
+    trace, weights = _follow(program, names, stay, choices, exact)
     best = _removable(trace, weights)
     improved = bool(trace.options)
     while improved:
@@ -148,7 +150,7 @@ def _choose(program: ExportedProgram, names: Mapping[str, str], exact: bool) -> 
         for kind, ways in sorted(trace.options.items()):
             for way in set(range(ways)) - {choices.get(kind, 0)}:
                 trial = {**choices, kind: way}
-                other, weights = _follow(program, names, trial, exact)
+                other, weights = _follow(program, names, stay, trial, exact)
                 score = _removable(other, weights)
                 if score > best:
                     choices, best, trace, improved = trial, score, other, True
@@ -184,7 +186,7 @@ def _components(trace: Trace, weights: Mapping[str, Value]) -> Components:
 
 
 def _follow(
-    program: ExportedProgram, names: Mapping[str, str], choices: dict[str, int], exact: bool
+    program: ExportedProgram, names: Mapping[str, str], stay: Collection[str], choices: dict[str, int], exact: bool
 ) -> tuple[Trace, dict[str, Value]]:
     """One pass over the operations: the labels, and the values of the parameters and buffers."""
     trace = Trace(choices, exact)
@@ -202,6 +204,8 @@ def _follow(
     read = {names[node.name] for node in program.graph.nodes if node.name in names and node.users}
     for name in weights.keys() - read:
         trace.labels.pin_all(weights[name].dims, "nothing reads it")
+    for name in weights.keys() & stay:
+        trace.labels.pin_all(weights[name].dims, "its module's weight is worked out anew in each forward pass")
     return trace, weights
 
 

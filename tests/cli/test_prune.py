@@ -87,17 +87,32 @@ def test_from_weights_to_a_small_network(weights: Path, tmp_path: Path, capsys: 
     np.testing.assert_allclose(found, outputs(small, x).numpy(), rtol=0, atol=1e-4 * float(outputs(small, x).abs().max()))
 
 
-def test_the_low_channels_go_and_the_small_network_computes_what_masks_do(weights: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("criteria", "first"), [("large_final", 0), ("small_final", 1)])
+def test_the_low_channels_go_and_the_small_network_computes_what_masks_do(
+    weights: Path, tmp_path: Path, criteria: str, first: int
+) -> None:
     model = network()
     with torch.no_grad():
-        model.features[0].weight[::2] *= 1e-3  # every other channel matters less
+        model.features[0].weight[::2] *= 1e-3  # every other channel is smaller
     torch.save(model.state_dict(), weights)
-    assert main(command(weights, tmp_path / "small", "--sparsity", "0.5", "--ignore", *ignored("features.0"))) == 0
+    options = ["--sparsity", "0.5", "--criteria", criteria, "--ignore", *ignored("features.0")]
+    assert main(command(weights, tmp_path / "small", *options)) == 0
     with torch.no_grad():  # all that the channels run through is masked by hand
-        model.features[0].weight[::2], model.features[0].bias[::2] = 0, 0
+        model.features[0].weight[first::2], model.features[0].bias[first::2] = 0, 0
     x = torch.randn(3, 3, 32, 32)
     wanted = outputs(model, x)
     assert (outputs(small_of(tmp_path / "small"), x) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize(("context", "left"), [("local", 32), ("global", 8)])
+def test_channels_compete_in_their_group_or_all_together(weights: Path, tmp_path: Path, context: str, left: int) -> None:
+    model = network()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # what reads the first channels counts with them
+            parameter.mul_(0.05 if name.startswith(("features.0.", "features.3.squeeze")) else 1.0)
+    torch.save(model.state_dict(), weights)
+    assert main(command(weights, tmp_path / "small", "--sparsity", "0.5", "--context", context)) == 0
+    assert read_report(tmp_path / "small")["removal"]["removed"]["features.0.weight"] == [64, left]
 
 
 def ignored(but: str) -> list[str]:

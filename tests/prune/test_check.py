@@ -210,3 +210,31 @@ def test_neither_buffers_nor_inputs_are_changed_by_the_trials() -> None:
     remove(net, x)
     assert net.calls == 0
     assert torch.equal(x, X)
+
+
+def test_what_is_rounding_in_float32_is_told_by_float64() -> None:
+    """Neighbouring channels cancel, far larger than the outputs: added up in other blocks, the rounding is another one."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(5, 2048), nn.Linear(2048, 40)).eval(), torch.randn(50, 5)
+    with torch.no_grad():
+        for parameter in (net[0].weight, net[0].bias):
+            parameter[1024:] = parameter[:1024]
+            parameter[100:700] = 0
+            parameter[1124:1724] = 0
+        net[1].weight[:, :1024] = 100 * torch.rand(40, 1024)
+        net[1].weight[:, 1024:] = 0.1 * torch.rand(40, 1024) - net[1].weight[:, :1024]
+    before = net(x)
+    removal = remove(net, x, measure=False)
+    moved = float((net(x) - before).abs().max() / before.abs().max())
+    assert moved > 1e-5, "else this shows nothing"
+    assert removal.removed == {"0.weight": (2048, 848)}
+    assert removal.refused == {}
+    assert removal.difference >= moved
+
+
+def test_what_moves_in_float64_too_stays() -> None:
+    net, x = shifted(12, range(4), {2}), X
+    with torch.no_grad():
+        net.b.weight.mul_(1e-4)  # the outputs are far larger than what the channel that is not silent adds to them
+    removal = remove(net.float(), x.float(), measure=False)
+    assert 2 in removal.stayed.get("a.weight", ())
