@@ -600,8 +600,8 @@ def test_weights_that_are_worked_out_anew_stay_and_others_go(name, criterion):
     """D-G7: masks on them were lost at the next forward pass."""
     model = nn.Sequential(block(3, 8), block(8, 6), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 2, 1)).eval()
     RECOMPUTED[name](model[2])
-    run(model, X)
-    dense, before = pickle.loads(pickle.dumps(model)), run(model[1:], y := run(model[0], X))
+    run(model, X)  # what is worked out holds no graph of gradients, and can be copied
+    dense = copy.deepcopy(model)
     removal = pruned(model, criterion=criterion)
     assert removal.removed == {"0.0.weight": (8, 4)}
     assert {name.partition(".")[0] for name, _ in removal.pinned} >= {"2"}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fasterai.core.checks import warn
 from fasterai.core.contexts import Context
 from fasterai.core.criteria import Criterion
-from fasterai.core.cuts import follow
+from fasterai.core.cuts import follow, note_optimizer
 from fasterai.core.loop import Batch, Fit, Participant
 from fasterai.core.schedules import Schedule, lin
 from fasterai.core.targets import unwrap
@@ -117,6 +117,7 @@ class GradualPruner(Participant):
         self._path = _path(self.model, fit.model)
         self._matching()
         self._look(fit)
+        note_optimizer(self.model, fit.optimizer)  # it may go on after this run, and after a removal outside of it
         self._optimizer, self._loss = fit.optimizer, fit.loss
 
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:

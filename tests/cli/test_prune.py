@@ -107,12 +107,18 @@ def test_the_low_channels_go_and_the_small_network_computes_what_masks_do(
 @pytest.mark.parametrize(("context", "left"), [("local", 32), ("global", 8)])
 def test_channels_compete_in_their_group_or_all_together(weights: Path, tmp_path: Path, context: str, left: int) -> None:
     model = network()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():  # what reads the first channels counts with them
-            parameter.mul_(0.05 if name.startswith(("features.0.", "features.3.squeeze")) else 1.0)
+    with torch.no_grad():  # eight outweigh the rest of their group
+        model.features[0].weight[:8] *= 1e3
     torch.save(model.state_dict(), weights)
     assert main(command(weights, tmp_path / "small", "--sparsity", "0.5", "--context", context)) == 0
     assert read_report(tmp_path / "small")["removal"]["removed"]["features.0.weight"] == [64, left]
+
+
+def test_the_trial_run_leaves_running_statistics(tmp_path: Path) -> None:
+    torch.save(torchvision.models.resnet18(weights=None, num_classes=2).state_dict(), tmp_path / "w.pth")
+    assert main(command(tmp_path / "w.pth", tmp_path / "small", "--sparsity", "0.5", "--arch", "resnet18")) == 0
+    small = load_small(tmp_path / "small" / "small.safetensors", torchvision.models.resnet18(weights=None, num_classes=2))
+    assert small.bn1.num_batches_tracked.item() == 0
 
 
 def ignored(but: str) -> list[str]:
