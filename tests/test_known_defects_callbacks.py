@@ -1,6 +1,6 @@
 """A case for each known defect of sparsity callbacks elsewhere, D-C1 to D-C14.
 
-D-C13, a pruner beside a sparsifier, waits for a pruner.
+D-C13, a pruner beside a sparsifier, is in test_known_defects_prune.py.
 """
 
 import copy

@@ -133,6 +133,21 @@ def test_ignored_layers_come_on_top_of_what_stays_anyway():
     assert run(model, X).shape == (4, 10)
 
 
+@pytest.mark.parametrize(
+    ("layers", "error", "message"),
+    [
+        (nn.Conv2d(3, 8, 3), TypeError, r"ignored_layers must be several modules or names, got Conv2d.*; pass a list"),
+        ("0", TypeError, r"ignored_layers must be several modules or names, got '0'; pass a list"),
+        ([nn.Linear(1, 1)], ValueError, r"ignored_layers must be modules of the model or their names, of .*got 'Linear"),
+        (["0", "1"], ValueError, r"ignored_layers must leave some channels.*got all layers that make them \(0\.0\.weight"),
+    ],
+)
+def test_ignored_layers_that_are_none_are_named(layers, error, message):
+    """D-P1."""
+    with pytest.raises(error, match=message):
+        Pruner(net(), 0.5, "local", large_final, example_inputs=X, ignored_layers=layers)
+
+
 def test_a_model_that_cannot_be_read_is_refused_with_the_line_and_left_alone():
     """D-P1: a branch on values lost half of the classes, with a printed line."""
     model = Ending(lambda y: y * 2 if y.sum() > 0 else y)
@@ -303,21 +318,32 @@ def test_lr_find_leaves_the_model_as_it_is(tmp_path):
     assert learn.model[0].out_features == 8
 
 
+class Worsens(Callback):
+    """Validation losses of 0.1 after the first epoch, and 0.9 after the second."""
+
+    order = 51  # behind the Recorder
+
+    def after_validate(self):
+        self.learn.recorder.log[2] = [0.1, 0.9][self.learn.epoch]
+
+
 @pytest.mark.parametrize("with_opt", [False, True])
 def test_the_best_model_is_put_back_at_the_end(tmp_path, with_opt):
-    """D-P7: a size mismatch."""
+    """D-P7: a size mismatch. The best epoch was before the last removal: what is put back is the best one since."""
     learn = learner(tmp_path)
-    learn.fit(2, cbs=[PruneCallback(0.5, lin, "local", large_final), SaveModelCallback(with_opt=with_opt)])
+    learn.fit(2, cbs=[PruneCallback(0.5, lin, "local", large_final), SaveModelCallback(with_opt=with_opt), Worsens()])
     assert learn.model[0].out_features == 8
-    assert torch.load(tmp_path / "models" / "model.pth", weights_only=False)["model" if with_opt else "0.weight"] is not None
+    saved = torch.load(tmp_path / "models" / "model.pth", weights_only=False)
+    assert tuple((saved["model"] if with_opt else saved)["0.weight"].shape) == (8, 6)
     learn.fit(1)
 
 
 def test_a_second_fit_with_the_same_callback_takes_no_more(tmp_path):
-    """D-P7: 16, 8, 4."""
+    """D-P7: 16, 8, 4. In the last fit the head is frozen, so that the channels are counted anew."""
     learn, callback = learner(tmp_path), PruneCallback(0.5, lin, "local", large_final)
     widths = []
-    for _ in range(3):
+    for trains in (True, True, False):
+        learn.model[2].requires_grad_(trains)
         learn.fit(1, cbs=callback)
         widths.append(learn.model[0].out_features)
     assert widths == [8, 8, 8]
@@ -668,9 +694,12 @@ def test_a_tied_weight_is_cut_once_and_stays_tied():
 
 
 def test_a_pruner_takes_what_a_sparsifier_has_silenced():
-    """D-P9: one filter that was not zero went too, and the output moved by 0.026."""
+    """D-P9: one filter that was not zero went too, and the output moved by 0.026. Those that read the silent ones are large."""
     model = net()
-    Sparsifier(model, "filter", "local", large_final, example_inputs=X).sparsify_model(0.5)
+    sparsifier = Sparsifier(model, "filter", "local", large_final, example_inputs=X)
+    sparsifier.sparsify_model(0.5)
+    with torch.no_grad():
+        model[1][0].weight.mul_(torch.where(sparsifier.masks["0.0.weight"].flatten(1).any(1), 1.0, 1000.0)[:, None, None])
     before = run(model, X)
     pruned(model)
     assert (model[0][0].out_channels, model[1][0].out_channels) == (4, 8)

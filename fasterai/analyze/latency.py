@@ -20,6 +20,7 @@ from fasterai.core.checks import check_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch.utils.benchmark import Timer
 
 __all__ = ["Latency", "LatencyComparison", "Timing", "batch_of", "compare_latency", "latency"]
 
@@ -28,6 +29,8 @@ TURNS = 15
 #: Times closer to each other than this are called the same.
 NOISE = 0.05
 WARM_UP = 3
+#: Seconds of a block of a model quicker than that: long against the clock and the loop around the calls.
+BLOCK = 0.005
 
 
 @dataclass(frozen=True)
@@ -246,16 +249,29 @@ def _take_turns(
         name: Timer("model(*inputs)", globals={"model": model, "inputs": inputs}, num_threads=threads)
         for name, model in models.items()
     }
-    for timer in timers.values():
+    counts = {}
+    for name, timer in timers.items():
         try:
             timer.timeit(WARM_UP)
         except Exception as error:
             raise ValueError(f"example_inputs must be arguments that the models run on, got an error: {error}") from error
+        counts[name] = max(1, round(BLOCK / timer.timeit(WARM_UP).median))
     blocks: dict[str, list[list[float]]] = {name: [] for name in models}
     for turn in range(TURNS):
         for name in sorted(timers, key=list(timers).index, reverse=bool(turn % 2)):
-            blocks[name].append(list(timers[name].blocked_autorange(min_run_time=min_run_time / TURNS).times))
+            blocks[name].append(_turn(timers[name], counts[name], min_run_time / TURNS))
     return blocks
+
+
+def _turn(timer: Timer, count: int, seconds: float) -> list[float]:
+    """Seconds per forward pass of each block, until so many seconds have passed."""
+    if count == 1:
+        return list(timer.blocked_autorange(min_run_time=seconds).times)
+    # For a quick model blocked_autorange spends 0.2 seconds on finding the size of a block, in every turn anew.
+    times: list[float] = []
+    while not times or count * sum(times) < seconds:
+        times.append(timer.timeit(count).median)
+    return times
 
 
 @contextmanager

@@ -77,9 +77,11 @@ def _times(measured: Comparison) -> dict[str, Any]:
     assert latency is not None
     first = latency.models[measured.first]
     rows = []
-    for size in latency.batch_sizes:
+    for i, size in enumerate(latency.batch_sizes):
         medians = {name: one[size].median for name, one in latency.models.items()}
-        rows.append({"images": size, "seconds": medians, "as_fast": {name: latency.ratio(name, size) for name in medians}})
+        as_fast = {name: latency.ratio(name, size) for name in medians}
+        quartiles = {name: list(latency.quartiles[name][i]) for name in medians}
+        rows.append({"images": size, "seconds": medians, "as_fast": as_fast, "quartiles": quartiles})
     return {"device": first.device, "threads": first.threads, "batches": rows}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from fasterai.analyze.latency import NOISE
 from fasterai.analyze.look import short, short_bytes, short_time
 
 __all__ = ["columns", "epoch_line", "is_by_channel", "result_table", "small_line", "unit_name"]
@@ -113,8 +114,13 @@ def _figures(report: Report) -> list[list[str]]:
     for batch in small["times"]["batches"]:
         label = "time of 1 image" if batch["images"] == 1 else f"time of {batch['images']} images"
         rows.append([label, *(short_time(batch["seconds"][name]) for name in names)])
-        rows.append(["  times as fast", *(f"{batch['as_fast'][name]:.2f}" for name in names)])
+        rows.append(["  times as fast", "1", *(_as_fast(batch, name) for name in names[1:])])
     return [*rows, [*training, ""]]
+
+
+def _as_fast(batch: Report, name: str) -> str:
+    ratio, (low, high) = batch["as_fast"][name], batch["quartiles"][name]
+    return "same" if abs(ratio - 1) <= NOISE or low <= 1 <= high else f"{ratio:.2f}"
 
 
 def _results(report: Report, accuracy: str, seconds: str) -> list[list[str]]:
@@ -136,7 +142,7 @@ def _notes(report: Report) -> str:
         "smaller or faster",
         f"small: the sparse network without its silent channels; its outputs are the same to {moved:.0e} of their scale",
         f"times: median forward passes on {small['times']['device']}, {threads} thread{'s' if threads > 1 else ''}, measured "
-        "in turns",
+        "in turns; same: within 5 %, or within the spread of the turns",
     ]
     lines += [f"silent and still there: {name} ({why})" for name, why in small["removal"]["refused"].items()]
     return "\n".join(lines)

@@ -10,10 +10,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fasterai.core.targets import unwrap
+from fasterai.core.targets import plain_name, unwrap
 from fasterai.core.undisturbed import evaluating, undisturbed
 
-__all__ = ["check_inputs", "check_model", "check_runs", "check_whole", "positional", "said", "shapes_of_inputs", "where"]
+__all__ = [
+    "check_inputs",
+    "check_model",
+    "check_runs",
+    "check_whole",
+    "positional",
+    "recomputed",
+    "said",
+    "shapes_of_inputs",
+    "where",
+]
 
 #: Beginning of a class's full name -> what it is called, and what to do.
 WRAPPERS = (
@@ -139,3 +149,17 @@ def where(error: BaseException) -> str:
         return ""
     code = last.tb_frame.f_code
     return f" ({code.co_name}, line {last.tb_lineno} of {os.path.basename(code.co_filename)})"
+
+
+def recomputed(model: nn.Module) -> frozenset[str]:
+    """The parameters and buffers of modules whose weight is worked out anew in each forward pass, by plain names.
+
+    These are parametrised, or have a weight norm or a mask of `torch.nn.utils`: a `weight` to cut is not theirs.
+    """
+    found: set[str] = set()
+    for prefix, module in model.named_modules():
+        own = module._parameters.keys()
+        has_hook = any(a.endswith("_orig") or (a.endswith("_g") and f"{a[:-2]}_v" in own) for a in own)
+        if has_hook or nn.utils.parametrize.is_parametrized(module):
+            found |= {plain_name(name) for name, _ in [*module.named_parameters(prefix), *module.named_buffers(prefix)]}
+    return frozenset(found)

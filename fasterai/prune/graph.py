@@ -18,9 +18,8 @@ from torch.utils._pytree import tree_map
 
 from fasterai.core.targets import plain_name, unwrap
 from fasterai.core.undisturbed import evaluating, undisturbed
-from fasterai.prune.admission import check_model, check_runs, positional, said
+from fasterai.prune.admission import check_model, check_runs, positional, recomputed, said
 from fasterai.prune.labels import FIXED, FREE, Array, Components, Dim
-from fasterai.prune.modules import recomputed
 from fasterai.prune.rules import RULES, Trace, Value, unknown
 
 __all__ = ["ChannelGraph", "Group", "channel_graph"]

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 __all__ = ["FIXED", "FREE", "Array", "Components", "Dim", "Flags", "Labels", "is_labelled"]
 
@@ -109,6 +107,9 @@ class Labels:
 
     def components(self) -> Components:
         """What goes together, and what stays."""
+        from scipy.sparse import coo_matrix
+        from scipy.sparse.csgraph import connected_components
+
         ends = [np.concatenate(side) for side in zip(*self._edges, strict=True)] or [np.zeros(0, np.int64)] * 2
         links = coo_matrix((np.ones(ends[0].size, np.bool_), (ends[0], ends[1])), shape=(self.count, self.count))
         _, of = connected_components(links, directed=False)

@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from fasterai.core.targets import plain_name
 from fasterai.prune.labels import Array
 
-__all__ = ["HEADS", "STREAMS", "WIDTHS", "new_sizes", "recomputed"]
+__all__ = ["HEADS", "STREAMS", "WIDTHS", "new_sizes"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 Kept = Mapping[tuple[str, int], Array]
@@ -92,17 +91,3 @@ def _(module: nn.PReLU, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
 @new_sizes.register(nn.RNNBase)
 def _(module: nn.RNNBase, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
     return {"input_size": new["weight_ih_l0"][1], "hidden_size": new["weight_hh_l0"][1]}
-
-
-def recomputed(model: nn.Module) -> frozenset[str]:
-    """The parameters and buffers of modules whose weight is worked out anew in each forward pass, by plain names.
-
-    These are parametrised, or have a weight norm or a mask of `torch.nn.utils`: a `weight` to cut is not theirs.
-    """
-    found: set[str] = set()
-    for prefix, module in model.named_modules():
-        own = module._parameters.keys()
-        has_hook = any(a.endswith("_orig") or (a.endswith("_g") and f"{a[:-2]}_v" in own) for a in own)
-        if has_hook or nn.utils.parametrize.is_parametrized(module):
-            found |= {plain_name(name) for name, _ in [*module.named_parameters(prefix), *module.named_buffers(prefix)]}
-    return frozenset(found)

@@ -199,6 +199,9 @@ class Pruner:
         readers = self._graph.readers
         made = [{n.rpartition(".")[0] for n, d in p.group.places if (n, d) not in readers} for p in pools]
         allowed = tuple(p for p, names in zip(pools, made, strict=True) if not names & self.ignored_layers)
+        if pools and not allowed:
+            makers = ", ".join(sorted(p.name for p in pools)[:5])
+            raise ValueError(f"ignored_layers must leave some channels that may go, got all layers that make them ({makers})")
         if not allowed:
             raise ValueError("model must have channels that may go, got none; channel_graph(model, inputs).pinned says why")
         return allowed
@@ -287,6 +290,8 @@ def check_context(context: Context | str, ratio: Ratio) -> Context:
 
 def _names_of(model: nn.Module, layers: Iterable[nn.Module | str]) -> frozenset[str]:
     """The names of layers, and of those inside them."""
+    if isinstance(layers, str | nn.Module):
+        raise TypeError(f"ignored_layers must be several modules or names, got {layers!r}; pass a list")
     names = {id(m): n for n, m in unwrap(model).named_modules()}
     found: set[str] = set()
     for layer in layers:

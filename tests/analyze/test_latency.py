@@ -129,6 +129,16 @@ def test_models_take_turns_and_ratios_follow():
     assert not found.is_same("fast") and found.is_same("slow")
 
 
+def test_a_quick_model_is_measured_for_as_long_as_asked_and_no_longer():
+    model = nn.Conv2d(2, 2, 1)
+    latency(model, X, min_run_time=1e-4)  # loads what is loaded late
+    start = time.perf_counter()
+    found = latency(model, X, min_run_time=0.3)
+    # A block of 5 ms in each of the turns, at least, and the finding of its size: a busy machine takes several times longer.
+    assert 0.3 <= time.perf_counter() - start < 2.0
+    assert found[1].blocks >= module.TURNS
+
+
 def test_there_are_enough_turns():
     assert module.TURNS >= 5
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import l1_unstructured
 
-from fasterai.prune.admission import check_inputs, check_model, check_whole, positional, shapes_of_inputs
+from fasterai.prune.admission import check_inputs, check_model, check_whole, positional, recomputed, shapes_of_inputs
 from fasterai.prune.graph import channel_graph
 from fasterai.prune.removal import remove
 
@@ -222,3 +223,13 @@ def test_quantised_parameters_are_refused() -> None:
     model[0].weight = nn.Parameter(torch.quantize_per_tensor(torch.zeros(8, 5), 0.1, 0, torch.qint8), requires_grad=False)
     with pytest.raises(ValueError, match=r"model must hold plain parameters, got 0\.weight, a"):
         check_whole(model)
+
+
+def test_what_a_weight_is_worked_out_from_is_known() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    nn.utils.parametrizations.spectral_norm(model[1])
+    l1_unstructured(model[2], "weight", 0.5)
+    model[0].register_parameter("key_v", nn.Parameter(torch.ones(2)))  # a name alone is none
+    own = {"1.bias", "1.parametrizations.weight.original", "1.parametrizations.weight.0._u", "1.parametrizations.weight.0._v"}
+    assert recomputed(model) == own | {"2.bias", "2.weight_orig", "2.weight_mask"}
+    assert recomputed(nn.Sequential(nn.Linear(2, 2))) == frozenset()
