@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 import signal
 from functools import partial
 
@@ -311,6 +312,29 @@ def test_the_small_learner_is_saved_loaded_and_exported(tmp_path):
     again = load_learner(tmp_path / "learner.pkl")
     assert widths(again.model) == (2, 2)
     assert torch.equal(outputs(again.model), before)
+
+
+def loaded(path, learn: Learner) -> Learner:
+    learn.save("sparse", with_opt=True)
+    return learner(path).load("sparse", with_opt=True)
+
+
+COPIES = {"copied": lambda path, learn: copy.deepcopy(learn), "pickled": lambda path, learn: pickle.loads(pickle.dumps(learn))}
+
+
+@pytest.mark.parametrize("how", ["copied", "pickled", "loaded"])
+def test_the_optimizer_of_a_copy_is_handed_over(tmp_path, how):
+    learn = learner(tmp_path)
+    learn.logger = print
+    learn.fit(1, cbs=coupled())
+    again = {**COPIES, "loaded": loaded}[how](tmp_path, learn)
+    before = outputs(learn.model)
+    remove(again.model, X[:4], optimizer=again.opt, measure=False)
+    assert same(outputs(again.model), before)
+    assert (widths(again.model), widths(learn.model)) == ((4, 4), (8, 8))
+    again.fit(1)
+    learn.fit(1)
+    assert (widths(again.model), widths(learn.model)) == ((4, 4), (8, 8))
 
 
 @pytest.mark.parametrize("with_opt", [False, True])
