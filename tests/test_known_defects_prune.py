@@ -354,7 +354,7 @@ def test_a_second_fit_with_the_same_callback_takes_no_more(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*units were to go")
 @pytest.mark.parametrize(
-    ("ratio", "left"), [(0.9, (1, 2)), (0.75, (2, 4)), (0.5, (4, 8)), (0.1, (7, 14)), (1.0, (1, 1)), (0.0, (8, 16))]
+    ("ratio", "left"), [(0.9, (1, 2)), (0.75, (2, 4)), (0.5, (4, 8)), (0.1, (7, 14)), (0.98, (1, 1)), (0.0, (8, 16))]
 )
 def test_the_ratio_is_met_to_the_channel(ratio, left):
     """D-P6: at 0.9 eight channels stayed eight. round(0.9 x 8) = 7 go, round(0.9 x 16) = 14; one of each layer stays."""
@@ -363,10 +363,13 @@ def test_the_ratio_is_met_to_the_channel(ratio, left):
     assert (model[0][0].out_channels, model[1][0].out_channels) == left
 
 
-def test_a_ratio_of_one_says_what_stays():
+def test_nearly_all_says_what_stays_and_all_is_refused():
     """D-P6: nothing happened, silently."""
+    model = nn.Sequential(block(3, 8), nn.Conv2d(8, 4, 1))
+    with pytest.raises(ValueError, match=r"pruning_ratio must be below 1, got 1.0"):
+        pruned(model, 1.0)
     with pytest.warns(UserWarning, match="8 of 8 units were to go, 7 do"):
-        pruned(nn.Sequential(block(3, 8), nn.Conv2d(8, 4, 1)), 1.0)
+        pruned(model, 0.99)
 
 
 def test_nothing_is_reported_gone_before_it_is(capsys):

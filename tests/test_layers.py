@@ -30,6 +30,7 @@ LAYERS = {
     "prune.labels": 2,
     "prune.rules": 2,
     "prune.graph": 2,
+    "prune.samples": 2,
     "prune": 4,
     "distill": 4,
     "regularize": 4,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -35,16 +35,16 @@ def follow(model: nn.Module, follower: Follower) -> None:
 
 
 def announce(model: nn.Module, cut: Cut) -> None:
-    """Tell the followers of a model, of its parts, and of what it is a part of, by the names that each of them uses."""
+    """Tell the followers of all models that hold one of the cut tensors, by every name that it has there."""
     if not cut:
         return
-    inner = {id(m): plain_name(name) for name, m in unwrap(model).named_modules()}
+    dims: dict[int, dict[int, Any]] = {}
+    own = dict(_tensors(model))
+    for (name, d), kept in cut.items():
+        if name in own:
+            dims.setdefault(id(own[name]), {})[d] = kept
     for followed, followers in list(_followers.items()):
-        if id(followed) in inner:
-            part = _within(cut, inner[id(followed)])
-        else:
-            names = [plain_name(n) for n, m in followed.named_modules() if m is unwrap(model)]
-            part = {(f"{names[0]}.{n}", d): kept for (n, d), kept in cut.items()} if names else {}
+        part = {(name, d): kept for name, tensor in _tensors(followed) for d, kept in dims.get(id(tensor), {}).items()}
         for follower in list(followers) if part else ():
             follower.after_cut(part)
 
@@ -57,17 +57,17 @@ def note_optimizer(model: nn.Module, optimizer: Any) -> None:
 
 
 def noted_optimizers(model: nn.Module) -> list[Any]:
-    """Who was noted for a model, for parts of it, or for what it is a part of."""
-    whole = unwrap(model)
-    inner = {id(m) for m in whole.modules()}
-    related = [m for m in list(_optimizers) if id(m) in inner or any(part is whole for part in m.modules())]
+    """Who was noted for a model, or for another that shares parameters with it, as a part does, and what it is a part of."""
+    own = {id(p) for p in unwrap(model).parameters()}
+    related = [m for m in list(_optimizers) if any(id(p) in own for p in m.parameters())]
     return [one for m in related for one in _optimizers[m]]
 
 
-def _within(cut: Cut, prefix: str) -> Cut:
-    """What of a cut is inside of a module, by the names there."""
-    dotted = f"{prefix}." if prefix else ""
-    return {(n.removeprefix(dotted), d): kept for (n, d), kept in cut.items() if n.startswith(dotted)}
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers of a model, tied ones under each of their names."""
+    for found in (unwrap(model).named_parameters, unwrap(model).named_buffers):
+        for name, tensor in found(remove_duplicate=False):
+            yield plain_name(name), tensor
 
 
 def sliced(tensor: Tensor, cut: Cut, name: str) -> Tensor:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fasterai.prune.labels import Array
 
-__all__ = ["check_optimizer", "cut_entry", "sliced", "states_of"]
+__all__ = ["check_optimizer", "check_trained", "cut_entry", "sliced", "states_of"]
 
 #: Where wrappers of optimizers (fastai's, Lightning's, Accelerate's) hold what they wrap.
 INNER = ("opt", "optimizer", "_optimizer", "optimizers")
@@ -42,6 +42,26 @@ def check_optimizer(optimizer: Any) -> None:
         raise ValueError(
             "optimizer must keep a state for each parameter, got LBFGS, which has one for all; make a new one after the removal"
         )
+
+
+def check_trained(model: nn.Module, optimizer: Any) -> None:
+    """Refuse an optimizer, or several, that train another model.
+
+    Raises:
+        ValueError: They hold none of the model's parameters.
+    """
+    groups = [group for one in (optimizer if isinstance(optimizer, list | tuple) else [optimizer]) for group in _groups(one)]
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    if trained and not any(id(parameter) in trained for parameter in model.parameters()):
+        raise ValueError(
+            f"optimizer must train the model that channels go from, got one that holds none of the parameters of this "
+            f"{type(model).__name__}: make the optimizer anew after the model"
+        )
+
+
+def _groups(optimizer: Any) -> Iterable[Mapping[str, Any]]:
+    groups: Iterable[Mapping[str, Any]] = getattr(optimizer, "param_groups", ())
+    return groups
 
 
 def _unwrapped(optimizer: Any) -> Iterator[Any]:

@@ -6,7 +6,8 @@ import copy
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,7 @@ def largest_sound(
     if first.reason is None:
         return Sound(kept, difference=first.moved, streams=trials.streams)
     precise = _in_float64(model, graph, inputs) if exact and 0 < first.moved <= ROUNDING else None
+    trials.asks_float64 = exact and not 0 < first.moved <= ROUNDING  # what is plain in the whole may hide rounding in a part
     _search(precise or trials, sound, kept, stack, None if precise else first)
     if precise is not None:
         trials.streams = precise.streams
@@ -184,14 +186,15 @@ class _Trials:
     Attributes:
         streams: Whether models' own widths follow: from the first time on that the model runs only if they do.
         is_float64: Whether all outputs that could move are in float64.
+        asks_float64: Whether a movement that may be rounding is decided on a copy in float64.
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], exact: bool) -> None:
         with at_rest(unwrap(model)):
             check_inputs(model, inputs)
         self.graph = graph
-        self.streams = False
-        self._model, self._exact = model, exact
+        self.streams = self.asks_float64 = False
+        self._model, self._inputs, self._exact = model, inputs, exact
         runs = [(probe, _outputs(model, probe)) for probe in (inputs, _other_inputs(inputs))]
         self._probes = [(probe, outputs) for probe, outputs in runs if not isinstance(outputs, Exception)]
         dtypes = [x.dtype for x in self._probes[0][1] if x.is_floating_point()] if self._probes else []
@@ -200,6 +203,17 @@ class _Trials:
 
     def run(self, kept: Sequence[Flags]) -> _Verdict:
         """Carry it out, compare, and take it back."""
+        verdict = self._try(kept)
+        if verdict.reason is None or not self.asks_float64 or not 0 < verdict.moved <= ROUNDING:
+            return verdict
+        decided = verdict if self._precise is None else self._precise.run(kept)
+        return replace(decided, moved=verdict.moved) if decided.reason is None else decided
+
+    @cached_property
+    def _precise(self) -> _Trials | None:
+        return _in_float64(self._model, self.graph, self._inputs)
+
+    def _try(self, kept: Sequence[Flags]) -> _Verdict:
         verdict = self._run(kept, self.streams)
         if verdict.is_structural and not self.streams:
             again = self._run(kept, True)

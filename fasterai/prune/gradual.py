@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from fasterai.core.checks import warn
 from fasterai.core.contexts import Context
 from fasterai.core.criteria import Criterion
-from fasterai.core.cuts import follow, note_optimizer
+from fasterai.core.cuts import note_optimizer
 from fasterai.core.loop import Batch, Fit, Participant
 from fasterai.core.schedules import Schedule, lin
 from fasterai.core.targets import unwrap
 from fasterai.prune.budget import Budget
-from fasterai.prune.carry import check_optimizer
+from fasterai.prune.carry import check_optimizer, check_trained
 from fasterai.prune.copies import Copies, matching_copies
-from fasterai.prune.gradual_settings import check_bare, check_settings, check_trained, next_share
+from fasterai.prune.gradual_settings import check_bare, check_settings, next_share
 from fasterai.prune.plan import Plan
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import Removal
@@ -150,11 +150,8 @@ class GradualPruner(Participant):
     def _look(self, fit: Fit) -> None:
         """Count the channels that may go, if something has changed since the last run."""
         frozen = _frozen_layers(self.model)
-        parameter = next(self.model.parameters())
-        key = (frozen, parameter.device, parameter.dtype)
+        key = (frozen, *next(((p.device, p.dtype) for p in self.model.parameters()), ()))
         if key == self._key:
-            if self._pruner is not None:
-                follow(self.model, self._pruner)  # a copy of both does not do so yet
             return
         inputs = self._inputs if self._inputs is not None else batch_inputs(self.model, fit)
         pruner: Pruner | None = self._pruner_without(inputs, ())

@@ -18,7 +18,7 @@ from fasterai.prune.admission import check_whole
 from fasterai.prune.copies import Copies, check_copies
 from fasterai.prune.pruner import OVER_PLACES, Pruner, check_context
 
-__all__ = ["check_bare", "check_settings", "check_trained", "next_share"]
+__all__ = ["check_bare", "check_settings", "next_share"]
 
 POSITIONS = 1000  # at which a schedule is looked at
 
@@ -112,23 +112,3 @@ def check_bare(model: nn.Module) -> None:
                 f"model must be the bare network, got a {type(module).__name__} that torch.compile has compiled; train the "
                 "module itself, and compile the small one"
             )
-
-
-def check_trained(model: nn.Module, optimizer: Any) -> None:
-    """Refuse an optimizer, or several, that train another model.
-
-    Raises:
-        ValueError: They hold none of the model's parameters.
-    """
-    groups = [group for one in (optimizer if isinstance(optimizer, list | tuple) else [optimizer]) for group in _groups(one)]
-    trained = {id(parameter) for group in groups for parameter in group["params"]}
-    if trained and not any(id(parameter) in trained for parameter in model.parameters()):
-        raise ValueError(
-            f"optimizer must train the model that channels go from, got one that holds none of the parameters of this "
-            f"{type(model).__name__}: make the optimizer anew after the model"
-        )
-
-
-def _groups(optimizer: Any) -> Iterable[Mapping[str, Any]]:
-    groups: Iterable[Mapping[str, Any]] = getattr(optimizer, "param_groups", ())
-    return groups

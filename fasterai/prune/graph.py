@@ -115,13 +115,22 @@ def _export(model: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
 
 @contextmanager
 def _spelt_out() -> Iterator[None]:
-    """Attention in its single operations, not as one of torch's fused inference kernels."""
-    before = torch.backends.mha.get_fastpath_enabled()
+    """Attention in its single operations, not as one of torch's fused inference kernels; tensors without subclasses.
+
+    Layers of fastai cast to its own tensor class, which the stand-ins that an export runs on cannot become.
+    """
+    before, cast = torch.backends.mha.get_fastpath_enabled(), torch.Tensor.as_subclass
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.Tensor.as_subclass = _as_it_is  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+        torch.Tensor.as_subclass = cast  # type: ignore[method-assign]
+
+
+def _as_it_is(tensor: Any, cls: Any) -> Any:
+    return tensor
 
 
 def _names(model: nn.Module, program: ExportedProgram) -> dict[str, str]:

@@ -25,7 +25,7 @@ from fasterai.core.targets import all_targets, unwrap
 from fasterai.core.types import Limits
 from fasterai.prune.admission import check_whole, positional
 from fasterai.prune.budget import Budget, fit_budget
-from fasterai.prune.carry import check_optimizer
+from fasterai.prune.carry import check_optimizer, check_trained
 from fasterai.prune.copies import Copies, matching_copies
 from fasterai.prune.graph import ChannelGraph, channel_graph
 from fasterai.prune.labels import Flags
@@ -46,8 +46,8 @@ class Pruner:
 
     Args:
         model: The model; `prune_model` changes it in place.
-        pruning_ratio: The share of the channels that go, in [0, 1]; a dict of layers, their names or globs to shares
-            (context `local`; other layers stay as they are); or a `Budget`.
+        pruning_ratio: The share of the channels that go, in [0, 1), at least one of a group staying; a dict of layers, their
+            names or globs to shares (context `local`; other layers stay as they are); or a `Budget`.
         context: `local` ranks inside each group of coupled channels, `global` all together; or another of the contexts.
         criteria: How much a weight matters: a criterion, its name, or a function of the weight.
         schedule: Which share of the ratio is reached at which of the `iterative_steps`.
@@ -152,6 +152,7 @@ class Pruner:
         """
         check_fraction("share", share)
         check_optimizer(optimizer)
+        check_trained(self.model, optimizer)
         matching_copies(copies, unwrap(self.model))
         graph = replace(self._graph, groups=tuple(p.group for p in self._pools))
         kept = self._choose(graph, share)
@@ -183,9 +184,14 @@ class Pruner:
     def after_cut(self, cut: Cut) -> None:
         """Follow the model's parameters, which have got smaller."""
         fresh = {t.name: t for t in all_targets(unwrap(self.model))}
-        self._pools = tuple(p.cut(cut, fresh) for p in self._pools)
+        self._pools = tuple(p.cut(cut, fresh) for p in self._pools if p.is_left(fresh))
         self._graph = replace(self._graph, normed=cut_normed(self._graph.normed, cut))
         self._scorer.after_cut(cut)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy follows its own model."""
+        self.__dict__.update(state)
+        follow(self.model, self)
 
     def print_sparsity(self) -> None:
         """Print how many channels of each group are left."""
@@ -233,7 +239,7 @@ class Pruner:
 
     def _keep(self, scores: Sequence[Scores], context: Context, sparsity: float) -> list[Flags]:
         round_to = 1 if self.round_to is None and isinstance(self.pruning_ratio, Budget) else self.round_to
-        steps = {p.name: p.step(round_to) for p in self._pools}
+        steps = {p.name: p.step(round_to, self.original[p.name]) for p in self._pools}
         keeps = context(scores, [p.layout for p in self._pools], sparsity, Limits(round_to=steps))
         return [keep.cpu().numpy() for keep in keeps]
 
@@ -253,11 +259,15 @@ class Pruner:
     def _mask_removable(self, graph: ChannelGraph, kept: list[Flags]) -> tuple[list[Flags], dict[str, str]]:
         """Mask the channels that can go; those of a group that cannot get their weights back."""
         before = {p: p.detach().clone() for p in unwrap(self.model).parameters()}
-        mask_channels_(self.model, graph, kept)
-        chosen, refused, _ = removable(self.model, graph, kept, self.inputs, exact=self.exact)
+        refused: dict[str, str] | None = None
+        try:
+            mask_channels_(self.model, graph, kept)
+            chosen, refused, _ = removable(self.model, graph, kept, self.inputs, exact=self.exact)
+        finally:
+            if refused is None or refused:  # it failed, or some stay
+                for parameter, weights in before.items():
+                    parameter.copy_(weights)
         if refused:
-            for parameter, weights in before.items():
-                parameter.copy_(weights)
             mask_channels_(self.model, graph, chosen)
         return chosen, refused
 
@@ -279,7 +289,8 @@ def check_context(context: Context | str, ratio: Ratio) -> Context:
     """
     if not isinstance(ratio, Budget):
         for value in ratio.values() if isinstance(ratio, Mapping) else [ratio]:
-            check_fraction("pruning_ratio", value)
+            if check_fraction("pruning_ratio", value) == 1:
+                raise ValueError(f"pruning_ratio must be below 1, got {value!r}: it would leave a layer without a channel")
     found: Context = from_catalogue("context", context, contexts)
     if isinstance(found, NM) or not isinstance(found, Context):
         raise ValueError(f"context must be 'local', 'global', 'erk' or 'lamp', got {context!r}")

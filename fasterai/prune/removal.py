@@ -12,7 +12,7 @@ from torch import nn
 from fasterai.core.cuts import announce, noted_optimizers
 from fasterai.core.targets import unwrap
 from fasterai.prune.admission import check_whole, positional, shapes_of_inputs
-from fasterai.prune.carry import check_optimizer
+from fasterai.prune.carry import check_optimizer, check_trained
 from fasterai.prune.check import largest_sound
 from fasterai.prune.copies import Copies, matching_copies
 from fasterai.prune.graph import ChannelGraph, Group, channel_graph
@@ -58,6 +58,7 @@ def remove(
     """
     inputs = positional(example_inputs)
     check_optimizer(optimizer)
+    check_trained(check_whole(model), optimizer)
     graph = channel_graph(check_whole(model), inputs, exact)
     kept = [~silent for silent in silent_channels(model, graph)]
     return remove_channels(model, graph, kept, inputs, optimizer=optimizer, copies=copies, exact=exact, measure=measure)
@@ -125,11 +126,11 @@ def remove_channels(
     sound = largest_sound(model, graph, kept, inputs, exact=exact)
     plan = make_plan(model, graph, sound.kept, streams=sound.streams)
     surgery = operate(model, plan, _trainers(model, optimizer), others)
+    for cut in [model, *others]:
+        announce(cut, plan.keep)
     measurement = Measurement()
     if measure and plan:
         measurement = measured(model, surgery, inputs, shapes_of_inputs(inputs))
-    for cut in [model, *others]:
-        announce(cut, plan.keep)
     groups = {g.name: (g.channels, int(k.sum())) for g, k in zip(graph.groups, sound.kept, strict=True)}
     return Removal(
         plan=plan,

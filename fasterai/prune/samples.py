@@ -1,4 +1,4 @@
-"""L4. Example inputs of a model from the batches of its training."""
+"""L2. Example inputs of a model from the batches of its training."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fasterai.core.loop import Fit
+from fasterai.core.targets import unwrap
 from fasterai.core.undisturbed import evaluating, undisturbed
 
 __all__ = ["batch_inputs", "few_samples"]
@@ -25,7 +26,7 @@ def batch_inputs(model: nn.Module, fit: Fit) -> tuple[Any, ...]:
     if fit.batch is None or not fit.batch.inputs:
         raise ValueError("example_inputs must be given for a loop that shows no batch, got None")
     inputs = few_samples(fit.batch.inputs)
-    if fit.model is None or fit.model is model:
+    if fit.model is None or unwrap(fit.model) is unwrap(model):
         return inputs
     seen: list[tuple[Any, ...]] = []
     hook = model.register_forward_pre_hook(lambda _, given: seen.append(given))

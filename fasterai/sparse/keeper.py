@@ -106,12 +106,18 @@ class Keeper:
     def after_cut(self, cut: Cut) -> None:
         """Follow the model's parameters, which have got smaller."""
         fresh = {t.name: t for t in all_targets(unwrap(self.model))}
-        before, self.pools = self.pools, tuple(p.cut(cut, fresh) for p in self.pools)
+        before = [p for p in self.pools if p.is_left(fresh)]  # layers may have been taken off or folded since
+        self.pools = tuple(p.cut(cut, fresh) for p in before)
         after = {p.name: p for p in self.pools}
         self.keep = {p.name: p.cut_keep(self.keep[p.name], cut, after[p.name]) for p in before if p.name in self.keep}
         self.noted = {n: sliced(values, cut, n) for n, values in self.noted.items()}
-        self.selection = replace(self.selection, targets=tuple(fresh[t.name] for t in self.targets))
+        self.selection = replace(self.selection, targets=tuple(fresh[t.name] for t in self.targets if t.name in fresh))
         self._counted = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy follows its own model."""
+        self.__dict__.update(state)
+        follow(self.model, self)
 
     def check_trained(self, fit: Fit) -> None:
         """Refuse a run whose optimizer trains another model.
@@ -180,7 +186,8 @@ class Keeper:
     def _disobeying(self, pool: Pool) -> int:
         """How many masked weights of a pool are not zero."""
         keep = self.keep.get(pool.name)
-        return 0 if keep is None else sum(count_true(pool.tensor(name).ne(0) & ~mask) for name, mask in pool.masks(keep))
+        masks = {} if keep is None else _crossed(pool.masks(keep))
+        return sum(count_true(pool.tensor(name).ne(0) & ~mask) for name, mask in masks.items())
 
     # --- what is held ------------------------------------------------------------------------------------------------
 
@@ -222,7 +229,7 @@ class Keeper:
         if keep is None:
             return 0
         # A mask is smaller than its weight where one decision stands for several.
-        sizes = ((pool.tensor(name).numel(), mask) for name, mask in pool.masks(keep))
+        sizes = ((pool.tensor(name).numel(), mask) for name, mask in _crossed(pool.masks(keep)).items())
         return sum((m.numel() - count_true(m)) * (size // max(1, m.numel())) for size, m in sizes)
 
     def report(self) -> SparsityReport:
@@ -293,6 +300,14 @@ def _like_weight(pool: Pool, keep: Tensor) -> Tensor:
     """Decisions on single weights in the weight's memory format, so that both are read in the same order."""
     weight = pool.targets[0].parameter
     return like(weight, keep) if isinstance(pool, TargetPool) and keep.shape == weight.shape else keep
+
+
+def _crossed(masks: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """One mask for each weight: channels may run along two dimensions of it."""
+    crossed: dict[str, Tensor] = {}
+    for name, mask in masks:
+        crossed[name] = crossed[name] & mask if name in crossed else mask
+    return crossed
 
 
 def _why_pinned(target: Target, graph: ChannelGraph) -> str:

@@ -94,8 +94,8 @@ class Pool(ABC):
         """Whether it is one single unit by definition."""
         return False
 
-    def step(self, round_to: int | None) -> int:
-        """What kept units are rounded up to a multiple of; by default single units are not."""
+    def step(self, round_to: int | None, first: int | None = None) -> int:
+        """What kept units are rounded up to a multiple of, of `first` units before any went; by default single ones are not."""
         return round_to or 1
 
     @property
@@ -123,9 +123,13 @@ class Pool(ABC):
     def vectors(self, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name of a bias or a norm's scale or shift, which of its entries stay)."""
 
+    def is_left(self, fresh: Mapping[str, Target]) -> bool:
+        """Whether the model still has any of its weights."""
+        return any(t.name in fresh for t in self.targets)
+
     @abstractmethod
     def cut(self, cut: Cut, fresh: Mapping[str, Target]) -> Pool:
-        """The same pool after parameters have got smaller; `fresh` are the targets as they are now."""
+        """The same pool after parameters have got smaller; `fresh` are the targets as they are now, at least one of its own."""
 
     @abstractmethod
     def cut_keep(self, keep: Tensor, cut: Cut, after: Pool) -> Tensor:
@@ -190,7 +194,9 @@ class TargetPool(Pool):
             yield partner.name, kept_outputs(keep, self.target)
 
     def cut(self, cut: Cut, fresh: Mapping[str, Target]) -> TargetPool:
-        return replace(self, target=fresh[self.name])
+        there = {id(t.parameter) for t in fresh.values()}  # a norm may have been folded since
+        partners = tuple(p for p in self.partners if id(p.module._parameters.get(p.attribute)) in there)
+        return replace(self, target=fresh[self.name], partners=partners)
 
     def cut_keep(self, keep: Tensor, cut: Cut, after: Pool) -> Tensor:
         layout = self.target.layout
@@ -232,10 +238,10 @@ class ChannelPool(Pool):
             gone[name] = gone.get(name, torch.zeros_like(self.tensor(name), dtype=torch.bool)) | ~mask
         return sum(int(g.sum()) for g in gone.values())
 
-    def step(self, round_to: int | None) -> int:
-        """By default a multiple that suits the hardware, unless there are few; heads count by their width."""
+    def step(self, round_to: int | None, first: int | None = None) -> int:
+        """By default a multiple that suits the hardware, unless there were few; heads count by their width."""
         if round_to is None:
-            round_to = ROUND_TO if self.count >= ENOUGH else 1
+            round_to = ROUND_TO if (first or self.count) >= ENOUGH else 1
         width = min((i.shape[1] for (n, _), i in self.group.places.items() if n in self.makers), default=1)
         return round_to // math.gcd(round_to, width)
 
@@ -284,16 +290,18 @@ class ChannelPool(Pool):
         stay = self._staying(cut)
         places = {}
         for place, indices in self.group.places.items():
+            if place[0] in self.parameters and place[0] not in fresh:
+                continue
             left = indices[stay]
             # A place's indices move up where others before them have gone.
             places[place] = np.searchsorted(cut[place], left) if place in cut else left
         return replace(
             self,
-            targets=tuple(fresh[t.name] for t in self.targets),
-            layout=_layout(fresh[self.name], int(stay.sum())) if self.name in fresh else self.layout,
+            targets=tuple(fresh[t.name] for t in self.targets if t.name in fresh),
+            layout=_layout(fresh.get(self.name), int(stay.sum())),
             shape=(int(stay.sum()),),
             group=Group(places, self.group.name),
-            parameters={n: fresh[n] for n in self.parameters},
+            parameters={n: fresh[n] for n in self.parameters if n in fresh},
         )
 
     def cut_keep(self, keep: Tensor, cut: Cut, after: Pool) -> Tensor:
@@ -333,9 +341,9 @@ def _channel_pool(group: Group, graph: ChannelGraph, known: Mapping[str, Target]
     )
 
 
-def _layout(maker: Target, channels: int) -> Layout:
+def _layout(maker: Target | None, channels: int) -> Layout:
     """The maker's layout where each of its outputs is one channel, a bare row of channels elsewhere."""
-    if maker.layout.size("out") == channels:
+    if maker is not None and maker.layout.size("out") == channels:
         return maker.layout
     return Layout((channels,), (frozenset({"out"}),))
 

@@ -117,6 +117,11 @@ class Scorer:
         self._initial = {n: sliced(w, cut, n) for n, w in self._initial.items()}
         self._previous = {n: sliced(w, cut, n) for n, w in self._previous.items()}
 
+    def retarget(self, targets: Sequence[Target]) -> None:
+        """Score other targets from now on; of those that are new, the weights are remembered as they are now."""
+        self._initial = {**self._copies("initial", targets), **_of(self._initial, targets)}
+        self._previous = {**self._copies("previous", targets), **_of(self._previous, targets)}
+
     def forget(self) -> None:
         """Let go of the copies of earlier weights."""
         self._initial, self._previous = {}, {}
@@ -133,6 +138,10 @@ class Scorer:
         devices = {t.name: t.parameter.device for t in targets}
         self._initial = {n: w.to(devices[n], copy=True) for n, w in state["initial"].items()}
         self._previous = {n: w.to(devices[n], copy=True) for n, w in state["previous"].items()}
+
+
+def _of(weights: Mapping[str, Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
+    return {t.name: weights[t.name] for t in targets if t.name in weights}
 
 
 def _is_dense(evidence: Evidence) -> bool:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map
 
 from fasterai.core import contexts, granularities, schedules
 from fasterai.core import criteria as criterion_catalogue
@@ -23,6 +22,7 @@ from fasterai.core.schedules import Schedule, as_schedule
 from fasterai.core.targets import LayerTypes, TargetsLike, find_targets, unwrap
 from fasterai.core.types import Limits, Target
 from fasterai.prune.graph import channel_graph
+from fasterai.prune.samples import batch_inputs
 from fasterai.sparse.dataflow import watch
 from fasterai.sparse.evidence import Source
 from fasterai.sparse.hold import Hold
@@ -182,6 +182,11 @@ class Sparsifier(Participant):
         """Follow the model's parameters, which have got smaller: earlier weights that are remembered are cut alike."""
         self._scorer.after_cut(cut)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy follows its own model."""
+        self.__dict__.update(state)
+        follow(self.model, self)
+
     def _warn_without_flow(self) -> None:
         """Say once what cannot be known without example inputs."""
         if self._warned or self._keeper.is_seen or not self._drops_outputs:
@@ -309,21 +314,22 @@ class Sparsifier(Participant):
         self._keeper.check_trained(fit)
         note_optimizer(self.model, fit.optimizer)
         if not self._keeper.is_seen and fit.batch is not None and self._drops_outputs:
-            self._watch_batch(fit.model or self.model, fit.batch)
+            self._watch_batch(fit)
         self._check_coupled()
         self._scorer.begin(fit.loss)
         self._warn_without_flow()
         self._forget_stale()
         self._pace.start(fit.total_steps)
 
-    def _watch_batch(self, model: nn.Module, batch: Batch) -> None:
+    def _watch_batch(self, fit: Fit) -> None:
         if isinstance(self.granularity, Coupled):
-            if unwrap(model) is unwrap(self.model):
-                self._keeper.couple(channel_graph(model, tree_map(_few, batch.inputs)))
-                self._plan = self._read_sparsity(self._sparsity or 0.0)
+            self._keeper.couple(channel_graph(self.model, batch_inputs(self.model, fit)))
+            self._scorer.retarget(self.targets)
+            self._plan = self._read_sparsity(self._sparsity or 0.0)
             return
         try:
-            self._keeper.see(watch(model, batch.inputs, part=self.model))
+            assert fit.batch is not None
+            self._keeper.see(watch(fit.model or self.model, fit.batch.inputs, part=self.model))
         except ValueError as error:
             warn(f"the loop's batch does not show the data flow ({error}); pass example_inputs=")
 
@@ -467,11 +473,6 @@ def _context(context: Context | str, nm: bool) -> Context:
     if not isinstance(found, Context):
         raise TypeError(f"context must be a context, its name or a dict, got {context!r} ({type(context).__name__})")
     return found
-
-
-def _few(x: Any) -> Any:
-    """Two samples of a batch, which show as much as all of it."""
-    return x[:2] if isinstance(x, Tensor) and x.dim() else x
 
 
 def _as_inputs(inputs: Any) -> tuple[Any, ...] | None:

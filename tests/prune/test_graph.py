@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.prune.graph import channel_graph
+from fasterai.prune.pruner import Pruner
 
 IMAGES = torch.randn(2, 3, 8, 8)
 
@@ -175,3 +176,22 @@ def test_every_index_stands_once() -> None:
     for place in {p for g in graph.groups for p in g.places}:
         indices = np.concatenate([g.places[place].ravel() for g in graph.groups if place in g.places])
         assert sorted(indices.tolist()) == list(range(shapes[place[0]][place[1]]))
+
+
+def test_fastais_unet_is_followed_through_its_casts():
+    """Its layers cast to fastai's own tensor class, skip connections are concatenated, and pixels shuffled."""
+    unet = pytest.importorskip("fastai.vision.models.unet")
+    torch.manual_seed(0)
+    cast = torch.Tensor.as_subclass
+    encoder = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU()),
+        *(nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU()),
+        *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()),
+    )
+    model, x = unet.DynamicUnet(encoder, 5, (32, 32)).eval(), torch.randn(2, 3, 32, 32)
+    removal = Pruner(model, 0.5, "local", "large_final", example_inputs=x, round_to=1).prune_model(measure=False)
+    assert removal.refused == {}
+    assert {"layers.0.0.weight", "layers.0.2.weight", "layers.0.4.weight"} <= set(removal.removed)
+    assert removal.parameters[1] < 0.35 * removal.parameters[0]
+    assert model(x).shape == (2, 5, 32, 32)
+    assert torch.Tensor.as_subclass is cast

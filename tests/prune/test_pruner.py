@@ -263,11 +263,29 @@ def test_a_budget_is_of_the_first_model_over_several_steps():
     assert all(wanted - 0.07 < share <= wanted for share, wanted in zip(left, (0.8, 0.6, 0.4), strict=True)), left
 
 
-def test_the_ratio_one_leaves_a_channel_of_each_group():
+@pytest.mark.filterwarnings("ignore:.*units were to go")
+def test_a_channel_of_each_group_stays():
     model = net()
-    Pruner(model, 1.0, "local", "large_final", example_inputs=X).prune_model(measure=False)
+    Pruner(model, 0.99, "local", "large_final", example_inputs=X).prune_model(measure=False)
     assert (model[0].out_channels, model[3].out_channels) == (1, 1)
     assert model(X).shape == (2, 5)
+
+
+@pytest.mark.parametrize("ratio", [1.0, {"0": 0.5, "3": 1}])
+def test_a_ratio_that_would_leave_nothing_is_refused(ratio):
+    with pytest.raises(
+        ValueError, match=r"pruning_ratio must be below 1, got 1(.0)?: it would leave a layer without a channel"
+    ):
+        Pruner(net(), ratio, "local", "large_final", example_inputs=X)
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    model, other = net(), net()
+    before = copy.deepcopy(model.state_dict())
+    pruner = Pruner(model, 0.5, "local", "large_final", example_inputs=X)
+    with pytest.raises(ValueError, match="optimizer must train the model that channels go from, got one that holds none"):
+        pruner.prune_model(torch.optim.SGD(other.parameters(), 0.1))
+    assert all(torch.equal(v, model.state_dict()[n]) for n, v in before.items())
 
 
 @pytest.mark.parametrize(("ratio", "left"), [(0.9, 1), (0.3, 6), (0.0, 8)])
