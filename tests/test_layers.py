@@ -45,7 +45,13 @@ LAYERS = {
 }
 CATALOGUES = {"core.criteria", "core.granularities", "core.schedules", "core.contexts"}
 # Re-exports: names of star imports for notebooks, and the old homes of names that have moved.
-RE_EXPORTS = {"core.schedule", "core.granularity", "sparse.sparsify_callback"}
+RE_EXPORTS = {
+    "core.schedule",
+    "core.granularity",
+    "misc.bn_folding",
+    "prune.prune_callback",
+    "sparse.sparsify_callback",
+}
 
 
 def is_re_export(module: str) -> bool:

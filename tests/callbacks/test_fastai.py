@@ -815,8 +815,10 @@ def test_tickets_are_named_after_what_they_hold(tmp_path):
 
 
 def test_the_old_home_and_the_short_import():
+    from fasterai.prune import prune_callback
     from fasterai.sparse import sparsify_callback
     from fasterai.sparse.all import SparsifyCallback as Short
 
     assert Short is SparsifyCallback is sparsify_callback.SparsifyCallback
-    assert adapter.__all__ == ["HoldCallback", "ParticipantCallback", "SparsifyCallback"]
+    assert prune_callback.PruneCallback is adapter.PruneCallback
+    assert adapter.__all__ == ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]

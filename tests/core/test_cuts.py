@@ -96,3 +96,23 @@ def test_optimizers_are_known_by_model_part_and_whole():
     del optimizer
     gc.collect()
     assert noted_optimizers(model) == []
+
+
+def test_a_tied_parameter_is_heard_of_under_the_name_that_it_has_there():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    heard = Heard()
+    follow(model[1], heard)
+    announce(model, {("0.weight", 0): np.array([1])})
+    assert heard.cuts == [{("weight", 0): [1]}]
+
+
+def test_who_shares_a_part_with_the_model_hears_of_it():
+    body = nn.Linear(3, 3)
+    one, other = nn.Sequential(body, nn.ReLU()), nn.Sequential(nn.ReLU(), body)
+    heard, optimizer = Heard(), torch.optim.SGD(other.parameters(), 0.1)
+    follow(other, heard)
+    note_optimizer(other, optimizer)
+    announce(one, {("0.weight", 0): np.array([1])})
+    assert heard.cuts == [{("1.weight", 0): [1]}]
+    assert noted_optimizers(one) == [optimizer]

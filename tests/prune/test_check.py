@@ -238,3 +238,28 @@ def test_what_moves_in_float64_too_stays() -> None:
         net.b.weight.mul_(1e-4)  # the outputs are far larger than what the channel that is not silent adds to them
     removal = remove(net.float(), x.float(), measure=False)
     assert 2 in removal.stayed.get("a.weight", ())
+
+
+def test_rounding_is_told_beside_what_moves_far() -> None:
+    """One group is not silent by far, the other only rounds: that one goes."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.b(torch.relu(self.a(x))), self.d(torch.sigmoid(self.c(x)))
+
+    torch.manual_seed(0)
+    net, x = Both().eval(), torch.randn(64, 8)
+    with torch.no_grad():
+        for layer in (net.a, net.c):
+            layer.weight[:8], layer.bias[:8] = 0, 0
+        net.a.weight[12:], net.a.bias[12:] = net.a.weight[8:12], net.a.bias[8:12]
+        net.b.weight[:, 8:12] = 1e3 * torch.randn(4, 4)
+        net.b.weight[:, 12:] = torch.randn(4, 4) - net.b.weight[:, 8:12]
+    removal = remove(net, x, measure=False)
+    assert removal.difference > 1e-5, "else this shows nothing"
+    assert removal.removed == {"a.weight": (16, 8)}
+    assert list(removal.refused) == ["c.weight"]

@@ -654,3 +654,16 @@ def test_a_sparsifier_in_the_same_run_is_no_hindrance(schedule):
         for i in range(4):
             step(model, optimizer, i)
     assert widths(model) == [5]
+
+
+def test_a_model_without_parameters_is_refused():
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Buffer(torch.ones(6))
+
+        def forward(self, x):
+            return x * self.scale
+
+    with pytest.raises(ValueError, match="model must have channels that may go, got none"):
+        gradual(Bare()).on_fit_start(Fit(4))

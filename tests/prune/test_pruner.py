@@ -1,6 +1,7 @@
 """Pruner: the asked share of channels goes, the lowest first, and the optimizer goes on with the same parameters."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -311,3 +312,33 @@ def test_a_masked_model_is_pruned_without_a_further_move():
     Pruner(model, 0.5, "local", "large_final", example_inputs=X).prune_model(measure=False)
     assert (model[0].out_channels, model[3].out_channels) == (4, 8)
     assert torch.allclose(model(X), before, rtol=0, atol=1e-5 * float(before.abs().max()))
+
+
+def test_a_failure_leaves_the_weights_as_they_were():
+    model = net()
+    pruner = Pruner(model, 0.5, "local", "large_final", example_inputs=X)
+    before = copy.deepcopy(model.double().state_dict())
+    with pytest.raises(ValueError, match="example_inputs must be arguments that the model runs on"):
+        pruner.prune_model()  # the inputs are in float32
+    assert all(torch.equal(v, model.state_dict()[n]) for n, v in before.items())
+
+
+def test_groups_that_were_big_keep_multiples_of_eight_to_the_end():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 72), nn.ReLU(), nn.Linear(72, 5))
+    pruner = Pruner(model, 0.8, "local", "large_final", example_inputs=torch.randn(2, 6), iterative_steps=10)
+    for _ in range(10):
+        pruner.prune_model(measure=False)
+        assert model[0].out_features % 8 == 0
+    assert model[0].out_features == 16
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_follows_its_own_model(copied):
+    model = net()
+    both = model, Pruner(model, 0.5, "local", "large_final", example_inputs=X)
+    other, pruner = copied(both)
+    Pruner(other, 0.25, "local", "large_final", example_inputs=X).prune_model(measure=False)
+    assert pruner.channels["0.weight"] == (8, 6)
+    pruner.prune_model(measure=False)
+    assert (other[0].out_channels, model[0].out_channels) == (4, 8)

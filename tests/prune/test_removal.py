@@ -599,3 +599,19 @@ def test_attention_that_is_the_model_itself_is_refused_with_the_repair() -> None
     assert removal.removed == {}
     assert "put the attention into an nn.Sequential" in removal.refused["in_proj_weight"]
     assert_unchanged(attention, before)
+
+
+def test_masks_have_followed_when_the_timing_is_interrupted(monkeypatch):
+    net = conv_net()
+    sparsifier = Sparsifier(net, "coupled", example_inputs=SMALL)
+    sparsifier.sparsify_model(0.5)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fasterai.prune.removal.measured", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        remove(net, SMALL)
+    assert net[0].out_channels == 4
+    sparsifier.apply_masks()
+    assert sparsifier.masks["0.weight"].shape == net[0].weight.shape

@@ -65,3 +65,9 @@ def test_a_whole_that_does_not_run_on_the_batch():
 def test_a_part_that_is_not_run():
     with pytest.raises(ValueError, match="model must take part in the model that is trained, got one that its forward pass"):
         batch_inputs(nn.Linear(3, 5), Fit(1, nn.Linear(3, 5), batch=Batch((torch.ones(2, 3),))))
+
+
+def test_a_wrapped_model_is_the_whole():
+    model = nn.Linear(3, 5)
+    (inputs,) = batch_inputs(model, Fit(1, nn.DataParallel(model), batch=Batch((torch.ones(4, 3),))))
+    assert inputs.shape == (2, 3)

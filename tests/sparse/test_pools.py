@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from fasterai.callbacks.plain import attach
 from fasterai.core.criteria import large_final
 from fasterai.core.granularities import Coupled
+from fasterai.core.loop import Batch, Fit, Loop
 from fasterai.core.types import Evidence
 from fasterai.prune.graph import channel_graph
 from fasterai.prune.removal import remove, silent_channels
@@ -394,3 +396,107 @@ def test_the_optimizer_of_an_earlier_run_goes_on_after_a_removal():
     optimizer.zero_grad()
     F.cross_entropy(model(X), torch.tensor([0, 1])).backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+@pytest.mark.parametrize("granularity", ["filter", "coupled"])
+def test_a_copy_follows_its_own_model(granularity, copied):
+    model = residual(8, 8).eval()
+    sparsifier = Sparsifier(model, granularity, "local", "movement", example_inputs=X, targets=["branch.0"])
+    sparsifier.sparsify_model(0.5)
+    other, others = copied((model, sparsifier))
+    remove(other, X, measure=False)
+    assert other.branch[0].weight.shape[0] < 8
+    assert model.branch[0].weight.shape[0] == 8
+    for one in (sparsifier, others):
+        one.apply_masks()
+        one.sparsify_model(0.25)
+
+
+@pytest.mark.parametrize("granularity", ["weight", "filter", "coupled"])
+def test_layers_that_were_taken_off_or_folded_do_not_hinder_a_removal(granularity):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8), nn.Linear(8, 5)),
+    ).eval()
+    sparsifier = Sparsifier(model, granularity, example_inputs=X, targets=["0", "3", "7"] if granularity != "filter" else None)
+    sparsifier.sparsify_model(0.5)
+    with torch.no_grad():
+        for parameter in model[0].parameters():
+            parameter[:2] = 0
+    model[1], model[8] = nn.Identity(), nn.Identity()
+    if granularity != "filter":
+        model[7] = nn.Identity()
+    assert remove(model, X, measure=False).removed
+    sparsifier.apply_masks()
+    sparsifier.sparsify_model(0.75)
+    assert "7.weight" not in sparsifier.masks
+
+
+def test_reports_count_a_weight_once_whose_channels_cross():
+    torch.manual_seed(0)
+    model = nn.LSTM(4, 8, batch_first=True)
+    whole = nn.Sequential(Last(model), nn.Linear(8, 3)).eval()
+    sparsifier = Sparsifier(whole, "coupled", example_inputs=torch.randn(2, 5, 4))
+    sparsifier.sparsify_model(0.5)
+    (row,) = sparsifier.report().rows
+    assert row.masked == row.zeros
+    assert row.masked == sum(int((~mask).sum()) for mask in sparsifier.masks.values())
+
+
+class Last(nn.Module):
+    def __init__(self, rnn: nn.Module) -> None:
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x):
+        return self.rnn(x)[0][:, -1]
+
+
+# --- channels that the loop's batch shows -------------------------------------------------------------------------------
+
+
+def run(model, participant, batch=(X,)):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loop = Loop([participant])
+    loop.start(Fit(4, model, optimizer, batch=Batch(batch)))
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(*batch).square().mean().backward()
+        loop.before_step()
+        optimizer.step()
+        loop.after_step()
+    loop.end(True)
+
+
+@pytest.mark.parametrize("targets", [None, ["branch.0"]])
+def test_earlier_weights_of_all_that_the_batch_shows_are_remembered(targets):
+    model = residual(8, 8)
+    model.unused = nn.Linear(5, 5)
+    sparsifier = Sparsifier(model, "coupled", "local", "movement", sparsity=0.5, targets=targets)
+    run(model, sparsifier)
+    assert sparsifier.sparsity.overall == 0.5
+    sparsifier.load_state_dict(sparsifier.state_dict())
+
+
+def test_the_channels_of_a_part_are_seen_in_a_pass_of_the_whole():
+    part = residual(8, 8)
+    sparsifier = Sparsifier(part, "coupled", "local", "large_final", sparsity=0.5)
+    run(nn.Sequential(part, nn.Linear(5, 5)), sparsifier)
+    assert sparsifier.sparsity.overall == 0.5
+
+
+def test_only_what_has_the_batchs_length_is_cut_to_a_few_samples():
+    class Tabled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = residual(8, 8)
+
+        def forward(self, x, table):
+            return self.net(x) * table
+
+    model = Tabled()
+    sparsifier = Sparsifier(model, "coupled", "local", "large_final", sparsity=0.5)
+    run(model, sparsifier, (torch.cat([X, X]), torch.ones(5)))
+    assert sparsifier.sparsity.overall == 0.5
