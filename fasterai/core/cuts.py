@@ -31,7 +31,8 @@ _optimizers: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
 
 def follow(model: nn.Module, follower: Follower) -> None:
     """Let a follower know of all later cuts of a model; neither is kept alive by it."""
-    _followers.setdefault(unwrap(model), WeakSet()).add(follower)
+    whole = unwrap(model) if "_modules" in vars(model) else model  # one that is being copied has nothing yet
+    _followers.setdefault(whole, WeakSet()).add(follower)
 
 
 def announce(model: nn.Module, cut: Cut) -> None:

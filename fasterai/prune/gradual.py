@@ -178,9 +178,9 @@ class GradualPruner(Participant):
             return
         removal = self._pruner.prune_to(share, self._optimizer, copies=self._matching(), measure=False)
         self._done, self.removal = share, removal
+        self.channels |= self._pruner.channels  # others may have taken some out as well
         if removal.plan:
             self.plans.append(removal.plan)
-            self.channels |= self._pruner.channels
 
     def _warn_of_refusals(self) -> None:
         refused = {} if self.removal is None else self.removal.refused

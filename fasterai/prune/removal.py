@@ -148,8 +148,16 @@ def remove_channels(
 
 def _trainers(model: nn.Module, optimizer: Any) -> list[Any] | None:
     """The optimizer given, and those that a sparsifier has seen train the model, less any whose state cannot be cut."""
-    noted = [one for one in noted_optimizers(model) if not isinstance(one, torch.optim.LBFGS)]
+    noted = [one for one in noted_optimizers(model) if _can_be_cut(one)]
     return [one for one in (optimizer, *noted) if one is not None] or None
+
+
+def _can_be_cut(optimizer: Any) -> bool:
+    try:
+        check_optimizer(optimizer)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def removable(
