@@ -10,6 +10,7 @@ To add one: a frozen class, its ready-made value, its name in `__all__`, a row i
 from __future__ import annotations
 
 import heapq
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fasterai.core.checks import check_count, check_fraction
-from fasterai.core.selection import Scores, TensorScores, keep_highest, round_kept, warn_of_min_keep
+from fasterai.core.selection import Scores, TensorScores, count_true, keep_highest, round_kept, warn_of_min_keep
 from fasterai.core.types import Layout, Limits
 
 # `global` is a Python keyword, so the value is `global_`; its name, as text, is "global".
@@ -31,9 +32,11 @@ class Context(ABC):
 
     Attributes:
         looks_at_pruned: Whether the scores of units that are pruned already have a say in the choice while the number rises.
+        joins_targets: Whether the sparsity is that of all targets together.
     """
 
     looks_at_pruned: ClassVar[bool] = False
+    joins_targets: ClassVar[bool] = True
 
     def __call__(
         self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits | None = None
@@ -54,7 +57,25 @@ class Context(ABC):
         """
         limits = limits or Limits()
         check_fraction("sparsity", sparsity)
+        if limits.make_up and limits.round_to is not None and self.joins_targets:
+            sparsity = self._made_up(scores, layouts, sparsity, limits)
         return round_kept(scores, self.select(scores, layouts, sparsity, limits), limits)
+
+    def _made_up(self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits) -> float:
+        """The highest sparsity at which no more go than asked for after kept counts have been rounded up."""
+        count = sum(s.count for s in scores)
+        asked, low, high = round(sparsity * count), round(sparsity * count), count
+        while low + 1 < high:
+            middle = (low + high) // 2
+            with warnings.catch_warnings(action="ignore"):  # of trials; the choice itself warns
+                keeps = round_kept(scores, self.select(scores, layouts, middle / count, limits), limits)
+            gone = count - sum(count_true(keep) for keep in keeps)
+            low, high = (middle, high) if gone <= asked else (low, middle)
+        return max(sparsity, low / max(1, count)) if low > asked else sparsity
+
+    def total(self, counts: Mapping[str, int], sparsity: float) -> int:
+        """How many units of all targets are to go, rounding of kept counts aside."""
+        return round(sparsity * sum(counts.values()))
 
     @abstractmethod
     def select(self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits) -> list[Tensor]:
@@ -85,6 +106,11 @@ class Context(ABC):
 class Local(Context):
     """Each target by itself: `round(s * n)` of its n units go."""
 
+    joins_targets: ClassVar[bool] = False
+
+    def total(self, counts: Mapping[str, int], sparsity: float) -> int:
+        return sum(round(sparsity * n) for n in counts.values())
+
     def select(self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits) -> list[Tensor]:
         return [keep_highest([s], round(sparsity * s.count), limits)[0] for s in scores]
 
@@ -105,7 +131,11 @@ class PerTarget(Context):
         sparsities: Target name -> sparsity in [0, 1]; a target without one stays as it is.
     """
 
+    joins_targets: ClassVar[bool] = False
     sparsities: Mapping[str, float] = field(default_factory=dict)
+
+    def total(self, counts: Mapping[str, int], sparsity: float) -> int:
+        return sum(self.asked(counts, sparsity))
 
     def select(self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits) -> list[Tensor]:
         keeps = []
@@ -230,6 +260,7 @@ class NM(Context):
     """
 
     looks_at_pruned: ClassVar[bool] = True
+    joins_targets: ClassVar[bool] = False
     n: int = 2
     m: int = 4
 

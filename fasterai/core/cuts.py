@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -36,7 +37,10 @@ def follow(model: nn.Module, follower: Follower) -> None:
 
 
 def announce(model: nn.Module, cut: Cut) -> None:
-    """Tell the followers of all models that hold one of the cut tensors, by every name that it has there."""
+    """Tell the followers of all models that hold one of the cut tensors, by every name that it has there.
+
+    All of them hear of it, also if one fails.
+    """
     if not cut:
         return
     dims: dict[int, dict[int, Any]] = {}
@@ -44,10 +48,11 @@ def announce(model: nn.Module, cut: Cut) -> None:
     for (name, d), kept in cut.items():
         if name in own:
             dims.setdefault(id(own[name]), {})[d] = kept
-    for followed, followers in list(_followers.items()):
-        part = {(name, d): kept for name, tensor in _tensors(followed) for d, kept in dims.get(id(tensor), {}).items()}
-        for follower in list(followers) if part else ():
-            follower.after_cut(part)
+    with ExitStack() as told:
+        for followed, followers in list(_followers.items()):
+            part = {(name, d): kept for name, tensor in _tensors(followed) for d, kept in dims.get(id(tensor), {}).items()}
+            for follower in list(followers) if part else ():
+                told.callback(follower.after_cut, part)
 
 
 def note_optimizer(model: nn.Module, optimizer: Any) -> None:

@@ -209,8 +209,8 @@ def keep_highest(pool: Sequence[Scores], prune: int, limits: Limits) -> list[Ten
 def warn_of_min_keep(asked: int, count: int, most: int, limits: Limits) -> None:
     """Say that fewer units go than were asked for."""
     warn(
-        f"{asked} of {count} units were to go, {most} do: min_keep={limits.min_keep} of each target stay; pass min_keep=0 to "
-        "let whole targets go",
+        f"{asked} of {count} units were to go, {most} do: min_keep={limits.min_keep} of each target stay; a Sparsifier with "
+        "min_keep=0 lets whole targets go",
     )
 
 

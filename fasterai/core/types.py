@@ -135,8 +135,10 @@ class Limits:
         min_keep: How many units of each target stay, whatever is asked.
         may_fall: Whether pruned units may come back. If not, what is pruned stays pruned.
         round_to: Kept units of each target are rounded up to a multiple of it; one number, or one for each target.
+        make_up: Where all targets compete, whether others make up for what the rounding keeps, as far as that goes.
     """
 
     min_keep: int = 1
     may_fall: bool = True
     round_to: int | Mapping[str, int] | None = None
+    make_up: bool = False

@@ -32,7 +32,7 @@ from fasterai.prune.labels import Flags
 from fasterai.prune.plan import cut_normed
 from fasterai.prune.removal import Removal, mask_channels_, removable, remove_channels, silent_channels
 from fasterai.sparse.evidence import Source
-from fasterai.sparse.pools import OVER, ChannelPool, by_pool, channel_pools
+from fasterai.sparse.pools import OVER, ChannelPool, by_pool, channel_pools, warn_of_rounding
 from fasterai.sparse.scoring import Scorer
 
 __all__ = ["Pruner", "check_context"]
@@ -161,6 +161,9 @@ class Pruner:
             self.model, graph, chosen, self.inputs, optimizer=optimizer, copies=copies, exact=self.exact, measure=measure
         )
         self._scorer.note_move(self._pools)
+        if share == 1 and self.round_to is None and not isinstance(self.pruning_ratio, Budget):
+            first = sum(self.original.values())
+            warn_of_rounding(self._asked(self.pruning_ratio), first - sum(int(k.sum()) for k in kept), first)
         return replace(removal, refused={**refused, **removal.refused})
 
     def see(self, batch: Batch, loss: Callable[..., Tensor] | None = None) -> None:
@@ -240,13 +243,15 @@ class Pruner:
     def _keep(self, scores: Sequence[Scores], context: Context, sparsity: float) -> list[Flags]:
         round_to = 1 if self.round_to is None and isinstance(self.pruning_ratio, Budget) else self.round_to
         steps = {p.name: p.step(round_to, self.original[p.name]) for p in self._pools}
-        keeps = context(scores, [p.layout for p in self._pools], sparsity, Limits(round_to=steps))
+        keeps = context(
+            scores, [p.layout for p in self._pools], sparsity, Limits(round_to=steps, make_up=self.round_to is None)
+        )
         return [keep.cpu().numpy() for keep in keeps]
 
     def _to_prune(self, ratio: float | Mapping[str, float], share: float) -> tuple[Context, float]:
         """What goes now, as shares of what is still there, so that the whole is the ratio of what there was."""
         if not isinstance(self.context, Local):
-            first, now = sum(self.original.values()), sum(p.count for p in self._pools)
+            first, now = map(sum, zip(*self.channels.values(), strict=True))
             wanted = round(share * float(ratio) * first)  # type: ignore[arg-type]
             return self.context, max(0, wanted - (first - now)) / max(1, now)
         shares = {}
@@ -254,6 +259,12 @@ class Pruner:
             own = self._ratios.get(name, 0.0) if self._ratios is not None else float(ratio)  # type: ignore[arg-type]
             shares[name] = max(0, round(share * own * first) - (first - now)) / now
         return PerTarget(shares), 1.0
+
+    def _asked(self, ratio: float | Mapping[str, float]) -> int:
+        """How many channels the whole ratio is."""
+        if self._ratios is not None:
+            return PerTarget(self._ratios).total(self.original, 1.0)
+        return self.context.total(self.original, float(ratio))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _mask_removable(self, graph: ChannelGraph, kept: list[Flags]) -> tuple[list[Flags], dict[str, str]]:

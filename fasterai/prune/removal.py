@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fasterai.core.checks import warn
 from fasterai.core.cuts import announce, noted_optimizers
 from fasterai.core.targets import unwrap
 from fasterai.prune.admission import check_whole, positional, shapes_of_inputs
@@ -61,7 +62,13 @@ def remove(
     check_trained(check_whole(model), optimizer)
     graph = channel_graph(check_whole(model), inputs, exact)
     kept = [~silent for silent in silent_channels(model, graph)]
-    return remove_channels(model, graph, kept, inputs, optimizer=optimizer, copies=copies, exact=exact, measure=measure)
+    result = remove_channels(model, graph, kept, inputs, optimizer=optimizer, copies=copies, exact=exact, measure=measure)
+    if not result.removed:
+        why = (
+            "see its refused" if result.refused else "no channel that may go is silent; masks hold only while they are applied"
+        )
+        warn(f"nothing was removed: {why}")
+    return result
 
 
 def silent_channels(model: nn.Module, graph: ChannelGraph) -> list[Flags]:

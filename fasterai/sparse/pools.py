@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fasterai.core.checks import warn
 from fasterai.core.cuts import Cut, sliced
 from fasterai.core.granularities import Coupled, Granularity
 from fasterai.core.targets import all_targets, resolve, unwrap
@@ -22,7 +23,7 @@ from fasterai.core.types import Layout, Target
 from fasterai.prune.graph import ChannelGraph, Group
 from fasterai.sparse.partners import Partner, kept_outputs
 
-__all__ = ["ChannelPool", "Pool", "TargetPool", "WeightScores", "by_pool", "channel_pools"]
+__all__ = ["ChannelPool", "Pool", "TargetPool", "WeightScores", "by_pool", "channel_pools", "warn_of_rounding"]
 
 #: Multiples of channels that kernels are written for, on a CPU and a GPU alike, and how many a pool has to have for it.
 ROUND_TO, ENOUGH = 8, 32
@@ -346,6 +347,15 @@ def _layout(maker: Target | None, channels: int) -> Layout:
     if maker is not None and maker.layout.size("out") == channels:
         return maker.layout
     return Layout((channels,), (frozenset({"out"}),))
+
+
+def warn_of_rounding(asked: int, gone: int, count: int) -> None:
+    """Say that the default rounding keeps channels that were to go, if it is more than one in a hundred of all."""
+    if asked - gone > count / 100:
+        warn(
+            f"{asked / count:.1%} of the channels were to go, {gone / count:.1%} do: in groups of at least {ENOUGH} the kept "
+            f"channels are rounded up to multiples of {ROUND_TO}; pass round_to=1 for exact counts"
+        )
 
 
 def by_pool(pools: Sequence[Pool], values: Mapping[str, float], targets: Sequence[Target], argument: str) -> dict[str, float]:

@@ -19,6 +19,7 @@ from fasterai.core.cuts import Cut, follow, note_optimizer
 from fasterai.core.granularities import Block, Coupled, Granularity
 from fasterai.core.loop import Batch, Fit, Participant
 from fasterai.core.schedules import Schedule, as_schedule
+from fasterai.core.selection import count_true
 from fasterai.core.targets import LayerTypes, TargetsLike, find_targets, unwrap
 from fasterai.core.types import Limits, Target
 from fasterai.prune.graph import channel_graph
@@ -28,7 +29,7 @@ from fasterai.sparse.evidence import Source
 from fasterai.sparse.hold import Hold
 from fasterai.sparse.keeper import Keeper
 from fasterai.sparse.pace import Pace
-from fasterai.sparse.pools import Pool, by_pool
+from fasterai.sparse.pools import Pool, by_pool, warn_of_rounding
 from fasterai.sparse.report import Reached, SparsityReport
 from fasterai.sparse.scoring import Scorer
 
@@ -285,10 +286,15 @@ class Sparsifier(Participant):
             min_keep=0 if any(p.is_whole for p in pools) else self.min_keep,
             may_fall=may_fall,
             round_to=steps if max(steps.values()) > 1 else None,
+            make_up=round_to is None,
         )
         keeps = self._agree(context(scores, [p.layout for p in pools], sparsity * share, limits))
         if self._keeper.replace({p.name: k for p, k in zip(pools, keeps, strict=True)}):
             self._scorer.note_move(pools)
+        if round_to is None and limits.round_to and share == 1 and isinstance(self.granularity, Coupled):
+            counts = {p.name: p.count for p in pools}
+            gone = sum(k.numel() - count_true(k) for k in keeps)
+            warn_of_rounding(context.total(counts, sparsity), gone, sum(counts.values()))
 
     def _agree(self, keeps: list[Tensor]) -> list[Tensor]:
         """The same masks on every rank of a DDP run: those of the first."""

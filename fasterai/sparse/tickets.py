@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fasterai.core.checks import check_count, warn
+from fasterai.core.cuts import Cut, follow, sliced
 from fasterai.core.loop import Fit, Participant
-from fasterai.core.targets import unwrap
+from fasterai.core.targets import plain_name, unwrap
 from fasterai.sparse.sparsifier import Sparsifier
 
 __all__ = ["LotteryTicket"]
@@ -66,6 +67,7 @@ class LotteryTicket(Participant):
             raise ValueError(f"rewind_epoch must be below the {epochs:g} epochs of the run, got {self.rewind_epoch}")
         self._fit, self._moves, self._moved_at = fit, self.sparsifier.moves, -2
         self._saved = {}
+        follow(self.sparsifier.model, self)
         if self.rewind_epoch == 0:
             self._note()
 
@@ -97,6 +99,10 @@ class LotteryTicket(Participant):
         self._fit = None
         if completed:  # an unfinished run's checkpoint may be saved after this
             self._saved = {}
+
+    def after_cut(self, cut: Cut) -> None:
+        """Follow the model's parameters, which have got smaller."""
+        self._saved = {n: sliced(x, cut, plain_name(n)) for n, x in self._saved.items()}
 
     def _note(self) -> None:
         self._saved = {n: x.detach().clone() for n, x in unwrap(self.sparsifier.model).state_dict().items()}

@@ -445,3 +445,31 @@ def test_n_and_m_are_checked(n, m, error, message):
 def test_other_contexts_take_units_of_any_shape():
     for context in (local, global_, erk, lamp, PerTarget()):
         assert context.fits((8, 1), matrix(8, 6)) is None
+
+
+# --- what rounding keeps is made up for ---
+
+
+@pytest.mark.parametrize("name", contexts.__all__)
+def test_every_context_says_how_many_units_are_to_go(name):
+    wanted = 5 + 10 if name == "local" else 16  # round(5) and round(10.5), or round(15.5)
+    assert getattr(contexts, name).total({"a": 10, "b": 21}, 0.5) == wanted
+    assert PerTarget({"b": 1.0}).total({"a": 10, "b": 21}, 0.5) == 10
+
+
+@pytest.mark.parametrize("context", [global_, erk, lamp])
+def test_others_make_up_for_what_rounding_keeps(context):
+    """Of 288 units 102 are to go; each target keeps a multiple of 8, so up to 7 may be missing."""
+    torch.manual_seed(0)
+    scores = pool(torch.rand(64), torch.rand(96), torch.rand(128))
+    plain, made_up = (counts(context, scores, 102 / 288, round_to=8, make_up=m) for m in (False, True))
+    assert all(n % 8 == 0 for n in (*plain, *made_up))
+    assert sum(made_up) in range(102 - 7, 102 + 1)
+    assert sum(plain) <= sum(made_up)
+
+
+def test_a_target_by_itself_has_nothing_to_make_up_with():
+    scores = pool(torch.rand(64), torch.rand(96))
+    # 35 and 53 stay: 40 and 56
+    assert counts(local, scores, 0.45, round_to=8, make_up=True) == [24, 40]
+    assert counts(PerTarget({"a": 0.45, "b": 0.45}), scores, 1.0, round_to=8, make_up=True) == [24, 40]

@@ -4,6 +4,7 @@ import gc
 import weakref
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -116,3 +117,17 @@ def test_who_shares_a_part_with_the_model_hears_of_it():
     announce(one, {("0.weight", 0): np.array([1])})
     assert heard.cuts == [{("1.weight", 0): [1]}]
     assert noted_optimizers(one) == [optimizer]
+
+
+def test_all_hear_of_it_also_if_one_fails():
+    class Failing:
+        def after_cut(self, cut):
+            raise RuntimeError("failing")
+
+    model = nest()
+    followers = [Heard(), Failing(), Heard(), Failing(), Heard()]
+    for follower in followers:
+        follow(model, follower)
+    with pytest.raises(RuntimeError, match="failing"):
+        announce(model, CUT)
+    assert all(len(heard.cuts) == 1 for heard in followers[::2])

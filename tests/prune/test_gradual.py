@@ -667,3 +667,14 @@ def test_a_model_without_parameters_is_refused():
 
     with pytest.raises(ValueError, match="model must have channels that may go, got none"):
         gradual(Bare()).on_fit_start(Fit(4))
+
+
+def test_what_another_has_taken_out_in_the_same_run_is_counted():
+    model = net()
+    one, other = gradual(model), gradual(model, 0.3)
+    optimizer = adam(model)
+    with attach(optimizer, one, other, total_steps=STEPS):
+        for i in range(STEPS):
+            step(model, optimizer, i)
+    assert widths(model) == [5]
+    assert one.channels == other.channels == {"0.weight": (10, 5)}

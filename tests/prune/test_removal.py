@@ -12,6 +12,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from fasterai.core.cuts import note_optimizer
 from fasterai.prune.graph import channel_graph
 from fasterai.prune.removal import mask_channels_, remove, remove_channels, silent_channels
 from fasterai.sparse.sparsifier import Sparsifier
@@ -615,3 +616,22 @@ def test_masks_have_followed_when_the_timing_is_interrupted(monkeypatch):
     assert net[0].out_channels == 4
     sparsifier.apply_masks()
     assert sparsifier.masks["0.weight"].shape == net[0].weight.shape
+
+
+def test_a_noted_optimizer_whose_state_cannot_be_cut_is_no_hindrance():
+    class Wrapped:
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer, self.state = optimizer, optimizer.state
+
+    net = conv_net()
+    optimizer = Wrapped(torch.optim.LBFGS(net.parameters()))
+    note_optimizer(net, optimizer)
+    Sparsifier(net, "coupled", example_inputs=SMALL).sparsify_model(0.5)
+    remove(net, SMALL, measure=False)
+    assert net[0].out_channels == 4
+
+
+def test_a_call_that_removes_nothing_warns():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.warns(UserWarning, match="nothing was removed: no channel that may go is silent; masks hold only while"):
+        remove(model, torch.randn(2, 4), measure=False)

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fasterai.core.granularities import Coupled
 from fasterai.core.loop import Batch, Fit, Loop
 from fasterai.core.types import Evidence
 from fasterai.prune.graph import channel_graph
+from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import remove, silent_channels
 from fasterai.sparse.pools import TargetPool, WeightScores, channel_pools
 from fasterai.sparse.sparsifier import Sparsifier
@@ -500,3 +502,41 @@ def test_only_what_has_the_batchs_length_is_cut_to_a_few_samples():
     sparsifier = Sparsifier(model, "coupled", "local", "large_final", sparsity=0.5)
     run(model, sparsifier, (torch.cat([X, X]), torch.ones(5)))
     assert sparsifier.sparsity.overall == 0.5
+
+
+class Holder(nn.Module):
+    """Holds a sparsifier of itself, which a copy of it meets before it is complete."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = residual(8, 8)
+        self.sparsifiers = [Sparsifier(self, "weight")]
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_model_that_holds_its_sparsifier_can_be_copied(copied):
+    other = copied(Holder().eval())
+    other.sparsifiers[0].sparsify_model(0.5)
+    with torch.no_grad():
+        other.net.branch[3].weight[:, :2] = 0
+    assert remove(other, X, measure=False).removed
+    other.sparsifiers[0].apply_masks()
+
+
+def test_a_ratio_that_rounding_misses_is_said():
+    model = residual(40, 12)
+    message = r"44.2% of the channels were to go, 40.4% do: .* multiples of 8; pass round_to=1 for exact counts"
+    with pytest.warns(UserWarning, match=message):  # 18 and 5 of 52 were to go, 16 and 5 do
+        Sparsifier(model, "coupled", "local", "large_final", example_inputs=X).sparsify_model(0.45)
+    with pytest.warns(UserWarning, match=message):
+        Pruner(residual(40, 12), 0.45, "local", "large_final", example_inputs=X).prune_model(measure=False)
+
+
+@pytest.mark.parametrize(("sparsity", "round_to"), [(0.45, 1), (0.45, 8), (0.4, None)])
+def test_what_was_asked_for_is_not_said(sparsity, round_to):
+    with warnings.catch_warnings(action="error"):
+        sparsifier = Sparsifier(residual(40, 12), "coupled", example_inputs=X, round_to=round_to)
+        sparsifier.sparsify_model(sparsity)

@@ -12,6 +12,7 @@ from torch import nn
 from fasterai.callbacks.plain import attach
 from fasterai.core.loop import Fit, Loop
 from fasterai.core.schedules import Iterative, OneShot
+from fasterai.prune.removal import remove
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.sparse.tickets import LotteryTicket
 
@@ -217,3 +218,27 @@ def test_noted_weights_are_saved_and_loaded_as_copies():
     state["saved"]["raw"].zero_()
     assert equal(other.state_dict()["saved"], start)
     assert equal(ticket.state_dict()["saved"], start)
+
+
+def test_noted_weights_are_cut_when_channels_go():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    early = state_of(model)
+    sparsifier = Sparsifier(model, "coupled", "local", "large_final", sparsity=0.75, schedule=Iterative(3), example_inputs=X)
+    plans = []
+
+    def after(i):
+        if i == 5:
+            plans.append(remove(model, X, measure=False).plan)
+
+    run(model, sparsifier, LotteryTicket(sparsifier, reset_end=True), 12, after=after)
+    left = torch.as_tensor(plans[0].keep["0.weight", 0])
+    assert len(left) < 8
+    expected = {"0.weight": early["0.weight"][left], "0.bias": early["0.bias"][left]}
+    expected |= {"2.weight": early["2.weight"][:, left], "2.bias": early["2.bias"]}
+    kept = sparsifier.masks["0.weight"].any(1)
+    assert not kept.all()
+    assert torch.equal(model[0].weight, expected["0.weight"] * kept[:, None])
+    assert torch.equal(model[0].bias, expected["0.bias"] * kept)
+    assert torch.equal(model[2].weight, expected["2.weight"] * kept)
+    assert torch.equal(model[2].bias, expected["2.bias"])
