@@ -96,7 +96,7 @@ def test_min_keep_by_hand_and_the_others_make_up_for_it():
 
 def test_more_than_min_keep_allows_warns_and_does_what_it_can():
     pool = [TensorScores("a", torch.tensor([1.0, 2.0])), TensorScores("b", torch.tensor([4.0, 3.0]))]
-    with pytest.warns(UserWarning, match="4 of 4 units were to go, 2 do: min_keep=1 of each target stay; a Sparsifier with min_keep=0"):
+    with pytest.warns(UserWarning, match="4 of 4 units were to go, 2 do: min_keep=1 of each target stay; a Sparsifier with"):
         a, b = keep_highest(pool, 4, Limits())
     assert (a.tolist(), b.tolist()) == ([False, True], [True, False])
 
