@@ -5,7 +5,7 @@ Parameters and buffers keep their identity, so that an optimizer goes on with th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from fasterai.core.cuts import announce
 from fasterai.core.targets import unwrap
 from fasterai.prune.attention import SlimMultiheadAttention
 from fasterai.prune.carry import check_optimizer, cut_entry, sliced, states_of
+from fasterai.prune.dense import dense_shapes_of, note, noted_on, put_note
 from fasterai.prune.plan import Plan, check_plan, tensor_of, tensors_of
 
 __all__ = ["Surgery", "apply_plan_", "operate"]
@@ -125,11 +126,13 @@ def _inner(model: nn.Module) -> nn.Module:
 def _changes(model: nn.Module, plan: Plan, optimizer: Any) -> Iterator[_Change]:
     """One after the other: each is made when those before it have been done."""
     tensors, states = tensors_of(model), states_of(optimizer)
+    dense = [(module, dense_shapes_of(module)) for module in model.modules()]
     for name in plan.shapes:
         tensor = tensor_of(tensors, name)
         kept = {d: plan.keep[name, d] for d in range(tensor.dim()) if (name, d) in plan.keep}
         yield _cut(tensor, kept, plan.scales.get(name, 1.0))
         yield from (_entry(state, tensor, name, plan.shapes[name], kept) for state in states if state.get(tensor))
+    yield from (_note(module, shapes) for module, shapes in dense if shapes and plan.shapes)
     for module_name, attribute, before, after in plan.attributes:
         yield _set(model.get_submodule(module_name), attribute, before, after)
     for name, heads in plan.slim.items():
@@ -165,6 +168,11 @@ def _entry(state: Any, tensor: Tensor, name: str, shape: Sequence[int], kept: An
         state[tensor].update(entry)
 
     return _Change(lambda: put(after), lambda: put(before))
+
+
+def _note(module: nn.Module, dense: Mapping[str, tuple[int, ...]]) -> _Change:
+    before, after = noted_on(module), note(module, dense)
+    return _Change(lambda: put_note(module, after), lambda: put_note(module, before))
 
 
 def _set(module: nn.Module, attribute: str, before: Any, after: Any) -> _Change:
