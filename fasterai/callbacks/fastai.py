@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 
 NOT_TRAINING = {"lr_finder", "gather_preds"}  # fastai's names of the callbacks of `lr_find` and of predictions
+LIGHTNING_ASKS_FOR = {"setup", "on_exception"}  # the first thing of a callback in a Trainer's fit, and the last if it fails
 
 
 class ParticipantCallback(Callback):  # type: ignore[misc]
@@ -61,6 +62,14 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         if learner is None:
             self.loop.end(completed=False)
         self.__dict__["_learner"] = learner
+
+    def __getattr__(self, name: str) -> Any:
+        if name in LIGHTNING_ASKS_FOR and self.learn is None:
+            kind = type(self).__name__
+            raise TypeError(
+                f"callbacks must be Lightning's, got fastai's {kind}; from fasterai.callbacks.lightning import {kind}"
+            )
+        return super().__getattr__(name)
 
     @property
     def run(self) -> bool:

@@ -52,6 +52,12 @@ class ParticipantCallback(pl.Callback):
         self._hooks: list[RemovableHandle] = []
         self._batch = Batch(())
 
+    def _refuse_learner(self, learner: Any) -> None:
+        kind = type(self).__name__
+        raise TypeError(f"cbs must be fastai's, got Lightning's {kind}; from fasterai.callbacks.fastai import {kind}")
+
+    learn = property(fset=_refuse_learner)  # what a fastai learner sets first
+
     def participants(self, model: nn.Module) -> Sequence[Participant]:
         """Who takes part in the run that begins.
 

@@ -232,6 +232,11 @@ class ChannelPool(Pool):
     parameters: Mapping[str, Target] = field(repr=False)
 
     @property
+    def trains(self) -> bool:
+        """Whether all that its channels run through trains, biases and norms included."""
+        return all(t.parameter.requires_grad for t in self.parameters.values())
+
+    @property
     def weights(self) -> int:
         none = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
         gone: dict[str, Tensor] = {}

@@ -233,6 +233,16 @@ def test_channels_that_run_through_frozen_weights_are_left_alone():
     assert sparsifier.report().left_out["stem.weight"] == "frozen"
 
 
+def test_channels_that_run_through_a_frozen_norm_are_left_alone():
+    model = residual()
+    model.branch[1].requires_grad_(False)
+    before = copy.deepcopy(model.branch[1].state_dict())
+    sparsifier = Sparsifier(model, "coupled", example_inputs=X)
+    sparsifier.sparsify_model(0.5)
+    assert dict(sparsifier.sparsity) == {"stem.weight": 0.5, "branch.0.weight": 0.0}
+    assert all(torch.equal(v, model.branch[1].state_dict()[n]) for n, v in before.items())
+
+
 def test_without_inputs_it_says_what_to_do():
     sparsifier = Sparsifier(residual(), "coupled")
     with pytest.raises(ValueError, match="example_inputs must be given for granularity 'coupled', got None"):
