@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ SIZES = (
 #: What differs between two runs of one network, or counts in training only.
 PASSING = {
     *("training", "inplace", "p", "momentum", "dropout", "drop_prob", "drop_rate", "dropout_p", "attention_dropout"),
-    *("fused_attn", "grad_checkpointing", "gradient_checkpointing"),
+    *("fused_attn", "grad_checkpointing", "gradient_checkpointing", "name_or_path"),
 }
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -153,9 +154,9 @@ def _is_trait(attribute: str, value: Any) -> bool:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
-    return value is None or (
-        isinstance(value, bool | int | float | str) and value == value
-    )  # not nan, which differs from itself
+    if isinstance(value, float) and math.isnan(value):
+        return False  # it differs from itself
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _differing_tensors(model: nn.Module, tensors: Mapping[str, Tensor], dense: Shapes, own_dense: Shapes) -> Iterator[str]:

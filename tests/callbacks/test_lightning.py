@@ -740,3 +740,20 @@ def test_the_batch_or_the_example_shows_which_norm_belongs_to_a_filter(tmp_path,
         warnings.filterwarnings("error", message=".*example_inputs")
         trainer(tmp_path, SparsifyCallback(0.5, "filter", "local", "large_final", linear)).fit(model, loader())
     assert int((model.net[2].weight == 0).sum()) == 2
+
+
+def test_in_a_learner_of_fastai_it_names_the_right_import():
+    learner = pytest.importorskip("fastai.learner")
+    data = pytest.importorskip("fastai.data.core")
+    loader = data.TfmdDL(TensorDataset(torch.randn(4, 6), torch.randn(4, 4)), bs=2, num_workers=0)
+    learn = learner.Learner(data.DataLoaders(loader, loader), nn.Linear(6, 4), loss_func=nn.MSELoss())
+    callbacks, before = list(learn.cbs), learn.model.weight.detach().clone()
+    callback = SparsifyCallback(0.5, "weight", "local", "large_final", "one_cycle")
+    expected = (
+        r"cbs must be fastai's, got Lightning's SparsifyCallback; from fasterai\.callbacks\.fastai import SparsifyCallback$"
+    )
+    with pytest.raises(TypeError, match=expected):
+        learn.fit(1, cbs=callback)
+    assert list(learn.cbs) == callbacks
+    assert torch.equal(learn.model.weight, before)
+    assert not hasattr(callback, "learn")
