@@ -257,7 +257,7 @@ class PruneCallback(ParticipantCallback):
     Note the order of the arguments, in which the schedule is the second.
 
     Args:
-        pruning_ratio: The share of the channels that go, in [0, 1], or a dict of names of layers to shares (context `local`).
+        pruning_ratio: The share of the channels that go, in [0, 1), or a dict of names of layers to shares (context `local`).
         schedule: Which share of the ratio is gone at which position: a schedule that never falls, its name, or a function of
             the position.
         context: `local` ranks inside each group of coupled channels, `global` all together; or its name.

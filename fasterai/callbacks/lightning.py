@@ -271,7 +271,7 @@ class PruneCallback(ParticipantCallback):
     as at first: what was taken out is taken out of it before the weights are loaded.
 
     Args:
-        pruning_ratio: The share of the channels that go, in [0, 1], or a dict of names of layers to shares (context `local`).
+        pruning_ratio: The share of the channels that go, in [0, 1), or a dict of names of layers to shares (context `local`).
         schedule: Which share of the ratio is gone at which position: a schedule that never falls, its name, or a function of
             the position.
         context: `local` ranks inside each group of coupled channels, `global` all together; or its name.

@@ -104,7 +104,7 @@ class PruneSettings:
     """The arguments of a prune callback; what can be checked without a model is checked at once.
 
     Args:
-        pruning_ratio: The share of the channels that go, in [0, 1], or a dict of names of layers to shares.
+        pruning_ratio: The share of the channels that go, in [0, 1), or a dict of names of layers to shares.
         schedule: A schedule that never falls, its name, or a function of the position.
         context: `local`, `global`, or their names.
         criteria: A criterion, its name, or a function of the weight.

@@ -39,7 +39,7 @@ class GradualPruner(Participant):
 
     Args:
         model: The model, or a part of the one that is trained; changed in place.
-        pruning_ratio: The share of the channels that go, in [0, 1], or a dict of names of layers to shares (context `local`).
+        pruning_ratio: The share of the channels that go, in [0, 1), or a dict of names of layers to shares (context `local`).
         context: `local` ranks inside each group of coupled channels, `global` all together; or its name.
         criteria: How much a weight matters: a criterion, its name, or a function of the weight.
         schedule: Which share of the ratio is gone at which position of the training; it must not fall.

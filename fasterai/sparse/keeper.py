@@ -154,19 +154,19 @@ class Keeper:
         apply_masks_(self._pairs())
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self._merged_of is not self.keep:
-            self._merged, self._merged_of = self._merge(), self.keep
-        for name, (pool, mask) in self._merged.items():
+        for name, (pool, mask) in self._merge().items():
             yield pool.tensor(name), mask
 
     def _merge(self) -> dict[str, tuple[Pool, Tensor]]:
-        """One mask for each weight and vector: channels of two pools cross in the weight between them."""
-        merged: dict[str, tuple[Pool, Tensor]] = {}
-        for pool in self.pools:
-            keep = self.keep.get(pool.name)
-            for name, mask in (*pool.masks(keep), *pool.vectors(keep)) if keep is not None else ():
-                merged[name] = (pool, merged[name][1] & mask if name in merged else mask)
-        return merged
+        """One mask for each weight and vector, made once per decision: channels of two pools cross in the weight between."""
+        if self._merged_of is not self.keep:
+            merged: dict[str, tuple[Pool, Tensor]] = {}
+            for pool in self.pools:
+                keep = self.keep.get(pool.name)
+                for name, mask in (*pool.masks(keep), *pool.vectors(keep)) if keep is not None else ():
+                    merged[name] = (pool, merged[name][1] & mask if name in merged else mask)
+            self._merged, self._merged_of = merged, self.keep
+        return self._merged
 
     def _vectors(
         self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
@@ -252,7 +252,10 @@ class Keeper:
         """All targets as one."""
         sums = (sum(r.units for r in rows), sum(r.pruned for r in rows))
         weights, zeros = sum(t.parameter.numel() for t in self.targets), sum(_zeros(t) for t in self.targets)
-        return Row("all targets", (), *sums, weights, zeros, self._masked(), sum(r.disobeying for r in rows))
+        merged, names = self._merge(), {t.name for t in self.targets}
+        masks = ((pool.tensor(n), mask) for n, (pool, mask) in merged.items() if n in names)
+        disobeying = sum(count_true(weight.ne(0) & ~mask) for weight, mask in masks)
+        return Row("all targets", (), *sums, weights, zeros, self._masked(), disobeying)
 
     # --- saving ------------------------------------------------------------------------------------------------------
 

@@ -179,6 +179,20 @@ def test_reports_count_shared_weights_once():
     assert "channels" in str(report).splitlines()[0]
 
 
+def test_weights_that_disobey_count_once_where_channels_cross():
+    model = residual()
+    sparsifier = Sparsifier(model, "coupled", "local", "large_final", example_inputs=X)
+    sparsifier.sparsify_model(0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    report = sparsifier.report()
+    # branch.0 is 4 x 6 x 3 x 3 with 2 and 3 channels left, branch.3 the same way round
+    masked = 3 * 27 + (4 * 54 - 2 * 27) + (6 * 4 - 3 * 2) + 5 * 3
+    assert (report.together.disobeying, report.together.masked) == (masked, masked)
+    assert f"{masked} of {masked} masked weights are not zero" in str(report)
+
+
 def test_round_to_keeps_counts_at_multiples():
     counts = {}
     for round_to in (None, 1, 8, 10):
