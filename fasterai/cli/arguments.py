@@ -118,7 +118,7 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="cpu, cuda, mps, ... (default: %(default)s)")
     axes = prune.add_argument_group("what goes")
     much = axes.add_mutually_exclusive_group(required=True)
-    much.add_argument("--sparsity", type=float, help="share of the channels that goes, in [0, 1]")
+    much.add_argument("--sparsity", type=float, help="share of the channels that goes, in [0, 1)")
     much.add_argument("--budget", metavar="KIND=SHARE", help="macs, params or latency that may be left, such as macs=0.5")
     much.add_argument("--remove-only", action="store_true", help="only what is silent already")
     axes.add_argument("--context", default="local", help="which channels compete (default: %(default)s)")
@@ -174,8 +174,8 @@ def check_prune_arguments(arguments: argparse.Namespace) -> None:
     from fasterai.core.checks import check_choice, check_count, check_fraction, from_catalogue
 
     with told_as_usage():
-        if arguments.sparsity is not None:
-            check_fraction("--sparsity", arguments.sparsity)
+        if arguments.sparsity is not None and check_fraction("--sparsity", arguments.sparsity) == 1:
+            raise UsageError("--sparsity must be below 1, got 1.0: it would leave a layer without a channel")
         check_choice("--context", arguments.context, CONTEXTS)
         criterion = from_catalogue("--criteria", arguments.criteria, criteria)
         check_count("--batch", arguments.batch)

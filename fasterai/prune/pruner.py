@@ -26,11 +26,12 @@ from fasterai.core.types import Limits
 from fasterai.prune.admission import check_whole, positional
 from fasterai.prune.budget import Budget, fit_budget
 from fasterai.prune.carry import check_optimizer, check_trained
+from fasterai.prune.check import Sound, largest_sound
 from fasterai.prune.copies import Copies, matching_copies
 from fasterai.prune.graph import ChannelGraph, channel_graph
 from fasterai.prune.labels import Flags
 from fasterai.prune.plan import cut_normed
-from fasterai.prune.removal import Removal, mask_channels_, removable, remove_channels, silent_channels
+from fasterai.prune.removal import Removal, mask_channels_, silent_channels, take_out
 from fasterai.sparse.evidence import Source
 from fasterai.sparse.pools import OVER, ChannelPool, by_pool, channel_pools, warn_of_rounding
 from fasterai.sparse.scoring import Scorer
@@ -156,9 +157,9 @@ class Pruner:
         matching_copies(copies, unwrap(self.model))
         graph = replace(self._graph, groups=tuple(p.group for p in self._pools))
         kept = self._choose(graph, share)
-        chosen, refused = self._mask_removable(graph, kept)
-        removal = remove_channels(
-            self.model, graph, chosen, self.inputs, optimizer=optimizer, copies=copies, exact=self.exact, measure=measure
+        sound, refused = self._mask_sound(graph, kept)
+        removal = take_out(
+            self.model, graph, sound, self.inputs, optimizer=optimizer, copies=copies, exact=self.exact, measure=measure
         )
         self._scorer.note_move(self._pools)
         if share == 1 and self.round_to is None and not isinstance(self.pruning_ratio, Budget):
@@ -267,20 +268,26 @@ class Pruner:
         return self.context.total(self.original, float(ratio))  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def _mask_removable(self, graph: ChannelGraph, kept: list[Flags]) -> tuple[list[Flags], dict[str, str]]:
-        """Mask the channels that can go; those of a group that cannot get their weights back."""
+    def _mask_sound(self, graph: ChannelGraph, kept: list[Flags]) -> tuple[Sound, dict[str, str]]:
+        """Mask the channels that can go; those of a group that cannot get their weights back. The reasons are told beside."""
         before = {p: p.detach().clone() for p in unwrap(self.model).parameters()}
-        refused: dict[str, str] | None = None
         try:
             mask_channels_(self.model, graph, kept)
-            chosen, refused, _ = removable(self.model, graph, kept, self.inputs, exact=self.exact)
-        finally:
-            if refused is None or refused:  # it failed, or some stay
-                for parameter, weights in before.items():
-                    parameter.copy_(weights)
-        if refused:
-            mask_channels_(self.model, graph, chosen)
-        return chosen, refused
+            sound = largest_sound(self.model, graph, kept, self.inputs, exact=self.exact)
+            if not sound.refused:
+                return sound, {}
+        except BaseException:
+            _restore(before)
+            raise
+        _restore(before)
+        mask_channels_(self.model, graph, sound.kept)
+        # With their weights back, what stays may carry what was tried without them.
+        return largest_sound(self.model, graph, sound.kept, self.inputs, exact=self.exact), sound.refused
+
+
+def _restore(weights: Mapping[nn.Parameter, Tensor]) -> None:
+    for parameter, before in weights.items():
+        parameter.copy_(before)
 
 
 def _silent_first(scores: Sequence[Scores], silent: Sequence[Flags]) -> list[Scores]:

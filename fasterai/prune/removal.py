@@ -14,7 +14,7 @@ from fasterai.core.cuts import announce, noted_optimizers
 from fasterai.core.targets import unwrap
 from fasterai.prune.admission import check_whole, positional, shapes_of_inputs
 from fasterai.prune.carry import check_optimizer, check_trained
-from fasterai.prune.check import largest_sound
+from fasterai.prune.check import Sound, largest_sound
 from fasterai.prune.copies import Copies, matching_copies
 from fasterai.prune.graph import ChannelGraph, Group, channel_graph
 from fasterai.prune.labels import Flags
@@ -23,7 +23,7 @@ from fasterai.prune.plan import make_plan, tensors_of
 from fasterai.prune.report import Removal
 from fasterai.prune.surgery import operate
 
-__all__ = ["Removal", "mask_channels_", "remove", "remove_channels", "removable", "silent_channels"]
+__all__ = ["Removal", "mask_channels_", "remove", "remove_channels", "silent_channels", "take_out"]
 
 
 def remove(
@@ -128,9 +128,36 @@ def remove_channels(
         measure: As for `remove`.
     """
     check_whole(model)
+    matching_copies(copies, unwrap(model))
+    sound = largest_sound(model, graph, kept, inputs, exact=exact)
+    return take_out(model, graph, sound, inputs, optimizer=optimizer, copies=copies, exact=exact, measure=measure)
+
+
+def take_out(
+    model: nn.Module,
+    graph: ChannelGraph,
+    sound: Sound,
+    inputs: tuple[Any, ...],
+    *,
+    optimizer: Any = None,
+    copies: Copies = None,
+    exact: bool = True,
+    measure: bool = True,
+) -> Removal:
+    """Take out what was found sound, of the model as it is now.
+
+    Args:
+        model: The model; changed in place.
+        graph: Its channel graph.
+        sound: What `largest_sound` found for it.
+        inputs: Positional arguments of the model.
+        optimizer: Whose state is cut alike.
+        copies: As for `remove`.
+        exact: As for `remove`, for the report.
+        measure: As for `remove`.
+    """
     others = matching_copies(copies, unwrap(model))
     before = sum(p.numel() for p in unwrap(model).parameters())
-    sound = largest_sound(model, graph, kept, inputs, exact=exact)
     plan = make_plan(model, graph, sound.kept, streams=sound.streams)
     surgery = operate(model, plan, _trainers(model, optimizer), others)
     for cut in [model, *others]:
@@ -165,11 +192,3 @@ def _can_be_cut(optimizer: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def removable(
-    model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags], inputs: tuple[Any, ...], *, exact: bool = True
-) -> tuple[list[Flags], dict[str, str], float]:
-    """What may be taken out without the outputs moving: the channels to keep, why others stay, and how far outputs move."""
-    sound = largest_sound(model, graph, kept, inputs, exact=exact)
-    return sound.kept, sound.refused, sound.difference

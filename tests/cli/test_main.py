@@ -48,6 +48,7 @@ WRONG = {
     (*HALF, "nowhere.pth"): ["WEIGHTS must be a file, got nowhere.pth", "does not exist"],
     (*HALF, "DATA"): ["WEIGHTS must be a file, got the folder DATA"],
     (*PRUNE, "W.pth", "--sparsity", "50"): ["--sparsity must be in [0, 1], got 50", "pass 0.5"],
+    (*PRUNE, "W.pth", "--sparsity", "1.0"): ["--sparsity must be below 1, got 1.0", "without a channel"],
     (*PRUNE, "W.pth", "--budget", "speed=0.5"): ["--budget must be macs=SHARE", "got 'speed=0.5'"],
     (*PRUNE, "W.pth", "--budget", "macs"): ["--budget must be macs=SHARE", "got 'macs'"],
     (*PRUNE, "W.pth", "--budget", "macs=50"): ["macs must be in (0, 1], got 50", "pass 0.5"],
