@@ -1,6 +1,7 @@
 """What removal brings, as tables in Markdown: `python tests/benchmarks/removal.py [latency|peer]`.
 
-`latency`: how much of the saved MACs arrives as saved time, on one thread. All sizes of a network take turns in one run.
+`latency`: how much of the saved MACs arrives as saved time, on one thread. All sizes of a network take turns in one run, in
+both memory formats.
 `peer`: the same networks and ratio with torch-pruning. Each network runs in a process of its own, with a limit of CPU time,
 and its time is measured in turns with that of its dense self. What the pruning took is CPU time.
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import platform
@@ -41,6 +43,7 @@ CLASSIFIERS = (
 )
 LATENCY = ("resnet18", "vgg16_bn")
 BATCHES = (1, 32)
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 #: Name -> how resnet18 and vgg16_bn are pruned for the first table.
 SIZES: Mapping[str, dict[str, Any]] = {
     "0.5": {"pruning_ratio": 0.5, "round_to": 1},
@@ -98,8 +101,10 @@ def processor() -> str:
 def latency_table(names: Sequence[str]) -> None:
     """MACs saved against time saved."""
     print(conditions())
-    print("| network | batch | channels less | MACs, dense / small | dense | small | time, dense / small | time / MACs |")
-    print("|---|--:|---|--:|--:|--:|--:|--:|")
+    print(
+        "| network | format | batch | channels less | MACs, dense / small | dense | small | time, dense / small | time / MACs |"
+    )
+    print("|---|---|--:|---|--:|--:|--:|--:|--:|")
     for name in names:
         dense, x = network(name)
         models = {"dense": dense}
@@ -107,14 +112,17 @@ def latency_table(names: Sequence[str]) -> None:
             models[size] = copy.deepcopy(dense)
             Pruner(models[size], context="local", criteria=large_final, example_inputs=x, **options).prune_model()
         macs = {size: cost(model, x).macs for size, model in models.items()}
-        for batch in BATCHES:
-            times = in_turns(models, (x.repeat(batch, 1, 1, 1),))
+        for batch, memory_format in itertools.product(BATCHES, FORMATS):
+            inputs = x.repeat(batch, 1, 1, 1).to(memory_format=FORMATS[memory_format])
+            for model in models.values():
+                model.to(memory_format=FORMATS[memory_format])
+            times = in_turns(models, (inputs,))
             fastest = {size: 1e3 * min(t) for size, t in times.items()}
             for size in SIZES:
                 saved, faster = macs["dense"] / macs[size], speedup(times, size)
                 print(
-                    f"| {name} | {batch} | {size} | {saved:.2f} | {fastest['dense']:.1f} ms | {fastest[size]:.1f} ms "
-                    f"| {faster:.2f} | {faster / saved:.2f} |",
+                    f"| {name} | {memory_format} | {batch} | {size} | {saved:.2f} | {fastest['dense']:.1f} ms "
+                    f"| {fastest[size]:.1f} ms | {faster:.2f} | {faster / saved:.2f} |",
                     flush=True,
                 )
 
