@@ -23,7 +23,7 @@ from fasterai.prune.plan import make_plan, tensors_of
 from fasterai.prune.report import Removal
 from fasterai.prune.surgery import operate
 
-__all__ = ["Removal", "mask_channels_", "remove", "remove_channels", "silent_channels", "take_out"]
+__all__ = ["Removal", "mask_channels_", "remove", "silent_channels", "take_out"]
 
 
 def remove(
@@ -61,8 +61,10 @@ def remove(
     check_optimizer(optimizer)
     check_trained(check_whole(model), optimizer)
     graph = channel_graph(check_whole(model), inputs, exact)
+    matching_copies(copies, unwrap(model))
     kept = [~silent for silent in silent_channels(model, graph)]
-    result = remove_channels(model, graph, kept, inputs, optimizer=optimizer, copies=copies, exact=exact, measure=measure)
+    sound = largest_sound(model, graph, kept, inputs, exact=exact)
+    result = take_out(model, graph, sound, inputs, optimizer=optimizer, copies=copies, exact=exact, measure=measure)
     if not result.removed:
         why = (
             "see its refused" if result.refused else "no channel that may go is silent; masks hold only while they are applied"
@@ -102,35 +104,6 @@ def mask_channels_(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags])
             parameter = tensors[name][0]._parameters.get(tensors[name][1])
             if parameter is not None:
                 parameter.index_fill_(d, torch.as_tensor(indices[~keep].ravel(), device=parameter.device), 0.0)
-
-
-def remove_channels(
-    model: nn.Module,
-    graph: ChannelGraph,
-    kept: Sequence[Flags],
-    inputs: tuple[Any, ...],
-    *,
-    optimizer: Any = None,
-    copies: Copies = None,
-    exact: bool = True,
-    measure: bool = True,
-) -> Removal:
-    """Take out the channels that are not kept; those with which the outputs would move, or the model fail, stay.
-
-    Args:
-        model: The model, its channels that go silent already; changed in place.
-        graph: Its channel graph.
-        kept: For each group a bool array over its channels; at least one of each group stays.
-        inputs: Positional arguments of the model.
-        optimizer: Whose state is cut alike.
-        copies: As for `remove`.
-        exact: As for `remove`; the graph has to be one of the same kind.
-        measure: As for `remove`.
-    """
-    check_whole(model)
-    matching_copies(copies, unwrap(model))
-    sound = largest_sound(model, graph, kept, inputs, exact=exact)
-    return take_out(model, graph, sound, inputs, optimizer=optimizer, copies=copies, exact=exact, measure=measure)
 
 
 def take_out(

@@ -13,8 +13,9 @@ import torchvision
 from torch import Tensor, nn
 
 from fasterai.core.cuts import note_optimizer
+from fasterai.prune.check import largest_sound
 from fasterai.prune.graph import channel_graph
-from fasterai.prune.removal import mask_channels_, remove, remove_channels, silent_channels
+from fasterai.prune.removal import mask_channels_, remove, silent_channels, take_out
 from fasterai.sparse.sparsifier import Sparsifier
 
 SMALL = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -271,7 +272,7 @@ def test_one_group_that_moves_the_outputs_does_not_hold_up_the_others() -> None:
     graph = channel_graph(net, (SMALL,))
     kept = half_of(graph)
     mask_channels_(net, graph, [kept[0], np.ones_like(kept[1])])
-    removal = remove_channels(net, graph, kept, (SMALL,))
+    removal = take_out(net, graph, largest_sound(net, graph, kept, (SMALL,)), (SMALL,))
     assert list(removal.removed) == [graph.groups[0].name]
     assert list(removal.refused) == [graph.groups[1].name]
     assert removal.difference < 1e-5

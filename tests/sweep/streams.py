@@ -1,7 +1,7 @@
 """Channels that layer norms average over let go: `exact=False`, as a table in Markdown.
 
-`python -m tests.sweep.streams`. Half of the channels of every group are silenced at random and removed; weights are random, scaled as for the
-other tables.
+`python -m tests.sweep.streams`. Half of the channels of every group are silenced at random and removed; weights are random,
+scaled as for the other tables.
 """
 
 from __future__ import annotations
