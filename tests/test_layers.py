@@ -28,6 +28,8 @@ LAYERS = {
     "sparse": 3,
     "prune.admission": 2,
     "prune.labels": 2,
+    "prune.exported": 2,
+    "prune.norms": 2,
     "prune.rules": 2,
     "prune.graph": 2,
     "prune.samples": 2,
@@ -49,6 +51,7 @@ RE_EXPORTS = {
     "core.schedule",
     "core.granularity",
     "misc.bn_folding",
+    "misc.fc_decomposer",
     "prune.prune_callback",
     "sparse.sparsify_callback",
 }

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
-from fasterai.analyze.cost import Cost, LayerCost, cost
+from fasterai.analyze.cost import Cost, cost
 from fasterai.analyze.latency import LatencyComparison, compare_latency
+from fasterai.analyze.layers import LayerComparison, LayerRow
 from fasterai.analyze.look import QUIET, SERIES, dress, new_axes, short, short_bytes, short_time, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Comparison", "LayerComparison", "LayerRow", "compare"]
+__all__ = ["Comparison", "compare"]
 
 #: Label, field of `Cost`, and how it is written.
 MEASURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -27,48 +28,6 @@ MEASURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("activations", "activation_bytes", short_bytes),
     ("held at once", "peak_bytes", short_bytes),
 )
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One layer in all models.
-
-    Attributes:
-        name: Its name; empty for the model itself.
-        costs: Model name -> its cost there, None where the model has no such layer.
-    """
-
-    name: str
-    costs: Mapping[str, LayerCost | None]
-
-
-@dataclass(frozen=True)
-class LayerComparison:
-    """Models side by side, layer by layer; `print` shows it as a table.
-
-    Attributes:
-        names: The models.
-        rows: The layers, in the order of the first model that has them.
-    """
-
-    names: tuple[str, ...]
-    rows: tuple[LayerRow, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        rows = {row.name: {n: None if c is None else asdict(c) for n, c in row.costs.items()} for row in self.rows}
-        return {"names": list(self.names), "layers": rows}
-
-    def __str__(self) -> str:
-        fields = (("params", "parameters"), ("non-zero", "nonzero"), ("MACs", "macs"))
-        header = ["layer", *(f"{name} {label}" for label, _ in fields for name in self.names), *self.names]
-        header[-len(self.names) :] = [f"{name} output" for name in self.names]
-        body = []
-        for row in self.rows:
-            found = [row.costs[name] for name in self.names]
-            cells = ["" if c is None else f"{getattr(c, field):,}" for _, field in fields for c in found]
-            body.append([row.name or "(model)", *cells, *("" if c is None else _shape(c.output_shape) for c in found)])
-        return "\n".join(table(header, body))
 
 
 @dataclass(frozen=True)
@@ -97,8 +56,15 @@ class Comparison:
         """The models layer by layer; layers without parameters and MACs in all of them are left out."""
         by_model = {n: {row.name: row for row in c.layers if row.parameters or row.macs} for n, c in self.costs.items()}
         names = dict.fromkeys(layer for rows in by_model.values() for layer in rows)
-        rows = tuple(LayerRow(layer, {n: by_model[n].get(layer) for n in self.costs}) for layer in names)
-        return LayerComparison(tuple(self.costs), rows)
+        timed = {} if self.latency is None else {n: one.timings for n, one in self.latency.models.items()}
+        sizes = (
+            () if self.latency is None or not any(t.layers for ts in timed.values() for t in ts) else self.latency.batch_sizes
+        )
+        rows = []
+        for layer in names:
+            timings = {n: tuple(t.layers.get(layer) for t in ts) for n, ts in timed.items()} if sizes else {}
+            rows.append(LayerRow(layer, {n: by_model[n].get(layer) for n in self.costs}, timings))
+        return LayerComparison(tuple(self.costs), tuple(rows), sizes)
 
     def verdicts(self) -> tuple[str, ...]:
         """What the figures say of each model against the first, in a sentence each."""
@@ -223,7 +189,3 @@ def _cost(name: str, model: nn.Module, example_inputs: Any) -> Cost:
         return cost(model, example_inputs)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error}, for models[{name!r}]") from error
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "" if shape is None else "x".join(map(str, shape))

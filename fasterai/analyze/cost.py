@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ class LayerCost:
         activation_bytes: Memory that its operations returned.
         output_shape: Shape of its last output, the first tensor of it; None if it was not called or gave none.
         calls: How often it was called.
+        file_bytes: What its parameters and buffers take in the file; a shared one counts where it stands first. The file has
+            a head with their names on top.
     """
 
     name: str
@@ -45,6 +48,7 @@ class LayerCost:
     activation_bytes: int
     output_shape: tuple[int, ...] | None
     calls: int
+    file_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,17 +86,13 @@ class Cost:
         return asdict(self)
 
     def __str__(self) -> str:
-        header = ("layer", "kind", "output", "parameters", "non-zero", "MACs", "activations")
+        header = ("layer", "kind", "output", "parameters", "non-zero", "MACs", "file", "activations")
         rows = [row for row in self.layers if row.parameters or row.macs]
-        body = [
-            (r.name or "(model)", r.kind, _shape(r), f"{r.parameters:,}", f"{r.nonzero:,}", f"{r.macs:,}", _memory(r))
-            for r in rows
-        ]
+        body = [(r.name or "(model)", r.kind, _shape(r), *_figures(r)) for r in rows]
         if rest := [row for row in self.layers if row not in rows]:
-            memory = short_bytes(sum(row.activation_bytes for row in rest))
-            body.append((f"{len(rest)} others", "", "", "0", "0", "0", memory))
-        whole = (f"{self.parameters:,}", f"{self.nonzero:,}", f"{self.macs:,}", short_bytes(self.activation_bytes))
-        body.append(("whole model", "", "", *whole))
+            memory = [short_bytes(sum(getattr(row, field) for row in rest)) for field in ("file_bytes", "activation_bytes")]
+            body.append((f"{len(rest)} others", "", "", "0", "0", "0", *memory))
+        body.append(("whole model", "", "", *_figures(self)))
         lines = table(header, body, left=3, foot=1)
         lines.append(
             f"weights {short_bytes(self.weight_bytes)}, buffers {short_bytes(self.buffer_bytes)}, "
@@ -157,7 +157,8 @@ def cost(model: nn.Module, example_inputs: Any) -> Cost:
             tallies, peak, uncounted = count(model, inputs)
         except Exception as error:
             raise ValueError(f"example_inputs must be arguments that the model runs on, got an error: {error}") from error
-    layers = _layers(model, tallies)
+    tensors = _stored(model)
+    layers = _layers(model, tallies, tensors)
     parameters, buffers = list(model.parameters()), list(model.buffers())
     return Cost(
         parameters=sum(row.parameters for row in layers),
@@ -168,34 +169,46 @@ def cost(model: nn.Module, example_inputs: Any) -> Cost:
         weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
         buffers=sum(b.numel() for b in buffers),
         buffer_bytes=sum(b.numel() * b.element_size() for b in buffers),
-        file_bytes=file_size(model),
+        file_bytes=_length(tensors),
         layers=layers,
         uncounted=uncounted,
     )
 
 
-def _layers(model: nn.Module, tallies: Mapping[str, Tally]) -> tuple[LayerCost, ...]:
+def _layers(model: nn.Module, tallies: Mapping[str, Tally], tensors: Mapping[str, Tensor]) -> tuple[LayerCost, ...]:
+    stored: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        stored[name.rpartition(".")[0]] += tensor.numel() * tensor.element_size()
     seen: set[int] = set()
     rows = []
     for name, module in model.named_modules():
         own = [p.detach() for p in module._parameters.values() if p is not None and id(p) not in seen]
         seen.update(id(p) for p in module._parameters.values())
         tally = tallies[name]
-        if own or tally.macs or tally.made:
+        if own or tally.macs or tally.made or stored[name]:
             held, nonzero = sum(p.numel() for p in own), sum(int(torch.count_nonzero(p)) for p in own)
             kind = type(module).__name__
-            rows.append(LayerCost(name, kind, held, nonzero, tally.macs, tally.made, tally.shape, tally.calls))
+            rows.append(LayerCost(name, kind, held, nonzero, tally.macs, tally.made, tally.shape, tally.calls, stored[name]))
     return tuple(rows)
 
 
 def file_size(model: nn.Module) -> int:
     """How many bytes the model's state dict takes as a safetensors file; tensors under two names are stored once."""
+    return _length(_stored(unwrap(model)))
+
+
+def _length(tensors: dict[str, Tensor]) -> int:
     from safetensors.torch import save
 
+    return len(save(tensors))
+
+
+def _stored(model: nn.Module) -> dict[str, Tensor]:
+    """What a file of the model holds, by name."""
     tensors: dict[str, Tensor] = {}
     seen: set[Any] = set()
     used: set[int] = set()
-    for name, tensor in unwrap(model).state_dict().items():
+    for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             continue
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
@@ -203,7 +216,7 @@ def file_size(model: nn.Module) -> int:
             continue
         seen.add(key)
         tensors[name] = _alone(tensor, used)
-    return len(save(tensors))
+    return tensors
 
 
 def _alone(tensor: Tensor, used: set[int]) -> Tensor:
@@ -224,5 +237,6 @@ def _shape(row: LayerCost) -> str:
     return "" if row.output_shape is None else "x".join(map(str, row.output_shape))
 
 
-def _memory(row: LayerCost) -> str:
-    return short_bytes(row.activation_bytes)
+def _figures(one: LayerCost | Cost) -> tuple[str, ...]:
+    counts = (f"{one.parameters:,}", f"{one.nonzero:,}", f"{one.macs:,}")
+    return (*counts, short_bytes(one.file_bytes), short_bytes(one.activation_bytes))

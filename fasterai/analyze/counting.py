@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -90,6 +91,16 @@ def recurrent_layers(inputs: Shape, weights: Sequence[Shape], *_: Any, **__: Any
     return 2 * prod(inputs[:-1]) * sum(prod(w) for w in weights if len(w) > 1)
 
 
+def distances(first: Shape, second: Shape, *_: Any, **__: Any) -> int:
+    """Of (B, P, M) to (B, R, M), each to each: B P R M MACs, a difference squared and added each."""
+    return 2 * joint_size(first[:-2], second[:-2]) * first[-2] * second[-2] * first[-1]
+
+
+def joint_size(*shapes: Shape) -> int:
+    """How many values there are once the shapes are broadcast together."""
+    return int(prod(torch.broadcast_shapes(*shapes)))  # type: ignore[no-untyped-call]
+
+
 def rules() -> dict[Any, Callable[..., int]]:
     """Operation -> FLOPs, for what torch's counter passes over; operations that this torch has not got are left out."""
     by_name: Mapping[str, Callable[..., int]] = {
@@ -105,11 +116,20 @@ def rules() -> dict[Any, Callable[..., int]]:
         "_trilinear": trilinear,
         "_scaled_dot_product_attention_math_for_mps": attention,
         "_scaled_dot_product_fused_attention_overrideable": attention,
+        "_cdist_forward": distances,
+        "_euclidean_dist": distances,
         "mkldnn_rnn_layer": one_recurrent_layer,
         "_cudnn_rnn": recurrent_layers,
         "miopen_rnn": recurrent_layers,
     }
     return {getattr(torch.ops.aten, name): rule for name, rule in by_name.items() if hasattr(torch.ops.aten, name)}
+
+
+#: Functions that torch takes apart into products element by element, before its counter sees them -> their MACs.
+TAKEN_APART: Mapping[str, Callable[..., int]] = {
+    "linalg_vecdot": lambda result, x, y, *_, **__: joint_size(x.shape, y.shape),
+    **dict.fromkeys(("outer", "ger", "kron"), lambda result, *_, **__: result.numel()),
+}
 
 
 # --- counting ------------------------------------------------------------------------------------------------------------
@@ -179,6 +199,24 @@ class Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.uncounted[f"{namespace}::{packet.__name__}"] = None
 
 
+class Products(TorchFunctionMode):  # type: ignore[no-untyped-call]
+    """Counts the functions that are `TAKEN_APART`.
+
+    Attributes:
+        macs: Of all of them so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if rule := TAKEN_APART.get(getattr(func, "__name__", "")):
+            self.macs += rule(result, *args, **(kwargs or {}))
+        return result
+
+
 def _storage(x: Any) -> Any:
     if not isinstance(x, Tensor):
         return None
@@ -226,11 +264,11 @@ def count(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, Tally], 
     names = {id(module): name for name, module in model.named_modules()}
     tallies = {name: Tally() for name in names.values()}
     counter = FlopCounterMode(display=False, custom_mapping=rules())
-    memory = Memory(counter.flop_registry)
+    memory, products = Memory(counter.flop_registry), Products()
     stack: list[tuple[int, int]] = []  # of each module under way: what had been counted of the others when it began
 
     def counted() -> tuple[int, int]:
-        return counter.get_total_flops() // 2, memory.made
+        return counter.get_total_flops() // 2 + products.macs, memory.made
 
     def enter(module: nn.Module, *_: Any) -> None:
         if id(module) in names:
@@ -249,6 +287,6 @@ def count(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, Tally], 
         tally.shape = shapes[0] if shapes else tally.shape
         stack[:] = [(m + macs, b + made) for m, b in stack]
 
-    with without_fast_path(), memory, counter, followed(enter, leave):
+    with without_fast_path(), products, memory, counter, followed(enter, leave):
         model(*inputs)
     return tallies, memory.peak, tuple(memory.uncounted)

@@ -7,25 +7,28 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from fasterai.analyze.layer_times import LayerTiming, layer_times, layer_timings, quartiles
 from fasterai.analyze.look import QUIET, SERIES, dress, new_axes, short_time, table
-from fasterai.analyze.quiet import at_rest, check_model, copies, positional
+from fasterai.analyze.quiet import at_rest, check_model, copies, device_name, positional
 from fasterai.core.checks import check_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch.utils.benchmark import Timer
 
-__all__ = ["Latency", "LatencyComparison", "Timing", "batch_of", "compare_latency", "latency"]
+__all__ = ["Latency", "LatencyComparison", "Timing", "batch_of", "compare_latency", "latency", "timing_of"]
 
 #: In how many turns each model is measured, so that a machine that grows slower or faster does so for all of them.
 TURNS = 15
+#: In how many of them each layer is timed as well, and in how many passes of a quick model in each.
+LAYER_TURNS, LAYER_PASSES = 5, 4
 #: Times closer to each other than this are called the same.
 NOISE = 0.05
 WARM_UP = 3
@@ -42,12 +45,15 @@ class Timing:
         median: Seconds, the median over the measured blocks.
         iqr: Seconds between the first and the third quartile of the blocks.
         blocks: How many blocks of forward passes were measured.
+        layers: Name of a module -> the time of its own part, in passes apart from the blocks. These hold a few microseconds
+            for each module, and need not add up to the whole. Empty for compiled models, which do not run layer by layer.
     """
 
     batch_size: int | None
     median: float
     iqr: float
     blocks: int
+    layers: Mapping[str, LayerTiming] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -221,29 +227,29 @@ def compare_latency(
         inputs = tree_map(_as_channels_last, inputs)
     timings: dict[str, list[Timing]] = {name: [] for name in models}
     ratios: dict[str, list[float]] = {name: [] for name in models}
-    quartiles: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    spreads: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     with _all_at_rest(models):
         for size in sizes:
-            turns = _take_turns(models, batch_of(inputs, size), threads, min_run_time)
+            turns, passes = _take_turns(models, batch_of(inputs, size), threads, min_run_time)
             first = next(iter(turns.values()))
             for name, blocks in turns.items():
                 times = [seconds for turn in blocks for seconds in turn]
-                timings[name].append(Timing(size, statistics.median(times), _iqr(times), len(times)))
+                timings[name].append(timing_of(size, times, passes[name]))
                 pairs = zip(first, blocks, strict=True)
                 by_turn = [statistics.median(a) / statistics.median(b) for a, b in pairs]
                 ratios[name].append(statistics.median(by_turn))
-                quartiles[name].append(_quartiles(by_turn))
-    device = _device(next(iter(models.values())), inputs)
+                spreads[name].append(quartiles(by_turn))
+    device = device_name(next(iter(models.values())), inputs)
     measured = {name: Latency(tuple(ts), device, threads, channels_last) for name, ts in timings.items()}
-    spreads = {name: tuple(values) for name, values in quartiles.items()}
-    return LatencyComparison(measured, {name: tuple(values) for name, values in ratios.items()}, spreads)
+    within = {name: tuple(values) for name, values in spreads.items()}
+    return LatencyComparison(measured, {name: tuple(values) for name, values in ratios.items()}, within)
 
 
 def _take_turns(
     models: Mapping[str, nn.Module], inputs: tuple[Any, ...], threads: int, min_run_time: float
-) -> dict[str, list[list[float]]]:
-    """Name -> for each turn the seconds per forward pass of its blocks."""
-    from torch.utils.benchmark import Timer
+) -> tuple[dict[str, list[list[float]]], dict[str, list[dict[str, float]]]]:
+    """Name -> for each turn the seconds per forward pass of its blocks; name -> for each timed pass those of the layers."""
+    from torch.utils.benchmark import Timer, set_torch_threads
 
     timers = {
         name: Timer("model(*inputs)", globals={"model": model, "inputs": inputs}, num_threads=threads)
@@ -257,10 +263,14 @@ def _take_turns(
             raise ValueError(f"example_inputs must be arguments that the models run on, got an error: {error}") from error
         counts[name] = max(1, round(BLOCK / timer.timeit(WARM_UP).median))
     blocks: dict[str, list[list[float]]] = {name: [] for name in models}
+    passes: dict[str, list[dict[str, float]]] = {name: [] for name in models}
     for turn in range(TURNS):
         for name in sorted(timers, key=list(timers).index, reverse=bool(turn % 2)):
             blocks[name].append(_turn(timers[name], counts[name], min_run_time / TURNS))
-    return blocks
+            if turn < LAYER_TURNS:
+                with set_torch_threads(threads):
+                    passes[name] += [layer_times(models[name], inputs) for _ in range(min(counts[name], LAYER_PASSES))]
+    return blocks, passes
 
 
 def _turn(timer: Timer, count: int, seconds: float) -> list[float]:
@@ -315,20 +325,10 @@ def _as_channels_last(x: Any) -> Any:
     return x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float]:
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return first, third
-
-
-def _iqr(times: Sequence[float]) -> float:
-    first, third = _quartiles(times)
-    return third - first
-
-
-def _device(model: nn.Module, inputs: tuple[Any, ...]) -> str:
-    tensors = [*model.parameters(), *(x for x in torch.utils._pytree.tree_leaves(inputs) if isinstance(x, Tensor))]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+def timing_of(batch_size: int | None, times: Sequence[float], passes: Sequence[Mapping[str, float]]) -> Timing:
+    """What blocks took as a whole, and layers in passes apart."""
+    first, third = quartiles(times)
+    return Timing(batch_size, statistics.median(times), third - first, len(times), layer_timings(passes))
 
 
 def _batch(timing: Timing) -> str:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fasterai.core.undisturbed import evaluating, undisturbed
 
-__all__ = ["at_rest", "check_model", "copies", "positional"]
+__all__ = ["at_rest", "check_model", "copies", "device_name", "device_of", "positional", "wait_for"]
 
 
 def check_model(name: str, model: object) -> nn.Module:
@@ -43,15 +43,35 @@ def copies(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return result
 
 
+def device_of(model: nn.Module, inputs: tuple[Any, ...]) -> torch.device:
+    """Where a model runs: where its first parameter is, or else its first input."""
+    tensors = [*model.parameters(), *(x for x in tree_leaves(inputs) if isinstance(x, Tensor))]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def device_name(model: nn.Module, inputs: tuple[Any, ...]) -> str:
+    """The same in words."""
+    device = device_of(model, inputs)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until an accelerator is done, which works on while Python goes on."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; modes, buffers and random generators are afterwards as they were, whatever was run."""
     held = [(module, dict(module._buffers)) for module in model.modules()]
     values = {id(b): b.detach().clone() for _, buffers in held for b in buffers.values() if b is not None}
+    torch.clear_autocast_cache()  # it holds casts of the weights as they were
     with undisturbed(model), evaluating(model), torch.no_grad():
         try:
             yield
         finally:
+            torch.clear_autocast_cache()
             for module, buffers in held:
                 if {n: id(b) for n, b in module._buffers.items()} != {n: id(b) for n, b in buffers.items()}:
                     module._buffers.clear()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Ranked", "Sensitivity", "sensitivity"]
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-MOST_LINES = 12
+MOST_LINES, LEAST_OFF = 12, 0.005
 
 
 class Ranked(NamedTuple):
@@ -131,6 +131,10 @@ class Sensitivity:
                 raise ValueError(f"model must be the one that was analysed, got one without {', '.join(lost[:5])}")
         return {module: pruned[module] / units[module] for module in pruned}
 
+    @property
+    def _units(self) -> str:
+        return "channels" if self.granularity.lower().startswith("coupled") else f"{self.granularity}s"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         return {
@@ -146,14 +150,16 @@ class Sensitivity:
     def __str__(self) -> str:
         header = (
             "target",
-            f"{self.granularity}s",
+            self._units,
             *(f"{s:.0%}" if round(100 * s, 6) % 1 == 0 else f"{s:.1%}" for s in self.sparsities),
         )
         body = [(name, f"{self.units[name]:,}", *(f"{v:.4g}" for v in values)) for name, values in self.scores.items()]
         better = "higher" if self.higher_is_better else "lower"
-        return "\n".join(
-            [*table(header, body), f"baseline {self.baseline:.4g}, {better} is better; one target pruned at a time"]
-        )
+        lines = [*table(header, body), f"baseline {self.baseline:.4g}, {better} is better; one target pruned at a time"]
+        off = max(abs(got - s) for shares in self.reached.values() for got, s in zip(shares, self.sparsities, strict=True))
+        if off >= LEAST_OFF:
+            lines.append(f"the columns are what was asked; `reached` has what was pruned, {off:.1%} from it at most")
+        return "\n".join(lines)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw a line for each target; of more than a dozen a map with a row for each.
@@ -186,7 +192,7 @@ class Sensitivity:
             fontsize=8,
         )
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.set(xlim=(0, 1), xlabel=f"share of the target's {self.granularity}s pruned", ylabel="score")
+        axes.set(xlim=(0, 1), xlabel=f"share of the target's {self._units} pruned", ylabel="score")
         dress(axes, "Score with one target pruned at a time", grid="y")
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, labelcolor=QUIET, fontsize=8)
 
@@ -203,7 +209,7 @@ class Sensitivity:
                 axes.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=7, color="white" if dark else INK)
         axes.set_yticks(range(len(self.scores)), list(self.scores), fontsize=8)
         axes.set_xticks(range(len(self.sparsities)), [f"{s:.0%}" for s in self.sparsities])
-        axes.set_xlabel(f"share of the target's {self.granularity}s pruned")
+        axes.set_xlabel(f"share of the target's {self._units} pruned")
         dress(axes, f"Score with one target pruned at a time; {self.baseline:.4g} as it is")
         if axes.figure is not None:
             bar = axes.figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02, label="drop")
@@ -239,6 +245,7 @@ def sensitivity(
         higher_is_better: Whether a higher score is better; False for a loss.
         progress: Whether to show a progress bar.
         **options: Further arguments of `Sparsifier`: `layer_type`, `example_inputs`, `data`, `loss`, `min_keep`, `round_to`.
+            Counts are exact, of coupled channels too, unless `round_to` is given.
 
     Raises:
         TypeError: `evaluate` does not return a number, or an argument is of the wrong type.
@@ -251,7 +258,7 @@ def sensitivity(
     for name in ("context", "sparsity", "schedule", "nm"):
         if name in options:
             raise TypeError(f"options must be what a Sparsifier takes beside its context and sparsity, got {name}")
-    sparsifier = Sparsifier(model, granularity, "local", criteria, targets=targets, **options)
+    sparsifier = Sparsifier(model, granularity, "local", criteria, targets=targets, **{"round_to": 1, **options})
     report = sparsifier.report()
     units = {row.name: row.units for row in report.rows if row.name not in report.left_out}  # frozen ones cannot be pruned
     if not units:

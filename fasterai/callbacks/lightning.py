@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +22,7 @@ from fasterai.sparse.sparsifier import Sparsifier, Sparsity
 
 try:
     import lightning.pytorch as pl
-    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 except ImportError as error:
     raise ImportError("fasterai.callbacks.lightning needs lightning: pip install 'fasterai[lightning]'") from error
 
@@ -95,7 +94,7 @@ class ParticipantCallback(pl.Callback):
         return Fit(
             total_steps=_total_steps(trainer),
             model=pl_module if trainer.strategy.model is None else trainer.strategy.model,
-            optimizer=trainer.optimizers[0] if len(trainer.optimizers) == 1 else None,
+            optimizer=trainer.optimizers[0] if len(trainer.optimizers) == 1 else list(trainer.optimizers),
             batch=Batch(tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), self._batch.targets),
             steps_per_epoch=_steps_per_epoch(trainer),
         )
@@ -155,13 +154,21 @@ def _counts_steps(trainer: pl.Trainer) -> bool:
 
 def _total_steps(trainer: pl.Trainer) -> int:
     manual = not trainer.lightning_module.automatic_optimization
-    steps = trainer.max_steps if manual and trainer.max_steps != -1 else trainer.estimated_stepping_batches
+    steps = trainer.max_steps if manual and trainer.max_steps != -1 else _estimated_steps(trainer)
     if not math.isfinite(steps) or steps < 1:
         raise ValueError(
             f"max_epochs or max_steps of the Trainer must give the run an end, got max_epochs={trainer.max_epochs} and "
             f"max_steps={trainer.max_steps} with {trainer.num_training_batches} batches an epoch"
         )
     return int(steps)
+
+
+def _estimated_steps(trainer: pl.Trainer) -> float:
+    """Lightning's estimate, less the epoch without steps that SWA adds to measure batch norms anew."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    ends = [c.swa_end + 1 for c in callbacks if isinstance(c, StochasticWeightAveraging)]
+    per_epoch = _steps_per_epoch(trainer)
+    return min([trainer.estimated_stepping_batches, *(per_epoch * end for end in ends if per_epoch is not None)])
 
 
 def _steps_per_epoch(trainer: pl.Trainer) -> int | None:
@@ -383,9 +390,6 @@ class PruneCallback(ParticipantCallback):
 
     def _copies(self) -> list[Any]:
         return [self.settings.copies, *self._averages()]
-
-    def _fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Fit:
-        return replace(super()._fit(trainer, pl_module), optimizer=list(trainer.optimizers))
 
     def _after_step(self, trainer: pl.Trainer) -> None:
         removals = self._removals

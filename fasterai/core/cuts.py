@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -20,7 +19,7 @@ Cut = Mapping[tuple[str, int], np.ndarray[Any, np.dtype[np.int64]]]
 
 
 class Follower(Protocol):
-    """Keeps something of a model's parameters."""
+    """Keeps something of a model's parameters, in attributes that it replaces and does not change in place."""
 
     def after_cut(self, cut: Cut) -> None:
         """The model's parameters are smaller now."""
@@ -36,23 +35,34 @@ def follow(model: nn.Module, follower: Follower) -> None:
     _followers.setdefault(whole, WeakSet()).add(follower)
 
 
-def announce(model: nn.Module, cut: Cut) -> None:
+def announce(model: nn.Module, cut: Cut, copies: Sequence[nn.Module] = ()) -> None:
     """Tell the followers of all models that hold one of the cut tensors, by every name that it has there.
 
-    All of them hear of it, also if one fails.
+    If one of them fails or is interrupted, all are as they were before.
     """
-    if not cut:
-        return
+    parts = [part for one in (model, *copies) for part in _parts(one, cut)]
+    before = [(follower, dict(vars(follower))) for follower, _ in parts]
+    try:
+        for follower, part in parts:
+            follower.after_cut(part)
+    except BaseException:
+        for follower, state in before:
+            vars(follower).update(state)
+        raise
+
+
+def _parts(model: nn.Module, cut: Cut) -> list[tuple[Any, Cut]]:
+    """The followers that a cut of a model concerns, and how it is called there."""
     dims: dict[int, dict[int, Any]] = {}
     own = dict(_tensors(model))
     for (name, d), kept in cut.items():
         if name in own:
             dims.setdefault(id(own[name]), {})[d] = kept
-    with ExitStack() as told:
-        for followed, followers in list(_followers.items()):
-            part = {(name, d): kept for name, tensor in _tensors(followed) for d, kept in dims.get(id(tensor), {}).items()}
-            for follower in list(followers) if part else ():
-                told.callback(follower.after_cut, part)
+    parts: list[tuple[Any, Cut]] = []
+    for followed, followers in list(_followers.items()) if dims else ():
+        part = {(name, d): kept for name, tensor in _tensors(followed) for d, kept in dims.get(id(tensor), {}).items()}
+        parts += [(follower, part) for follower in followers] if part else []
+    return parts
 
 
 def note_optimizer(model: nn.Module, optimizer: Any) -> None:

@@ -42,7 +42,7 @@ class Fit:
     Attributes:
         total_steps: Optimizer steps from the beginning to the end of the schedule, at least 1.
         model: The model that is trained, wrapped or not.
-        optimizer: The loop's optimizer, torch's or another.
+        optimizer: The loop's optimizer, torch's or another; a list of several.
         loss: The loss function `(output, *targets) -> scalar`, if the loop has one.
         batch: The first batch, if the loop can say.
         steps_per_epoch: Optimizer steps in an epoch, if the loop has epochs.
@@ -54,6 +54,13 @@ class Fit:
     loss: Callable[..., Tensor] | None = None
     batch: Batch | None = None
     steps_per_epoch: int | None = None
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """The loop's optimizers: none, one or several."""
+        if isinstance(self.optimizer, list | tuple):
+            return list(self.optimizer)
+        return [] if self.optimizer is None else [self.optimizer]
 
 
 class Participant:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
 
-__all__ = ["evaluating", "undisturbed"]
+__all__ = ["evaluating", "in_mode", "undisturbed"]
+
+
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
+    """Eval mode, and every module back in its own mode afterwards."""
+    return in_mode(model, False)
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and every module back in its own mode afterwards."""
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Training or eval mode, and every module back in its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, before in modes:
+            module.training = before
 
 
 @contextmanager

@@ -195,7 +195,7 @@ class ONNXModel:
             outputs = self.session.run(None, arrays)
         except Exception as error:
             raise ValueError(f"inputs must be such as {self.path.name} takes, got an error: {error}") from error
-        return [torch.from_numpy(np.ascontiguousarray(y)) for y in outputs]
+        return [torch.from_numpy(np.asarray(y, order="C")) for y in outputs]
 
     def __call__(self, *inputs: Any) -> Any:
         """One output as a tensor, several as a tuple; inputs are tensors or arrays."""

@@ -1,6 +1,8 @@
 """L4. Linear layers as two thinner ones, by singular value decomposition: `W = U S V^T ~ (U_r S_r^1/2) (S_r^1/2 V_r^T)`.
 
-The truncation is the best approximation of that rank (Eckart & Young 1936, https://doi.org/10.1007/BF02288367).
+The truncation is the best approximation of that rank (Eckart & Young 1936, https://doi.org/10.1007/BF02288367). With data it is
+that of `W diag(x)`, `x` the 2-norms of the input features: what the layer adds up, not its weights, is then approximated
+(Yuan et al. 2023, https://arxiv.org/abs/2312.05821; there `x` are powers of mean magnitudes).
 """
 
 from __future__ import annotations
@@ -12,17 +14,21 @@ import inspect
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fasterai.core.checks import check_fraction, unknown, warn
-from fasterai.core.targets import unwrap
+from fasterai.core.checks import check_count, check_fraction, unknown, warn
+from fasterai.core.targets import all_targets, unwrap
+from fasterai.sparse.evidence import Source, activations
 
 __all__ = ["DecompositionReport", "FC_Decomposer", "decompose_linear", "factorise_linear"]
 
+# Input features smaller than this share of the largest count as if they had it, so that nothing is divided by 0.
+LEAST_SCALE = 1e-6
 # What a linear layer has and the two that replace it have not.
 OWN_ATTRIBUTES = frozenset({"weight", "bias", "in_features", "out_features"})
 
@@ -50,7 +56,9 @@ class DecompositionReport:
         return "\n".join([f"{head}, {self.parameters_before} -> {self.parameters_after} parameters", *rows])
 
 
-def factorise_linear(layer: nn.Linear, share_removed: float = 0.5, energy_threshold: float | None = None) -> nn.Sequential:
+def factorise_linear(
+    layer: nn.Linear, share_removed: float = 0.5, energy_threshold: float | None = None, scale: Tensor | None = None
+) -> nn.Sequential:
     """Two linear layers for one; with `share_removed=0` they compute the same.
 
     Args:
@@ -58,17 +66,20 @@ def factorise_linear(layer: nn.Linear, share_removed: float = 0.5, energy_thresh
         share_removed: Share of the singular values that go, in [0, 1]; at least one stays.
         energy_threshold: Share of the sum of squared singular values that stays, in [0, 1]: the smallest rank that has
             it. It decides alone if given.
+        scale: Sizes of the input features, `(I,)`, from 0 up: the errors of large ones weigh more. Default all the same.
 
     Returns:
         `Linear(I, rank, bias=False)` and `Linear(rank, O)`, in the layer's dtype, device and mode, frozen where it is.
 
     Raises:
-        ValueError: A share is not in [0, 1], or the weight is not finite.
+        ValueError: A share is not in [0, 1], the weight is not finite, or the scale does not fit the layer.
     """
     share, energy = _check_shares(share_removed, energy_threshold)
     if not torch.isfinite(layer.weight).all():
         raise ValueError("layer must have a finite weight, got NaN or infinity in it")
-    return _split(layer, *_truncate(layer, share, energy))
+    if scale is not None and (scale.shape != (layer.in_features,) or not (scale >= 0).all() or not torch.isfinite(scale).all()):
+        raise ValueError(f"scale must be {layer.in_features} finite numbers of at least 0, got {scale!r}")
+    return _split(layer, *_truncate(layer, share, energy, scale))
 
 
 def decompose_linear(
@@ -76,6 +87,8 @@ def decompose_linear(
     share_removed: float = 0.5,
     *,
     energy_threshold: float | None = None,
+    data: Iterable[Any] | None = None,
+    n_batches: int = 5,
     layers: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
 ) -> nn.Module:
@@ -86,6 +99,8 @@ def decompose_linear(
         share_removed: Share of each layer's singular values that go, in [0, 1]; at least one stays. A layer `(O, I)`
             saves parameters at a rank below `O I / (O + I)`: a square one needs more than 0.5.
         energy_threshold: Share of the sum of squared singular values that stays, in [0, 1]; it decides alone if given.
+        data: Batches, each `x`, `(x, y)` or `((x1, x2), y)`: the layers are then approximated where their inputs are large.
+        n_batches: How many of them are run, in eval mode.
         layers: Names of linear layers, or of modules that hold them, or globs; default all.
         exclude: Names or globs of those that stay.
 
@@ -93,10 +108,11 @@ def decompose_linear(
         The new model, unwrapped; a model that is a linear layer itself comes back as `nn.Sequential`.
 
     Raises:
-        ValueError: A share is not in [0, 1], a name matches no linear layer, or a weight is not finite.
+        ValueError: A share is not in [0, 1], a name matches no linear layer, a weight is not finite, or the data do
+            not reach a layer.
     """
     share, energy = _check_shares(share_removed, energy_threshold)
-    return FC_Decomposer().decompose(model, share, energy, layers=layers, exclude=exclude)
+    return FC_Decomposer().decompose(model, share, energy, data, n_batches, layers, exclude)
 
 
 class FC_Decomposer:  # noqa: N801 - its familiar name
@@ -110,7 +126,8 @@ class FC_Decomposer:  # noqa: N801 - its familiar name
         model: nn.Module,
         percent_removed: float = 0.5,
         energy_threshold: float | None = None,
-        *,
+        data: Iterable[Any] | None = None,
+        n_batches: int = 5,
         layers: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
     ) -> nn.Module:
@@ -120,12 +137,13 @@ class FC_Decomposer:  # noqa: N801 - its familiar name
         share, energy = _check_shares(percent_removed, energy_threshold, name="percent_removed")
         new = copy.deepcopy(unwrap(model))
         chosen, left = _choose(new, layers, exclude)
+        scales = {} if data is None else _scales(new, chosen, islice(data, check_count("n_batches", n_batches)))
         ranks: dict[str, int] = {}
         replacements: dict[nn.Module, nn.Module] = {}
         for name, layer in chosen.items():
             if not torch.isfinite(layer.weight).all():
                 raise ValueError(f"model must have finite weights, got NaN or infinity in {name or 'its weight'}")
-            first, second = _truncate(layer, share, energy)
+            first, second = _truncate(layer, share, energy, scales.get(layer))
             rank, (outs, ins) = len(first), layer.weight.shape
             if rank * (outs + ins) < outs * ins:
                 ranks[name], replacements[layer] = rank, _split(layer, first, second)
@@ -141,10 +159,14 @@ class FC_Decomposer:  # noqa: N801 - its familiar name
         return new
 
     def SVD(  # noqa: N802 - its familiar name
-        self, layer: nn.Linear, percent_removed: float = 0.5, energy_threshold: float | None = None
+        self,
+        layer: nn.Linear,
+        percent_removed: float = 0.5,
+        energy_threshold: float | None = None,
+        scale: Tensor | None = None,
     ) -> nn.Sequential:
         """See `factorise_linear`."""
-        return factorise_linear(layer, percent_removed, energy_threshold)
+        return factorise_linear(layer, percent_removed, energy_threshold, scale)
 
 
 def _check_shares(share: float, energy: float | None, name: str = "share_removed") -> tuple[float, float | None]:
@@ -155,9 +177,24 @@ def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _truncate(layer: nn.Linear, share: float, energy: float | None) -> tuple[Tensor, Tensor]:
+def _scales(model: nn.Module, layers: Mapping[str, nn.Linear], data: Iterable[Any]) -> dict[nn.Module, Tensor]:
+    """Layer -> the 2-norm of each of its input features over the batches, `(I,)`."""
+    targets = [t for t in all_targets(model) if t.attribute == "weight" and t.module in layers.values()]
+    try:
+        norms = activations(model, targets, Source(data=data))
+    except ValueError as error:
+        raise ValueError(
+            f"data must hold batches that reach every layer to decompose, less those in exclude: {error}"
+        ) from error
+    return {t.module: norms[t.name].flatten() for t in targets}
+
+
+def _truncate(layer: nn.Linear, share: float, energy: float | None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The factors `(rank, I)` and `(O, rank)`, worked out in float64."""
-    u, s, vt = torch.linalg.svd(layer.weight.detach().to("cpu", torch.float64), full_matrices=False)
+    weight = layer.weight.detach().to("cpu", torch.float64)
+    scale = torch.ones(weight.shape[1]) if scale is None or not scale.any() else scale
+    scale = scale.to("cpu", torch.float64).clamp_min(LEAST_SCALE * float(scale.max()))
+    u, s, vt = torch.linalg.svd(weight * scale, full_matrices=False)
     if energy is None:
         rank = len(s) - round(share * len(s))
     else:
@@ -166,7 +203,7 @@ def _truncate(layer: nn.Linear, share: float, energy: float | None) -> tuple[Ten
         rank = int((kept < energy * kept[-1] * (1 - 1e-12)).sum()) + 1 if len(s) else 0
     rank = min(max(rank, 1), len(s))
     root = s[:rank].sqrt()
-    return root[:, None] * vt[:rank], u[:, :rank] * root
+    return root[:, None] * vt[:rank] / scale, u[:, :rank] * root
 
 
 def _split(layer: nn.Linear, first: Tensor, second: Tensor) -> nn.Sequential:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["SlimMultiheadAttention"]
+__all__ = ["SlimMultiheadAttention", "encoders_of"]
 
 
 class SlimMultiheadAttention(nn.Module):
@@ -111,6 +111,12 @@ class SlimMultiheadAttention(nn.Module):
             added = _additive(padding, q.dtype)[:, None, None, :]
             total = added if total is None else total + added
         return total
+
+
+def encoders_of(model: nn.Module, attention: nn.Module) -> list[nn.TransformerEncoder]:
+    """The encoders that an attention is in. Their nested tensors are for torch's own; they have to go when it gets slim."""
+    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    return [encoder for encoder in encoders if any(m is attention for m in encoder.modules())]
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,7 +18,7 @@ from fasterai.prune.graph import ChannelGraph
 from fasterai.prune.labels import Flags
 from fasterai.prune.shares import Share, macs_left, parameters_left, time_left
 
-__all__ = ["Budget", "fit_budget"]
+__all__ = ["Budget", "fit_budget", "least_left"]
 
 Kept = list[Flags]
 
@@ -111,7 +111,7 @@ def fit_budget(
         ValueError: The budget is below what is left when all goes that can; the message names that share. Or the model
             does not multiply anything and the budget is of MACs.
     """
-    everything = [np.ones(group.channels, np.bool_) for group in graph.groups]
+    everything = _everything(graph)
     if budget.share == 1:
         return everything
     dense = model if dense is None else dense
@@ -121,15 +121,49 @@ def fit_budget(
     fixed = _indispensable(macs, everything, choose(1.0))
 
     def allowed(sparsity: float) -> Kept:
-        if not sparsity:
-            return everything
-        return [whole if i in fixed else keep for i, (whole, keep) in enumerate(zip(everything, choose(sparsity), strict=True))]
+        return _but(fixed, everything, choose(sparsity)) if sparsity else everything
 
+    left = _counted(model, graph, inputs, budget, dense, macs)
     if budget.kind == "latency":
-        measure = time_left(model, graph, batch_of(copies(inputs), budget.batch), dense)
-        return _fit_time(measure, macs, allowed, everything, budget.share)
-    left = macs if budget.kind == "macs" else _remembered(parameters_left(model, graph, dense))
+        return _fit_time(left, macs, allowed, everything, budget.share)
     return _fit(left, allowed, everything, budget)
+
+
+def least_left(
+    model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], least: Kept, budget: Budget, dense: nn.Module | None = None
+) -> float:
+    """The share of what a budget counts that is left when all goes that can.
+
+    Args:
+        model: As for `fit_budget`.
+        graph: As for `fit_budget`.
+        inputs: As for `fit_budget`.
+        least: For each group of the graph the channels that stay at sparsity 1.
+        budget: As for `fit_budget`; how much it allows has no say.
+        dense: As for `fit_budget`.
+    """
+    everything, dense = _everything(graph), model if dense is None else dense
+    macs = _remembered(macs_left(model, graph, inputs, dense))
+    fixed = _indispensable(macs, everything, least)
+    return _counted(model, graph, inputs, budget, dense, macs)(_but(fixed, everything, least))
+
+
+def _everything(graph: ChannelGraph) -> Kept:
+    return [np.ones(group.channels, np.bool_) for group in graph.groups]
+
+
+def _but(fixed: Collection[int], everything: Kept, kept: Kept) -> Kept:
+    """A choice in which some groups keep all of their channels."""
+    return [whole if i in fixed else keep for i, (whole, keep) in enumerate(zip(everything, kept, strict=True))]
+
+
+def _counted(
+    model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], budget: Budget, dense: nn.Module, macs: Share
+) -> Share:
+    """What is left of what the budget is of."""
+    if budget.kind == "latency":
+        return time_left(model, graph, batch_of(copies(inputs), budget.batch), dense)
+    return macs if budget.kind == "macs" else _remembered(parameters_left(model, graph, dense))
 
 
 # --- the search ----------------------------------------------------------------------------------------------------------

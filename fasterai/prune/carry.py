@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from itertools import combinations
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from itertools import combinations, product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fasterai.prune.labels import Array
 
-__all__ = ["check_optimizer", "check_trained", "cut_entry", "sliced", "states_of"]
+__all__ = ["averages_of", "check_optimizer", "check_trained", "cut_entry", "sliced", "states_of", "strange_keys"]
 
-#: Where wrappers of optimizers (fastai's, Lightning's, Accelerate's) hold what they wrap.
-INNER = ("opt", "optimizer", "_optimizer", "optimizers")
+#: Where wrappers of optimizers (fastai's, Lightning's, Accelerate's, timm's) hold what they wrap.
+INNER = ("opt", "optimizer", "_optimizer", "optimizers", "_base_optimizer")
 Kept = Mapping[int, Array]  # dimension of a parameter -> the indices that stay
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -25,6 +25,16 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 def states_of(optimizer: Any) -> list[MutableMapping[Any, Any]]:
     """The states, parameter -> entry, of an optimizer and of what it wraps, or of several in a list; each once."""
     return list({id(state): state for one in _unwrapped(optimizer) if (state := _state(one)) is not None}.values())
+
+
+def averages_of(optimizer: Any) -> dict[Tensor, Tensor]:
+    """Parameter -> its average, where an optimizer keeps averages apart from its state: fastai's Lookahead its slow weights."""
+    return {
+        parameter: average
+        for one in _unwrapped(optimizer)
+        for averages, group in zip(getattr(one, "slow_weights", None) or (), _groups(one), strict=False)
+        for average, parameter in zip(averages, group["params"], strict=False)
+    }
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -83,7 +93,20 @@ def _state(optimizer: Any) -> MutableMapping[Any, Any] | None:
     return state if isinstance(state, MutableMapping) else None
 
 
-def cut_entry(entry: Mapping[str, Any], name: str, shape: Sequence[int], kept: Kept) -> dict[str, Any]:
+def strange_keys(state: Mapping[Any, Any]) -> set[str]:
+    """The keys of a state under which some parameter has a tensor of another shape than its own, as preconditioners have."""
+    return {
+        key
+        for parameter, entry in state.items()
+        if isinstance(parameter, Tensor)
+        for key, value in entry.items()
+        if any(_is_tensor(one) and not _readings(one.shape, parameter.shape) for one in tree_leaves(value))
+    }
+
+
+def cut_entry(
+    entry: Mapping[str, Any], name: str, shape: Sequence[int], kept: Kept, strange: Collection[str] = ()
+) -> dict[str, Any]:
     """An optimizer's entry for a parameter, cut as the parameter is; empty, with a warning, where that cannot be told.
 
     A tensor of the parameter's shape is cut as it is; one with 1 for some of its sizes (factored second moments), or with
@@ -95,13 +118,15 @@ def cut_entry(entry: Mapping[str, Any], name: str, shape: Sequence[int], kept: K
         name: The parameter's, for the warning.
         shape: The parameter's, before.
         kept: Its dimension -> the indices that stay.
+        strange: The `strange_keys` of the state. The preconditioner of a square matrix has the matrix's shape, and is one of
+            rows by rows or of columns by columns: so under these keys a dimension may be any of its size.
     """
     strangers: list[str] = []
 
     def cut(key: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.numel() <= 1:
+        if not _is_tensor(value):
             return value
-        dims = _dims(tuple(value.shape), tuple(shape), kept)
+        dims = _dims(value.shape, shape, kept, key in strange)
         if dims is None:
             strangers.append(f"{key} {tuple(value.shape)}")
             return value
@@ -117,16 +142,29 @@ def cut_entry(entry: Mapping[str, Any], name: str, shape: Sequence[int], kept: K
     return {}
 
 
-def _dims(own: tuple[int, ...], shape: tuple[int, ...], kept: Kept) -> dict[int, int] | None:
+def _is_tensor(value: Any) -> bool:
+    """Not a number, nor one in a tensor."""
+    return isinstance(value, Tensor) and value.numel() > 1
+
+
+def _dims(own: Sequence[int], shape: Sequence[int], kept: Kept, is_strange: bool) -> dict[int, int] | None:
     """Which dimension of a parameter each of a tensor's is, where it is one; None where that cannot be told."""
-    if len(own) == len(shape):
-        if any(n not in (1, m) for n, m in zip(own, shape, strict=True)):
-            return None
-        return {d: d for d, (n, m) in enumerate(zip(own, shape, strict=True)) if n == m}
-    fitting = [c for c in combinations(range(len(shape)), len(own)) if all(n == shape[d] for n, d in zip(own, c, strict=True))]
+    readings = _readings(own, shape)
+    if is_strange:
+        alike = [[e for e, m in enumerate(shape) if m == n] for n in shape]
+        readings = [dict(zip(r, c, strict=True)) for r in readings for c in product(*(alike[d] for d in r.values()))]
     # Several readings are one where the same indices stay in all of them.
-    effects = {tuple(kept[d].tobytes() if d in kept else b"" for d in c) for c in fitting}
-    return dict(enumerate(fitting[0])) if len(effects) == 1 else None
+    effects = {tuple(kept[d].tobytes() if d in kept else b"" for d in reading.values()) for reading in readings}
+    return readings[0] if len(effects) == 1 else None
+
+
+def _readings(own: Sequence[int], shape: Sequence[int]) -> list[dict[int, int]]:
+    """Every way to read a tensor's dimensions, in their order, as dimensions of a parameter of that shape."""
+    if len(own) == len(shape):
+        pairs = list(zip(own, shape, strict=True))
+        return [{d: d for d, (n, m) in enumerate(pairs) if n == m}] if all(n in (1, m) for n, m in pairs) else []
+    choices = combinations(range(len(shape)), len(own))
+    return [dict(enumerate(c)) for c in choices if all(n == shape[d] for n, d in zip(own, c, strict=True))]
 
 
 def sliced(tensor: Tensor, kept: Kept) -> Tensor:

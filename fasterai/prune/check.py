@@ -18,9 +18,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fasterai.analyze.quiet import at_rest, copies
 from fasterai.core.targets import unwrap
 from fasterai.prune.admission import check_inputs, said
+from fasterai.prune.exported import spelt_out
 from fasterai.prune.graph import ChannelGraph
 from fasterai.prune.labels import Array, Flags
 from fasterai.prune.plan import make_plan
+from fasterai.prune.probes import probes
 from fasterai.prune.surgery import Surgery
 
 __all__ = ["Sound", "largest_sound"]
@@ -195,8 +197,9 @@ class _Trials:
         self.graph = graph
         self.streams = self.asks_float64 = False
         self._model, self._inputs, self._exact = model, inputs, exact
-        runs = [(probe, _outputs(model, probe)) for probe in (inputs, _other_inputs(inputs))]
-        self._probes = [(probe, outputs) for probe, outputs in runs if not isinstance(outputs, Exception)]
+        runs = [(probe, _outputs(model, probe)) for probe in probes(inputs)]
+        self._probes = [(probe, found) for probe, found in runs if not isinstance(found, Exception) and not _has_nan(found)]
+        self._probes = self._probes or [(probe, found) for probe, found in runs[:1] if not isinstance(found, Exception)]
         dtypes = [x.dtype for x in self._probes[0][1] if x.is_floating_point()] if self._probes else []
         self._limit = TOLERANCE.get(dtypes[0], 1e-2) if dtypes else 0.0
         self.is_float64 = bool(dtypes) and all(dtype is torch.float64 for dtype in dtypes)
@@ -249,7 +252,7 @@ class _Trials:
 
 def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor] | Exception:
     """The tensors among the outputs, or what the model raises."""
-    with at_rest(unwrap(model)):
+    with at_rest(unwrap(model)), spelt_out():
         try:
             output = unwrap(model)(*copies(inputs))
         except Exception as error:
@@ -257,27 +260,19 @@ def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor] | Except
         return [x.detach().clone() for x in tree_leaves(output) if isinstance(x, Tensor)]
 
 
+def _has_nan(outputs: Sequence[Tensor]) -> bool:
+    return any(bool(x.isnan().any()) for x in outputs)
+
+
 def _moved(before: Tensor, after: Tensor) -> float:
-    """The largest difference as a share of the scale; infinite where one of them is no number."""
+    """The largest difference as a share of the scale of what differs; infinite where one of them is no number.
+
+    What is the same has no say: a filler for what is masked, as large as numbers get, would hide all else.
+    """
     if before.numel() == 0 or torch.equal(before, after):
         return 0.0
     a, b = (x if x.is_floating_point() or x.is_complex() else x.double() for x in (before, after))
-    scale = float(a.abs().where(a.isfinite(), 0).max())
-    # Equal infinities, as in masked scores, are equal; a NaN equals nothing.
-    difference = float((a - b).abs().where(a != b, 0).max()) / max(scale, 1e-30)
+    differs = a != b  # equal infinities, as in masked scores, are equal; a NaN equals nothing
+    scale = float(a.abs().where(a.isfinite() & differs, 0).max())
+    difference = float((a - b).abs().where(differs, 0).max()) / max(scale, 1e-30)
     return math.inf if math.isnan(difference) else difference
-
-
-def _other_inputs(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Random inputs with another batch size."""
-    generator = torch.Generator().manual_seed(0)
-
-    def other(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.dim() == 0:
-            return x
-        if not x.is_floating_point():
-            return torch.cat([x, x[:1]])
-        return torch.randn((x.shape[0] + 1, *x.shape[1:]), generator=generator).to(x.device, x.dtype)
-
-    result: tuple[Any, ...] = tree_map(other, inputs)
-    return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from fasterai.prune.removal import Removal
 from fasterai.prune.replay import FORMAT, Shapes, read_state, replay, shapes_of
 from fasterai.prune.samples import batch_inputs
 from fasterai.prune.surgery import Surgery
+from fasterai.sparse.evidence import NotYetError
 
 __all__ = ["GradualPruner"]
 
@@ -88,6 +90,7 @@ class GradualPruner(Participant):
         self._pruner: Pruner | None = None
         self._key: tuple[Any, ...] = ()
         self._frozen: list[str] = []
+        self._examples: Any = None  # the inputs that the model was last looked at with
         self._done = 0.0  # the share of the ratio that was gone to
         self._dense: nn.Module | None = None
         self._optimizer: Any = None
@@ -131,7 +134,10 @@ class GradualPruner(Participant):
         self._replayed = []
         share = next_share(self.schedule, self.schedule(position), self._done, self.max_updates)
         if share is not None:
-            self._remove(share)
+            with suppress(NotYetError):  # the next step is asked again
+                self._remove(share)
+        if self._frozen:
+            self._look_for_thawed()
 
     def on_fit_end(self, completed: bool) -> None:
         """End a run; if it was completed before its last step, the schedule's end is reached now."""
@@ -150,22 +156,37 @@ class GradualPruner(Participant):
     def _look(self, fit: Fit) -> None:
         """Count the channels that may go, if something has changed since the last run."""
         frozen = _frozen_layers(self.model)
-        key = (frozen, *next(((p.device, p.dtype) for p in self.model.parameters()), ()))
-        if key == self._key:
-            return
-        inputs = self._inputs if self._inputs is not None else batch_inputs(self.model, fit)
-        pruner: Pruner | None = self._pruner_without(inputs, ())
+        if self._key_with(frozen) != self._key:
+            self._examples = self._inputs if self._inputs is not None else batch_inputs(self.model, fit)
+            self._count(frozen)
+
+    def _look_for_thawed(self) -> None:
+        """Count again if layers have begun to train; not if they stop, as those that train in turns do at each step."""
+        frozen = set(_frozen_layers(self.model))
+        if not frozen.issuperset(self._frozen):
+            self._count([name for name in self._frozen if name in frozen])
+
+    def _key_with(self, frozen: list[str]) -> tuple[Any, ...]:
+        return (frozen, *next(((p.device, p.dtype) for p in self.model.parameters()), ()))
+
+    def _count(self, frozen: list[str]) -> None:
+        """Count the channels that may go; those of frozen layers later, when they train."""
+        pruner: Pruner | None = self._pruner_without(())
         if frozen:
             try:
-                pruner = self._pruner_without(inputs, frozen)
-            except ValueError:  # the frozen layers make all channels that may go: this run goes by
+                pruner = self._pruner_without(frozen)
+            except ValueError:  # the frozen layers make all channels that may go
                 pruner = None
-        self._pruner, self._key, self._frozen, self._done = pruner, key, frozen, 0.0
+        if frozen and pruner is not None and not pruner.is_within_reach():
+            asked = f"{self._ratio.kind}={self._ratio.share:g}"
+            warn(f"{asked} is out of reach while layers are frozen ({', '.join(frozen[:5])}): no channels go until they train")
+            pruner = None
+        self._pruner, self._key, self._frozen, self._done = pruner, self._key_with(frozen), frozen, 0.0
 
-    def _pruner_without(self, inputs: Any, frozen: Iterable[str]) -> Pruner:
+    def _pruner_without(self, frozen: Iterable[str]) -> Pruner:
         """A pruner that counts from the first model, and leaves some layers alone."""
         ignored = [*self._ignored, *frozen]
-        pruner = Pruner(self.model, self._ratio, *self._axes, self.schedule, ignored, inputs, **self._options)
+        pruner = Pruner(self.model, self._ratio, *self._axes, self.schedule, ignored, self._examples, **self._options)
         if pruner.dense is not None:
             pruner.dense = self._dense = self._dense or pruner.dense
         for name, now in pruner.original.items():
@@ -229,7 +250,7 @@ class GradualPruner(Participant):
             for surgery in reversed(self._replayed.pop()):
                 surgery.undo()
         if self._pruner is not None:  # it has followed the cuts, and knows no way back
-            self._pruner = self._pruner_without(self._pruner.inputs, self._frozen)
+            self._pruner = self._pruner_without(self._frozen)
 
     def _matching(self) -> list[nn.Module]:
         return matching_copies(self.copies, self.model, self._path)

@@ -6,20 +6,19 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
 from fasterai.core.targets import plain_name, unwrap
-from fasterai.core.undisturbed import evaluating, undisturbed
-from fasterai.prune.admission import check_model, check_runs, positional, recomputed, said
+from fasterai.prune.admission import check_model, positional, recomputed
+from fasterai.prune.exported import Exported, exported
 from fasterai.prune.labels import FIXED, FREE, Array, Components, Dim
+from fasterai.prune.norms import Norm, norms_behind
 from fasterai.prune.rules import RULES, Trace, Value, unknown
 
 __all__ = ["ChannelGraph", "Group", "channel_graph"]
@@ -69,6 +68,8 @@ class ChannelGraph:
         normed: Name of a module that normalises without parameters -> for each index of what it normalises a place, and the
             index there, with which it goes; None where it stays.
         rescaled: Names of weights of norms that average over what may go: the more of it goes, the more they have to grow.
+        norms: Those that alone read the output of a layer.
+        shared: Names of parameters that several operations use: one may make channels that another reads.
     """
 
     groups: tuple[Group, ...]
@@ -76,13 +77,16 @@ class ChannelGraph:
     readers: frozenset[Place]
     normed: Mapping[str, tuple[tuple[Place, int] | None, ...]] = field(default_factory=dict)
     rescaled: frozenset[str] = frozenset()
+    norms: tuple[Norm, ...] = ()
+    shared: frozenset[str] = frozenset()
 
 
 def channel_graph(model: nn.Module, inputs: tuple[Any, ...], exact: bool = True) -> ChannelGraph:
     """Read the coupled channels off the network's operations.
 
     The network is exported in eval mode (`torch.export`); the labels of every tensor's dimensions are followed through its
-    operations. An operation without a rule pins what it reads. The model is not changed.
+    operations. An operation without a rule pins what it reads. Where eval mode leaves weights out, as of auxiliary classifiers,
+    the network of training mode is followed as well, if it can be exported. The model is not changed.
 
     Args:
         model: The model, wrapped or not.
@@ -93,76 +97,33 @@ def channel_graph(model: nn.Module, inputs: tuple[Any, ...], exact: bool = True)
         TypeError: The model is no module.
         ValueError: The model is lazy, does not run on the inputs, or cannot be exported; where, and what would help.
     """
-    program = _export(unwrap(check_model(model)), positional(inputs))
-    names = _names(unwrap(model), program)
-    stay = recomputed(unwrap(model))
-    choices = _choose(program, names, stay, exact)
-    trace, weights = _follow(program, names, stay, choices, exact)
-    return _graph(unwrap(model), trace, weights)
+    inner, inputs = unwrap(check_model(model)), positional(inputs)
+    programs = exported(inner, inputs)
+    stay = recomputed(inner)
+    choices = _choose(programs, stay, exact)
+    trace, weights = _follow(programs, stay, choices, exact)
+    graph = _graph(inner, trace, weights)
+    norms = tuple(norms_behind(programs[0]))
+    return replace(graph, norms=norms, shared=frozenset().union(*(p.shared() for p in programs)))
 
 
-def _export(model: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
-    with undisturbed(model), evaluating(model), torch.no_grad(), _spelt_out():
-        try:
-            return torch.export.export(model, inputs, strict=False)
-        except Exception as error:
-            check_runs(model, inputs)
-            raise ValueError(
-                f"model must be one that torch.export can read on example_inputs, got {said(error)}; "
-                "data-dependent branches and shapes have to go, or the part without them can be pruned by itself"
-            ) from error
-
-
-@contextmanager
-def _spelt_out() -> Iterator[None]:
-    """Attention in its single operations, not as one of torch's fused inference kernels; tensors without subclasses.
-
-    Layers of fastai cast to its own tensor class, which the stand-ins that an export runs on cannot become.
-    """
-    before, cast = torch.backends.mha.get_fastpath_enabled(), torch.Tensor.as_subclass
-    torch.backends.mha.set_fastpath_enabled(False)
-    torch.Tensor.as_subclass = _as_it_is  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-        torch.Tensor.as_subclass = cast  # type: ignore[method-assign]
-
-
-def _as_it_is(tensor: Any, cls: Any) -> Any:
-    return tensor
-
-
-def _names(model: nn.Module, program: ExportedProgram) -> dict[str, str]:
-    """Placeholder -> name of its parameter or buffer, the first one of a tensor that stands under several."""
-    first: dict[int, str] = {}
-    called: dict[str, str] = {}
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
-        called[name] = first.setdefault(id(tensor), plain_name(name))
-    signature = program.graph_signature
-    found = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    return {node: called.get(name, plain_name(name)) for node, name in found.items()}
-
-
-def _choose(program: ExportedProgram, names: Mapping[str, str], stay: Collection[str], exact: bool) -> dict[str, int]:
+def _choose(programs: Sequence[Exported], stay: Collection[str], exact: bool) -> dict[str, int]:
     """For each kind of operation that can go several ways the one after which most weights may go.
 
-    One kind after the other is tried in each of its ways while the others stay as they are, until nothing gets better.
+    Each kind is tried in each of its ways while the others stay as they are; the best of these is taken, until none is better.
     """
     choices: dict[str, int] = {}
-    trace, weights = _follow(program, names, stay, choices, exact)
+    trace, weights = _follow(programs, stay, choices, exact)
     best = _removable(trace, weights)
-    improved = bool(trace.options)
-    while improved:
-        improved = False
-        for kind, ways in sorted(trace.options.items()):
-            for way in set(range(ways)) - {choices.get(kind, 0)}:
-                trial = {**choices, kind: way}
-                other, weights = _follow(program, names, stay, trial, exact)
-                score = _removable(other, weights)
-                if score > best:
-                    choices, best, trace, improved = trial, score, other, True
-    return choices
+    while True:
+        ways = [(kind, way) for kind, count in sorted(trace.options.items()) for way in range(count)]
+        trials = [{**choices, kind: way} for kind, way in ways if way != choices.get(kind, 0)]
+        followed = [_follow(programs, stay, trial, exact) for trial in trials]
+        scores = [_removable(*one) for one in followed]
+        if max(scores, default=best) <= best:
+            return choices
+        best = max(scores)
+        choices, trace = trials[scores.index(best)], followed[scores.index(best)][0]
 
 
 def _removable(trace: Trace, weights: Mapping[str, Value]) -> tuple[float, int]:
@@ -194,14 +155,27 @@ def _components(trace: Trace, weights: Mapping[str, Value]) -> Components:
 
 
 def _follow(
-    program: ExportedProgram, names: Mapping[str, str], stay: Collection[str], choices: dict[str, int], exact: bool
+    programs: Sequence[Exported], stay: Collection[str], choices: dict[str, int], exact: bool
 ) -> tuple[Trace, dict[str, Value]]:
     """One pass over the operations: the labels, and the values of the parameters and buffers."""
     trace = Trace(choices, exact)
-    parameters = program.graph_signature.inputs_to_parameters
     weights: dict[str, Value] = {}
+    for program in programs:
+        _follow_one(trace, program, weights)
+    for name in weights.keys() - {name for program in programs for name in program.uses()}:
+        trace.labels.pin_all(weights[name].dims, "nothing reads it")
+    for name in weights.keys() & stay:
+        trace.labels.pin_all(weights[name].dims, "its module's weight is worked out anew in each forward pass")
+    return trace, weights
+
+
+def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value]) -> None:
+    names, parameters = program.names, program.program.graph_signature.inputs_to_parameters
     values: dict[Any, Any] = {}
-    for node in program.graph.nodes:
+    idle = program.idle()
+    for node in program.program.graph.nodes:
+        if node in idle:
+            continue
         if node.op == "placeholder":
             values[node] = _placeholder(trace, node, names.get(node.name), weights, node.name in parameters)
         elif node.op == "output":
@@ -209,12 +183,6 @@ def _follow(
                 trace.labels.pin_all(value.dims, "it is an output of the network")
         else:
             values[node] = _apply(trace, node, values)
-    read = {names[node.name] for node in program.graph.nodes if node.name in names and node.users}
-    for name in weights.keys() - read:
-        trace.labels.pin_all(weights[name].dims, "nothing reads it")
-    for name in weights.keys() & stay:
-        trace.labels.pin_all(weights[name].dims, "its module's weight is worked out anew in each forward pass")
-    return trace, weights
 
 
 def _placeholder(trace: Trace, node: Any, name: str | None, weights: dict[str, Value], is_parameter: bool) -> Any:

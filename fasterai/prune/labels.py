@@ -86,7 +86,7 @@ class Labels:
             labelled, other = (a, b) if isinstance(a, np.ndarray) else (b, a)
             if other is FIXED:
                 self.pin(labelled, reason)
-            return labelled
+            return other if other is FIXED else labelled
         return FIXED if FIXED in (a, b) else FREE
 
     def unify(self, rows: Array) -> Array:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from fasterai.analyze.comparison import Comparison
 from fasterai.analyze.cost import cost
-from fasterai.analyze.latency import Latency, LatencyComparison, Timing
-from fasterai.analyze.quiet import at_rest, copies
+from fasterai.analyze.latency import Latency, LatencyComparison, timing_of
+from fasterai.analyze.layer_times import layer_times, quartiles
+from fasterai.analyze.quiet import at_rest, copies, device_name, device_of, wait_for
 from fasterai.core.targets import unwrap
 from fasterai.prune.admission import said
 from fasterai.prune.surgery import Surgery
@@ -27,6 +27,8 @@ DENSE, SMALL = "dense", "small"
 #: Seconds of timing in all, beyond the fewest turns; seconds of one block; the spread at which there are enough turns.
 BUDGET, BLOCK, SETTLED = 0.2, 0.001, 0.02
 FEWEST, MOST = 5, 15
+#: In how many turns each layer is timed as well.
+LAYER_TURNS = 3
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ def measured(model: nn.Module, surgery: Surgery, inputs: tuple[Any, ...], descri
     """Count and time a model before and after a surgery.
 
     A forward pass of each is timed in turns, in changing order, at least five times each, until the ratio of the times has
-    settled or 0.2 seconds have passed. The model ends small, with modes, buffers, gradients and random generators as they were.
+    settled or 0.2 seconds have passed; in three of them also a pass of each layer by layer. The model ends
+    small, with modes, buffers, gradients and random generators as they were.
 
     Args:
         model: The model, small already.
@@ -70,6 +73,7 @@ def _timed(model: nn.Module, surgery: Surgery, inputs: tuple[Any, ...]) -> Laten
     """The times of both states, by turns."""
     states: dict[str, Callable[[], AbstractContextManager[None]]] = {DENSE: surgery.undone, SMALL: nullcontext}
     times: dict[str, list[float]] = {name: [] for name in states}
+    passes: dict[str, list[dict[str, float]]] = {name: [] for name in states}
     counts: dict[str, int] = {}
     start = time.perf_counter()
     while not _is_enough(times, time.perf_counter() - start):
@@ -81,14 +85,16 @@ def _timed(model: nn.Module, surgery: Surgery, inputs: tuple[Any, ...]) -> Laten
                 if counts[name] > 1:
                     _block(model, inputs, 1)  # the other's weights are in the cache
                 times[name].append(_block(model, inputs, counts[name]))
+                if len(passes[name]) < LAYER_TURNS:
+                    passes[name].append(layer_times(model, inputs))
     ratios = [a / b for a, b in zip(times[DENSE], times[SMALL], strict=True)]
     by_name = {DENSE: [1.0] * len(ratios), SMALL: ratios}
     models = {
-        name: Latency((_timing(values),), _device(model, inputs), torch.get_num_threads(), False)
+        name: Latency((timing_of(None, values, passes[name]),), device_name(model, inputs), torch.get_num_threads(), False)
         for name, values in times.items()
     }
     return LatencyComparison(
-        models, {n: (statistics.median(r),) for n, r in by_name.items()}, {n: (_quartiles(r),) for n, r in by_name.items()}
+        models, {n: (statistics.median(r),) for n, r in by_name.items()}, {n: (quartiles(r),) for n, r in by_name.items()}
     )
 
 
@@ -96,42 +102,16 @@ def _is_enough(times: Mapping[str, Sequence[float]], seconds: float) -> bool:
     turns = len(times[SMALL])
     if turns < FEWEST:
         return False
-    first, third = _quartiles([a / b for a, b in zip(times[DENSE], times[SMALL], strict=True)])
+    first, third = quartiles([a / b for a, b in zip(times[DENSE], times[SMALL], strict=True)])
     return turns >= MOST or seconds >= BUDGET or third - first <= SETTLED * first
 
 
 def _block(model: nn.Module, inputs: tuple[Any, ...], count: int) -> float:
     """Seconds of a forward pass, over so many."""
-    device = _first_device(model, inputs)
-    _wait(device)
+    device = device_of(model, inputs)
+    wait_for(device)
     start = time.perf_counter()
     for _ in range(count):
         model(*inputs)
-    _wait(device)
+    wait_for(device)
     return (time.perf_counter() - start) / count
-
-
-def _wait(device: torch.device) -> None:
-    """Until an accelerator is done, which works on while Python goes on."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def _timing(values: Sequence[float]) -> Timing:
-    first, third = _quartiles(values)
-    return Timing(None, statistics.median(values), third - first, len(values))
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float]:
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return first, third
-
-
-def _device(model: nn.Module, inputs: tuple[Any, ...]) -> str:
-    device = _first_device(model, inputs)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def _first_device(model: nn.Module, inputs: tuple[Any, ...]) -> torch.device:
-    tensors = [*model.parameters(), *(x for x in tree_leaves(inputs) if isinstance(x, Tensor))]
-    return tensors[0].device if tensors else torch.device("cpu")

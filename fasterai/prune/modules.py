@@ -18,7 +18,10 @@ __all__ = ["HEADS", "STREAMS", "WIDTHS", "new_sizes"]
 Shapes = Mapping[str, tuple[int, ...]]
 Kept = Mapping[tuple[str, int], Array]
 #: Numbers of channels that are several indices each, as heads and the equal parts of a split are; widths of all of them.
-HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "num_key_value_heads", "heads", "width")
+HEADS = (
+    *("num_heads", "n_heads", "nheads", "n_head", "nhead", "num_head", "num_attention_heads", "num_key_value_heads"),
+    *("heads", "h", "width"),
+)
 WIDTHS = ("all_head_size", "attn_dim", "inner_dim", "embed_dim", "hidden_dim", "split_size", "dim", "expand_chs")
 #: Widths of streams, as models call them.
 STREAMS = ("hidden_dim", "hidden_size", "embed_dim", "d_model", "dim", "n_embd", "width", "channels", "num_features")

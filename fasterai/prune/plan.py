@@ -172,9 +172,11 @@ def _sizes(
         held = [*module._parameters.items(), *module._buffers.items()]
         own = {a: names[id(t)] for a, t in held if t is not None and names[id(t)] in plan.shapes}
         if isinstance(module, nn.MultiheadAttention | SlimMultiheadAttention):
+            widths = _attention_widths(dot, plan)
             lost = heads.get(f"{dot}in_proj_weight") or heads.get(f"{dot}q_proj_weight")
-            if lost:
-                slim[name] = lost[0].channels[1]
+            if lost or widths:  # torch's own insists on heads that fill the width
+                slim[name] = lost[0].channels[1] if lost else module.num_heads
+            changed += [(name, *c) for c in _differing(module, widths)]
             continue
         if own:
             old, new = (
@@ -192,6 +194,15 @@ def _sizes(
 
 def _differing(module: nn.Module, sizes: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     return [(a, getattr(module, a), value) for a, value in sizes.items() if getattr(module, a) != value]
+
+
+def _attention_widths(dot: str, plan: Plan) -> dict[str, int]:
+    """The numbers of an attention's features that change: of what comes out, of keys and of values."""
+    inputs = {"kdim": f"{dot}k_proj_weight", "vdim": f"{dot}v_proj_weight"}
+    places = {"embed_dim": (f"{dot}out_proj.weight", 0)} | {
+        a: (own if own in plan.shapes else f"{dot}in_proj_weight", 1) for a, own in inputs.items()
+    }
+    return {a: len(plan.keep[place]) for a, place in places.items() if place in plan.keep}
 
 
 def cut_normed(normed: Mapping[str, Sequence[tuple[Place, int] | None]], keep: Mapping[Place, Array]) -> dict[str, Any]:

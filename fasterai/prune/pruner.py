@@ -24,7 +24,7 @@ from fasterai.core.selection import Scores, TensorScores
 from fasterai.core.targets import all_targets, unwrap
 from fasterai.core.types import Limits
 from fasterai.prune.admission import check_whole, positional
-from fasterai.prune.budget import Budget, fit_budget
+from fasterai.prune.budget import Budget, fit_budget, least_left
 from fasterai.prune.carry import check_optimizer, check_trained
 from fasterai.prune.check import Sound, largest_sound
 from fasterai.prune.copies import Copies, matching_copies
@@ -39,6 +39,7 @@ from fasterai.sparse.scoring import Scorer
 __all__ = ["Pruner", "check_context"]
 
 Ratio = float | Mapping[Any, float] | Budget
+Weights = Mapping[nn.Parameter, Tensor]
 OVER_PLACES = tuple(OVER)
 
 
@@ -109,7 +110,7 @@ class Pruner:
         weights = [t for t in all_targets(unwrap(model)) if t.parameter.dim() > 1]
         self._scorer = Scorer(self.criteria, Coupled(over_places), source, weights)
         self._step = 0
-        follow(model, self)
+        self._follow()
 
     @property
     def channels(self) -> dict[str, tuple[int, int]]:
@@ -155,17 +156,30 @@ class Pruner:
         check_optimizer(optimizer)
         check_trained(self.model, optimizer)
         matching_copies(copies, unwrap(self.model))
-        graph = replace(self._graph, groups=tuple(p.group for p in self._pools))
+        graph = self._graph_now()
         kept = self._choose(graph, share)
-        sound, refused = self._mask_sound(graph, kept)
-        removal = take_out(
-            self.model, graph, sound, self.inputs, optimizer=optimizer, copies=copies, exact=self.exact, measure=measure
-        )
+        before = {p: p.detach().clone() for p in unwrap(self.model).parameters()}
+        try:
+            sound, refused = self._mask_sound(graph, kept, before)
+            removal = take_out(
+                self.model, graph, sound, self.inputs, optimizer=optimizer, copies=copies, exact=self.exact, measure=measure
+            )
+        except BaseException:
+            _restore(before)
+            raise
         self._scorer.note_move(self._pools)
         if share == 1 and self.round_to is None and not isinstance(self.pruning_ratio, Budget):
             first = sum(self.original.values())
             warn_of_rounding(self._asked(self.pruning_ratio), first - sum(int(k.sum()) for k in kept), first)
         return replace(removal, refused={**refused, **removal.refused})
+
+    def is_within_reach(self) -> bool:
+        """Whether enough channels may go for the `Budget`, whatever they are worth; a ratio is always within reach."""
+        if not isinstance(self.pruning_ratio, Budget):
+            return True
+        equal: list[Scores] = [TensorScores(p.name, torch.zeros(p.shape)) for p in self._pools]
+        budget, least = self.pruning_ratio, self._try(equal, 1.0)
+        return least_left(self.model, self._graph_now(), self.inputs, least, budget, self.dense) <= budget.share
 
     def see(self, batch: Batch, loss: Callable[..., Tensor] | None = None) -> None:
         """Note a training's batch and loss, for a criterion that needs data and was given none."""
@@ -190,12 +204,15 @@ class Pruner:
         fresh = {t.name: t for t in all_targets(unwrap(self.model))}
         self._pools = tuple(p.cut(cut, fresh) for p in self._pools if p.is_left(fresh))
         self._graph = replace(self._graph, normed=cut_normed(self._graph.normed, cut))
-        self._scorer.after_cut(cut)
+
+    def _follow(self) -> None:
+        follow(self.model, self)
+        follow(self.model, self._scorer)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy follows its own model."""
         self.__dict__.update(state)
-        follow(self.model, self)
+        self._follow()
 
     def print_sparsity(self) -> None:
         """Print how many channels of each group are left."""
@@ -225,6 +242,9 @@ class Pruner:
                 got = f"{key!r} ({type(key).__name__})"
                 raise TypeError(f"pruning_ratio's keys must be names or modules of the model, got {got}")
         return by_pool(self._pools, named, all_targets(model), "pruning_ratio's keys")
+
+    def _graph_now(self) -> ChannelGraph:
+        return replace(self._graph, groups=tuple(p.group for p in self._pools))
 
     def _choose(self, graph: ChannelGraph, share: float) -> list[Flags]:
         scores = _silent_first(self._scorer(self.model, self._pools, {}), silent_channels(self.model, graph))
@@ -267,27 +287,24 @@ class Pruner:
             return PerTarget(self._ratios).total(self.original, 1.0)
         return self.context.total(self.original, float(ratio))  # type: ignore[arg-type]
 
-    @torch.no_grad()
-    def _mask_sound(self, graph: ChannelGraph, kept: list[Flags]) -> tuple[Sound, dict[str, str]]:
+    def _mask_sound(self, graph: ChannelGraph, kept: list[Flags], before: Weights) -> tuple[Sound, dict[str, str]]:
         """Mask the channels that can go; those of a group that cannot get their weights back. The reasons are told beside."""
-        before = {p: p.detach().clone() for p in unwrap(self.model).parameters()}
-        try:
-            mask_channels_(self.model, graph, kept)
-            sound = largest_sound(self.model, graph, kept, self.inputs, exact=self.exact)
-            if not sound.refused:
-                return sound, {}
-        except BaseException:
-            _restore(before)
-            raise
+        mask_channels_(self.model, graph, kept)
+        sound = largest_sound(self.model, graph, kept, self.inputs, exact=self.exact)
+        if not sound.refused:
+            return sound, {}
         _restore(before)
         mask_channels_(self.model, graph, sound.kept)
         # With their weights back, what stays may carry what was tried without them.
         return largest_sound(self.model, graph, sound.kept, self.inputs, exact=self.exact), sound.refused
 
 
-def _restore(weights: Mapping[nn.Parameter, Tensor]) -> None:
+@torch.no_grad()
+def _restore(weights: Weights) -> None:
+    """Give the weights back; where channels have gone, the masked ones went with them."""
     for parameter, before in weights.items():
-        parameter.copy_(before)
+        if parameter.shape == before.shape:
+            parameter.copy_(before)
 
 
 def _silent_first(scores: Sequence[Scores], silent: Sequence[Flags]) -> list[Scores]:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fasterai.core.checks import warn
-from fasterai.core.cuts import announce, noted_optimizers
+from fasterai.core.cuts import noted_optimizers
 from fasterai.core.targets import unwrap
 from fasterai.prune.admission import check_whole, positional, shapes_of_inputs
 from fasterai.prune.carry import check_optimizer, check_trained
 from fasterai.prune.check import Sound, largest_sound
 from fasterai.prune.copies import Copies, matching_copies
 from fasterai.prune.graph import ChannelGraph, Group, channel_graph
-from fasterai.prune.labels import Flags
+from fasterai.prune.labels import Array, Flags
 from fasterai.prune.measure import Measurement, measured
-from fasterai.prune.plan import make_plan, tensors_of
+from fasterai.prune.plan import make_plan, tensor_of, tensors_of
 from fasterai.prune.report import Removal
 from fasterai.prune.surgery import operate
 
@@ -38,7 +38,8 @@ def remove(
     """Take out every channel that is provably silent; the model computes the same, with less.
 
     A channel is silent if everything that makes it is zero and stays zero on its way, or if everything that reads it is
-    zero: after masks of coupled channels, after masks of filters, or in weights that were zeroed by hand.
+    zero: after masks of coupled channels, after masks of filters, in weights that were zeroed by hand, or behind a norm whose
+    scale and shift are zero.
 
     Args:
         model: The model; changed in place. Parameters stay the same objects.
@@ -73,26 +74,51 @@ def remove(
     return result
 
 
-def silent_channels(model: nn.Module, graph: ChannelGraph) -> list[Flags]:
-    """For each group which channels are zero at all places that make them, or at all that read them."""
-    return [_silent(model, group, graph) for group in graph.groups]
-
-
 @torch.no_grad()
-def _silent(model: nn.Module, group: Group, graph: ChannelGraph) -> Flags:
+def silent_channels(model: nn.Module, graph: ChannelGraph) -> list[Flags]:
+    """For each group which channels are zero at all places that make them, or at all that read them.
+
+    A layer that only a norm reads is as good as zero where the norm's scale and shift are, and a norm where its shift is, its
+    running mean, and the layer.
+    """
     tensors = tensors_of(model)
-    makes, reads = np.ones(group.channels, np.bool_), np.ones(group.channels, np.bool_)
-    is_made = is_read = False
-    for (name, d), indices in group.places.items():
-        parameter = tensors[name][0]._parameters.get(tensors[name][1])
-        if parameter is None:
+    return [np.zeros(g.channels, np.bool_) | _silent(tensors, g, graph) for g in graph.groups]
+
+
+def _silent(tensors: Mapping[str, tuple[nn.Module, str]], group: Group, graph: ChannelGraph) -> Flags | bool:
+    zeros = {place: _zero(tensor_of(tensors, place[0]), place[1], indices) for place, indices in group.places.items()}
+    reads = [z for place, z in zeros.items() if place in graph.readers]
+    makes = {
+        place: z
+        for place, z in zeros.items()
+        if _is_parameter(tensors, place[0]) and (place not in graph.readers or place[0] in graph.shared)
+    }
+    for norm in graph.norms:
+        scale, shift, layer = (norm.scale, 0), (norm.shift, 0), [place for place in makes if place[0] in norm.layer]
+        if not (layer and scale in makes and shift in makes):
             continue
-        zero = (parameter.detach().movedim(d, 0).reshape(parameter.shape[d], -1) == 0).all(1).cpu().numpy()[indices].all(1)
-        if (name, d) in graph.readers:
-            reads, is_read = reads & zero, True
-        else:
-            makes, is_made = makes & zero, True
-    return (makes & is_made) | (reads & is_read)
+        is_off = zeros[scale] & zeros[shift]
+        if norm.is_by_channel:
+            makes[scale] = zeros[scale] | _all([zeros[p] for p in (shift, (norm.mean, 0), *layer) if p in zeros])
+        for place in layer:
+            makes[place] = zeros[place] | is_off
+    return _all(makes.values()) | _all(reads)
+
+
+def _all(flags: Collection[Flags]) -> Flags | bool:
+    """Where all are true; nowhere if there are none."""
+    return cast(Flags, np.logical_and.reduce(list(flags))) if flags else False
+
+
+def _zero(tensor: Tensor, d: int, indices: Array) -> Flags:
+    """Which channels are zero along a dimension, `(channels, indices per channel)`."""
+    rows = tensor.detach().movedim(d, 0).reshape(tensor.shape[d], -1) == 0
+    return cast(Flags, rows.all(1).cpu().numpy()[indices].all(1))
+
+
+def _is_parameter(tensors: Mapping[str, tuple[nn.Module, str]], name: str) -> bool:
+    module, attribute = tensors[name]
+    return module._parameters.get(attribute) is not None
 
 
 @torch.no_grad()
@@ -133,8 +159,6 @@ def take_out(
     before = sum(p.numel() for p in unwrap(model).parameters())
     plan = make_plan(model, graph, sound.kept, streams=sound.streams)
     surgery = operate(model, plan, _trainers(model, optimizer), others)
-    for cut in [model, *others]:
-        announce(cut, plan.keep)
     measurement = Measurement()
     if measure and plan:
         measurement = measured(model, surgery, inputs, shapes_of_inputs(inputs))

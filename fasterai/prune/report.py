@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fasterai.analyze.comparison import Comparison, LayerComparison
+from fasterai.analyze.comparison import Comparison
+from fasterai.analyze.layers import LayerComparison
 from fasterai.analyze.look import short, short_bytes, short_time, table
 from fasterai.prune.measure import DENSE, SMALL, Measurement
 from fasterai.prune.plan import Plan

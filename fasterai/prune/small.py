@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fasterai.core.targets import unwrap
 from fasterai.prune.admission import check_model, check_whole
-from fasterai.prune.attention import SlimMultiheadAttention
+from fasterai.prune.attention import SlimMultiheadAttention, encoders_of
 from fasterai.prune.dense import dense_shapes, note, put_note
 from fasterai.prune.modules import HEADS, STREAMS, WIDTHS
 
@@ -24,12 +24,12 @@ FORMAT = "fasterai-small-1"
 SIZES = (
     *("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels", "num_groups"),
     *("normalized_shape", "embedding_dim", "num_parameters", "input_size", "hidden_size", *HEADS, *WIDTHS, *STREAMS),
-    *("nf", "nx", "bias_shape"),
+    *("nf", "nx", "bias_shape", "kdim", "vdim"),
 )
 #: What differs between two runs of one network, or counts in training only.
 PASSING = {
     *("training", "inplace", "p", "momentum", "dropout", "drop_prob", "drop_rate", "dropout_p", "attention_dropout"),
-    *("fused_attn", "grad_checkpointing", "gradient_checkpointing", "name_or_path"),
+    *("fused_attn", "use_nested_tensor", "grad_checkpointing", "gradient_checkpointing", "name_or_path"),
 }
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -100,6 +100,8 @@ def load_small(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         parent = inner.get_submodule(name.rpartition(".")[0])
         attention = parent.get_submodule(name.rpartition(".")[2])
         if isinstance(attention, nn.MultiheadAttention):
+            for encoder in encoders_of(inner, attention):
+                encoder.use_nested_tensor = False
             setattr(parent, name.rpartition(".")[2], SlimMultiheadAttention(attention, heads))
     for name, sizes in all_sizes.items():
         module = inner.get_submodule(name)

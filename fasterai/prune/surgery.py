@@ -16,8 +16,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from fasterai.core.cuts import announce
 from fasterai.core.targets import unwrap
-from fasterai.prune.attention import SlimMultiheadAttention
-from fasterai.prune.carry import check_optimizer, cut_entry, sliced, states_of
+from fasterai.prune.attention import SlimMultiheadAttention, encoders_of
+from fasterai.prune.carry import averages_of, check_optimizer, cut_entry, sliced, states_of, strange_keys
 from fasterai.prune.dense import dense_shapes_of, note, noted_on, put_note
 from fasterai.prune.plan import Plan, check_plan, tensor_of, tensors_of
 
@@ -52,8 +52,8 @@ class Surgery:
         self._is_done = True
         try:
             for change in _changes(unwrap(model), plan, optimizer):
-                change.forth()
                 self._changes.append(change)
+                change.forth()
         except BaseException:
             self.undo()
             raise
@@ -95,27 +95,29 @@ def apply_plan_(model: nn.Module, plan: Plan, *, optimizer: Any = None) -> None:
         ValueError: The plan is for another model; nothing is changed then.
     """
     operate(model, plan, optimizer)
-    announce(_inner(model), plan.keep)
 
 
 def operate(model: nn.Module, plan: Plan, optimizer: Any = None, copies: Sequence[nn.Module] = ()) -> Surgery:
-    """Carry a plan out on a model and on copies of it: on all of them, or on none.
+    """Carry a plan out on a model and on copies of it, and tell who follows them: all of it, or nothing.
 
     Raises:
         ValueError: The plan does not fit one of them; nothing is changed then.
     """
-    done = [Surgery(_inner(model), plan, optimizer)]
+    model, copies = _inner(model), [_inner(other) for other in copies]
+    done: list[Surgery] = []
     try:
+        done.append(Surgery(model, plan, optimizer))
         for i, other in enumerate(copies):
             try:
-                done.append(Surgery(_inner(other), plan))
+                done.append(Surgery(other, plan))
             except ValueError as error:
                 raise ValueError(f"copies must be models of the same structure, got copies[{i}] where {error}") from error
+        announce(model, plan.keep, copies)
+        return done[0]
     except BaseException:
         for surgery in reversed(done):
             surgery.undo()
         raise
-    return done[0]
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -125,13 +127,18 @@ def _inner(model: nn.Module) -> nn.Module:
 
 def _changes(model: nn.Module, plan: Plan, optimizer: Any) -> Iterator[_Change]:
     """One after the other: each is made when those before it have been done."""
-    tensors, states = tensors_of(model), states_of(optimizer)
+    tensors, averages = tensors_of(model), averages_of(optimizer)
+    states = [(state, strange_keys(state)) for state in states_of(optimizer)]
     dense = [(module, dense_shapes_of(module)) for module in model.modules()]
     for name in plan.shapes:
         tensor = tensor_of(tensors, name)
         kept = {d: plan.keep[name, d] for d in range(tensor.dim()) if (name, d) in plan.keep}
-        yield _cut(tensor, kept, plan.scales.get(name, 1.0))
-        yield from (_entry(state, tensor, name, plan.shapes[name], kept) for state in states if state.get(tensor))
+        for one in (tensor, averages.get(tensor)):
+            if one is not None:
+                yield _cut(one, kept, plan.scales.get(name, 1.0))
+        for state, strange in states:
+            if state.get(tensor):
+                yield _entry(state, tensor, name, plan.shapes[name], kept, strange)
     yield from (_note(module, shapes) for module, shapes in dense if shapes and plan.shapes)
     for module_name, attribute, before, after in plan.attributes:
         yield _set(model.get_submodule(module_name), attribute, before, after)
@@ -159,9 +166,9 @@ def _put(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
     tensor.grad = grad
 
 
-def _entry(state: Any, tensor: Tensor, name: str, shape: Sequence[int], kept: Any) -> _Change:
+def _entry(state: Any, tensor: Tensor, name: str, shape: Sequence[int], kept: Any, strange: Any) -> _Change:
     before = dict(state[tensor])
-    after = cut_entry(before, name, shape, kept)
+    after = cut_entry(before, name, shape, kept, strange)
 
     def put(entry: dict[str, Any]) -> None:
         state[tensor].clear()
@@ -187,8 +194,12 @@ def _slim(model: nn.Module, name: str, heads: int) -> _Change:
     slim = SlimMultiheadAttention(attention, heads)
     places = [(parent, key) for parent in model.modules() for key, child in parent._modules.items() if child is attention]
 
+    encoders = [(encoder, encoder.use_nested_tensor) for encoder in encoders_of(model, attention)]
+
     def put(module: nn.Module) -> None:
         for parent, key in places:
             setattr(parent, key, module)
+        for encoder, before in encoders:
+            encoder.use_nested_tensor = before and module is attention
 
     return _Change(lambda: put(slim), lambda: put(attention))

@@ -20,7 +20,16 @@ from fasterai.core.types import Target
 from fasterai.core.undisturbed import evaluating, undisturbed
 from fasterai.sparse.dataflow import leaves
 
-__all__ = ["GATHERERS", "Source", "as_batch"]
+__all__ = ["GATHERERS", "NotYetError", "Source", "as_batch"]
+
+
+class NotYetError(ValueError):
+    """Evidence that is not there now, and may be after a later step of a training."""
+
+
+WHERE_GRADIENTS_ARE = (
+    "they exist after loss.backward() and before optimizer.zero_grad(); call it there, or pass data=[(x, y), ...] and loss="
+)
 
 
 @dataclass(frozen=True)
@@ -81,13 +90,15 @@ def gradients(model: nn.Module, targets: Sequence[Target], source: Source) -> di
             for name, g in found.items():
                 squares[name] = squares.get(name, torch.zeros_like(g)) + g.square() / len(batches)
         return {name: square.sqrt() for name, square in squares.items()}
-    missing = [t.name for t in targets if t.parameter.grad is None]
+    missing = [t for t in targets if t.parameter.grad is None]
     if missing:
-        raise ValueError(
-            f"criteria needs gradients, and {missing[0]} has none: they exist after loss.backward() and before "
-            "optimizer.zero_grad(); call it there, or pass data=[(x, y), ...] and loss="
-        )
-    return {t.name: t.parameter.grad.detach() for t in targets if t.parameter.grad is not None}
+        # What is frozen may be so for a moment: networks of a GAN take turns.
+        error = ValueError if any(t.parameter.requires_grad for t in missing) else NotYetError
+        raise error(f"criteria needs gradients, and {missing[0].name} has none: {WHERE_GRADIENTS_ARE}")
+    found = {t.name: t.parameter.grad.detach() for t in targets if t.parameter.grad is not None}
+    if not any(bool(g.any()) for g in found.values()):
+        raise NotYetError(f"criteria needs gradients, and all of them are zero: {WHERE_GRADIENTS_ARE}")
+    return found
 
 
 def hessian_gradients(model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, Tensor]:

@@ -38,6 +38,7 @@ class Keeper:
         noted: Name of a bias, or a norm's scale or shift -> its values for outputs that are pruned, to give back if they
             return.
         moves: How often the masks have moved.
+        trained: Names of pools that have trained in the run under way, or in the last one if it was not completed.
     """
 
     def __init__(self, model: nn.Module, granularity: Granularity, selection: Selection) -> None:
@@ -48,6 +49,7 @@ class Keeper:
         self.keep: dict[str, Tensor] = {}
         self.noted: dict[str, Tensor] = {}
         self.moves = 0
+        self.trained: set[str] = set()
         self._merged: dict[str, tuple[Pool, Tensor]] = {}
         self._merged_of: Mapping[str, Tensor] | None = None  # the decisions that the merged masks are of
         self._counted: dict[str, tuple[Tensor, int]] = {}  # decisions -> how many prune, which is asked for at every move
@@ -61,8 +63,15 @@ class Keeper:
 
     @property
     def active(self) -> list[Pool]:
-        """The pools that train now or were named."""
-        return [p for p in self.pools if p.trains or p.makers & self.selection.named]
+        """The pools that train, or have trained in the run under way, or were named.
+
+        Networks that take turns in a batch, as in a GAN, are frozen for moments.
+        """
+        return [p for p in self.pools if p.trains or p.name in self.trained or p.makers & self.selection.named]
+
+    def note_trained(self) -> None:
+        """Note what trains at this moment of a run."""
+        self.trained |= {p.name for p in self.pools if p.name not in self.trained and p.trains}
 
     @property
     def is_seen(self) -> bool:
@@ -125,7 +134,8 @@ class Keeper:
         Raises:
             ValueError: No target is among the optimizer's parameters.
         """
-        trained = {id(p) for group in getattr(fit.optimizer, "param_groups", ()) for p in group["params"]}
+        groups = [group for one in fit.optimizers for group in getattr(one, "param_groups", ())]
+        trained = {id(p) for group in groups for p in group["params"]}
         if trained and not any(id(t.parameter) in trained for t in self.targets):
             raise ValueError(
                 f"optimizer must train the sparsifier's model, got one that holds none of its targets ({self.targets[0].name}, "
@@ -266,6 +276,7 @@ class Keeper:
             "shapes": {t.name: list(t.parameter.shape) for t in self.targets},
             "keep": {n: k.clone() for n, k in self.keep.items()},
             "noted": {n: s.clone() for n, s in self.noted.items()},
+            "trained": sorted(self.trained),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -297,6 +308,7 @@ class Keeper:
         }
         self.keep = {n: k.to(devices[n], copy=True) for n, k in state["keep"].items()}
         self.noted = {n: s.to(devices_of_vectors.get(n, s.device), copy=True) for n, s in state["noted"].items()}
+        self.trained |= set(state.get("trained", ()))  # states of earlier versions have none
 
 
 def _like_weight(pool: Pool, keep: Tensor) -> Tensor:

@@ -40,12 +40,16 @@ class Pace:
         """End a run."""
         self._tick = self.max_updates
 
+    def put_off(self) -> None:
+        """Let a move that was due wait for the next step."""
+        self._tick -= 1
+
     def at(self, position: float) -> float:
         """The schedule's share at a position of the training, both in [0, 1]."""
         return check_fraction("what the schedule returns", self.schedule(position))
 
     def is_due(self, position: float) -> bool:
-        """Whether the masks may move at a position; each position is asked for once.
+        """Whether the masks may move at a position; each position is asked for once, unless the move is put off.
 
         In a run of up to `max_updates` steps they may at every step, in a longer one where both the run and the schedule
         have gone on by that share since the last move, and always at the end.

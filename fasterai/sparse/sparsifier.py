@@ -15,7 +15,7 @@ from fasterai.core import criteria as criterion_catalogue
 from fasterai.core.checks import check_count, check_fraction, from_catalogue, warn
 from fasterai.core.contexts import NM, Context, PerTarget
 from fasterai.core.criteria import Criterion, as_criterion
-from fasterai.core.cuts import Cut, follow, note_optimizer
+from fasterai.core.cuts import follow, note_optimizer
 from fasterai.core.granularities import Block, Coupled, Granularity
 from fasterai.core.loop import Batch, Fit, Participant
 from fasterai.core.schedules import Schedule, as_schedule
@@ -25,7 +25,7 @@ from fasterai.core.types import Limits, Target
 from fasterai.prune.graph import channel_graph
 from fasterai.prune.samples import batch_inputs
 from fasterai.sparse.dataflow import watch
-from fasterai.sparse.evidence import Source
+from fasterai.sparse.evidence import NotYetError, Source
 from fasterai.sparse.hold import Hold
 from fasterai.sparse.keeper import Keeper
 from fasterai.sparse.pace import Pace
@@ -125,9 +125,10 @@ class Sparsifier(Participant):
         if source.inputs is not None and not isinstance(self.granularity, Coupled):
             self._keeper.see(watch(model, source.inputs))
         self._scorer = Scorer(self.criteria, self.granularity, source, self.targets)
-        follow(model, self)
+        follow(model, self._scorer)
         self._warned = False
         self._stepping = False
+        self._parallel: DistributedDataParallel | None = None  # of the run under way
         self._holds: list[Any] = []
 
     # --- what it acts on -------------------------------------------------------------------------------------------
@@ -179,14 +180,10 @@ class Sparsifier(Participant):
                 "through the model; a callback of fastai or Lightning has a batch for it"
             )
 
-    def after_cut(self, cut: Cut) -> None:
-        """Follow the model's parameters, which have got smaller: earlier weights that are remembered are cut alike."""
-        self._scorer.after_cut(cut)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy follows its own model."""
         self.__dict__.update(state)
-        follow(self.model, self)
+        follow(self.model, self._scorer)
 
     def _warn_without_flow(self) -> None:
         """Say once what cannot be known without example inputs."""
@@ -298,9 +295,10 @@ class Sparsifier(Participant):
 
     def _agree(self, keeps: list[Tensor]) -> list[Tensor]:
         """The same masks on every rank of a DDP run: those of the first."""
-        if isinstance(self.model, DistributedDataParallel):
+        parallel = self._parallel or _parallel(self.model)
+        if parallel is not None:
             for keep in keeps:
-                torch.distributed.broadcast(keep.view(torch.uint8), group_src=0, group=self.model.process_group)
+                torch.distributed.broadcast(keep.view(torch.uint8), group_src=0, group=parallel.process_group)
         return keeps
 
     def _forget_stale(self) -> None:
@@ -326,6 +324,9 @@ class Sparsifier(Participant):
         self._warn_without_flow()
         self._forget_stale()
         self._pace.start(fit.total_steps)
+        self._keeper.trained = set()
+        self._keeper.note_trained()
+        self._parallel = _parallel(fit.model)
 
     def _watch_batch(self, fit: Fit) -> None:
         if isinstance(self.granularity, Coupled):
@@ -350,8 +351,12 @@ class Sparsifier(Participant):
 
     def after_step(self, position: float) -> None:
         """Move the masks if it is time to, and apply them."""
+        self._keeper.note_trained()
         if self._pace.is_due(position):
-            self._follow(position)
+            try:
+                self._follow(position)
+            except NotYetError:
+                self._pace.put_off()
         self.apply_masks()
         self._stepping = False
 
@@ -381,7 +386,8 @@ class Sparsifier(Participant):
             self.apply_masks()
         if completed:  # the state of an unfinished run may be saved after this, to go on from
             self._pace.finish()
-        self._stepping = False
+            self._keeper.trained = set()
+        self._stepping, self._parallel = False, None
         self._scorer.end()
 
     def hold(self, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -479,6 +485,12 @@ def _context(context: Context | str, nm: bool) -> Context:
     if not isinstance(found, Context):
         raise TypeError(f"context must be a context, its name or a dict, got {context!r} ({type(context).__name__})")
     return found
+
+
+def _parallel(model: nn.Module | None) -> DistributedDataParallel | None:
+    """What joins a model with its copies in other processes: the model itself, or what `torch.compile` has wrapped."""
+    modules = () if model is None else model.modules()
+    return next((m for m in modules if isinstance(m, DistributedDataParallel)), None)
 
 
 def _as_inputs(inputs: Any) -> tuple[Any, ...] | None:

@@ -22,7 +22,7 @@ class LotteryTicket(Participant):
     """Rewinds the surviving weights whenever a sparsifier's masks move (Frankle & Carbin 2019; rewinding: Frankle et al. 2020).
 
     All parameters and buffers, those of batch norms included, go back to what they were at `rewind_epoch`, the masks are
-    applied, and the optimizer's state is cleared. A copy of the model's state is held for it. Meant for schedules with
+    applied, and the optimizers' states are cleared. A copy of the model's state is held for it. Meant for schedules with
     few moves (`iterative`, `one_shot`); comes after the sparsifier in a loop.
 
     Args:
@@ -112,11 +112,11 @@ class LotteryTicket(Participant):
         for name, value in unwrap(self.sparsifier.model).state_dict().items():
             value.copy_(self._saved[name])
         self.sparsifier.apply_masks()
-        optimizer: Any = self._fit.optimizer if self._fit else None
-        if hasattr(optimizer, "clear_state"):  # fastai's
-            optimizer.clear_state()
-        elif optimizer is not None:
-            optimizer.state.clear()
+        for optimizer in self._fit.optimizers if self._fit else ():
+            if hasattr(optimizer, "clear_state"):  # fastai's
+                optimizer.clear_state()
+            else:
+                optimizer.state.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The noted weights: copies."""

@@ -103,7 +103,8 @@ def test_layer_by_layer():
     assert [(c.parameters, c.nonzero, c.macs, c.output_shape) for c in first.values()] == [
         (32, 32, 32, (1, 8)), (32, 16, 32, (1, 8)), (8, 8, 8, (1, 2))
     ]  # fmt: skip
-    assert " ".join(str(layers).splitlines()[2].split()) == "0 32 32 8 32 16 8 32 32 8 1x8 1x8 1x2"
+    assert [(c.file_bytes, c.activation_bytes) for c in first.values()] == [(128, 32), (128, 32), (32, 8)]
+    assert " ".join(str(layers).splitlines()[3].split()) == "masked 1x8 32 16 32 128 B 32 B"
     assert json.loads(json.dumps(layers.to_dict()))["layers"]["2"]["small"]["macs"] == 4
 
 
@@ -133,8 +134,21 @@ def test_compare_counts_and_measures():
     assert found.costs["small"].macs == 12
     assert found.latency.batch_sizes == (1, 2)
     assert set(found.latency.models) == {"dense", "small"}
+    layers = found.layers()
+    assert (layers.names, layers.batch_sizes) == (("dense", "small"), (1, 2))
+    assert all(0 < t.median < 1 and t.passes >= 5 for row in layers.rows for ts in row.timings.values() for t in ts)
+    assert [len(row.timings["small"]) for row in layers.rows] == [2, 2]
     assert all(torch.equal(before[name], tensor) for name, tensor in dense.state_dict().items())
-    assert compare({"dense": dense}, X, latency=False).latency is None
+    untimed = compare({"dense": dense}, X, latency=False)
+    assert (untimed.latency, untimed.layers().batch_sizes, untimed.layers().rows[0].timings) == (None, (), {})
+
+
+def test_a_model_that_does_not_run_layer_by_layer_has_no_times_beside_one_that_does():
+    compiled = torch.compile(net(), backend="eager")
+    layers = compare({"plain": net(), "compiled": compiled}, X, min_run_time=0.01).layers()
+    assert layers.rows[0].timings["compiled"] == (None,)
+    assert layers.rows[0].timings["plain"][0].passes >= 5
+    assert compare({"compiled": compiled}, X, min_run_time=0.01).layers().batch_sizes == ()
 
 
 def test_it_is_plain_data():

@@ -54,6 +54,22 @@ def test_batch_norms_count_are_left_as_they_were():
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_the_layers_bytes_and_the_head_make_the_file(tmp_path):
+    net = nn.Sequential(*small_net(), nn.Module())
+    net[5].register_buffer("held", torch.zeros(3, dtype=torch.float64))
+    net[5].register_buffer("not_saved", torch.zeros(9), persistent=False)
+    net[5].tied = net[0].weight
+    net[5].forward = lambda x: x
+    save_file({n: t for n, t in net.state_dict().items() if n != "5.tied"}, tmp_path / "net")
+    found = cost(net, X)
+    # a batch norm holds four vectors and a count of int64, the tied weight stands in the first layer
+    assert {row.name: row.file_bytes for row in found.layers if row.file_bytes} == {
+        "0": 4 * 80, "1": 4 * 32 + 8, "4": 4 * 1290, "5": 24
+    }  # fmt: skip
+    head = 8 + int.from_bytes((tmp_path / "net").read_bytes()[:8], "little")
+    assert sum(row.file_bytes for row in found.layers) + head == found.file_bytes == (tmp_path / "net").stat().st_size
+
+
 def test_inputs_and_random_generators_stay():
     net, x, rng = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout()), torch.tensor([-1.0]), torch.get_rng_state()
     cost(net, x)
@@ -194,8 +210,9 @@ def test_it_is_plain_data():
 
 def test_the_table_has_layers_and_the_whole():
     lines = str(cost(small_net(), X)).splitlines()
-    assert lines[0].split() == ["layer", "kind", "output", "parameters", "non-zero", "MACs", "activations"]
+    assert lines[0].split() == ["layer", "kind", "output", "parameters", "non-zero", "MACs", "file", "activations"]
     assert lines[2].split()[:4] == ["0", "Conv2d", "2x8x4x4", "80"]
+    assert lines[2].split()[6:] == ["320", "B", "1", "KiB"]
     (whole,) = [line for line in lines if line.startswith("whole model")]
     assert whole.split()[2] == "1,386" and whole.split()[4] == "4,864"
     assert lines[-1].startswith("weights 5.41 KiB, buffers 72 B, file ")

@@ -264,7 +264,10 @@ def test_the_table():
     lines = str(run(sparsities=(0.125, 0.5))).splitlines()
     assert lines[0].split() == ["target", "weights", "12.5%", "50%"]
     assert lines[2].split() == ["0.weight", "10", "0.97", "0.85"]
-    assert lines[-1] == "baseline 1, higher is better; one target pruned at a time"
+    assert lines[-2] == "baseline 1, higher is better; one target pruned at a time"
+    # 0.125 of 20 weights is 2.5 of them, 0.125 of 10 is 1.25: 2 and 1 go
+    assert lines[-1] == "the columns are what was asked; `reached` has what was pruned, 2.5% from it at most"
+    assert "asked" not in str(run(sparsities=(0.5,)))
     assert "lower is better" in str(run(higher_is_better=False))
 
 
@@ -365,9 +368,18 @@ def test_coupled_groups_are_tried_one_by_one_and_the_pruner_takes_what_is_alloca
         progress=False,
     )
     assert set(found.scores) == {"quiet.0.weight", "loud.0.weight"}
+    assert str(found).split()[:2] == ["target", "channels"]
+    assert found.plot().get_xlabel() == "share of the target's channels pruned"
     assert found.units == {"quiet.0.weight": 8, "loud.0.weight": 8}
     assert found.top(1)[0].name == "loud.0.weight"
     shares = found.allocate(0.5)
     assert shares["quiet.0.weight"] > shares["loud.0.weight"]
     removal = Pruner(model, shares, "local", "large_final", example_inputs=x).prune_model(measure=False)
     assert sum(n - m for n, m in removal.removed.values()) == 8
+
+
+@pytest.mark.parametrize(("options", "pruned"), [({}, 3), ({"round_to": 8}, 0), ({"round_to": None}, 0)])
+def test_counts_of_coupled_channels_are_exact_unless_rounding_is_asked_for(options, pruned):
+    model, x = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)), torch.zeros(1, 4)
+    options = {"granularity": "coupled", "example_inputs": x, "sparsities": (0.1,), **options}
+    assert run(model, lambda _: 1.0, **options).reached == {"0.weight": (pruned / 32,)}

@@ -642,6 +642,13 @@ def test_steps_that_are_skipped_do_not_score(tmp_path, order):
     assert weights[:BATCHES] == [0, 15, 15, 30]
 
 
+def test_a_run_cut_short_does_not_score_by_gradients_that_fastai_has_cleared(tmp_path):
+    learn, callback = learner(tmp_path), sparsify(criteria="taylor")
+    with pytest.warns(UserWarning, match=r"at sparsity 0\.3700 \(criteria needs gradients, and all of them are zero"):
+        learn.fit(1, cbs=[callback, ShortEpochCallback(pct=0.5)])
+    assert zeros(learn.model) == [22, 15]  # three of the four steps were taken
+
+
 def test_criteria_that_read_the_batch(tmp_path):
     learn, callback = learner(tmp_path), sparsify(criteria="wanda")
     learn.fit(1, cbs=callback)

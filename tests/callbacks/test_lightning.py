@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     ModelCheckpoint,
     OnExceptionCheckpoint,
+    StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
@@ -23,6 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fasterai.callbacks.lightning import HoldCallback, ParticipantCallback, SparsifyCallback
+from fasterai.core.cuts import noted_optimizers
 from fasterai.core.loop import Participant
 from fasterai.sparse.sparsifier import Sparsifier
 
@@ -81,22 +83,26 @@ class Net(pl.LightningModule):
 
 
 class Manual(Net):
-    """Two optimizers, one for each layer; in every batch both step."""
+    """Two optimizers, one for each layer; in every batch both step, if they take turns with the other's layer frozen."""
 
-    def __init__(self, every: int = 1):
+    def __init__(self, every: int = 1, turns: bool = False):
         super().__init__()
         self.automatic_optimization = False
-        self.every = every
+        self.every, self.turns = every, turns
         self.seen = []
 
     def training_step(self, batch, batch_idx):
         x, y = batch
         for optimizer in self.optimizers():
+            if self.turns:
+                self.toggle_optimizer(optimizer)
             optimizer.zero_grad()
             self.manual_backward(F.cross_entropy(self(x), y))
             if (batch_idx + 1) % self.every == 0:
                 optimizer.step()
                 self.seen.append(zeros(self))
+            if self.turns:
+                self.untoggle_optimizer(optimizer)
 
     def configure_optimizers(self):
         return [torch.optim.Adam(self.net[i].parameters(), lr=0.01) for i in (0, 2)]
@@ -315,9 +321,10 @@ def test_a_run_without_an_end_is_an_error_before_a_weight_changes(tmp_path, opti
     clean(model, fit, callback)
 
 
+@pytest.mark.parametrize("turns", [False, True])
 @pytest.mark.parametrize("options", [{}, {"max_steps": 16}, {"max_steps": 16, "max_epochs": -1}])
-def test_manual_optimization_with_two_optimizers(tmp_path, options):
-    model, callback = Manual(), sparsify()
+def test_manual_optimization_with_two_optimizers(tmp_path, options, turns):
+    model, callback = Manual(turns=turns), sparsify()
     fit = trainer(tmp_path, callback, **options)
     fit.fit(model, loader())
     assert len(model.seen) == 16
@@ -328,6 +335,49 @@ def test_manual_optimization_with_two_optimizers(tmp_path, options):
     else:  # the trainer counts optimizer steps
         assert model.seen == [[round(60 * k / 32), round(40 * k / 32)] for k in range(1, 17)]
     clean(model, fit, callback)
+
+
+def test_networks_that_take_turns_wait_until_both_have_gradients(tmp_path):
+    model = Manual(turns=True)
+    trainer(tmp_path, sparsify(criteria="taylor")).fit(model, loader())
+    # At the very first step the second layer has had no gradient yet.
+    assert model.seen[:4] == [[0, 0], [4, 2], [8, 5], [8, 5]]
+    assert zeros(model) == [30, 20]
+
+
+def test_channels_between_networks_that_take_turns(tmp_path):
+    model = Manual(turns=True)
+    callback = SparsifyCallback(0.5, "coupled", "local", "large_final", linear)
+    trainer(tmp_path, callback).fit(model, loader())
+    assert model.seen[7] == [12, 8]  # 2 of the 10 hidden channels at half of the run: round(2.5)
+    assert zeros(model) == [30, 20]
+
+
+def test_all_optimizers_are_known_to_those_that_take_part(tmp_path):
+    class Notes(Participant):
+        def on_fit_start(self, fit):
+            self.optimizers = fit.optimizers
+
+    for model, n in ((Net(), 1), (Manual(), 2)):
+        notes, callback = Notes(), sparsify(lth=True)
+        fit = trainer(tmp_path, ParticipantCallback(notes), callback, max_epochs=1)
+        fit.fit(model, loader())
+        assert notes.optimizers == fit.optimizers
+        assert len(notes.optimizers) == n
+        assert {id(o) for o in noted_optimizers(model)} == {id(o) for o in fit.optimizers}
+
+
+class Normed(Net):
+    def __init__(self):
+        super().__init__()
+        self.net.insert(1, nn.BatchNorm1d(10))
+
+
+def test_the_epoch_that_swa_adds_for_its_norms_is_no_part_of_the_schedule(tmp_path):
+    steps, averaging = ZerosPerBatch(), StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+    trainer(tmp_path, sparsify(), averaging, steps).fit(Normed(), loader())
+    assert len(steps.seen) == 3 * BATCHES
+    assert steps.seen[: 2 * BATCHES] == [[4, 2], [8, 5], [11, 8], [15, 10], [19, 12], [22, 15], [26, 18], [30, 20]]
 
 
 def test_manual_optimization_that_steps_in_some_batches_ends_exactly(tmp_path):

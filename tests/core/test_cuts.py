@@ -119,15 +119,26 @@ def test_who_shares_a_part_with_the_model_hears_of_it():
     assert noted_optimizers(one) == [optimizer]
 
 
-def test_all_hear_of_it_also_if_one_fails():
-    class Failing:
-        def after_cut(self, cut):
-            raise RuntimeError("failing")
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_if_one_fails_all_are_as_they_were(error):
+    class Counting:
+        count = 0
 
-    model = nest()
-    followers = [Heard(), Failing(), Heard(), Failing(), Heard()]
+        def __init__(self, fails=False):
+            self.fails, self.sizes = fails, (3,)
+
+        def after_cut(self, cut):
+            Counting.count += 1
+            self.sizes = (2,)
+            if self.fails and Counting.count == 4:  # the first three have followed
+                raise error("failing")
+
+    model, other = nest(), nest()
+    followers = [Counting(fails=True) for _ in range(5)]
     for follower in followers:
-        follow(model, follower)
-    with pytest.raises(RuntimeError, match="failing"):
-        announce(model, CUT)
-    assert all(len(heard.cuts) == 1 for heard in followers[::2])
+        follow(model if follower in followers[:3] else other, follower)
+    with pytest.raises(error, match="failing"):
+        announce(model, CUT, [other])
+    assert [follower.sizes for follower in followers] == [(3,)] * 5
+    announce(model, CUT, [other])
+    assert [follower.sizes for follower in followers] == [(2,)] * 5

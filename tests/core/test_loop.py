@@ -46,6 +46,11 @@ class Failing(Participant):
 BATCH = Batch((torch.zeros(1),))
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, []), ("one", ["one"]), (["one", "two"], ["one", "two"])])
+def test_the_optimizers_are_a_list_whatever_was_given(given, expected):
+    assert Fit(1, optimizer=given).optimizers == expected
+
+
 def test_events_come_in_order_with_the_position_after_the_step():
     diary = Diary()
     loop = Loop([diary])

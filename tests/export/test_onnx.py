@@ -120,6 +120,19 @@ def test_several_inputs_and_outputs(tmp_path):
     assert torch.equal(best, expected["best"])
 
 
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dynamic_batch", [False, True])
+def test_a_scalar_output(tmp_path, dynamic_batch):
+    path = export_onnx(Mean(), torch.ones(2, 3), tmp_path / "m.onnx", dynamic_batch=dynamic_batch)
+    out = ONNXModel(path)(torch.full((2, 3), 5.0))
+    assert (out.shape, out.item()) == ((), 5.0)
+
+
 class Fixed(nn.Module):
     def forward(self, x):
         return x.reshape(2, -1) * 2

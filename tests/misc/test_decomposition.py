@@ -289,3 +289,75 @@ def test_familiar_svd():
     layer = nn.Linear(8, 8)
     expected, got = factorise_linear(layer, 0.75), FC_Decomposer().SVD(layer, 0.75)
     assert [p.shape for p in got.parameters()] == [p.shape for p in expected.parameters()]
+
+
+def test_with_a_scale_the_errors_of_large_inputs_weigh_more():
+    """The weight is diag(1, 2, 3): by itself the first goes; with inputs of sizes 8, 2, 1 the last does."""
+    layer = nn.Linear(3, 3, bias=False)
+    layer.weight.data = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+    for scale, kept in ((None, [0.0, 2.0, 3.0]), (torch.tensor([8.0, 2.0, 1.0]), [1.0, 2.0, 0.0])):
+        pair = factorise_linear(layer, 1 / 3, scale=scale)
+        assert torch.allclose(pair(torch.eye(3)), torch.diag(torch.tensor(kept)), atol=1e-6)
+
+
+def test_with_data_the_outputs_error_is_the_least_of_that_rank():
+    """Independent inputs: the least squared error is the sum of the smallest squared singular values of W X."""
+    layer, sizes = nn.Linear(12, 12, bias=False), torch.logspace(-2, 1, 12)
+    x = torch.linalg.qr(torch.randn(64, 12))[0] * sizes  # columns at right angles, of these norms
+    model = nn.Sequential(layer)
+    small = FC_Decomposer().decompose(model, 0.75, None, [(x, torch.zeros(64))])
+    wanted = np.linalg.svd((x @ layer.weight.T).detach().double().numpy(), compute_uv=False)[3:]
+    error, plain = ((other(x) - model(x)).norm().item() for other in (small, decompose_linear(model, 0.75)))
+    assert error == pytest.approx(np.sqrt((wanted**2).sum()), rel=1e-3)
+    assert error < 0.5 * plain
+
+
+def test_full_rank_reproduces_the_layer_with_inputs_that_are_never_there():
+    layer = nn.Linear(6, 4)
+    for scale in (torch.tensor([0.0, 1.0, 2.0, 0.0, 5.0, 9.0]), torch.zeros(6)):
+        x = torch.randn(7, 6)
+        assert (factorise_linear(layer, 0.0, scale=scale)(x) - layer(x)).abs().max() <= 1e-5 * layer(x).abs().max()
+
+
+def test_no_more_batches_than_asked_for_are_run_and_the_model_stays():
+    drawn, model = [], nn.Sequential(nn.Dropout(), nn.Linear(16, 16)).train()
+    before = copy.deepcopy(model.state_dict())
+
+    def batches():
+        while True:
+            drawn.append(1)
+            yield torch.randn(2, 16)
+
+    decompose_linear(model, 0.75, data=batches(), n_batches=2)
+    assert len(drawn) == 2
+    assert model[0].training and not model[1]._forward_pre_hooks
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+class HalfUsed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def test_bad_data_are_named():
+    model = HalfUsed()
+    assert type(decompose_linear(model, 0.75, data=[torch.zeros(1, 8)], exclude="unused").used) is nn.Sequential
+    with pytest.raises(ValueError, match=r"data must hold batches that reach every layer to decompose, .*unused"):
+        decompose_linear(model, 0.75, data=[torch.zeros(1, 8)])
+    with pytest.raises(ValueError, match="data must hold batches"):
+        decompose_linear(model, 0.75, data=[])
+    with pytest.raises(ValueError, match="n_batches must be at least 1, got 0"):
+        decompose_linear(model, 0.75, data=[torch.zeros(1, 8)], n_batches=0)
+    for scale in (torch.ones(7), torch.tensor([-1.0] + [1.0] * 7), torch.full((8,), torch.nan)):
+        with pytest.raises(ValueError, match="scale must be 8 finite numbers of at least 0"):
+            factorise_linear(model.used, scale=scale)
+
+
+def test_the_familiar_path():
+    from fasterai.misc import fc_decomposer
+
+    assert fc_decomposer.FC_Decomposer is FC_Decomposer

@@ -18,7 +18,7 @@ from torchvision.models import VisionTransformer, mobilenet_v2, resnet18
 from fasterai.analyze.cost import cost
 from fasterai.prune import budget as budget_module
 from fasterai.prune import shares
-from fasterai.prune.budget import Budget, fit_budget
+from fasterai.prune.budget import Budget, fit_budget, least_left
 from fasterai.prune.graph import ChannelGraph, channel_graph
 from fasterai.prune.plan import make_plan
 from fasterai.prune.shares import macs_left, parameters_left
@@ -324,6 +324,19 @@ def test_what_must_stay_counts_in_the_least_share() -> None:
     graph = channel_graph(model, (X,))
     with pytest.raises(ValueError, match=r"macs must be at least 0\.134 .*got 0\.1;"):
         fit_budget(model, graph, (X,), chooser(graph), Budget(macs=0.1))
+
+
+def test_the_least_that_can_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One channel of a group each: 9 of 58 parameters and 6 of 48 MACs; 162 of 1216 where the first group has to stay."""
+    timed(monkeypatch, 0.4, 0.0)
+    model, stubborn = mlp(), Stubborn()
+    graph, other = channel_graph(model, (X,)), channel_graph(stubborn, (X,))
+    least, dense = chooser(graph)(1.0), nn.Linear(4, 20)
+    assert least_left(model, graph, (X,), least, Budget(params=0.5)) == 9 / 58
+    assert least_left(model, graph, (X,), least, Budget(params=0.5), dense) == 9 / 100
+    assert least_left(model, graph, (X,), least, Budget(macs=0.5)) == 6 / 48
+    assert least_left(model, graph, (X,), least, Budget(latency=0.5)) == pytest.approx(0.4 + 0.6 * 6 / 48)
+    assert least_left(stubborn, other, (X,), chooser(other)(1.0), Budget(macs=0.5)) == 162 / 1216
 
 
 # --- latency -------------------------------------------------------------------------------------------------------------

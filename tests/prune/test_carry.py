@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,14 @@ import pytest
 import torch
 from fastai.optimizer import SGD as FastaiSGD
 from fastai.optimizer import Adam as FastaiAdam
-from fastai.optimizer import OptimWrapper
+from fastai.optimizer import Lookahead, OptimWrapper
 from torch import Tensor, nn
 
-from fasterai.prune.carry import check_optimizer, cut_entry, sliced, states_of
+from fasterai.prune.carry import check_optimizer, cut_entry, sliced, states_of, strange_keys
 from fasterai.prune.graph import channel_graph
+from fasterai.prune.plan import make_plan
 from fasterai.prune.removal import mask_channels_, remove
+from fasterai.prune.surgery import Surgery
 
 KEPT = np.array([0, 2])
 EIGHT = torch.arange(8.0).reshape(4, 2)
@@ -37,6 +40,7 @@ ENTRIES: list[tuple[tuple[int, ...], dict[int, Any], Tensor, list[Any]]] = [
     ((2, 4, 3), {1: KEPT}, torch.arange(8.0).reshape(2, 4), [[0, 2], [4, 6]]),
     ((4,), {0: KEPT}, torch.tensor(3.0), 3),  # a number
     ((4,), {0: KEPT}, torch.tensor([3.0]), [3]),
+    ((4, 2), {0: KEPT}, torch.tensor([3.0]), [3]),
 ]
 
 
@@ -65,6 +69,43 @@ def test_what_cannot_be_told_starts_anew_with_a_warning(shape: Any, kept: Any, s
     ) as seen:
         assert cut_entry({"step": 5, "odd": state, "fine": torch.zeros(shape)}, "layer.w", shape, kept) == {}
     assert str(tuple(state.shape)) in str(seen[0].message)
+
+
+def test_strange_keys_are_those_with_a_shape_that_is_not_the_parameters() -> None:
+    square, flat = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(4, 2))
+    whole = {
+        "step": torch.tensor(3.0),
+        "mean": torch.zeros(4, 4),
+        "row": torch.zeros(4, 1),
+        "L": torch.eye(4),
+        "Q": [torch.eye(4)],
+    }
+    assert strange_keys({square: whole}) == set()
+    other = {"mean": torch.zeros(4, 2), "row": torch.zeros(4, 1), "L": torch.eye(4), "Q": [torch.zeros(2), torch.eye(4)]}
+    assert strange_keys({square: whole, flat: other, "all": 5}) == {"L", "Q"}
+
+
+OTHER = np.array([1, 3])
+# Shape of the parameter, what goes on which dimension, a state that holds preconditioners elsewhere, what it becomes by hand.
+STRANGE: list[tuple[tuple[int, ...], dict[int, Any], Tensor, Any]] = [
+    ((4, 4), {0: KEPT, 1: OTHER}, torch.eye(4), None),  # rows by rows, or columns by columns?
+    ((4, 4), {0: KEPT}, torch.eye(4), None),
+    ((4, 4, 3), {0: KEPT}, torch.eye(4), None),
+    ((4, 4), {0: KEPT, 1: KEPT}, torch.arange(16.0).reshape(4, 4), [[0, 2], [8, 10]]),  # all come to the same
+    ((4, 2), {0: KEPT}, EIGHT, [[0, 1], [4, 5]]),
+    ((4, 2, 2), {0: KEPT}, torch.arange(16.0).reshape(4, 2, 2), [[[0, 1], [2, 3]], [[8, 9], [10, 11]]]),
+    ((4,), {0: KEPT}, torch.tensor([0.0, 1, 2, 3]), [0, 2]),
+    ((4, 2), {0: KEPT}, torch.tensor([[0.0], [1], [2], [3]]), [[0], [2]]),
+]
+
+
+@pytest.mark.parametrize(("shape", "kept", "state", "expected"), STRANGE)
+@pytest.mark.filterwarnings("ignore:optimizer's state of w")
+def test_a_square_is_not_taken_for_the_parameters_where_it_may_be_a_preconditioner(
+    shape: Any, kept: Any, state: Tensor, expected: Any
+) -> None:
+    entry = cut_entry({"step": 5, "it": state}, "w", shape, kept, {"it"})
+    assert entry == {} if expected is None else entry["it"].tolist() == expected
 
 
 def test_states_inside_of_lists_are_cut_as_well() -> None:
@@ -167,7 +208,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "adagrad": lambda m: torch.optim.Adagrad(groups(m), 0.01),
     "fastai sgd": lambda m: FastaiSGD(lists(m), lr=0.05, mom=0.9),
     "fastai adam": lambda m: FastaiAdam(lists(m), lr=0.01),
+    "fastai lookahead": lambda m: Lookahead(FastaiAdam(lists(m), lr=0.01), k=2),
     "wrapper": lambda m: OptimWrapper(opt=torch.optim.AdamW(groups(m), 0.01)),
+    "timm lookahead": lambda m: pytest.importorskip("timm.optim").Lookahead(torch.optim.AdamW(groups(m), 0.01), k=2),
 }
 
 
@@ -214,6 +257,23 @@ def test_the_small_model_takes_the_steps_that_the_masked_one_takes(kind: str) ->
     for name in ("0.weight", "1.weight", "1.bias", "1.running_mean"):
         torch.testing.assert_close(small.state_dict()[name], masked.state_dict()[name][STAYS], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(small[3].weight, masked[3].weight[:, STAYS], rtol=1e-4, atol=1e-5)
+
+
+def test_the_averages_of_an_optimizer_come_back_with_the_weights() -> None:
+    model = net()
+    optimizer = Lookahead(FastaiSGD(lists(model), lr=0.05), k=2)
+    steps(model, optimizer, 3)
+    slow = [average for averages in optimizer.slow_weights for average in averages]
+    before = [average.clone() for average in slow]
+    graph = channel_graph(model, (X,))
+    plan = replace(make_plan(model, graph, [np.array([True, False, True, False])]), scales={"0.weight": 2.0})
+    done = Surgery(model, plan, optimizer)
+    for average, parameter in zip(slow, model.parameters(), strict=True):
+        assert average.shape == parameter.shape
+    assert torch.equal(slow[0], 2 * before[0][STAYS])
+    assert torch.equal(slow[3], before[3][:, STAYS])
+    done.undo()
+    assert all(torch.equal(a, b) for a, b in zip(slow, before, strict=True))
 
 
 def test_adafactor_goes_on_with_its_factors_cut() -> None:
@@ -277,3 +337,42 @@ def test_factors_of_one_dimension_are_cut_where_it_is_clear_and_start_anew_where
     model.zero_grad()
     model(x).sum().backward()
     optimizer.step()
+
+
+class Shampoo(torch.optim.Optimizer):
+    """Preconditions matrices from both sides: rows by rows, columns by columns (after Gupta et al. 2018)."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for p in (p for g in self.param_groups for p in g["params"] if p.dim() == 2):
+            state = self.state[p]
+            if not state:
+                state["sides"] = [torch.eye(p.shape[0]), torch.eye(p.shape[1])]
+            left, right = state["sides"]
+            left += p.grad @ p.grad.T
+            right += p.grad.T @ p.grad
+            p -= 0.01 * torch.linalg.inv(left) @ p.grad @ torch.linalg.inv(right)
+
+
+def test_the_preconditioners_of_a_square_matrix_start_anew() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(4, 5)
+    optimizer = Shampoo(model.parameters())
+    model(x).sum().backward()
+    optimizer.step()
+    mask_channels_(model, channel_graph(model, (x,)), [np.arange(8) != 2, np.arange(8) != 5])
+    with pytest.warns(
+        UserWarning, match=r"optimizer's state of 2\.weight \(8, 8\) cannot be cut as it is, for its sides \(8, 8\)"
+    ):
+        remove(model, x, optimizer=optimizer, measure=False)
+    assert model[2].weight.shape == (7, 7)
+    assert not any(optimizer.state[model[i].weight] for i in (0, 2, 4))
+    model.zero_grad()
+    model(x).sum().backward()
+    optimizer.step()
+    for side in optimizer.state[model[2].weight]["sides"]:
+        assert torch.equal(side, side.T)

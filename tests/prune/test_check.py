@@ -263,3 +263,99 @@ def test_rounding_is_told_beside_what_moves_far() -> None:
     assert removal.difference > 1e-5, "else this shows nothing"
     assert removal.removed == {"a.weight": (16, 8)}
     assert list(removal.refused) == ["c.weight"]
+
+
+class Padded(nn.Module):
+    """Four silent channels; `between` stands between them and what reads them, and gets what is padding."""
+
+    def __init__(self, between: Any, outside: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.between, self.outside = nn.Linear(5, 8), nn.Linear(8, 3), between, outside
+        with torch.no_grad():
+            self.a.weight[:4], self.a.bias[:4] = 0, 0
+        self.double()
+
+    def forward(self, x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.b(self.between(self.a(x), padding[:, None]))
+        return y, y.masked_fill(padding[:, None], self.outside)
+
+
+@pytest.mark.parametrize("outside", [0.0, -1e9, -1.7e308, -math.inf])
+def test_a_huge_filler_hides_no_movement(outside: float) -> None:
+    net = Padded(lambda y, padding: y.sigmoid(), outside)
+    net.forward = lambda x, padding: Padded.forward(net, x, padding)[1]  # type: ignore[assignment]
+    removal = remove(net, (X.double(), torch.tensor([True, False, False, True])), measure=False)
+    assert removal.removed == {}
+    assert "the outputs would move by" in removal.refused["a.weight"]
+
+
+def test_masks_that_the_inputs_leave_empty_are_tried_filled() -> None:
+    inputs = X.double(), torch.zeros(4, dtype=torch.bool)
+    assert remove(Padded(lambda y, padding: y.masked_fill(padding, -1.0)), inputs, measure=False).removed == {}
+    harmless = Padded(lambda y, padding: y.masked_fill(padding, 0.0))
+    assert remove(harmless, inputs, measure=False).removed == {"a.weight": (8, 4)}
+
+
+def test_lengths_that_the_inputs_do_not_have_are_tried() -> None:
+    class Positions(nn.Module):
+        """The first position adds nothing, those behind it do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(5, 8, bias=False), nn.Linear(8, 3)
+            with torch.no_grad():
+                self.a.weight[:4] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x) + torch.arange(x.shape[1], dtype=x.dtype)[:, None])
+
+    assert remove(Positions().double(), X.double()[:, None], measure=False).removed == {}
+
+
+def test_a_model_that_overflows_on_large_numbers_is_judged_by_the_others() -> None:
+    net = Padded(lambda y, padding: y.relu()).float()
+    net.forward = lambda x: (net.b(net.a(x).relu()), x.exp() / x.exp().sum(1, keepdim=True))  # type: ignore[assignment]
+    assert net(X * 1e3)[1].isnan().any()
+    assert remove(net, X, measure=False).removed == {"a.weight": (8, 4)}
+
+
+def test_padding_changes_nothing_about_heads() -> None:
+    """torch's fused attention zeroes what is padding; the slim one computes what torch's does in training."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True, dropout=0.0)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(3, 6, 8), torch.zeros(3, 6, dtype=torch.bool)
+    padding[0, 4:] = True
+    with torch.no_grad():
+        for one in encoder.layers:
+            one.self_attn.in_proj_weight.view(3, 4, 2, 8)[:, :2] = 0
+            one.self_attn.in_proj_bias.view(3, 4, 2)[:, :2] = 0
+            one.self_attn.out_proj.weight.view(8, 4, 2)[:, :2] = 0
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+            return self.encoder(x, src_key_padding_mask=padding)
+
+    model = Masked().eval()
+    wanted = model(x, padding)  # with gradients: not the fused kernel
+    removal = remove(model, (x, padding), measure=False)
+    heads = {f"encoder.layers.{i}.self_attn.in_proj_weight": (4, 2) for i in range(2)}
+    assert (removal.removed, removal.refused) == (heads, {})
+    torch.testing.assert_close(model(x, padding), wanted, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, padding)[~padding], wanted[~padding].detach(), rtol=0, atol=1e-5)
+
+
+def test_trials_see_the_weights_that_are_there_under_autocast() -> None:
+    net = shifted(16, range(8), ()).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        net(X)  # its weights are cast, and the casts kept
+        removal = remove(net, X, measure=False)
+        assert removal.removed == {"a.weight": (16, 8)}
+        assert net(X).shape == (4, 3)

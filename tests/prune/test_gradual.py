@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fasterai.callbacks.plain import attach
+from fasterai.core.cuts import note_optimizer
 from fasterai.core.loop import Batch, Fit, Loop, Participant
 from fasterai.core.schedules import Linear, OneShot, Piecewise, agp, cos, lin
 from fasterai.prune.budget import Budget
@@ -226,6 +227,19 @@ def test_criteria_that_need_more_than_the_weight(criterion):
     assert widths(model) == [5]
 
 
+def test_a_removal_waits_while_all_gradients_are_zero():
+    model = net()
+    optimizer = adam(model)
+    seen = []
+    with attach(optimizer, gradual(model, criteria="taylor", schedule=OneShot(0.25)), total_steps=4):
+        for i in range(4):
+            optimizer.zero_grad()
+            (nn.functional.cross_entropy(model(X), Y) * (i > 0)).backward()
+            optimizer.step()
+            seen.append(widths(model))
+    assert seen == [[10], [5], [5], [5]]
+
+
 def test_the_model_is_exported_once(monkeypatch):
     model = net()
     pruner = gradual(model)
@@ -275,6 +289,22 @@ def test_an_optimizer_whose_state_cannot_be_cut_is_refused_before_the_run():
         attach(torch.optim.LBFGS(model.parameters()), gradual(model), total_steps=4)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_several_optimizers_those_that_were_noted_go_on_too(first):
+    model = deep()
+    optimizers = [
+        torch.optim.Adam([p for p in model.parameters() if (p.dim() == 2) == is_matrix]) for is_matrix in (True, False)
+    ]
+    note_optimizer(model, optimizers[1 - first])
+    with attach(optimizers[first], gradual(model), total_steps=4):
+        for _ in range(4):
+            nn.functional.cross_entropy(model(X), Y).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert widths(model) == [5, 3]
+    assert all(o.state[p]["exp_avg"].shape == p.shape for o in optimizers for p in o.param_groups[0]["params"])
+
+
 def test_an_optimizer_of_another_model_is_refused():
     model = net()
     with pytest.raises(ValueError, match="optimizer must train the model that channels go from, got one that holds none"):
@@ -290,6 +320,58 @@ def test_frozen_layers_are_left_alone_until_they_train():
     model[0].requires_grad_(True)
     assert train(model, pruner)[-1] == [5, 3]
     assert pruner.channels == {"0.weight": (10, 5), "2.weight": (6, 3)}
+
+
+def test_layers_that_begin_to_train_in_a_run_catch_up_with_the_schedule():
+    model = deep()
+    model[0].requires_grad_(False)
+    pruner, seen = gradual(model), []
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    with attach(optimizer, pruner, total_steps=8):
+        for i in range(8):
+            model[0].requires_grad_(i >= 2)
+            step(model, optimizer, i)
+            seen.append(widths(model))
+    # A straight line to 5 of 10 and 3 of 6; the first layer trains from the third step on, and is looked at after it.
+    assert seen == [[10, 6], [10, 5], [10, 5], [8, 4], [7, 4], [6, 4], [6, 3], [5, 3]]
+
+
+def test_layers_that_train_in_turns_are_not_looked_at_at_each_step(monkeypatch):
+    model, looks = deep(), []
+    pruner = gradual(model)
+    count = pruner._count
+    monkeypatch.setattr(pruner, "_count", lambda frozen: (looks.append(frozen), count(frozen)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    model[0].requires_grad_(False)
+    with attach(optimizer, pruner, total_steps=6):
+        for i in range(6):
+            model[0].requires_grad_(i % 2 == 1)
+            model[2].requires_grad_(i % 2 == 0)
+            step(model, optimizer, i)
+    assert looks == [["0"], []]
+
+
+def test_a_budget_that_is_out_of_reach_while_layers_are_frozen_waits_for_them():
+    model = deep()  # 164 parameters; 74 + 15 n with n of the second layer's 6 channels, 89 or 54 % at least
+    pruner = gradual(model, Budget(params=0.5))
+    model[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"params=0.5 is out of reach while layers are frozen \(0\): no channels go until"):
+        assert train(model, pruner) == [[10, 6]] * 4
+    model[0].requires_grad_(True)
+    train(model, pruner)
+    assert sum(p.numel() for p in model.parameters()) <= 82
+
+
+def test_a_budget_within_reach_does_not_wait():
+    model = deep()
+    model[0].requires_grad_(False)
+    assert train(model, gradual(model, Budget(params=0.7)))[-1] == [10, 2]  # 104 of 164; 3 channels would leave 119
+
+
+def test_a_budget_out_of_reach_is_an_error_where_nothing_is_frozen():
+    model = deep()
+    with pytest.raises(ValueError, match=r"params must be at least 0\.104 for this model"):  # 17 of 164
+        train(model, gradual(model, Budget(params=0.05)))
 
 
 def test_a_run_in_which_every_layer_that_could_shrink_is_frozen_goes_by():

@@ -63,6 +63,69 @@ def test_heads_of_a_fused_projection() -> None:
     assert groups["linear1.weight"].channels == 16
 
 
+class Attending(nn.Module):
+    """Attention between two linear layers, called as `nn.MultiheadAttention` is called by default: its weights are dropped."""
+
+    def __init__(self, positions: bool) -> None:
+        super().__init__()
+        self.a, self.attention, self.b = nn.Linear(6, 8), nn.MultiheadAttention(8, 4, batch_first=True), nn.Linear(8, 2)
+        self.positions = nn.Parameter(torch.randn(1, 5, 8)) if positions else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = x if self.positions is None else x + self.positions
+        return self.b(x + self.attention(x, x, x)[0])
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_attention_weights_that_nobody_reads_pin_neither_heads_nor_stream(positions: bool) -> None:
+    graph = channel_graph(Attending(positions), (torch.randn(2, 5, 6),))
+    assert {g.name: g.channels for g in graph.groups} == {"a.weight": 8, "attention.in_proj_weight": 4}
+    assert ("positions", 2) in graph.groups[0].places or not positions
+
+
+def test_attention_weights_that_are_given_out_pin_the_heads() -> None:
+    graph = channel_graph(nn.MultiheadAttention(8, 4), (torch.randn(5, 2, 8),) * 3)
+    assert graph.groups == ()
+
+
+class Unheard(nn.Module):
+    """A layer whose output nobody uses runs all the same, and has to fit what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.idle, self.b = nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        self.idle(x).mean()
+        return self.b(x)
+
+
+def test_a_layer_that_nobody_hears_is_cut_where_it_reads() -> None:
+    (group,) = (g for g in channel_graph(Unheard(), (torch.randn(2, 3),)).groups if g.name == "a.weight")
+    assert ("idle.weight", 1) in group.places
+
+
+class Shuffled(nn.Module):
+    """Two grouped convolutions with channels shuffled by hand between them, as in ShuffleNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.g, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, groups=2), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = (x := self.g(self.a(x))).shape
+        return self.b(x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w))
+
+
+def test_a_shuffle_by_hand_leaves_as_much_to_go_as_the_module() -> None:
+    with_module = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, groups=2), nn.ChannelShuffle(2), nn.Conv2d(16, 4, 1))
+    for net in (Shuffled(), with_module):
+        # the same index of both groups: 8 channels of what is read, 8 of what is made
+        assert [g.channels for g in channel_graph(net, (IMAGES,)).groups] == [8, 8]
+
+
 def test_what_nothing_reads_stays() -> None:
     net = Residual()
     net.spare = nn.Linear(3, 5)

@@ -90,6 +90,13 @@ def test_the_times_are_those_of_the_two_models() -> None:
     assert 3.0 <= latency.ratio("small", None) <= 4.2  # 32 ms by 8 ms, less what else there is to do
     assert 0.03 <= latency.models["dense"].timings[0].median <= 0.045
     assert latency.models["dense"].timings[0].blocks >= 5
+    for name, seconds in (("dense", 0.032), ("small", 0.008)):
+        own = latency.models[name].timings[0].layers[""]
+        assert seconds <= own.median <= seconds + 0.01
+        assert own.passes == 3
+    layers = found.comparison.layers()
+    assert [row.name for row in layers.rows] == ["a", "b"]
+    assert all(t is not None and 0 < t.median < 0.01 for row in layers.rows for ts in row.timings.values() for t in ts)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from fasterai.core.granularities import Coupled
 from fasterai.prune.budget import Budget
 from fasterai.prune.graph import channel_graph
 from fasterai.prune.pruner import Pruner
+from fasterai.prune.small import load_small, save_small
 from fasterai.sparse.pools import WeightScores, channel_pools
 from fasterai.sparse.sparsifier import Sparsifier
 
@@ -264,6 +267,16 @@ def test_a_budget_is_of_the_first_model_over_several_steps():
     assert all(wanted - 0.07 < share <= wanted for share, wanted in zip(left, (0.8, 0.6, 0.4), strict=True)), left
 
 
+@pytest.mark.parametrize(
+    ("ratio", "is_within"),
+    [(Budget(params=0.035), True), (Budget(params=0.034), False), (Budget(macs=1.0), True), (0.99, True)],
+)
+def test_whether_a_budget_is_within_reach(ratio, is_within):
+    """One channel of each group leaves 28 + 2 + 10 + 2 + 10 = 52 of 224 + 16 + 1168 + 32 + 85 = 1525 parameters, 0.0341."""
+    model = net()
+    assert Pruner(model, ratio, "local", "large_final", example_inputs=X).is_within_reach() is is_within
+
+
 @pytest.mark.filterwarnings("ignore:.*units were to go")
 def test_a_channel_of_each_group_stays():
     model = net()
@@ -323,6 +336,56 @@ def test_a_failure_leaves_the_weights_as_they_were():
     assert all(torch.equal(v, model.state_dict()[n]) for n, v in before.items())
 
 
+CHANGING = [
+    f"fasterai.{m}" for m in ["prune.pruner", "prune.removal", "prune.surgery", "core.cuts", "sparse.keeper", "sparse.scoring"]
+]
+
+
+def calls_of(run, interrupted=None, nth=0):
+    """How often each function of the modules that change something is called; at one of these calls comes a Ctrl-C."""
+    calls = Counter()
+
+    def trace(frame, *_):
+        code = frame.f_code
+        if frame.f_globals.get("__name__") in CHANGING and code.co_name != "undo" and code.co_name.isidentifier():
+            calls[code] += 1
+            if code is interrupted and calls[code] == nth:
+                raise KeyboardInterrupt
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return calls
+
+
+def test_after_a_ctrl_c_all_is_as_it_was_or_all_is_small():
+    torch.manual_seed(0)
+    model, x, widths = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)).eval(), torch.randn(4, 3), {}
+    optimizer = torch.optim.Adam(model.parameters())
+    pruner = Pruner(model, 0.5, "local", "movement", example_inputs=x)
+    sparsifier = Sparsifier(model, "coupled", example_inputs=x)
+    model(x).sum().backward()
+    optimizer.step()
+    fresh = model, optimizer, pruner, sparsifier
+    _, mine, twin, _ = copy.deepcopy(fresh)
+    for function, count in calls_of(lambda: twin.prune_to(1.0, mine, measure=False)).items():
+        model, optimizer, pruner, sparsifier = copy.deepcopy(fresh)
+        with pytest.raises(KeyboardInterrupt):
+            calls_of(lambda p=pruner, o=optimizer: p.prune_to(1.0, o, measure=False), function, count)
+        width = widths[function.co_name] = model[0].out_features
+        assert width in (4, 8), function
+        assert width == 4 or all(torch.equal(v, fresh[0].state_dict()[n]) for n, v in model.state_dict().items()), function
+        assert all(v.shape in ((), p.shape) for p, entry in optimizer.state.items() for v in entry.values()), function
+        assert pruner.channels["0.weight"] == (8, width), function
+        sparsifier.apply_masks()
+        pruner.prune_to(1.0, optimizer, measure=False)
+        assert model(x).shape == (4, 2) and model[0].out_features == 4, function
+    assert {"mask_channels_": 8, "operate": 8, "announce": 8, "after_cut": 8, "note_move": 4}.items() <= widths.items()
+
+
 def test_groups_that_were_big_keep_multiples_of_eight_to_the_end():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 72), nn.ReLU(), nn.Linear(72, 5))
@@ -342,3 +405,27 @@ def test_a_copy_follows_its_own_model(copied):
     assert pruner.channels["0.weight"] == (8, 6)
     pruner.prune_model(measure=False)
     assert (other[0].out_channels, model[0].out_channels) == (4, 8)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.m, self.b = nn.Linear(6, 32), nn.MultiheadAttention(32, 4, batch_first=True), nn.Linear(32, 3)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.b(x + self.m(x, x, x)[0])
+
+
+def test_features_go_that_an_attention_reads_while_all_its_heads_stay(tmp_path):
+    x = torch.randn(2, 5, 6)
+    model = Attention().eval()
+    removal = Pruner(model, {"a": 0.5}, "local", "large_final", example_inputs=x).prune_model()
+    assert (removal.removed, removal.refused) == ({"a.weight": (32, 16)}, {})
+    assert (model.m.num_heads, model.m.embed_dim, model.m.kdim, model.m.vdim) == (4, 16, 16, 16)
+    assert tuple(model.m.in_proj_weight.shape) == (96, 16)
+    save_small(tmp_path / "small.safetensors", model)
+    assert torch.equal(load_small(tmp_path / "small.safetensors", Attention().eval())(x), model(x))
+    again = Pruner(model, 0.5, "local", "large_final", example_inputs=x).prune_model()
+    assert again.removed == {"a.weight": (16, 8), "m.in_proj_weight": (4, 2)}
+    assert (model.m.num_heads, model.m.embed_dim) == (2, 8)

@@ -636,3 +636,28 @@ def test_a_call_that_removes_nothing_warns():
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     with pytest.warns(UserWarning, match="nothing was removed: no channel that may go is silent; masks hold only while"):
         remove(model, torch.randn(2, 4), measure=False)
+
+
+class OneWeight(nn.Module):
+    """One weight makes the hidden units and reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(6, 8)
+        nn.init.zeros_(self.a.bias)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.a(x).relu(), self.a.weight.t())
+
+
+@pytest.mark.parametrize("gone", [(), (1, 4, 5)])
+def test_a_weight_that_makes_and_reads_has_to_be_zero_for_silence(gone: tuple[int, ...]) -> None:
+    net, x = OneWeight(), torch.randn(1, 6, dtype=torch.float64)
+    with torch.no_grad():
+        net.a.weight[list(gone)] = 0
+    (flags,) = silent_channels(net, channel_graph(net, (x,)))
+    assert flags.nonzero()[0].tolist() == list(gone)
+    if gone:
+        assert list(remove(net, x, measure=False).removed.values()) == [(8, 5)]

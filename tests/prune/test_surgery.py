@@ -224,6 +224,22 @@ def test_a_surgery_that_fails_on_the_way_leaves_nothing_behind(monkeypatch: pyte
     assert same(before, picture(net, optimizer))
 
 
+def test_a_surgery_that_is_interrupted_in_a_change_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = small_net()
+    plan, put, optimizer = plan_for(net), surgery._put, OPTIMIZERS["sgd"](list(net.parameters()))
+    before = picture(net, optimizer)
+
+    def interrupted(*args: Any) -> None:
+        monkeypatch.undo()
+        put(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(surgery, "_put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Surgery(net, plan, optimizer)
+    assert same(before, picture(net, optimizer))
+
+
 def test_what_was_undone_is_done_again_without_cutting_anew() -> None:
     net = small_net()
     optimizer = OPTIMIZERS["adam"](list(net.parameters()))

@@ -8,7 +8,7 @@ from torch import nn
 from fasterai.core.loop import Batch
 from fasterai.core.targets import find_targets
 from fasterai.core.types import EVIDENCE
-from fasterai.sparse.evidence import GATHERERS, Source, as_batch
+from fasterai.sparse.evidence import GATHERERS, NotYetError, Source, as_batch
 
 X = torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(6) % 3
@@ -291,6 +291,29 @@ def test_gradients_that_are_not_there_yet_say_when_they_are():
         ValueError, match=r"needs gradients, and weight has none: they exist after loss\.backward\(\) and before optimizer"
     ):
         gather("gradient", nn.Linear(5, 2), Source())
+
+
+def test_gradients_that_are_all_zero_are_none():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(
+        NotYetError, match=r"needs gradients, and all of them are zero: they exist after loss\.backward\(\) and"
+    ):
+        gather("gradient", model, Source())
+    model[1].weight.grad[0, 1] = 1.0
+    found = gather("gradient", model, Source())
+    assert [g.tolist() for g in found.values()] == [[[0.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [0.0, 0.0]]]
+
+
+def test_gradients_of_a_weight_that_is_frozen_may_come_later():
+    model = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="weight has none") as missing:
+        gather("gradient", model, Source())
+    assert not isinstance(missing.value, NotYetError)
+    model.requires_grad_(False)
+    with pytest.raises(NotYetError, match="weight has none"):
+        gather("gradient", model, Source(), "weight")
 
 
 @pytest.mark.parametrize(("name", "expected"), [("activation_max", [3.0, 4.0]), ("activation_mean", [2.0, 2.0])])

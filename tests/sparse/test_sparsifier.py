@@ -575,6 +575,61 @@ def test_frozen_parameters_are_left_alone_until_they_train():
     assert "0.weight" not in sparsifier.report().left_out
 
 
+def test_what_has_trained_in_a_run_counts_until_its_end_also_when_resumed():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def sparsifier():
+        return Sparsifier(model, "weight", sparsity=0.5, schedule="lin")
+
+    model[0].requires_grad_(False)
+    first = sparsifier()
+    first.on_fit_start(Fit(4))
+    model[0].requires_grad_(True)
+    first.after_step(0.25)
+    model[0].requires_grad_(False)
+    first.after_step(0.5)
+    assert pruned(first) == {"0.weight": 4, "1.weight": 4}
+    first.on_fit_end(completed=False)
+    resumed = sparsifier()
+    resumed.on_fit_start(Fit(4))
+    resumed.load_state_dict(first.state_dict())
+    resumed.after_step(0.75)
+    assert pruned(resumed) == {"0.weight": 6, "1.weight": 6}
+    resumed.on_fit_end(completed=True)
+    assert pruned(resumed) == {"0.weight": 8, "1.weight": 8}
+    assert resumed.report().left_out == {"0.weight": "frozen"}
+    first.on_fit_start(Fit(4))
+    assert first.report().left_out == {"0.weight": "frozen"}
+
+
+def snipped(gradients):
+    """Weights 1, 2, 3, 4 after a step for each of the gradients, half of them to prune by the last; None is none at all."""
+    model = nn.Linear(4, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    sparsifier = Sparsifier(model, "weight", "local", "snip", sparsity=0.5, schedule="lin")
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    seen = []
+    with attach(optimizer, sparsifier, total_steps=len(gradients)):
+        for g in gradients:
+            model.weight.grad = torch.tensor([g])
+            optimizer.step()
+            seen.append(model.weight.tolist()[0])
+    return seen
+
+
+def test_a_move_waits_while_all_gradients_are_zero():
+    # |g w| = 8, 6, 4, 2
+    seen = snipped([[0.0] * 4, [8.0, 3.0, 4 / 3, 0.5]])
+    assert seen == [[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 0.0, 0.0]]
+
+
+def test_a_run_whose_last_gradients_are_zero_stays_where_it_is_and_says_so():
+    with pytest.warns(UserWarning, match=r"at sparsity 0\.2500 \(criteria needs gradients, and all of them are zero"):
+        seen = snipped([[8.0, 3.0, 4 / 3, 0.5], [0.0] * 4])
+    assert seen == [[1.0, 2.0, 3.0, 0.0]] * 2
+
+
 def test_a_frozen_parameter_that_was_named_is_pruned():
     model = cnn().requires_grad_(False)
     with pytest.raises(ValueError, match="targets must train, and all are frozen: name them with targets="):
@@ -1292,6 +1347,9 @@ def test_an_optimizer_of_another_model_is_refused():
     ):
         attach(other, sparsifier, total_steps=3)
     with pytest.raises(ValueError, match="optimizer must train the sparsifier's model"):
+        sparsifier.on_fit_start(Fit(3, optimizer=[other, other]))
+    sparsifier.on_fit_start(Fit(3, optimizer=[other, torch.optim.SGD(sparsifier.model.parameters(), 0.1)]))
+    with pytest.raises(ValueError, match="optimizer must train the sparsifier's model"):
         attach(other, sparsifier.hold(), total_steps=3)
 
 
@@ -1353,3 +1411,44 @@ def test_what_the_optimizer_did_to_pruned_weights_has_no_say_in_the_next_choice(
         return sparsifier.masks
 
     assert all(torch.equal(a, b) for a, b in zip(masks(0.0).values(), masks(100.0).values(), strict=True))
+
+
+# --- several processes --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process_group():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("sparsified", "trained"),
+    [
+        (lambda ddp: ddp, lambda ddp: None),
+        (torch.compile, lambda ddp: None),
+        (lambda ddp: ddp.module, lambda ddp: ddp),
+        (lambda ddp: ddp.module[0], lambda ddp: ddp),
+        (lambda ddp: ddp.module[0], torch.compile),
+    ],
+)
+def test_the_decisions_are_those_of_the_first_process(monkeypatch, process_group, sparsified, trained):
+    ddp = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 1, bias=False)))
+    decided = torch.tensor([[True, False, True, False]])
+
+    def broadcast(tensor, group_src, group):
+        assert (group_src, group) == (0, ddp.process_group)
+        tensor.copy_(decided)
+
+    monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+    sparsifier = Sparsifier(sparsified(ddp), "weight", sparsity=0.5, schedule="lin")
+    for _ in range(2):  # what belongs to a run ends with it
+        sparsifier.on_fit_start(Fit(1, trained(ddp)))
+        sparsifier.after_step(1.0)
+        sparsifier.on_fit_end(completed=True)
+        assert torch.equal(next(iter(sparsifier.masks.values())), decided)
+        sparsifier.reset()
+        decided = ~decided
+    assert sparsifier._parallel is None

@@ -104,6 +104,21 @@ def test_the_optimizers_state_is_cleared_by_a_rewind():
     assert {int(s["step"]) for s in optimizer.state.values()} == {4}
 
 
+def test_the_states_of_several_optimizers_are_cleared_by_a_rewind():
+    model = net()
+    sparsifier = sparsifier_of(model)
+    optimizers = [torch.optim.Adam(layer.parameters(), 0.05) for layer in (model.first, model.last)]
+    loop = Loop([sparsifier, LotteryTicket(sparsifier)])
+    loop.start(Fit(2, model, optimizers))  # the masks move at the first step
+    F.cross_entropy(model(X), Y).backward()
+    loop.before_step()
+    for optimizer in optimizers:
+        optimizer.step()
+    loop.after_step()
+    assert sparsifier.moves == 1
+    assert not any(optimizer.state for optimizer in optimizers)
+
+
 def test_the_epoch_gone_back_to_may_be_a_later_one():
     model = net()
     sparsifier = sparsifier_of(model, OneShot(0.7))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fasterai.prune.labels import FIXED, Array, Dim
+from fasterai.prune.labels import FIXED, Array, Dim, is_labelled
 from fasterai.prune.rules.trace import Trace, Value, rule, unknown
 
 __all__: list[str] = []
@@ -20,7 +20,8 @@ def recurrent(
 ) -> Any:  # fmt: skip
     labels, name = trace.labels, node.name
     directions, per_cell = 2 if bidirectional else 1, 4 if has_biases else 2
-    if batch_first is None or len(weights) != layers * directions * per_cell:  # packed sequences, projections
+    is_single = not is_labelled(weights[1].dims[1])  # one hidden unit
+    if batch_first is None or is_single or len(weights) != layers * directions * per_cell:  # packed sequences, projections
         return unknown(trace, node, x, states, weights, has_biases)
     given = states if isinstance(states, list | tuple) else [states]
     for state in given:

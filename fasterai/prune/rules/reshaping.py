@@ -52,7 +52,12 @@ def _merge(trace: Trace, name: str, dims: Sequence[Dim], sizes: Sequence[int]) -
     if len(dims) == 1:
         return dims[0]
     if not labelled:
-        return FREE if all(d is FREE for d in dims) else FIXED
+        made = [i for i, d in enumerate(dims) if d is FREE and sizes[i] > 1]
+        if len(made) != 1:
+            return FREE if all(d is FREE for d in dims) else FIXED
+        # What is made to fit, as a mask that is repeated for each head, is found again where it is split off.
+        labelled = made
+        dims = [trace.labels.new(n) if i == made[0] else d for i, (d, n) in enumerate(zip(dims, sizes, strict=True))]
     if len(labelled) > 1:
         trace.labels.pin_all([dims[i] for i in labelled], f"{name} makes one dimension of two that might shrink")
         return FIXED

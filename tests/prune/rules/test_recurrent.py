@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fasterai.prune.graph import channel_graph
 from tests.prune.rules.cases import Case, goes_as_it_says, stands_in_the_program
 
 
@@ -74,3 +75,12 @@ def test_what_goes_is_not_missed_and_what_stays_says_why(case: Case) -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if c.ops], ids=str)
 def test_the_operation_stands_in_the_program(case: Case) -> None:
     stands_in_the_program(case)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_one_hidden_unit_stays(kind: type[nn.RNNBase]) -> None:
+    net = nn.ModuleDict({"a": nn.Linear(6, 5), "r": kind(5, 1, batch_first=True)})
+    net.forward = lambda x: net["r"](net["a"](x))[0]  # type: ignore[method-assign]
+    graph = channel_graph(net, (torch.randn(2, 4, 6),))
+    assert graph.groups == ()
+    assert "is not understood" in graph.pinned["a.weight", 0]

@@ -1,0 +1,106 @@
+"""L3. How long each layer's own part of a forward pass takes, between marks set around every module."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from fasterai.analyze.counting import followed
+from fasterai.analyze.quiet import device_of, wait_for
+from fasterai.core.targets import unwrap
+
+__all__ = ["LayerTiming", "layer_times", "layer_timings", "quartiles"]
+
+
+@dataclass(frozen=True)
+class LayerTiming:
+    """How long one module's own part of a forward pass took; what its submodules took stands with them.
+
+    Attributes:
+        median: Seconds, the median over the passes.
+        iqr: Seconds between the first and the third quartile of the passes.
+        passes: How many passes were measured.
+    """
+
+    median: float
+    iqr: float
+    passes: int
+
+
+def layer_times(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, float]:
+    """Run a model once: name of a module -> seconds of its own part, of all its calls.
+
+    A mark is set, by torch's global hooks, where a module begins and where it ends; the time between two marks belongs to the
+    module under way. On accelerators marks are events on the stream, and the pass waits for nothing. Each mark takes some
+    microseconds, so that the parts add up to more than a pass without them, and those of small layers on CPU are too long.
+
+    Args:
+        model: The model, in the mode that it is to run in. A compiled one does not run layer by layer: it has no times.
+        inputs: Its positional arguments.
+    """
+    if _is_compiled(model):
+        return {}
+    names = {id(module): name for name, module in unwrap(model).named_modules()}
+    device = device_of(model, inputs)
+    mark, seconds = _clock(device)
+    marks: list[tuple[str, Any]] = []  # whose time ends here, and when
+    under_way = [""]
+
+    def enter(module: nn.Module, *_: Any) -> None:
+        if id(module) in names:
+            marks.append((under_way[-1], mark()))
+            under_way.append(names[id(module)])
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        if id(module) in names:
+            marks.append((under_way.pop(), mark()))
+
+    wait_for(device)
+    with followed(enter, leave):
+        model(*inputs)
+    wait_for(device)
+    spent: dict[str, float] = {}
+    for (_, start), (name, end) in pairwise(marks):
+        spent[name] = spent.get(name, 0.0) + seconds(start, end)
+    return {name: spent[name] for name in names.values() if name in spent}
+
+
+def layer_timings(passes: Sequence[Mapping[str, float]]) -> dict[str, LayerTiming]:
+    """The median and the spread of each layer over several passes; one that a pass did not reach took no time there."""
+    timings = {}
+    for name in dict.fromkeys(name for one in passes for name in one):
+        times = [one.get(name, 0.0) for one in passes]
+        first, third = quartiles(times)
+        timings[name] = LayerTiming(statistics.median(times), third - first, len(times))
+    return timings
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The first and the third, of at least two values."""
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
+
+
+def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
+    """How to set a mark, and the seconds between two, once the device is done."""
+    if device.type == "cpu":
+        return time.perf_counter, lambda start, end: end - start
+    stream = torch.accelerator.current_stream(device)
+
+    def mark() -> Any:
+        event = torch.Event(device=device, enable_timing=True)
+        event.record(stream)
+        return event
+
+    return mark, lambda start, end: start.elapsed_time(end) / 1e3
