@@ -3,6 +3,7 @@
 The ids D-S.. are about the exactness of the sparsifier, D-G.. about the models that it covers.
 """
 
+import os
 import pickle
 import tempfile
 from pathlib import Path
@@ -711,7 +712,9 @@ def replica(rank, folder):
                 optimizer.step()
         found[name] = {"masks": sparsifier.masks, "weights": model.state_dict()}
     torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # threads of gloo now and then abort an interpreter that shuts down
 
 
 # D-G13

@@ -128,15 +128,22 @@ def _sub_folders(folder: Path) -> list[str]:
 
 def _class_folders(root: Path) -> list[str]:
     names = _sub_folders(root)
-    counts = {name: sum(1 for _ in _images_below(root / name)) for name in names}
-    if not any(counts.values()):
+    empty = _empty(root, names)
+    if len(empty) == len(names):
         raise UsageError(f"no images in {root}: DATA must hold one sub-folder of images ({', '.join(EXTENSIONS)}) a class")
-    empty = [name for name, count in counts.items() if not count]
-    if empty:
-        raise UsageError(f"no images in {root / empty[0]}: every sub-folder is a class; take it away or fill it")
+    _check_filled(root, empty)
     if len(names) < 2:
         raise UsageError(f"DATA must hold at least two classes, got only {names[0]!r} in {root}")
     return names
+
+
+def _empty(root: Path, names: Sequence[str]) -> list[str]:
+    return [name for name in names if next(_images_below(root / name), None) is None]
+
+
+def _check_filled(root: Path, empty: Sequence[str]) -> None:
+    if empty:
+        raise UsageError(f"no images in {root / empty[0]}: every sub-folder is a class; take it away or fill it")
 
 
 def _images_below(folder: Path) -> Iterator[Path]:
@@ -158,6 +165,7 @@ def _list_validation(root: Path, classes: Sequence[str]) -> list[_File]:
     files = _list_files(root, classes)
     if not files:
         raise UsageError(f"no images in {root}")
+    _check_filled(root, _empty(root, _sub_folders(root)))
     return files
 
 

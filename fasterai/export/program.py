@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fasterai.core.targets import unwrap
 from fasterai.core.undisturbed import evaluating, undisturbed
@@ -35,7 +35,8 @@ def export_program(model: nn.Module, sample: Any, path: str | os.PathLike[str]) 
         ValueError: The model cannot be exported, or what was written disagrees with it by more than 1e-5 of the outputs'
             scale; no file is left behind then.
     """
-    model, inputs = unwrap(model), as_inputs(sample)
+    # A tensor of a subclass, as fastai's batches are, would want that class when the file is read.
+    model, inputs = unwrap(model), tree_map(_plain, as_inputs(sample))
     expected = model_outputs(model, inputs)
     with written(path) as place:
         with evaluating(model), undisturbed(model), torch.no_grad():
@@ -47,3 +48,7 @@ def export_program(model: nn.Module, sample: Any, path: str | os.PathLike[str]) 
             loaded = torch.export.load(place).module()(*inputs)
         check_same(expected, [x for x in tree_leaves(loaded) if isinstance(x, torch.Tensor)], TOLERANCE, "the program")
     return Path(path)
+
+
+def _plain(x: Any) -> Any:
+    return x.as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else x

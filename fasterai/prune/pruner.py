@@ -115,7 +115,8 @@ class Pruner:
     @property
     def channels(self) -> dict[str, tuple[int, int]]:
         """Group's name -> (channels at first, channels now)."""
-        return {p.name: (self.original[p.name], p.count) for p in self._pools}
+        now = {p.name: p.count for p in self._pools}
+        return {name: (first, now.get(name, 1)) for name, first in self.original.items()}  # one channel alone is no group
 
     def prune_model(self, optimizer: Any = None, *, copies: Copies = None, measure: bool = True) -> Removal:
         """Score, mask, take out, check; the next of `iterative_steps`.
@@ -168,9 +169,10 @@ class Pruner:
             _restore(before)
             raise
         self._scorer.note_move(self._pools)
-        if share == 1 and self.round_to is None and not isinstance(self.pruning_ratio, Budget):
-            first = sum(self.original.values())
-            warn_of_rounding(self._asked(self.pruning_ratio), first - sum(int(k.sum()) for k in kept), first)
+        if share == 1 and not isinstance(self.pruning_ratio, Budget):
+            first, alone = sum(self.original.values()), len(self.original) - len(kept)
+            gone = first - alone - sum(int(k.sum()) for k in kept)
+            warn_of_rounding(self._asked(self.pruning_ratio), gone, first, self.round_to)
         return replace(removal, refused={**refused, **removal.refused})
 
     def is_within_reach(self) -> bool:
@@ -196,7 +198,7 @@ class Pruner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state, with a model as small as it was then; the caller's dict is not changed."""
-        self.original = {name: state["original"].get(name, count) for name, count in self.original.items()}
+        self.original |= state["original"]
         self._scorer.load_state_dict(state, all_targets(unwrap(self.model)))
 
     def after_cut(self, cut: Cut) -> None:
@@ -274,9 +276,10 @@ class Pruner:
         if not isinstance(self.context, Local):
             first, now = map(sum, zip(*self.channels.values(), strict=True))
             wanted = round(share * float(ratio) * first)  # type: ignore[arg-type]
-            return self.context, max(0, wanted - (first - now)) / max(1, now)
+            return self.context, max(0, wanted - (first - now)) / max(1, sum(p.count for p in self._pools))
         shares = {}
-        for name, (first, now) in self.channels.items():
+        for name in (p.name for p in self._pools):
+            first, now = self.channels[name]
             own = self._ratios.get(name, 0.0) if self._ratios is not None else float(ratio)  # type: ignore[arg-type]
             shares[name] = max(0, round(share * own * first) - (first - now)) / now
         return PerTarget(shares), 1.0

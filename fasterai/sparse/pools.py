@@ -354,12 +354,13 @@ def _layout(maker: Target | None, channels: int) -> Layout:
     return Layout((channels,), (frozenset({"out"}),))
 
 
-def warn_of_rounding(asked: int, gone: int, count: int) -> None:
-    """Say that the default rounding keeps channels that were to go, if it is more than one in a hundred of all."""
+def warn_of_rounding(asked: int, gone: int, count: int, round_to: int | None) -> None:
+    """Say that rounding keeps channels that were to go, if it is more than one in a hundred of all."""
     if asked - gone > count / 100:
+        where = f"in groups of at least {ENOUGH} " if round_to is None else ""
         warn(
-            f"{asked / count:.1%} of the channels were to go, {gone / count:.1%} do: in groups of at least {ENOUGH} the kept "
-            f"channels are rounded up to multiples of {ROUND_TO}; pass round_to=1 for exact counts"
+            f"{asked / count:.1%} of the channels were to go, {gone / count:.1%} do: {where}the kept channels are rounded up "
+            f"to multiples of {round_to or ROUND_TO}; pass round_to=1 for exact counts"
         )
 
 

@@ -288,10 +288,10 @@ class Sparsifier(Participant):
         keeps = self._agree(context(scores, [p.layout for p in pools], sparsity * share, limits))
         if self._keeper.replace({p.name: k for p, k in zip(pools, keeps, strict=True)}):
             self._scorer.note_move(pools)
-        if round_to is None and limits.round_to and share == 1 and isinstance(self.granularity, Coupled):
+        if limits.round_to and share == 1 and isinstance(self.granularity, Coupled):
             counts = {p.name: p.count for p in pools}
             gone = sum(k.numel() - count_true(k) for k in keeps)
-            warn_of_rounding(context.total(counts, sparsity), gone, sum(counts.values()))
+            warn_of_rounding(context.total(counts, sparsity), gone, sum(counts.values()), round_to)
 
     def _agree(self, keeps: list[Tensor]) -> list[Tensor]:
         """The same masks on every rank of a DDP run: those of the first."""

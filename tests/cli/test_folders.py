@@ -197,3 +197,7 @@ def test_what_cannot_be_a_data_set_is_refused(make_images: MakeImages, tmp_path:
     make_images("strange/valid", {"a": 1, "bird": 1})
     with pytest.raises(UsageError, match="got 'bird', which is none of them"):
         read_folder(root)
+    root = make_images("hollow/train", {"a": 1, "b": 1}).parent
+    make_images("hollow/valid", {"a": 1, "b": 0})
+    with pytest.raises(UsageError, match=rf"no images in {re.escape(str(root / 'valid' / 'b'))}"):
+        read_folder(root)

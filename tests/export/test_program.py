@@ -30,6 +30,15 @@ def test_the_program_computes_what_the_model_does_in_eval_mode(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt2"]
 
 
+class Image(torch.Tensor):
+    """A tensor of a class of one's own, as fastai's batches are."""
+
+
+def test_the_file_wants_no_class_of_the_sample(tmp_path):
+    path = export_program(nn.Conv2d(3, 4, 3), X.as_subclass(Image), tmp_path / "m.pt2")
+    assert type(torch.export.load(path).example_inputs[0][0]) is torch.Tensor
+
+
 class Structured(nn.Module):
     def forward(self, x, y):
         return {"sum": x + y, "best": (x - y).argmax(1)}

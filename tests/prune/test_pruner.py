@@ -386,6 +386,28 @@ def test_after_a_ctrl_c_all_is_as_it_was_or_all_is_small():
     assert {"mask_channels_": 8, "operate": 8, "announce": 8, "after_cut": 8, "note_move": 4}.items() <= widths.items()
 
 
+def test_an_interrupted_timing_leaves_the_small_model(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    model = net()
+    pruner = Pruner(model, 0.5, "local", "large_final", example_inputs=X)
+    monkeypatch.setattr("fasterai.prune.removal.measured", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pruner.prune_model()
+    assert (model[0].out_channels, pruner.channels["0.weight"]) == (4, (8, 4))
+
+
+def test_what_a_sparsifier_remembers_is_cut_with_the_model():
+    model = net()
+    sparsifier = Sparsifier(model, "coupled", "local", "movement", example_inputs=X)
+    Pruner(model, 0.5, "local", "large_final", example_inputs=X).prune_model(measure=False)
+    with torch.no_grad():
+        model[0].weight[1] += 1  # moves most
+    sparsifier.sparsify_model(0.75)
+    assert sparsifier.masks["0.weight"].flatten(1).all(1).tolist() == [False, True, False, False]
+
+
 def test_groups_that_were_big_keep_multiples_of_eight_to_the_end():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 72), nn.ReLU(), nn.Linear(72, 5))
@@ -429,3 +451,19 @@ def test_features_go_that_an_attention_reads_while_all_its_heads_stay(tmp_path):
     again = Pruner(model, 0.5, "local", "large_final", example_inputs=x).prune_model()
     assert again.removed == {"a.weight": (16, 8), "m.in_proj_weight": (4, 2)}
     assert (model.m.num_heads, model.m.embed_dim) == (2, 8)
+
+
+def test_a_group_of_one_channel_counts_after_a_restart_as_well():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(), nn.Conv2d(2, 12, 1), nn.ReLU(), nn.Conv2d(12, 4, 1)).eval()
+    with torch.no_grad():
+        model[0].weight[0], model[0].bias[0], model[2].weight[:, 0] = 1e-6, 1e-6, 1e-6
+    pruner = Pruner(model, 0.7, "global", "large_final", example_inputs=X, round_to=1)
+    pruner.prune_to(0.2, measure=False)  # 2 of 14: the small one, and one of twelve
+    assert (model[0].out_channels, model[2].out_channels) == (1, 11)
+    again = Pruner(copy.deepcopy(model), 0.7, "global", "large_final", example_inputs=X, round_to=1)
+    again.load_state_dict(copy.deepcopy(pruner.state_dict()))
+    assert again.channels == {"0.weight": (2, 1), "2.weight": (12, 11)}
+    for one in (pruner, again):
+        one.prune_to(1.0, measure=False)
+        assert one.model[2].out_channels == 3  # 10 of 14 are gone

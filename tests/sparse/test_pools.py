@@ -559,7 +559,15 @@ def test_a_ratio_that_rounding_misses_is_said():
         Pruner(residual(40, 12), 0.45, "local", "large_final", example_inputs=X).prune_model(measure=False)
 
 
-@pytest.mark.parametrize(("sparsity", "round_to"), [(0.45, 1), (0.45, 8), (0.4, None)])
+def test_a_ratio_that_rounding_by_hand_misses_is_said():
+    message = r"44.2% of the channels were to go, 38.5% do: the kept channels .* multiples of 8; pass round_to=1"
+    with pytest.warns(UserWarning, match=message):  # 16 and 4 of 40 and 12 go
+        Sparsifier(residual(40, 12), "coupled", "local", "large_final", example_inputs=X, round_to=8).sparsify_model(0.45)
+    with pytest.warns(UserWarning, match=message):
+        Pruner(residual(40, 12), 0.45, "local", "large_final", example_inputs=X, round_to=8).prune_model(measure=False)
+
+
+@pytest.mark.parametrize(("sparsity", "round_to"), [(0.45, 1), (0.4, None)])
 def test_what_was_asked_for_is_not_said(sparsity, round_to):
     with warnings.catch_warnings(action="error"):
         sparsifier = Sparsifier(residual(40, 12), "coupled", example_inputs=X, round_to=round_to)
