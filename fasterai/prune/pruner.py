@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fasterai.core import contexts
 from fasterai.core import criteria as criterion_catalogue
-from fasterai.core.checks import check_choice, check_count, check_fraction, from_catalogue, unknown
+from fasterai.core.checks import check_choice, check_count, check_fraction, from_catalogue, unknown, warn
 from fasterai.core.contexts import NM, Context, Local, PerTarget
 from fasterai.core.criteria import Criterion, as_criterion
 from fasterai.core.cuts import Cut, follow
@@ -169,11 +169,19 @@ class Pruner:
             _restore(before)
             raise
         self._scorer.note_move(self._pools)
-        if share == 1 and not isinstance(self.pruning_ratio, Budget):
+        refused |= removal.refused
+        if share == 1:
+            self._warn_of_a_miss(kept, refused)
+        return replace(removal, refused=refused)
+
+    def _warn_of_a_miss(self, kept: Sequence[Flags], refused: Mapping[str, str]) -> None:
+        """Say that rounding, or channels that the check put back, leave more than was asked for."""
+        if not isinstance(self.pruning_ratio, Budget):
             first, alone = sum(self.original.values()), len(self.original) - len(kept)
             gone = first - alone - sum(int(k.sum()) for k in kept)
             warn_of_rounding(self._asked(self.pruning_ratio), gone, first, self.round_to)
-        return replace(removal, refused={**refused, **removal.refused})
+        elif refused:
+            warn(f"{self.pruning_ratio} is missed: channels of {', '.join([*refused][:5])} stay; refused says why")
 
     def is_within_reach(self) -> bool:
         """Whether enough channels may go for the `Budget`, whatever they are worth; a ratio is always within reach."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fasterai.core.loop import Batch
 from fasterai.core.targets import unwrap
@@ -105,8 +106,8 @@ def hessian_gradients(model: nn.Module, targets: Sequence[Target], source: Sourc
     """Hg, the gradient of `g . stop(g)`, with the outputs divided by 200 (Wang et al. 2020, GraSP, official code)."""
     loss = _loss(source)
 
-    def tempered(output: Tensor, *wanted: Any) -> Tensor:
-        return loss(output / 200, *wanted)
+    def tempered(output: Any, *wanted: Any) -> Tensor:
+        return loss(tree_map(lambda x: x / 200 if _is_floats(x) else x, output), *wanted)
 
     total: dict[str, Tensor] = {}
     for batch in source.batches("the Hessian"):
@@ -123,7 +124,7 @@ def synaptic_flow(model: nn.Module, targets: Sequence[Target], source: Source) -
     if source.inputs is None and source.data is None and source.batch is None:
         raise ValueError("example_inputs must be given for synflow, which feeds ones of their shape")
     inputs = source.inputs or source.batches("example inputs")[0].inputs
-    if not all(isinstance(x, Tensor) and x.is_floating_point() for x in inputs):
+    if not all(map(_is_floats, inputs)):
         raise ValueError("example_inputs must be tensors of floats for synflow, which feeds ones of their shape")
     model = unwrap(model)
     held = {n: x.abs().double() if x.is_floating_point() else x for n, x in leaves(model).items()}
@@ -132,9 +133,15 @@ def synaptic_flow(model: nn.Module, targets: Sequence[Target], source: Source) -
     ones = tuple(torch.ones_like(x[:1], dtype=torch.float64) for x in inputs)
     weights = _held_targets(model, held, targets)
     with undisturbed(model), evaluating(model), torch.enable_grad():
-        output = torch.func.functional_call(model, held, ones)
-        found = torch.autograd.grad(output.sum(), list(weights.values()), allow_unused=True)
+        outputs = [x.sum() for x in tree_leaves(torch.func.functional_call(model, held, ones)) if _is_floats(x)]
+        if not outputs:
+            raise ValueError("model must return tensors of floats for synflow, which adds them up, got none")
+        found = torch.autograd.grad(torch.stack(outputs).sum(), list(weights.values()), allow_unused=True)
     return {n: torch.zeros_like(weights[n]) if g is None else g for n, g in zip(weights, found, strict=True)}
+
+
+def _is_floats(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 @dataclass(frozen=True)

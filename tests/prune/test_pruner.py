@@ -202,6 +202,25 @@ def test_a_group_that_cannot_go_gets_its_weights_back():
     assert (model.b.weight != 0).all()
 
 
+class Counted(nn.Module):
+    """Its code counts the channels: without some of them the outputs move."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(y / y.shape[1])
+
+
+def test_a_budget_that_the_check_makes_miss_is_said():
+    torch.manual_seed(0)
+    pruner = Pruner(Counted(), Budget(params=0.5), "local", "large_final", example_inputs=torch.randn(2, 6))
+    with pytest.warns(UserWarning, match=r"Budget\(params=0\.5.*\) is missed: channels of a\.weight stay; refused says why"):
+        assert pruner.prune_model(measure=False).removed == {}
+
+
 # --- any criterion, context and budget ---------------------------------------------------------------------------------
 
 

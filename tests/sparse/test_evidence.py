@@ -165,6 +165,38 @@ def test_synaptic_flow_by_hand():
     assert model[0].weight.tolist() == [[1.0, -2.0], [-3.0, 4.0]]
 
 
+class Structured(nn.Module):
+    """Outputs in a dict: of one linear layer, and twice the same, besides which class it is."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        y = self.linear(x)
+        return {"logits": y, "twice": (2 * y,), "best": y.argmax(1)}
+
+
+@pytest.mark.parametrize("what", ["synaptic_flow", "hessian_gradient"])
+def test_outputs_in_a_dict_are_added_up(what):
+    linear = nn.Linear(2, 3, bias=False).double()
+    x, y = torch.randn(4, 2, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    plain = Source(inputs=(x,), data=[(x, y)], loss=lambda out, y: F.cross_entropy(3 * out, y))
+    nested = Source(inputs=(x,), data=[(x, y)], loss=lambda out, y: F.cross_entropy(out["logits"] + out["twice"][0], y))
+    found = gather(what, Structured(linear), nested)["linear.weight"]
+    alone = gather(what, linear, plain)["weight"]
+    torch.testing.assert_close(found, 3 * alone if what == "synaptic_flow" else alone)
+
+
+def test_synaptic_flow_needs_outputs_of_floats():
+    class Classes(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).argmax(1)
+
+    with pytest.raises(ValueError, match="model must return tensors of floats for synflow, which adds them up, got none"):
+        gather("synaptic_flow", Classes(2, 3), Source(inputs=(torch.randn(4, 2),)))
+
+
 def test_synaptic_flow_does_not_overflow_in_deep_networks():
     model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(40)))
     for linear in model:
