@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fasterai.analyze.layer_times import LayerTiming, layer_times, layer_timings, quartiles
-from fasterai.analyze.look import QUIET, SERIES, dress, new_axes, short_time, table
+from fasterai.analyze.look import INK, QUIET, SERIES, dress, new_axes, short_time, table
 from fasterai.analyze.quiet import at_rest, check_model, copies, device_name, positional
 from fasterai.core.checks import check_count
 
@@ -347,7 +347,7 @@ def _draw_bars(axes: Axes, models: Mapping[str, Latency], ratios: Mapping[str, t
         places = [group + (i - (len(models) - 1) / 2) * width for group in range(len(sizes))]
         medians, spreads = [1e3 * t.median for t in one.timings], [5e2 * t.iqr for t in one.timings]
         color = SERIES[i % len(SERIES)]
-        axes.bar(places, medians, width * 0.92, yerr=spreads, color=color, label=name or None, ecolor=QUIET)
+        axes.bar(places, medians, width * 0.92, yerr=spreads, color=color, label=name or None, ecolor=INK)
         for group, (place, height, spread) in enumerate(zip(places, medians, spreads, strict=True)):
             text = short_time(height / 1e3)
             if ratios is not None and i:

@@ -183,17 +183,9 @@ class Sensitivity:
             places = [0.0, *self.reached[name]]
             axes.plot(places, [self.baseline, *values], color=color, linewidth=1.8, marker="o", markersize=4, label=name)
         axes.axhline(self.baseline, color=QUIET, linewidth=1.0, linestyle=(0, (4, 3)))
-        axes.annotate(
-            f"as it is {self.baseline:.4g}",
-            (0, self.baseline),
-            xytext=(2, 4),
-            textcoords="offset points",
-            color=QUIET,
-            fontsize=8,
-        )
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.set(xlim=(0, 1), xlabel=f"share of the target's {self._units} pruned", ylabel="score")
-        dress(axes, "Score with one target pruned at a time", grid="y")
+        dress(axes, f"Score with one target pruned at a time; {self.baseline:.4g} as it is", grid="y")
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, labelcolor=QUIET, fontsize=8)
 
     def _draw_map(self, axes: Axes) -> None:
