@@ -315,10 +315,28 @@ def test_lengths_that_the_inputs_do_not_have_are_tried() -> None:
 
 
 def test_a_model_that_overflows_on_large_numbers_is_judged_by_the_others() -> None:
-    net = Padded(lambda y, padding: y.relu()).float()
-    net.forward = lambda x: (net.b(net.a(x).relu()), x.exp() / x.exp().sum(1, keepdim=True))  # type: ignore[assignment]
-    assert net(X * 1e3)[1].isnan().any()
-    assert remove(net, X, measure=False).removed == {"a.weight": (8, 4)}
+    net = Padded(lambda y, padding: y.relu())
+    net.forward = lambda x: (net.b(net.a(x).relu()), (100 * x).exp() / (100 * x).exp().sum(1, keepdim=True))  # type: ignore[assignment]
+    assert net(X.double())[1].isfinite().all()
+    assert net(X.double() * 30)[1].isnan().any()
+    assert remove(net, X.double(), measure=False).removed == {"a.weight": (8, 4)}
+
+
+def test_what_comes_alive_at_large_numbers_alone_is_not_silent() -> None:
+    class Late(nn.Module):
+        """A constant that is added to silent channels is heard where numbers are large."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+            with torch.no_grad():
+                self.a.weight[:4], self.a.bias[:4] = 0, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x) + (x.abs().amax(1, keepdim=True) - 20).relu())
+
+    assert remove(Late().double(), X.double(), measure=False).removed == {}
 
 
 def test_padding_changes_nothing_about_heads() -> None:

@@ -24,11 +24,11 @@ def test_the_inputs_come_first_and_unchanged() -> None:
 @pytest.mark.parametrize(
     ("inputs", "wanted"),
     [
-        # the batch, larger numbers, another size
-        ((torch.randn(2, 3, 64, 40),), [(2, 3, 64, 40), (3, 3, 64, 40), (2, 3, 64, 40), (2, 3, 32, 8)]),
-        ((torch.randn(2, 3, 8, 8),), [(2, 3, 8, 8), (3, 3, 8, 8), (2, 3, 8, 8), (2, 3, 16, 16)]),
-        ((torch.randn(2, 5, 7),), [(2, 5, 7), (3, 5, 7), (2, 5, 7), (2, 5, 14), (2, 10, 7)]),
-        ((torch.randn(2, 5),), [(2, 5), (3, 5), (2, 5)]),
+        # the batch, larger numbers in float64, another size
+        ((torch.randn(2, 3, 64, 40),), [(2, 3, 64, 40), (3, 3, 64, 40), (2, 3, 32, 8)]),
+        ((torch.randn(2, 3, 8, 8).double(),), [(2, 3, 8, 8), (3, 3, 8, 8), (2, 3, 8, 8), (2, 3, 16, 16)]),
+        ((torch.randn(2, 5, 7),), [(2, 5, 7), (3, 5, 7), (2, 5, 14), (2, 10, 7)]),
+        ((torch.randn(2, 5),), [(2, 5), (3, 5)]),
         ((torch.ones(2, 5, dtype=torch.long),), [(2, 5), (3, 5), (2, 10)]),
     ],
     ids=["images", "small images", "sequences", "features", "words"],
@@ -55,6 +55,6 @@ def test_numbers_of_one_probe_are_large_and_all_are_the_same_each_time() -> None
     x = torch.randn(64, 64, dtype=torch.float64)
     (_, (other,), (large,)), again = list(probes((x,))), list(probes((x,)))
     assert 0.9 < float(other.std()) < 1.1
-    assert 900 < float(large.std()) < 1100
+    assert 27 < float(large.std()) < 33
     assert other.dtype == torch.float64
     assert torch.equal(again[2][0], large)
