@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -114,17 +115,24 @@ def check_runs(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
         try:
             return inner(*tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs))
         except Exception as error:
+            is_dict = any(isinstance(x, Mapping) for x in inputs)
             raise ValueError(
                 f"example_inputs must be arguments that the model runs on, got {shapes_of_inputs(inputs)}: {said(error)}"
+                + ("; a dict is one argument: for keywords wrap the model" if is_dict else "")
             ) from error
 
 
 def shapes_of_inputs(inputs: tuple[Any, ...]) -> str:
-    """What inputs are, in short: 2x3x64x64 float32."""
-    leaves = tree_leaves(inputs)
-    if not leaves:
-        return "no arguments"
-    return ", ".join(_shape(x) if isinstance(x, Tensor) else type(x).__name__ for x in leaves)
+    """What inputs are, in short: `2x3x64x64 float32`, or `{ids: 2x5 int64}`."""
+    return ", ".join(map(_shown, inputs)) or "no arguments"
+
+
+def _shown(x: Any) -> str:
+    if isinstance(x, Mapping):
+        return f"{{{', '.join(f'{key}: {_shown(value)}' for key, value in x.items())}}}"
+    if isinstance(x, list | tuple):
+        return f"({', '.join(map(_shown, x))})"
+    return _shape(x) if isinstance(x, Tensor) else type(x).__name__
 
 
 def _shape(x: Tensor) -> str:

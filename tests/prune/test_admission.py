@@ -131,6 +131,9 @@ def test_inputs_that_do_not_fit_are_shown_with_the_place() -> None:
     )
     refused(net(), (X, X), ValueError, r"example_inputs .*, got 4x5 float32, 4x5 float32: TypeError")
     refused(net(), (), ValueError, r"example_inputs .*, got no arguments: TypeError")
+    refused(
+        net(), {"x": X}, ValueError, r"got \{x: 4x5 float32\}: TypeError.*; a dict is one argument: for keywords wrap the model"
+    )
     model = Asserting()
     line = Asserting.forward.__code__.co_firstlineno + 1
     refused(model, X, ValueError, rf"example_inputs .*: AssertionError: six \(forward, line {line} of test_admission\.py\)")
@@ -200,7 +203,8 @@ def test_parametrised_weights_stay_with_the_reason(kind: str) -> None:
 
 def test_inputs_in_words() -> None:
     assert (
-        shapes_of_inputs((torch.zeros(2, 3), {"a": torch.zeros(1, dtype=torch.int64), "b": 3})) == "2x3 float32, 1 int64, int"
+        shapes_of_inputs((torch.zeros(2, 3), {"a": torch.zeros(1, dtype=torch.int64), "b": 3}))
+        == "2x3 float32, {a: 1 int64, b: int}"
     )
     assert shapes_of_inputs((torch.tensor(1.0),)) == "a single float32"
     assert positional([1, 2]) == (1, 2)
