@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from fasterai.core.undisturbed import without_fast_path
+
 __all__ = ["Tally", "count", "rules"]
 
 Shape = Sequence[int]
@@ -224,17 +226,6 @@ def _storage(x: Any) -> Any:
         return x.untyped_storage()
     except (NotImplementedError, RuntimeError):  # sparse tensors have none
         return None
-
-
-@contextmanager
-def without_fast_path() -> Iterator[None]:
-    """Transformer layers run module by module, instead of as one fused operation."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager

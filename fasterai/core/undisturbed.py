@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import nn
 
-__all__ = ["evaluating", "in_mode", "undisturbed"]
+__all__ = ["evaluating", "in_mode", "undisturbed", "without_fast_path"]
 
 
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:
@@ -34,3 +34,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
         yield
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Transformer layers run module by module, not as one of torch's fused inference kernels, which zero what is padding."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fasterai.analyze.quiet import at_rest, copies
 from fasterai.core.targets import unwrap
+from fasterai.core.undisturbed import without_fast_path
 from fasterai.prune.admission import check_inputs, said
-from fasterai.prune.exported import spelt_out
 from fasterai.prune.graph import ChannelGraph
 from fasterai.prune.labels import Array, Flags
 from fasterai.prune.plan import make_plan
@@ -252,7 +252,7 @@ class _Trials:
 
 def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor] | Exception:
     """The tensors among the outputs, or what the model raises."""
-    with at_rest(unwrap(model)), spelt_out():
+    with at_rest(unwrap(model)), without_fast_path():
         try:
             output = unwrap(model)(*copies(inputs))
         except Exception as error:

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_map
 
 from fasterai.core.checks import warn
 from fasterai.core.targets import plain_name
-from fasterai.core.undisturbed import in_mode, undisturbed
+from fasterai.core.undisturbed import in_mode, undisturbed, without_fast_path
 from fasterai.prune.admission import check_runs, said
 
-__all__ = ["Exported", "exported", "spelt_out"]
+__all__ = ["Exported", "exported"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def exported(model: nn.Module, inputs: tuple[Any, ...]) -> list[Exported]:
 
 
 def _exported(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> Exported:
-    with undisturbed(model), in_mode(model, training), torch.no_grad(), spelt_out(), _plain():
+    with undisturbed(model), in_mode(model, training), torch.no_grad(), without_fast_path(), _plain():
         program = torch.export.export(model, inputs, strict=False)
     first: dict[int, str] = {}
     called: dict[str, str] = {}
@@ -96,17 +96,6 @@ def _exported(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> Expo
     signature = program.graph_signature
     found = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     return Exported(program, {node: called.get(name, plain_name(name)) for node, name in found.items()})
-
-
-@contextmanager
-def spelt_out() -> Iterator[None]:
-    """Attention in its single operations, not as one of torch's fused inference kernels, which zero what is padding."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

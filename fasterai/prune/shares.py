@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from fasterai.analyze.counting import rules, without_fast_path
+from fasterai.analyze.counting import rules
 from fasterai.analyze.quiet import at_rest, copies
 from fasterai.core.targets import unwrap
-from fasterai.core.undisturbed import undisturbed
+from fasterai.core.undisturbed import undisturbed, without_fast_path
 from fasterai.prune.graph import ChannelGraph
 from fasterai.prune.labels import Flags
 from fasterai.prune.plan import make_plan, tensors_of

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fasterai.prune.exported import exported, spelt_out
+from fasterai.prune.exported import exported
 from fasterai.prune.pruner import Pruner
 
 X = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
@@ -69,10 +69,3 @@ def test_modes_and_buffers_stay_as_they_were() -> None:
     assert (model["a"].training, model["b"].training) == (False, True)
     assert not model["a"].running_mean.any()
     assert int(model["a"].num_batches_tracked) == 0
-
-
-def test_fused_attention_comes_back() -> None:
-    before = torch.backends.mha.get_fastpath_enabled()
-    with spelt_out():
-        assert not torch.backends.mha.get_fastpath_enabled()
-    assert torch.backends.mha.get_fastpath_enabled() == before
