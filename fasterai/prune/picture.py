@@ -106,7 +106,7 @@ def _draw_groups(axes: Axes, removal: Removal, shown: list[str]) -> None:
     axes.set_yticks(range(len(shown)), [name.removesuffix(".weight") for name in shown], fontsize=8)
     axes.set(ylim=(max(len(shown), 1) - 0.4, -0.6), xlim=(0, 1.2 * most), xlabel="channels")
     left_out = len(removal.groups) - len(shown)
-    dress(axes, "Channels of each group" + (f" ({left_out} more not shown)" if left_out else ""), grid="x")
+    dress(axes, "Channels of each group" + (f" ({left_out} more not shown)" if left_out else ""))
     _legend(axes, has_stayed=any(removal.stayed.get(name) for name in shown))
 
 
