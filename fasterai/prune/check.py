@@ -31,8 +31,10 @@ __all__ = ["Sound", "largest_sound"]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 #: After so many trial runs without one that goes well, the channels of a group are not tried any further.
 GIVE_UP = 15
-#: In float32, up to so far a movement may be rounding after all: numbers that cancel lose that much.
-ROUNDING = 1e-2
+#: Up to so far a movement may be rounding after all: numbers that cancel lose that much. In half precision they lose all.
+ROUNDING = {torch.float64: 0.0, torch.float32: 1e-2}
+#: What stays the same and is so many times as large as all that moves may be a filler.
+FILLER = 1e3
 
 
 @dataclass
@@ -90,8 +92,10 @@ def largest_sound(
     first = trials.run(kept)
     if first.reason is None:
         return Sound(kept, difference=first.moved, streams=trials.streams)
-    precise = _in_float64(model, graph, inputs) if exact and 0 < first.moved <= ROUNDING else None
-    trials.asks_float64 = exact and not 0 < first.moved <= ROUNDING  # what is plain in the whole may hide rounding in a part
+    precise = _in_float64(model, graph, inputs) if exact and 0 < first.moved <= trials.rounding else None
+    trials.asks_float64 = (
+        exact and not 0 < first.moved <= trials.rounding
+    )  # what is plain in the whole may hide rounding in a part
     _search(precise or trials, sound, kept, stack, None if precise else first)
     if precise is not None:
         trials.streams = precise.streams
@@ -122,7 +126,7 @@ def _search(
 
 def _in_float64(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) -> _Trials | None:
     """Trials on a copy in float64, where what is silent and what is rounding are told apart; None where that does not run."""
-    if not any(p.dtype is torch.float32 for p in unwrap(model).parameters()):
+    if all(p.dtype is torch.float64 for p in unwrap(model).parameters()):
         return None
     widened = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
     try:
@@ -189,6 +193,7 @@ class _Trials:
         streams: Whether models' own widths follow: from the first time on that the model runs only if they do.
         is_float64: Whether all outputs that could move are in float64.
         asks_float64: Whether a movement that may be rounding is decided on a copy in float64.
+        rounding: Up to so far a movement may be rounding.
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], exact: bool) -> None:
@@ -202,12 +207,13 @@ class _Trials:
         self._probes = self._probes or [(probe, found) for probe, found in runs[:1] if not isinstance(found, Exception)]
         dtypes = [x.dtype for x in self._probes[0][1] if x.is_floating_point()] if self._probes else []
         self._limit = TOLERANCE.get(dtypes[0], 1e-2) if dtypes else 0.0
+        self.rounding = ROUNDING.get(dtypes[0], 1.0) if dtypes else 0.0
         self.is_float64 = bool(dtypes) and all(dtype is torch.float64 for dtype in dtypes)
 
     def run(self, kept: Sequence[Flags]) -> _Verdict:
         """Carry it out, compare, and take it back."""
         verdict = self._try(kept)
-        if verdict.reason is None or not self.asks_float64 or not 0 < verdict.moved <= ROUNDING:
+        if verdict.reason is None or not self.asks_float64 or not 0 < verdict.moved <= self.rounding:
             return verdict
         decided = verdict if self._precise is None else self._precise.run(kept)
         return replace(decided, moved=verdict.moved) if decided.reason is None else decided
@@ -265,14 +271,18 @@ def _has_nan(outputs: Sequence[Tensor]) -> bool:
 
 
 def _moved(before: Tensor, after: Tensor) -> float:
-    """The largest difference as a share of the scale of what differs; infinite where one of them is no number.
+    """The largest difference as a share of the scale; infinite where one of them is no number.
 
-    What is the same has no say: a filler for what is masked, as large as numbers get, would hide all else.
+    A number that stands several times, stays the same, and is far larger than all that differs has no say: a filler for what
+    is masked would hide all else.
     """
     if before.numel() == 0 or torch.equal(before, after):
         return 0.0
     a, b = (x if x.is_floating_point() or x.is_complex() else x.double() for x in (before, after))
     differs = a != b  # equal infinities, as in masked scores, are equal; a NaN equals nothing
-    scale = float(a.abs().where(a.isfinite() & differs, 0).max())
+    size = a.abs().where(a.isfinite(), 0)
+    largest = torch.maximum(size, b.abs()).where(differs, 0).max()
+    is_filler = (size == size.max()) & ~differs & (size > FILLER * largest)
+    scale = float(size.where(~is_filler, 0).max() if is_filler.sum() > 1 else size.max())
     difference = float((a - b).abs().where(differs, 0).max()) / max(scale, 1e-30)
     return math.inf if math.isnan(difference) else difference

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -75,15 +75,24 @@ def exported(model: nn.Module, inputs: tuple[Any, ...]) -> list[Exported]:
             "data-dependent branches and shapes have to go, or the part without them can be pruned by itself"
         ) from error
     if unread := found[0].unread():
-        several = tree_map(lambda x: torch.cat([x, x]) if isinstance(x, torch.Tensor) and x.dim() else x, inputs)
-        try:
-            found.append(_exported(model, several, training=True))
-        except Exception as error:
-            warn(
-                f"{len(unread)} parameters take no part in eval mode, such as {unread[0]}, and training mode cannot be "
-                f"followed ({said(error)}): they stay as they are, and may not fit what they read when the model trains"
-            )
+        found += [one for one in _training(model, inputs, unread) if set(one.unread()) < set(unread)]
     return found
+
+
+def _training(model: nn.Module, inputs: tuple[Any, ...], unread: Sequence[str]) -> list[Exported]:
+    """The network as it trains, on two samples at least, or on the inputs as they are; with a warning if on neither."""
+    several = tree_map(lambda x: torch.cat([x, x]) if isinstance(x, torch.Tensor) and x.dim() else x, inputs)
+    failures = []
+    for given in (several, inputs):
+        try:
+            return [_exported(model, given, training=True)]
+        except Exception as error:
+            failures.append(said(error))
+    warn(
+        f"{len(unread)} parameters take no part in eval mode, such as {unread[0]}, and training mode cannot be "
+        f"followed ({failures[0]}): they stay as they are, and may not fit what they read when the model trains"
+    )
+    return []
 
 
 def _exported(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> Exported:

@@ -172,11 +172,11 @@ def _sizes(
         held = [*module._parameters.items(), *module._buffers.items()]
         own = {a: names[id(t)] for a, t in held if t is not None and names[id(t)] in plan.shapes}
         if isinstance(module, nn.MultiheadAttention | SlimMultiheadAttention):
-            widths = _attention_widths(dot, plan)
             lost = heads.get(f"{dot}in_proj_weight") or heads.get(f"{dot}q_proj_weight")
-            if lost or widths:  # torch's own insists on heads that fill the width
+            reads_less = any((f"{dot}{which}_proj_weight", 1) in plan.keep for which in ("in", "q", "k", "v"))
+            if lost or reads_less:  # torch's own insists on heads that fill the width that it reads
                 slim[name] = lost[0].channels[1] if lost else module.num_heads
-            changed += [(name, *c) for c in _differing(module, widths)]
+                changed += [(name, *c) for c in _differing(module, _attention_widths(dot, plan))]
             continue
         if own:
             old, new = (

@@ -14,8 +14,10 @@ __all__ = ["probes"]
 #: How much larger the numbers of one probe are, as what is dead at scale 1 may come alive. In float64 alone: products and
 #: powers in a network make more of float32's rounding there than of what is to be found.
 LARGE = 30.0
-#: Sizes from here on change by it, as images' sides are often multiples of it; smaller ones are doubled.
+#: Sizes from here on shrink by it, as images' sides are often multiples of it.
 STEP = 32
+#: Integers whose range can be read off.
+RANGED = frozenset((torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 
 
 def probes(inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
@@ -30,8 +32,7 @@ def probes(inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
     if {x.dtype for x in tensors if x.is_floating_point()} == {torch.float64}:
         yield tree_map(lambda x: _random(x, _shape(x), generator, LARGE), inputs)
     for sizes in _other_sizes(tensors):
-        shapes = {size: size - STEP if size > STEP else 2 * size for size in sizes}
-        yield tree_map(lambda x, s=shapes: _random(x, _resized(x, s), generator), inputs)
+        yield tree_map(lambda x, s=sizes: _random(x, _resized(x, s), generator), inputs)
 
 
 def _shape(x: Any) -> tuple[int, ...]:
@@ -48,18 +49,34 @@ def _resized(x: Any, sizes: dict[int, int]) -> tuple[int, ...]:
     return (*shape[:1], *(sizes.get(n, n) for n in shape[1:]))
 
 
-def _other_sizes(tensors: list[Tensor]) -> list[set[int]]:
-    """What may be a side of an image or a length, by the first input: `(N, C, H, W)`, `(N, C, L)` or `(N, L, C)`, `(N, L)`."""
+def _other_sizes(tensors: list[Tensor]) -> list[dict[int, int]]:
+    """What may be a side of an image or a length, by the first input: `(N, C, H, W)`, `(N, C, L)` or `(N, L, C)`, `(N, L)`.
+
+    Nothing gets longer where a table might be read beyond its end on an accelerator, which no program survives.
+    """
     shape = tuple(tensors[0].shape) if tensors else ()
-    if len(shape) > 3:
-        return [set(shape[2:])]
-    return [{n} for n in dict.fromkeys(shape[:0:-1]) if len(shape) == 3 or not tensors[0].is_floating_point()]
+    is_index = [not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool for x in tensors]
+    may_grow = not any(is_index) and all(x.device.type == "cpu" for x in tensors)
+    if any(is_index) and not is_index[0]:
+        return []
+    sides = [shape[2:]] if len(shape) > 3 else [(n,) for n in dict.fromkeys(shape[:0:-1]) if len(shape) == 3 or any(is_index)]
+    others = [{n: _other_size(n, may_grow) for n in side} for side in sides]
+    return [sizes for sizes in others if all(sizes.values()) and sizes]
+
+
+def _other_size(n: int, may_grow: bool) -> int:
+    if n >= 2 * STEP:
+        return n - STEP
+    return 2 * n if may_grow and n < STEP // 2 else n // 2
 
 
 def _random(x: Any, shape: tuple[int, ...], generator: torch.Generator, scale: float = 1.0) -> Any:
-    if not isinstance(x, Tensor) or x.dim() == 0 or x.is_complex():
+    if not isinstance(x, Tensor) or x.dim() == 0:
         return x
-    if x.is_floating_point():
-        return (torch.randn(shape, generator=generator) * scale).to(x.device, x.dtype)
+    if x.is_floating_point() or x.is_complex():
+        dtype = x.dtype if x.is_complex() else torch.float32
+        return (torch.randn(shape, generator=generator, dtype=dtype) * scale).to(x.device, x.dtype)
+    if x.dtype not in RANGED:
+        return x
     low, high = (0, 1) if x.dtype == torch.bool or not x.numel() else (int(x.min()), int(x.max()))
-    return torch.randint(low, high + 1, shape, generator=generator).to(x.device, x.dtype)
+    return torch.randint(min(low, 2**63 - 2), min(high, 2**63 - 2) + 1, shape, generator=generator).to(x.device, x.dtype)

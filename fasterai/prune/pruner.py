@@ -202,11 +202,13 @@ class Pruner:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next choice depends on besides the weights: plain numbers, and copies of earlier weights."""
-        return {"original": dict(self.original), **self._scorer.state_dict()}
+        alone = [name for name, (_, now) in self.channels.items() if now == 1]
+        return {"original": dict(self.original), "alone": alone, **self._scorer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state, with a model as small as it was then; the caller's dict is not changed."""
-        self.original |= state["original"]
+        known = self.original.keys() | set(state.get("alone", ()))  # one channel alone makes no group of the small model
+        self.original |= {name: count for name, count in state["original"].items() if name in known}
         self._scorer.load_state_dict(state, all_targets(unwrap(self.model)))
 
     def after_cut(self, cut: Cut) -> None:

@@ -125,7 +125,7 @@ class Keeper:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy follows its own model."""
-        self.__dict__.update(state)
+        self.__dict__.update({"trained": set(), **state})  # pickles of earlier versions have none
         follow(self.model, self)
 
     def check_trained(self, fit: Fit) -> None:

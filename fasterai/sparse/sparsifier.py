@@ -182,7 +182,7 @@ class Sparsifier(Participant):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy follows its own model."""
-        self.__dict__.update(state)
+        self.__dict__.update({"_parallel": None, **state})  # pickles of earlier versions have none
         follow(self.model, self._scorer)
 
     def _warn_without_flow(self) -> None:

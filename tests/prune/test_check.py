@@ -377,3 +377,15 @@ def test_trials_see_the_weights_that_are_there_under_autocast() -> None:
         removal = remove(net, X, measure=False)
         assert removal.removed == {"a.weight": (16, 8)}
         assert net(X).shape == (4, 3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_of_half_precision_is_decided_in_float64(seed: int) -> None:
+    torch.manual_seed(seed)
+    net = nn.Sequential(*(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 1), nn.Softmax(1)))
+    with torch.no_grad():
+        for maker, reader in ((net[0], net[2]), (net[2], net[4])):
+            maker.weight[::2], maker.bias[::2], reader.weight[:, ::2] = 0, 0, 0
+    net = net.bfloat16().eval()
+    removal = remove(net, torch.randn(2, 3, 16, 16).bfloat16(), measure=False)
+    assert (removal.removed, removal.refused) == ({"0.weight": (64, 32), "2.weight": (64, 32)}, {})

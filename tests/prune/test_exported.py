@@ -35,10 +35,10 @@ def test_uses_are_counted() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.linear(self.a(x), self.a.weight.t())
 
-    eval_mode, training_mode = exported(Tied(), (X,))
+    (eval_mode,) = exported(Tied(), (X,))  # training reads no more
     assert dict(eval_mode.uses()) == {"a.weight": 2, "a.bias": 1}
     assert eval_mode.shared() == {"a.weight"}
-    assert eval_mode.unread() == training_mode.unread() == ["spare.weight", "spare.bias"]
+    assert eval_mode.unread() == ["spare.weight", "spare.bias"]
 
 
 def test_training_mode_is_followed_where_eval_mode_leaves_weights_out() -> None:
@@ -69,3 +69,17 @@ def test_modes_and_buffers_stay_as_they_were() -> None:
     assert (model["a"].training, model["b"].training) == (False, True)
     assert not model["a"].running_mean.any()
     assert int(model["a"].num_batches_tracked) == 0
+
+
+def test_noise_of_training_pins_nothing_where_training_reads_no_more() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.spare = nn.Linear(3, 8), nn.Linear(8, 2), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.b(y * torch.empty_like(y).bernoulli_(0.9) if self.training else y)
+
+    removal = Pruner(Noisy().eval(), 0.5, "local", "large_final", example_inputs=X).prune_model(measure=False)
+    assert removal.removed == {"a.weight": (8, 4)}

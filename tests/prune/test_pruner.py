@@ -486,3 +486,32 @@ def test_a_group_of_one_channel_counts_after_a_restart_as_well():
     for one in (pruner, again):
         one.prune_to(1.0, measure=False)
         assert one.model[2].out_channels == 3  # 10 of 14 are gone
+
+
+class Reading(nn.Module):
+    """An attention whose outputs alone may go: it reads what comes in."""
+
+    def __init__(self, **how):
+        super().__init__()
+        self.m, self.b = nn.MultiheadAttention(8, 2, batch_first=True, **how), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(self.m(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("how", [{}, {"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
+def test_an_attention_that_only_hands_on_less_stays_torchs_own(how):
+    torch.manual_seed(0)
+    model = Reading(**how).eval()
+    ratios = {"m.out_proj": 0.5}
+    removal = Pruner(model, ratios, "local", "large_final", example_inputs=torch.randn(2, 5, 8)).prune_model(measure=False)
+    assert (removal.removed, removal.refused) == ({"m.out_proj.weight": (8, 4)}, {})
+    assert type(model.m) is nn.MultiheadAttention
+
+
+def test_groups_that_are_left_out_after_a_restart_do_not_count_as_gone():
+    model = net()
+    pruner = Pruner(model, 0.5, "local", "large_final", example_inputs=X)
+    again = Pruner(copy.deepcopy(model), 0.5, "local", "large_final", ignored_layers=["0"], example_inputs=X)
+    again.load_state_dict(pruner.state_dict())
+    assert again.channels == {"3.weight": (16, 16)}
