@@ -25,6 +25,7 @@ LAYERS = {
     "core.schedules": 2,
     "core.contexts": 2,
     "core.familiar": 2,
+    "core.updates": 2,
     "sparse": 3,
     "prune.admission": 2,
     "prune.labels": 2,

@@ -1,8 +1,7 @@
 """L4. Linear layers as two thinner ones, by singular value decomposition: `W = U S V^T ~ (U_r S_r^1/2) (S_r^1/2 V_r^T)`.
 
 The truncation is the best approximation of that rank (Eckart & Young 1936, https://doi.org/10.1007/BF02288367). With data it is
-that of `W diag(x)`, `x` the 2-norms of the input features: what the layer adds up, not its weights, is then approximated
-(Yuan et al. 2023, https://arxiv.org/abs/2312.05821; there `x` are powers of mean magnitudes).
+that of `W diag(x)`, `x` the 2-norms of the input features: what the layer adds up, not its weights, is then approximated.
 """
 
 from __future__ import annotations
@@ -192,8 +191,8 @@ def _scales(model: nn.Module, layers: Mapping[str, nn.Linear], data: Iterable[An
 def _truncate(layer: nn.Linear, share: float, energy: float | None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The factors `(rank, I)` and `(O, rank)`, worked out in float64."""
     weight = layer.weight.detach().to("cpu", torch.float64)
-    scale = torch.ones(weight.shape[1]) if scale is None or not scale.any() else scale
-    scale = scale.to("cpu", torch.float64).clamp_min(LEAST_SCALE * float(scale.max()))
+    scale = torch.ones(weight.shape[1]) if scale is None or not scale.any() else scale.clamp_min(LEAST_SCALE * scale.max())
+    scale = scale.to("cpu", torch.float64)
     u, s, vt = torch.linalg.svd(weight * scale, full_matrices=False)
     if energy is None:
         rank = len(s) - round(share * len(s))

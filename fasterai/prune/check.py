@@ -93,9 +93,8 @@ def largest_sound(
     if first.reason is None:
         return Sound(kept, difference=first.moved, streams=trials.streams)
     precise = _in_float64(model, graph, inputs) if exact and 0 < first.moved <= trials.rounding else None
-    trials.asks_float64 = (
-        exact and not 0 < first.moved <= trials.rounding
-    )  # what is plain in the whole may hide rounding in a part
+    # What is plain in the whole may hide rounding in a part.
+    trials.asks_float64 = exact and not 0 < first.moved <= trials.rounding
     _search(precise or trials, sound, kept, stack, None if precise else first)
     if precise is not None:
         trials.streams = precise.streams

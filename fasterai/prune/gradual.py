@@ -16,10 +16,11 @@ from fasterai.core.cuts import note_optimizer
 from fasterai.core.loop import Batch, Fit, Participant
 from fasterai.core.schedules import Schedule, lin
 from fasterai.core.targets import unwrap
+from fasterai.core.updates import Updates, plan_updates
 from fasterai.prune.budget import Budget
 from fasterai.prune.carry import check_optimizer, check_trained
 from fasterai.prune.copies import Copies, matching_copies
-from fasterai.prune.gradual_settings import check_bare, check_settings, next_share
+from fasterai.prune.gradual_settings import check_bare, check_settings
 from fasterai.prune.plan import Plan
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import Removal
@@ -91,6 +92,7 @@ class GradualPruner(Participant):
         self._key: tuple[Any, ...] = ()
         self._frozen: list[str] = []
         self._examples: Any = None  # the inputs that the model was last looked at with
+        self._updates = Updates()
         self._done = 0.0  # the share of the ratio that was gone to
         self._dense: nn.Module | None = None
         self._optimizer: Any = None
@@ -122,6 +124,13 @@ class GradualPruner(Participant):
         self._look(fit)
         note_optimizer(self.model, fit.optimizer)  # it may go on after this run, and after a removal outside of it
         self._optimizer, self._loss = fit.optimizer, fit.loss
+        self._updates = plan_updates(self.schedule, self._highest_ratio(), fit.total_steps, self.max_updates)
+
+    def _highest_ratio(self) -> float:
+        """Return the highest share of channels, or of what a `Budget` counts, that is to go."""
+        if isinstance(self._ratio, Budget):
+            return 1 - self._ratio.share
+        return max(self._ratio.values(), default=0.0) if isinstance(self._ratio, Mapping) else float(self._ratio)
 
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
         """Note the batch, for criteria that need data; the loss is not changed."""
@@ -132,8 +141,8 @@ class GradualPruner(Participant):
     def after_step(self, position: float) -> None:
         """Remove what the schedule asks for, if it has gone on far enough."""
         self._replayed = []
-        share = next_share(self.schedule, self.schedule(position), self._done, self.max_updates)
-        if share is not None:
+        share = self.schedule(1.0) if position >= 1 else self._updates.share(position)
+        if share > self._done:
             with suppress(NotYetError):  # the next step is asked again
                 self._remove(share)
         if self._frozen:

@@ -18,7 +18,7 @@ from fasterai.prune.admission import check_whole
 from fasterai.prune.copies import Copies, check_copies
 from fasterai.prune.pruner import OVER_PLACES, Pruner, check_context
 
-__all__ = ["check_bare", "check_settings", "next_share"]
+__all__ = ["check_bare", "check_settings"]
 
 POSITIONS = 1000  # at which a schedule is looked at
 
@@ -75,28 +75,6 @@ def _rising(schedule: Schedule) -> Schedule:
             )
         before = share
     return schedule
-
-
-def next_share(schedule: Schedule, share: float, done: float, max_updates: int) -> float | None:
-    """Which share is gone to now; None if it is not time.
-
-    The way to the schedule's end is divided into `max_updates` stairs, and channels go where the schedule comes closest to
-    another one. They follow the schedule's own share; but the last time, within half a stair of the end, all goes that is left,
-    so that the network trains on at its final size.
-
-    Args:
-        schedule: It never falls.
-        share: The schedule's share now.
-        done: The share that was gone to last.
-        max_updates: How often channels go at most.
-    """
-    end = schedule(1.0)
-    if share <= done:
-        return None
-    stair, last = (int(max_updates * x / end + 0.5 + 1e-9) for x in (share, done))
-    if stair <= last:
-        return None
-    return end if stair >= max_updates else share
 
 
 def check_bare(model: nn.Module) -> None:

@@ -1,12 +1,12 @@
-"""L3. When the masks of a training move: a schedule, and how far a run has come on it."""
+"""L3. When the masks of a training move: its updates, and how far the run has come."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from fasterai.core.checks import check_fraction
 from fasterai.core.schedules import Schedule
+from fasterai.core.updates import Updates, plan_updates
 
 __all__ = ["Pace"]
 
@@ -17,6 +17,7 @@ class Pace:
     Attributes:
         share: The share of the asked sparsity that the masks were moved to last, in [0, 1].
         asked: The counts that were asked for last; as long as they are the same, the masks stay.
+        finished: Whether the run has been to its end.
     """
 
     def __init__(self, schedule: Schedule, max_updates: int) -> None:
@@ -24,49 +25,31 @@ class Pace:
         self.max_updates = max_updates
         self.share = 0.0
         self.asked: tuple[Any, ...] = ()
-        self._tick = 0
-        self._steps = 1
+        self.finished = False
+        self._updates = Updates()
 
-    @property
-    def finished(self) -> bool:
-        """Whether the run has been to its end."""
-        return self._tick >= self.max_updates
-
-    def start(self, total_steps: int) -> None:
-        """Begin a run."""
-        self.share, self.asked, self._tick, self._steps = 0.0, (), 0, total_steps
+    def start(self, total_steps: int, sparsity: float) -> None:
+        """Begin a run of so many steps to a sparsity in [0, 1)."""
+        self.share, self.asked, self.finished = 0.0, (), False
+        self._updates = plan_updates(self.schedule, sparsity, total_steps, self.max_updates)
 
     def finish(self) -> None:
         """End a run."""
-        self._tick = self.max_updates
-
-    def put_off(self) -> None:
-        """Let a move that was due wait for the next step."""
-        self._tick -= 1
+        self.finished = True
 
     def at(self, position: float) -> float:
-        """The schedule's share at a position of the training, both in [0, 1]."""
-        return check_fraction("what the schedule returns", self.schedule(position))
+        """Return the share that the masks are to be at, at a position of the training; both in [0, 1]."""
+        return self.schedule(1.0) if position >= 1 else self._updates.share(position)
 
     def is_due(self, position: float) -> bool:
-        """Whether the masks may move at a position; each position is asked for once, unless the move is put off.
-
-        In a run of up to `max_updates` steps they may at every step, in a longer one where both the run and the schedule
-        have gone on by that share since the last move, and always at the end.
-        """
-        tick = int(position * self.max_updates + 1e-9)
-        passed, self._tick = tick > self._tick, max(tick, self._tick)
-        if position >= 1:
-            return True
-        if not passed or self._steps <= self.max_updates:
-            return passed
-        # Less a rounding error: (12 - 8) / 20 comes out below 1 / 5.
-        return abs(self.at(position) - self.share) >= 1 / self.max_updates - 1e-9
+        """Tell if the masks may move at a position: if they are not where they are to be, and at the end in any case."""
+        return position >= 1 or self.at(position) != self.share
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the run has come: numbers only."""
-        return {"share": self.share, "asked": list(self.asked), "tick": self._tick}
+        """Return how far the run has come: numbers only."""
+        return {"share": self.share, "asked": list(self.asked), "finished": self.finished}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
-        self.share, self.asked, self._tick = state["share"], tuple(state["asked"]), state["tick"]
+        self.share, self.asked = state["share"], tuple(state["asked"])
+        self.finished = bool(state.get("finished", False))  # states of earlier versions have none

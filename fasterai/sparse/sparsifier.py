@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -323,7 +324,7 @@ class Sparsifier(Participant):
         self._scorer.begin(fit.loss)
         self._warn_without_flow()
         self._forget_stale()
-        self._pace.start(fit.total_steps)
+        self._pace.start(fit.total_steps, self._highest_sparsity())
         self._keeper.trained = set()
         self._keeper.note_trained()
         self._parallel = _parallel(fit.model)
@@ -340,6 +341,13 @@ class Sparsifier(Participant):
         except ValueError as error:
             warn(f"the loop's batch does not show the data flow ({error}); pass example_inputs=")
 
+    def _highest_sparsity(self) -> float:
+        """Return the highest sparsity that any pool is asked for; half a unit at least is left."""
+        assert self._plan is not None
+        context, sparsity = self._plan
+        highest = max(context.sparsities.values(), default=0.0) if isinstance(context, PerTarget) else 1.0
+        return min(sparsity * highest, 1 - 0.5 / max(1, sum(p.count for p in self._keeper.pools)))
+
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
         """Note the batch if the criterion needs data; the loss is not changed."""
         self._scorer.see(batch)
@@ -353,10 +361,8 @@ class Sparsifier(Participant):
         """Move the masks if it is time to, and apply them."""
         self._keeper.note_trained()
         if self._pace.is_due(position):
-            try:
+            with suppress(NotYetError):  # the next step is asked again
                 self._follow(position)
-            except NotYetError:
-                self._pace.put_off()
         self.apply_masks()
         self._stepping = False
 
@@ -500,7 +506,7 @@ def _as_inputs(inputs: Any) -> tuple[Any, ...] | None:
 
 
 def _check_state(state: Mapping[str, Any]) -> None:
-    own = ("format", "granularity", "shapes", "keep", "noted", "initial", "previous", "asked", "tick", "share")
+    own = ("format", "granularity", "shapes", "keep", "noted", "initial", "previous", "asked", "share")
     missing = [key for key in own if not isinstance(state, Mapping) or key not in state]
     if missing:
         raise ValueError(f"state must be what Sparsifier.state_dict() returned, got one without {', '.join(missing)}")

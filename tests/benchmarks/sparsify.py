@@ -180,7 +180,7 @@ def _stepper(granularity: str | None, total_steps: int) -> Callable[[int, int], 
         if handle is not None:
             handle.loop.step = first
             pace = sparsifier._pace
-            pace._tick, pace.share = first * pace.max_updates // total_steps, pace.schedule(first / total_steps)
+            pace.share = pace.at(first / total_steps)
         for _ in range(count):
             optimizer.zero_grad()
             loss(model(x), y).backward()

@@ -361,3 +361,8 @@ def test_the_familiar_path():
     from fasterai.misc import fc_decomposer
 
     assert fc_decomposer.FC_Decomposer is FC_Decomposer
+
+
+def test_a_layer_that_reads_nothing_is_left_alone():
+    model = nn.Sequential(nn.Linear(0, 3), nn.Linear(3, 8))
+    assert decompose_linear(model, 0.5)[0].weight.shape == (3, 0)

@@ -83,3 +83,11 @@ def test_noise_of_training_pins_nothing_where_training_reads_no_more() -> None:
 
     removal = Pruner(Noisy().eval(), 0.5, "local", "large_final", example_inputs=X).prune_model(measure=False)
     assert removal.removed == {"a.weight": (8, 4)}
+
+
+def test_training_mode_is_followed_on_the_inputs_as_they_are_where_the_batch_is_fixed() -> None:
+    class Fixed(Auxiliary):
+        def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            return super().forward(x.reshape(2, 3))
+
+    assert len(exported(Fixed(), (X,))) == 2

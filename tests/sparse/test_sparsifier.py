@@ -1452,3 +1452,13 @@ def test_the_decisions_are_those_of_the_first_process(monkeypatch, process_group
         sparsifier.reset()
         decided = ~decided
     assert sparsifier._parallel is None
+
+
+def test_a_pickle_of_an_earlier_version_goes_on():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    sparsifier = Sparsifier(model, "weight", "local", "large_final")
+    del vars(sparsifier)["_parallel"], vars(sparsifier._keeper)["trained"]
+    again = pickle.loads(pickle.dumps(sparsifier))
+    again.sparsify_model(0.5)
+    again.load_state_dict(again.state_dict())
+    assert again.report().together.pruned == 12
