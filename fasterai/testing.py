@@ -1,4 +1,4 @@
-"""L4. What every entry of a catalogue promises, as plain functions: for our own tests, and for entries of your own.
+"""What every entry of a catalogue promises, as plain functions: for our own tests, and for entries of your own.
 
 Each check takes one entry, returns nothing, and raises AssertionError with the promise that is broken.
 To add one: a function `check_<axis>(entry)` that is run over the whole catalogue in the tests.

@@ -133,7 +133,7 @@ def test_the_sparse_star_import_has_the_sparsifier_and_fastais_callback(module):
     [
         ("fasterai.core.schedule", "Schedule", "fasterai.core.schedules"),
         ("fasterai.core.schedule", "sched_onecycle", "fasterai.core.schedules"),
-        ("fasterai.core.granularity", "Granularities", "fasterai.core.familiar"),
+        ("fasterai.core.granularity", "Granularities", "fasterai.familiar"),
         ("fasterai.sparse.sparsify_callback", "SparsifyCallback", "fasterai.callbacks.fastai"),
     ],
 )

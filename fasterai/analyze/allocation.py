@@ -1,4 +1,4 @@
-"""L4. How much of each target goes, from curves of what its pruning costs: pure functions of plain numbers."""
+"""How much of each target goes, from curves of what its pruning costs: pure functions of plain numbers."""
 
 from __future__ import annotations
 

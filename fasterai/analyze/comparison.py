@@ -1,4 +1,4 @@
-"""L3. Several models side by side, dense, masked and small for instance: what each costs, and how fast it is."""
+"""Several models side by side, dense, masked and small for instance: what each costs, and how fast it is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from fasterai.analyze.cost import Cost, cost
 from fasterai.analyze.latency import LatencyComparison, compare_latency
 from fasterai.analyze.layers import LayerComparison, LayerRow
-from fasterai.analyze.look import QUIET, SERIES, dress, new_axes, short, short_bytes, short_time, table
+from fasterai.display import QUIET, SERIES, dress, new_axes, short, short_bytes, short_time, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

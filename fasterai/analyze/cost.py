@@ -1,4 +1,4 @@
-"""L3. What a model costs: parameters, MACs, memory and file size, layer by layer and overall."""
+"""What a model costs: parameters, MACs, memory and file size, layer by layer and overall."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.analyze.counting import Tally, count
-from fasterai.analyze.look import QUIET, SERIES, dress, new_axes, short, short_bytes, table
-from fasterai.analyze.quiet import at_rest, check_model, copies, positional
-from fasterai.core.targets import unwrap
+from fasterai.display import QUIET, SERIES, dress, new_axes, short, short_bytes, table
+from fasterai.model.inputs import positional
+from fasterai.model.running import at_rest, copies
+from fasterai.model.supported import check_model
+from fasterai.model.targets import unwrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,7 +152,7 @@ def cost(model: nn.Module, example_inputs: Any) -> Cost:
     >>> cost(nn.Linear(4, 3), torch.zeros(2, 4)).macs
     24
     """
-    model = unwrap(check_model("model", model))
+    model = unwrap(check_model(model, holds_values=True))
     inputs = copies(positional(example_inputs))
     with at_rest(model):
         try:

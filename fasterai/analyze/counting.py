@@ -1,4 +1,4 @@
-"""L3. Counting inside a forward pass: MACs and new memory, module by module.
+"""Counting inside a forward pass: MACs and new memory, module by module.
 
 To add a rule for an operation that torch's counter lacks: a function of the arguments' shapes that returns FLOPs (two per MAC),
 and its operation in `rules()`. A rule that a user registers with torch's `register_flop_formula` counts as well.
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from fasterai.core.undisturbed import without_fast_path
+from fasterai.model.running import without_fast_path
 
 __all__ = ["Tally", "count", "rules"]
 

@@ -1,4 +1,4 @@
-"""L3. How long a forward pass takes on this machine: measured, never computed from counts."""
+"""How long a forward pass takes on this machine: measured, never computed from counts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fasterai.analyze.layer_times import LayerTiming, layer_times, layer_timings, quartiles
-from fasterai.analyze.look import INK, QUIET, SERIES, dress, new_axes, short_time, table
-from fasterai.analyze.quiet import at_rest, check_model, copies, device_name, positional
 from fasterai.core.checks import check_count
+from fasterai.display import INK, QUIET, SERIES, dress, new_axes, short_time, table
+from fasterai.model.inputs import positional
+from fasterai.model.running import at_rest, copies, device_name
+from fasterai.model.supported import check_model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -216,7 +218,7 @@ def compare_latency(
     if not isinstance(models, Mapping) or not models:
         raise ValueError(f"models must be a dict of at least one name and model, got {models!r}")
     for name, model in models.items():
-        check_model(f"models[{name!r}]", model)
+        check_model(model, f"models[{name!r}]", holds_values=True)
     sizes = _check_sizes(batch_sizes)
     check_count("threads", threads)
     if not (isinstance(min_run_time, int | float) and 0 < min_run_time < math.inf):

@@ -1,4 +1,4 @@
-"""L3. How long each layer's own part of a forward pass takes, between marks set around every module."""
+"""How long each layer's own part of a forward pass takes, between marks set around every module."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from fasterai.analyze.counting import followed
-from fasterai.analyze.quiet import device_of, wait_for
-from fasterai.core.targets import unwrap
+from fasterai.model.running import device_of, wait_for
+from fasterai.model.targets import unwrap
 
 __all__ = ["LayerTiming", "layer_times", "layer_timings", "quartiles"]
 

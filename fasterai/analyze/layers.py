@@ -1,4 +1,4 @@
-"""L3. Several models side by side, layer by layer: what each layer costs, and how long it takes."""
+"""Several models side by side, layer by layer: what each layer costs, and how long it takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from fasterai.analyze.cost import LayerCost
 from fasterai.analyze.layer_times import LayerTiming
-from fasterai.analyze.look import QUIET, SERIES, dress, new_axes, short, short_bytes, short_time, table
+from fasterai.display import QUIET, SERIES, dress, new_axes, short, short_bytes, short_time, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""L4. How a model's score falls as one target at a time is pruned, and how much of each target may go therefore."""
+"""How a model's score falls as one target at a time is pruned, and how much of each target may go therefore."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.analyze.allocation import allocate
-from fasterai.analyze.look import INK, QUIET, dress, new_axes, table
-from fasterai.analyze.quiet import check_model
 from fasterai.core.checks import check_count, check_fraction
 from fasterai.core.criteria import Criterion
 from fasterai.core.granularities import Granularity
-from fasterai.core.targets import TargetsLike
-from fasterai.core.undisturbed import evaluating, undisturbed
+from fasterai.display import INK, QUIET, dress, new_axes, table
+from fasterai.model.running import evaluating, undisturbed
+from fasterai.model.supported import check_model
+from fasterai.model.targets import TargetsLike
 from fasterai.sparse.sparsifier import Sparsifier
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ def sensitivity(
         TypeError: `evaluate` does not return a number, or an argument is of the wrong type.
         ValueError: An argument is out of range, or the score of the model as it is is not finite.
     """
-    check_model("model", model)
+    check_model(model, holds_values=True)
     asked = _check_sparsities(sparsities)
     if not callable(evaluate):
         raise TypeError(f"evaluate must be a function of the model, got {evaluate!r} ({type(evaluate).__name__})")

@@ -1,1 +1,1 @@
-"""L5: one file for each training framework, which translates its events and knows no method."""
+"""One file for each training framework, which translates its events and knows no method."""

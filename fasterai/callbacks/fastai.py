@@ -1,4 +1,4 @@
-"""L5. fastai: a participant's callback, with the sparsity as a column of the epoch table."""
+"""Fastai: a participant's callback, with the sparsity as a column of the epoch table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fasterai.core.criteria import Criterion
 from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Batch, Fit, Loop, Participant
 from fasterai.core.schedules import Schedule
-from fasterai.core.targets import LayerTypes
+from fasterai.model.targets import LayerTypes
 from fasterai.sparse.sparsifier import Sparsifier, Sparsity
 
 try:
@@ -25,8 +25,8 @@ except ImportError as error:
     raise ImportError("fasterai.callbacks.fastai needs fastai: pip install 'fasterai[fastai]'") from error
 
 if TYPE_CHECKING:
-    from fasterai.prune.copies import Copies
     from fasterai.prune.gradual import GradualPruner
+    from fasterai.prune.surgery.model_copies import Copies
 
 __all__ = ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 

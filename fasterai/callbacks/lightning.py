@@ -1,4 +1,4 @@
-"""L5. Lightning: a participant's callback, with the sparsity logged and everything in Lightning's own checkpoints."""
+"""Lightning: a participant's callback, with the sparsity logged and everything in Lightning's own checkpoints."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from fasterai.core.criteria import Criterion
 from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Batch, Fit, Loop, Participant
 from fasterai.core.schedules import Schedule
-from fasterai.core.targets import LayerTypes
-from fasterai.sparse.evidence import as_batch
+from fasterai.model.targets import LayerTypes
 from fasterai.sparse.sparsifier import Sparsifier, Sparsity
+from fasterai.units.evidence import as_batch
 
 try:
     import lightning.pytorch as pl
@@ -27,8 +27,8 @@ except ImportError as error:
     raise ImportError("fasterai.callbacks.lightning needs lightning: pip install 'fasterai[lightning]'") from error
 
 if TYPE_CHECKING:
-    from fasterai.prune.copies import Copies
     from fasterai.prune.gradual import GradualPruner
+    from fasterai.prune.surgery.model_copies import Copies
 
 __all__ = ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 

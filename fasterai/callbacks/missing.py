@@ -1,4 +1,4 @@
-"""L5. What stands for fastai's callbacks where fastai is not installed: an error that names the extra."""
+"""What stands for fastai's callbacks where fastai is not installed: an error that names the extra."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""L5. A loop of your own: the optimizer's step is the only event it takes."""
+"""A loop of your own: the optimizer's step is the only event it takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""L5. What the callbacks of all frameworks share: the arguments, and the participants made of them."""
+"""What the callbacks of all frameworks share: the arguments, and the participants made of them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fasterai.core.criteria import Criterion, as_criterion
 from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Participant
 from fasterai.core.schedules import Schedule, as_schedule
-from fasterai.core.targets import unwrap
+from fasterai.model.targets import unwrap
 from fasterai.sparse.sparsifier import Sparsifier, Sparsity
 from fasterai.sparse.tickets import LotteryTicket
 
 if TYPE_CHECKING:
-    from fasterai.prune.copies import Copies
     from fasterai.prune.gradual import GradualPruner
+    from fasterai.prune.surgery.model_copies import Copies
 
 __all__ = ["PruneSettings", "SparsifySettings"]
 

@@ -1,4 +1,4 @@
-"""L6. The command line: `fasterai demo`, `fasterai sparsify` and `fasterai prune`.
+"""The command line: `fasterai demo`, `fasterai sparsify` and `fasterai prune`.
 
 What is heavy (torchvision, matplotlib, scikit-learn) is imported by the command that needs it. To add a command: a module
 with `run(arguments) -> int`, and its parser in `arguments.py`.

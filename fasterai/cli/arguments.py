@@ -1,4 +1,4 @@
-"""L6. The commands' arguments, and the checks that need no data."""
+"""The commands' arguments, and the checks that need no data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 from fasterai.cli.errors import UsageError, told_as_usage
 
 if TYPE_CHECKING:
-    from fasterai.prune.budget import Budget
+    from fasterai.prune.choice.budget import Budget
 
 __all__ = ["Axes", "check_arguments", "check_prune_arguments", "make_parser", "read_budget"]
 
@@ -199,7 +199,7 @@ def read_budget(text: str) -> Budget:
     Raises:
         UsageError: It is none of these.
     """
-    from fasterai.prune.budget import Budget
+    from fasterai.prune.choice.budget import Budget
 
     kind, _, share = text.partition("=")
     try:

@@ -1,4 +1,4 @@
-"""L6. The same network trained dense and sparse, with everything written to a folder, and resumed from it."""
+"""The same network trained dense and sparse, with everything written to a folder, and resumed from it."""
 
 from __future__ import annotations
 

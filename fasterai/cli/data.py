@@ -1,4 +1,4 @@
-"""L6. Labelled images: what the training reads, whatever they come from."""
+"""Labelled images: what the training reads, whatever they come from."""
 
 from __future__ import annotations
 

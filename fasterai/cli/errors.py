@@ -1,4 +1,4 @@
-"""L6. The one kind of error that the command line shows as a line instead of a traceback."""
+"""The one kind of error that the command line shows as a line instead of a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""L6. Folders of images with one sub-folder a class."""
+"""Folders of images with one sub-folder a class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""L6. The networks that the commands train."""
+"""The networks that the commands train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""L6. The run folder."""
+"""The run folder."""
 
 from __future__ import annotations
 

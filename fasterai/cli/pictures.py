@@ -1,4 +1,4 @@
-"""L6. The pictures of a run, drawn from its report."""
+"""The pictures of a run, drawn from its report."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fasterai.analyze.look import short, short_bytes, short_time
 from fasterai.cli.output import write_atomically
 from fasterai.cli.tables import columns, is_by_channel, unit_name
+from fasterai.display import short, short_bytes, short_time
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fasterai.prune.report import Removal
+    from fasterai.prune.removal_report import Removal
 
 __all__ = ["write_all", "write_removal", "write_small", "write_sparsity", "write_training"]
 

@@ -23,7 +23,7 @@ from fasterai.cli.training import Recipe, evaluate
 from fasterai.cli.weights import Weights, load_classifier, read_weights
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import Removal, remove
-from fasterai.prune.small import save_small
+from fasterai.prune.small_files import save_small
 
 __all__ = ["run"]
 

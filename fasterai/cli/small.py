@@ -1,4 +1,4 @@
-"""L6. The small network beside the sparse one: silent channels taken out, and all networks counted and timed."""
+"""The small network beside the sparse one: silent channels taken out, and all networks counted and timed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from fasterai.analyze.comparison import Comparison, compare
 from fasterai.analyze.latency import batch_of
-from fasterai.analyze.quiet import at_rest
 from fasterai.cli.data import Data
 from fasterai.cli.output import SMALL, file_of
 from fasterai.cli.training import Recipe, evaluate
+from fasterai.model.running import at_rest
 from fasterai.prune.removal import remove
-from fasterai.prune.small import save_small
+from fasterai.prune.small_files import save_small
 
 __all__ = ["WHOLE_CHANNELS", "make_small"]
 

@@ -1,4 +1,4 @@
-"""L6. What is printed: an epoch in a line, and the networks side by side."""
+"""What is printed: an epoch in a line, and the networks side by side."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fasterai.analyze.latency import NOISE
-from fasterai.analyze.look import short, short_bytes, short_time
+from fasterai.display import short, short_bytes, short_time
 
 __all__ = ["columns", "epoch_line", "is_by_channel", "result_table", "small_line", "unit_name"]
 

@@ -1,4 +1,4 @@
-"""L6. The training loop: one network, dense or sparse, epoch by epoch, with a state to go on from."""
+"""The training loop: one network, dense or sparse, epoch by epoch, with a state to go on from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""L6. Weights from a file into a classifier of torchvision, whatever wrote them."""
+"""Weights from a file into a classifier of torchvision, whatever wrote them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,5 @@
-"""L0-L2: values, checks, loop events and the four axes; pure functions of plain tensors."""
+"""Values, checks, loop events and the four axes; pure functions of plain tensors."""
+
+import os as _os
+
+__path__.append(_os.path.join(_os.path.dirname(__file__), "..", "moved", "core"))  # old import paths

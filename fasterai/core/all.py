@@ -31,22 +31,6 @@ from fasterai.core.criteria import (
     updating_movmag,
     wanda,
 )
-from fasterai.core.familiar import (
-    EPS,
-    Criteria,
-    Granularities,
-    Normalizer,
-    Reducer,
-    activation_criteria,
-    available_criterias,
-    available_schedules,
-    criterias,
-    grad_crit,
-    init_based_criteria,
-    magnitude_criteria,
-    unit_scores,
-    update_based_criteria,
-)
 from fasterai.core.granularities import (
     Block,
     Keep,
@@ -76,7 +60,23 @@ from fasterai.core.schedules import (
     sched_onecycle,
     sched_oneshot,
 )
-from fasterai.core.targets import (
+from fasterai.familiar import (
+    EPS,
+    Criteria,
+    Granularities,
+    Normalizer,
+    Reducer,
+    activation_criteria,
+    available_criterias,
+    available_schedules,
+    criterias,
+    grad_crit,
+    init_based_criteria,
+    magnitude_criteria,
+    unit_scores,
+    update_based_criteria,
+)
+from fasterai.model.targets import (
     register_axes,
 )
 

@@ -1,4 +1,4 @@
-"""L0. Checks of arguments: each says what is allowed, what came, and the repair.
+"""Checks of arguments: each says what is allowed, what came, and the repair.
 
 To add one: a function that takes the argument's name and its value, and returns the value as the library uses it.
 """

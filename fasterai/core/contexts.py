@@ -1,4 +1,4 @@
-"""L2. The catalogue of contexts: which units compete, and how many of each target go.
+"""The catalogue of contexts: which units compete, and how many of each target go.
 
 A context is a frozen value: unit scores and a sparsity -> a decision per unit. Of the n units that compete exactly
 `round(s * n)` go (Python's `round`: halves to the even number), ties settled by position; at least `min_keep` units of every

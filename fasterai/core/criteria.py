@@ -1,4 +1,4 @@
-"""L2. The catalogue of criteria: how much a weight matters. Higher is kept.
+"""The catalogue of criteria: how much a weight matters. Higher is kept.
 
 A criterion is a frozen value: what is known of a target (the weight and, only if it says so, more) -> scores of the
 weight's shape. It never writes into what it is given.

@@ -1,4 +1,4 @@
-"""L2. The catalogue of granularities: which weights share one decision.
+"""The catalogue of granularities: which weights share one decision.
 
 A granularity keeps some named axes apart and lets one decision stand for all others. It is a pair of inverse views:
 `reduce` (a target's scores -> scores of its units) and `expand` (a decision per unit -> the target's mask).
@@ -177,7 +177,7 @@ class Named(Keep):
 class Coupled(Keep):
     """Channels that go together through several parameters: those of a residual sum, a depthwise convolution, heads.
 
-    Which they are, a `Sparsifier` reads off the model's operations (`fasterai.prune.graph`). On a parameter seen by itself,
+    Which they are, a `Sparsifier` reads off the model's operations (`fasterai.graph.channels`). On a parameter seen by itself,
     as here, they are its outputs.
 
     Attributes:

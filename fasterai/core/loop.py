@@ -1,4 +1,4 @@
-"""L1. A training loop's events, and what takes part in them.
+"""A training loop's events, and what takes part in them.
 
 Callbacks translate the events of their framework into calls of a `Loop`; the loop passes them on to its participants.
 Callbacks know no method and methods know no framework, so the two add up instead of multiplying.

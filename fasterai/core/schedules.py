@@ -1,4 +1,4 @@
-"""L2. The catalogue of schedules: how much of the asked sparsity is reached at which moment of training.
+"""The catalogue of schedules: how much of the asked sparsity is reached at which moment of training.
 
 A schedule is a frozen value: `schedule(position) -> share`, both in [0, 1]. Same position, same answer; nothing to reset.
 To add one: a function `(start, end, position) -> value`, a frozen class that calls it, a ready-made value, their names in

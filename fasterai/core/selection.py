@@ -1,4 +1,4 @@
-"""L1. The exact choice: which units of a pool stay when a given number goes.
+"""The exact choice: which units of a pool stay when a given number goes.
 
 One function, `keep_highest`, behind which everything that makes it fast is hidden. On a CPU it reads the scores in pieces
 that fit into the cache, brackets the threshold from a sample, counts what lies below and partitions only what lies

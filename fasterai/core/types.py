@@ -1,6 +1,6 @@
-"""L0. The values that flow between the layers: how a parameter is read, what is known of it, and the limits of a choice.
+"""The values that flow between the layers: how a parameter is read, what is known of it, and the limits of a choice.
 
-To add evidence: a field of `Evidence`, its name in `EVIDENCE`, and who gathers it in `fasterai/sparse/evidence.py`.
+To add evidence: a field of `Evidence`, its name in `EVIDENCE`, and who gathers it in `fasterai/units/evidence.py`.
 """
 
 from __future__ import annotations

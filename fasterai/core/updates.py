@@ -1,4 +1,4 @@
-"""L2. When a training prunes: the few steps at which what is pruned moves, spread evenly over the survivors.
+"""When a training prunes: the few steps at which what is pruned moves, spread evenly over the survivors.
 
 Pruning from 98 % to 99 % takes as large a share of what is left as pruning from 0 to 50 %. So updates are spent by the
 logarithm of the density, `-log(1 - sparsity * share)`, not by the share itself:
@@ -48,7 +48,7 @@ class Updates:
 def plan_updates(schedule: Callable[[float], float], sparsity: float, total_steps: int, max_updates: int) -> Updates:
     """Plan at most `max_updates` updates that follow a schedule.
 
-    In a run of up to `max_updates` steps there is one at every step at which the schedule moves. In a longer one the way of
+    If the schedule moves at no more than `max_updates` steps, there is one at each of them. If it moves at more, the way of
     the survivors, `|log density|` summed over all rises and falls of the schedule, is divided into even shares. An update
     happens where the schedule has gone on by one of them since the last, and goes to the schedule's own share there. The end
     of the schedule, and each turning point, is gone to as soon as it is within half an even share, so that training goes on
@@ -66,9 +66,9 @@ def plan_updates(schedule: Callable[[float], float], sparsity: float, total_step
     count = min(total_steps, POSITIONS)
     positions = [i / count for i in range(1, count + 1)]
     shares = [check_fraction("what the schedule returns", schedule(p)) for p in positions]
-    if total_steps <= max_updates:
-        chosen = [(p, s) for p, s, before in zip(positions, shares, [0.0, *shares], strict=False) if s != before]
-        return _updates(chosen)
+    moving = [(p, s) for p, s, before in zip(positions, shares, [0.0, *shares], strict=False) if s != before]
+    if len(moving) <= max_updates:
+        return _updates(moving)
     way = [0.0, *(-math.log1p(-sparsity * share) for share in shares)]
     turns, even = _divide(way, max_updates)
     chosen, last, done = [], 0.0, 0

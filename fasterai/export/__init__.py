@@ -1,1 +1,1 @@
-"""L4: models written to files that other programs run, each checked against the model before it takes its place."""
+"""Models written to files that other programs run, each checked against the model before it takes its place."""

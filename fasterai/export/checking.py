@@ -1,4 +1,4 @@
-"""L4. What every format does alike: sample inputs, the model's outputs, the comparison, and a file that is whole or absent."""
+"""What every format does alike: sample inputs, the model's outputs, the comparison, and a file that is whole or absent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fasterai.core.undisturbed import evaluating, undisturbed
+from fasterai.model.running import evaluating, undisturbed
 
 __all__ = ["as_inputs", "check_same", "model_outputs", "require", "with_batch", "written"]
 

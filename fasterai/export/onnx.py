@@ -1,4 +1,4 @@
-"""L4. ONNX files: written by torch.onnx, run in onnxruntime, compared with the model on the spot."""
+"""ONNX files: written by torch.onnx, run in onnxruntime, compared with the model on the spot."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.core.checks import check_choice, check_count
-from fasterai.core.targets import unwrap
-from fasterai.core.undisturbed import evaluating, undisturbed
 from fasterai.export.checking import as_inputs, check_same, model_outputs, require, with_batch, written
+from fasterai.model.running import evaluating, undisturbed
+from fasterai.model.targets import unwrap
 
 __all__ = ["ONNXModel", "export_onnx", "verify_onnx"]
 

@@ -1,4 +1,4 @@
-"""L4. Batch norms folded into the layers before them: the same function with fewer operations.
+"""Batch norms folded into the layers before them: the same function with fewer operations.
 
 In eval mode a batch norm is a scale and a shift of each channel, so conv, then norm, is a conv:
 `W' = W gamma / sqrt(var + eps)`, `b' = (b - mean) gamma / sqrt(var + eps) + beta`.
@@ -18,9 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten
 
 from fasterai.core.checks import warn
-from fasterai.core.targets import read_module, unwrap
-from fasterai.core.undisturbed import evaluating, undisturbed
-from fasterai.misc.readings import Reading, trace_norms, watch_norms
+from fasterai.model.readings import Reading, trace_norms, watch_norms
+from fasterai.model.running import evaluating, undisturbed
+from fasterai.model.targets import read_module, unwrap
 
 __all__ = ["BN_Folder", "FoldReport", "find_folds", "fold_batchnorms"]
 

@@ -1,4 +1,4 @@
-"""L4. Linear layers as two thinner ones, by singular value decomposition: `W = U S V^T ~ (U_r S_r^1/2) (S_r^1/2 V_r^T)`.
+"""Linear layers as two thinner ones, by singular value decomposition: `W = U S V^T ~ (U_r S_r^1/2) (S_r^1/2 V_r^T)`.
 
 The truncation is the best approximation of that rank (Eckart & Young 1936, https://doi.org/10.1007/BF02288367). With data it is
 that of `W diag(x)`, `x` the 2-norms of the input features: what the layer adds up, not its weights, is then approximated.
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.core.checks import check_count, check_fraction, unknown, warn
-from fasterai.core.targets import all_targets, unwrap
-from fasterai.sparse.evidence import Source, activations
+from fasterai.model.targets import all_targets, unwrap
+from fasterai.units.evidence import Source, activations
 
 __all__ = ["DecompositionReport", "FC_Decomposer", "decompose_linear", "factorise_linear"]
 

@@ -1,1 +1,5 @@
-"""L4: channels that live or die together, found in the network's own operations."""
+"""Channels that live or die together, found in the network's own operations."""
+
+import os as _os
+
+__path__.append(_os.path.join(_os.path.dirname(__file__), "..", "moved", "prune"))  # old import paths

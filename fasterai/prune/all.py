@@ -5,14 +5,14 @@ import importlib.util
 from fasterai.callbacks.plain import attach
 from fasterai.core import all as _core
 from fasterai.core.all import *
-from fasterai.prune.budget import Budget, fit_budget
+from fasterai.graph.channels import ChannelGraph, Group, channel_graph
+from fasterai.prune.choice.budget import Budget, fit_budget
 from fasterai.prune.gradual import GradualPruner
-from fasterai.prune.graph import ChannelGraph, Group, channel_graph
-from fasterai.prune.plan import Plan
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import Removal, remove
-from fasterai.prune.small import load_small, save_small
-from fasterai.prune.surgery import apply_plan_
+from fasterai.prune.small_files import load_small, save_small
+from fasterai.prune.surgery.operate import apply_plan_
+from fasterai.prune.surgery.plan import Plan
 from fasterai.sparse.sparsifier import Sparsifier
 
 __all__ = [

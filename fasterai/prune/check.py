@@ -1,4 +1,4 @@
-"""L4. Whether the outputs stay when channels go: tried on the model itself, and taken back, for as many channels as may go."""
+"""Whether the outputs stay when channels go: tried on the model itself, and taken back, for as many channels as may go."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fasterai.analyze.quiet import at_rest, copies
-from fasterai.core.targets import unwrap
-from fasterai.core.undisturbed import without_fast_path
-from fasterai.prune.admission import check_inputs, said
-from fasterai.prune.graph import ChannelGraph
-from fasterai.prune.labels import Array, Flags
-from fasterai.prune.plan import make_plan
+from fasterai.graph.channels import ChannelGraph
+from fasterai.graph.labels import Array, Flags
+from fasterai.model.running import at_rest, copies, without_fast_path
+from fasterai.model.supported import check_inputs, said
+from fasterai.model.targets import unwrap
 from fasterai.prune.probes import probes
-from fasterai.prune.surgery import Surgery
+from fasterai.prune.surgery.operate import Surgery
+from fasterai.prune.surgery.plan import make_plan
 
 __all__ = ["Sound", "largest_sound"]
 

@@ -1,4 +1,4 @@
-"""L4. Removal during a training: a schedule's share of the channels goes at each of a few moments, the optimizer goes on."""
+"""Removal during a training: a schedule's share of the channels goes at each of a few moments, the optimizer goes on."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from fasterai.core.checks import warn
 from fasterai.core.contexts import Context
 from fasterai.core.criteria import Criterion
-from fasterai.core.cuts import note_optimizer
 from fasterai.core.loop import Batch, Fit, Participant
 from fasterai.core.schedules import Schedule, lin
-from fasterai.core.targets import unwrap
 from fasterai.core.updates import Updates, plan_updates
-from fasterai.prune.budget import Budget
-from fasterai.prune.carry import check_optimizer, check_trained
-from fasterai.prune.copies import Copies, matching_copies
+from fasterai.model.cuts import note_optimizer
+from fasterai.model.inputs import batch_inputs
+from fasterai.model.targets import unwrap
+from fasterai.prune.choice.budget import Budget
 from fasterai.prune.gradual_settings import check_bare, check_settings
-from fasterai.prune.plan import Plan
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import Removal
-from fasterai.prune.replay import FORMAT, Shapes, read_state, replay, shapes_of
-from fasterai.prune.samples import batch_inputs
-from fasterai.prune.surgery import Surgery
-from fasterai.sparse.evidence import NotYetError
+from fasterai.prune.surgery.model_copies import Copies, matching_copies
+from fasterai.prune.surgery.operate import Surgery
+from fasterai.prune.surgery.optimizers import check_optimizer, check_trained
+from fasterai.prune.surgery.plan import Plan
+from fasterai.prune.surgery.replay import FORMAT, Shapes, read_state, replay, shapes_of
+from fasterai.units.evidence import NotYetError
 
 __all__ = ["GradualPruner"]
 

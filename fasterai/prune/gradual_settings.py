@@ -1,4 +1,4 @@
-"""L4. What removal during a training asks of its arguments, of its model, and when channels go."""
+"""What removal during a training asks of its arguments, of its model, and when channels go."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fasterai.core.checks import check_choice, check_count, check_fraction, from
 from fasterai.core.contexts import Context
 from fasterai.core.criteria import Criterion, as_criterion
 from fasterai.core.schedules import Schedule, as_schedule
-from fasterai.prune.admission import check_whole
-from fasterai.prune.copies import Copies, check_copies
+from fasterai.model.supported import check_whole
 from fasterai.prune.pruner import OVER_PLACES, Pruner, check_context
+from fasterai.prune.surgery.model_copies import Copies, check_copies
 
 __all__ = ["check_bare", "check_settings"]
 

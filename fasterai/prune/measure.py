@@ -1,4 +1,4 @@
-"""L4. A model with and without its channels, counted and timed in turns, while both can be had."""
+"""A model with and without its channels, counted and timed in turns, while both can be had."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fasterai.analyze.comparison import Comparison
 from fasterai.analyze.cost import cost
 from fasterai.analyze.latency import Latency, LatencyComparison, timing_of
 from fasterai.analyze.layer_times import layer_times, quartiles
-from fasterai.analyze.quiet import at_rest, copies, device_name, device_of, wait_for
-from fasterai.core.targets import unwrap
-from fasterai.prune.admission import said
-from fasterai.prune.surgery import Surgery
+from fasterai.model.running import at_rest, copies, device_name, device_of, wait_for
+from fasterai.model.supported import said
+from fasterai.model.targets import unwrap
+from fasterai.prune.surgery.operate import Surgery
 
 __all__ = ["DENSE", "SMALL", "Measurement", "measured"]
 

@@ -1,4 +1,4 @@
-"""L4. Inputs of other values and sizes, on which a removal must not show either."""
+"""Inputs of other values and sizes, on which a removal must not show either."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""L4. Score coupled channels, mask the lowest, take them out, check: in one call."""
+"""Score coupled channels, mask the lowest, take them out, check: in one call."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ from fasterai.core import criteria as criterion_catalogue
 from fasterai.core.checks import check_choice, check_count, check_fraction, from_catalogue, unknown, warn
 from fasterai.core.contexts import NM, Context, Local, PerTarget
 from fasterai.core.criteria import Criterion, as_criterion
-from fasterai.core.cuts import Cut, follow
 from fasterai.core.granularities import Coupled
 from fasterai.core.loop import Batch
 from fasterai.core.schedules import Schedule, as_schedule, lin
 from fasterai.core.selection import Scores, TensorScores
-from fasterai.core.targets import all_targets, unwrap
 from fasterai.core.types import Limits
-from fasterai.prune.admission import check_whole, positional
-from fasterai.prune.budget import Budget, fit_budget, least_left
-from fasterai.prune.carry import check_optimizer, check_trained
+from fasterai.graph.channels import ChannelGraph, channel_graph
+from fasterai.graph.labels import Flags
+from fasterai.model.cuts import Cut, follow
+from fasterai.model.inputs import positional
+from fasterai.model.supported import check_whole
+from fasterai.model.targets import all_targets, unwrap
 from fasterai.prune.check import Sound, largest_sound
-from fasterai.prune.copies import Copies, matching_copies
-from fasterai.prune.graph import ChannelGraph, channel_graph
-from fasterai.prune.labels import Flags
-from fasterai.prune.plan import cut_normed
+from fasterai.prune.choice.budget import Budget, fit_budget, least_left
 from fasterai.prune.removal import Removal, mask_channels_, silent_channels, take_out
-from fasterai.sparse.evidence import Source
-from fasterai.sparse.pools import OVER, ChannelPool, by_pool, channel_pools, warn_of_rounding
-from fasterai.sparse.scoring import Scorer
+from fasterai.prune.surgery.model_copies import Copies, matching_copies
+from fasterai.prune.surgery.optimizers import check_optimizer, check_trained
+from fasterai.prune.surgery.plan import cut_normed
+from fasterai.units.channels import OVER, ChannelPool, channel_pools, warn_of_rounding
+from fasterai.units.evidence import Source
+from fasterai.units.pool import by_pool
+from fasterai.units.scoring import Scorer
 
 __all__ = ["Pruner", "check_context"]
 

@@ -1,4 +1,4 @@
-"""L4. Exact removal: take out what is silent, check that nothing has changed, take back what has."""
+"""Exact removal: take out what is silent, check that nothing has changed, take back what has."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.core.checks import warn
-from fasterai.core.cuts import noted_optimizers
-from fasterai.core.targets import unwrap
-from fasterai.prune.admission import check_whole, positional, shapes_of_inputs
-from fasterai.prune.carry import check_optimizer, check_trained
+from fasterai.graph.channels import ChannelGraph, Group, channel_graph
+from fasterai.graph.labels import Array, Flags
+from fasterai.model.cuts import noted_optimizers
+from fasterai.model.inputs import positional
+from fasterai.model.supported import check_whole, shapes_of_inputs
+from fasterai.model.targets import unwrap
 from fasterai.prune.check import Sound, largest_sound
-from fasterai.prune.copies import Copies, matching_copies
-from fasterai.prune.graph import ChannelGraph, Group, channel_graph
-from fasterai.prune.labels import Array, Flags
 from fasterai.prune.measure import Measurement, measured
-from fasterai.prune.plan import make_plan, tensor_of, tensors_of
-from fasterai.prune.report import Removal
-from fasterai.prune.surgery import operate
+from fasterai.prune.removal_report import Removal
+from fasterai.prune.surgery.model_copies import Copies, matching_copies
+from fasterai.prune.surgery.operate import operate
+from fasterai.prune.surgery.optimizers import check_optimizer, check_trained
+from fasterai.prune.surgery.plan import make_plan, tensor_of, tensors_of
 
 __all__ = ["Removal", "mask_channels_", "remove", "silent_channels", "take_out"]
 

@@ -1,1 +1,5 @@
-"""L3: the sparsifier and what stands around it."""
+"""The sparsifier and what stands around it."""
+
+import os as _os
+
+__path__.append(_os.path.join(_os.path.dirname(__file__), "..", "moved", "sparse"))  # old import paths

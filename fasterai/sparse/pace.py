@@ -1,4 +1,4 @@
-"""L3. When the masks of a training move: its updates, and how far the run has come."""
+"""When the masks of a training move: its updates, and how far the run has come."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""L3. What a sparsifier reached: data with a table and a picture."""
+"""What a sparsifier reached: data with a table and a picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""L3. The sparsifier: granularity x context x criteria x schedule, and the one keeper of the masks."""
+"""The sparsifier: granularity x context x criteria x schedule, and the one record of the masks."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from fasterai.core import criteria as criterion_catalogue
 from fasterai.core.checks import check_count, check_fraction, from_catalogue, warn
 from fasterai.core.contexts import NM, Context, PerTarget
 from fasterai.core.criteria import Criterion, as_criterion
-from fasterai.core.cuts import follow, note_optimizer
 from fasterai.core.granularities import Block, Coupled, Granularity
 from fasterai.core.loop import Batch, Fit, Participant
 from fasterai.core.schedules import Schedule, as_schedule
 from fasterai.core.selection import count_true
-from fasterai.core.targets import LayerTypes, TargetsLike, find_targets, unwrap
 from fasterai.core.types import Limits, Target
-from fasterai.prune.graph import channel_graph
-from fasterai.prune.samples import batch_inputs
-from fasterai.sparse.dataflow import watch
-from fasterai.sparse.evidence import NotYetError, Source
+from fasterai.graph.channels import channel_graph
+from fasterai.model.cuts import follow, note_optimizer
+from fasterai.model.dataflow import watch
+from fasterai.model.inputs import batch_inputs
+from fasterai.model.targets import LayerTypes, TargetsLike, find_targets, unwrap
 from fasterai.sparse.hold import Hold
-from fasterai.sparse.keeper import Keeper
 from fasterai.sparse.pace import Pace
-from fasterai.sparse.pools import Pool, by_pool, warn_of_rounding
+from fasterai.sparse.record import MaskRecord
 from fasterai.sparse.report import Reached, SparsityReport
-from fasterai.sparse.scoring import Scorer
+from fasterai.units.channels import warn_of_rounding
+from fasterai.units.evidence import NotYetError, Source
+from fasterai.units.pool import Pool, by_pool
+from fasterai.units.scoring import Scorer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,16 +116,16 @@ class Sparsifier(Participant):
         self._pace = Pace(as_schedule(from_catalogue("schedule", schedule, schedules)), check_count("max_updates", max_updates))
         coarse = not (self.granularity.is_weight or isinstance(self.granularity, Block | Coupled))
         selection = find_targets(model, fits=self._misfit, coarse=coarse, targets=targets, layer_type=layer_type)
-        self._keeper = Keeper(model, self.granularity, selection)
+        self._record = MaskRecord(model, self.granularity, selection)
         source = Source(data=data, loss=loss, inputs=_as_inputs(example_inputs))
         if source.inputs is not None and isinstance(self.granularity, Coupled):
-            self._keeper.couple(channel_graph(model, source.inputs))
+            self._record.couple(channel_graph(model, source.inputs))
         self._sparsity = sparsity
         self._plan = None if sparsity is None else self._read_sparsity(sparsity)
         if self._plan is not None and isinstance(self._plan[0], PerTarget):
-            self._keeper.name(self._plan[0].sparsities)
+            self._record.name(self._plan[0].sparsities)
         if source.inputs is not None and not isinstance(self.granularity, Coupled):
-            self._keeper.see(watch(model, source.inputs))
+            self._record.see(watch(model, source.inputs))
         self._scorer = Scorer(self.criteria, self.granularity, source, self.targets)
         follow(model, self._scorer)
         self._warned = False
@@ -137,16 +138,16 @@ class Sparsifier(Participant):
     @property
     def model(self) -> nn.Module:
         """The model, wrapped or not."""
-        return self._keeper.model
+        return self._record.model
 
     @model.setter
     def model(self, model: nn.Module) -> None:
-        self._keeper.model = model
+        self._record.model = model
 
     @property
     def targets(self) -> tuple[Target, ...]:
         """The targets, frozen ones included."""
-        return self._keeper.targets
+        return self._record.targets
 
     @property
     def schedule(self) -> Schedule:
@@ -161,7 +162,7 @@ class Sparsifier(Participant):
     @property
     def moves(self) -> int:
         """How often the masks have moved so far."""
-        return self._keeper.moves
+        return self._record.moves
 
     def _misfit(self, target: Target) -> str | None:
         if not self.granularity.fits(target.layout):
@@ -175,7 +176,7 @@ class Sparsifier(Participant):
         return any(self.granularity.drops_outputs(t.layout) for t in self.targets)
 
     def _check_coupled(self) -> None:
-        if isinstance(self.granularity, Coupled) and not self._keeper.is_seen:
+        if isinstance(self.granularity, Coupled) and not self._record.is_seen:
             raise ValueError(
                 "example_inputs must be given for granularity 'coupled', got None: the channels are found by following them "
                 "through the model; a callback of fastai or Lightning has a batch for it"
@@ -188,11 +189,11 @@ class Sparsifier(Participant):
 
     def _warn_without_flow(self) -> None:
         """Say once what cannot be known without example inputs."""
-        if self._warned or self._keeper.is_seen or not self._drops_outputs:
+        if self._warned or self._record.is_seen or not self._drops_outputs:
             return
         self._warned = True
         norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
-        unnamed = [t.name for t in self.targets if t.name not in self._keeper.selection.named]
+        unnamed = [t.name for t in self.targets if t.name not in self._record.selection.named]
         if norms or len(unnamed) > 1:
             last = f"{unnamed[-1]} is pruned like the others" if unnamed else "all were named"
             warn(
@@ -217,11 +218,11 @@ class Sparsifier(Participant):
         if plan is None:
             raise ValueError("sparsity must be given, here or to the Sparsifier")
         self._check_coupled()
-        if not self._keeper.active:
+        if not self._record.active:
             raise ValueError("targets must train, and all are frozen: name them with targets= to prune them all the same")
         self._warn_without_flow()
         self._forget_stale()
-        self._move(plan, 1.0, self._keeper.active, may_fall=True, round_to=round_to)
+        self._move(plan, 1.0, self._record.active, may_fall=True, round_to=round_to)
         self.apply_masks()
 
     def sparsify_layer(self, m: nn.Module, sparsity: float, round_to: int | None = None) -> None:
@@ -234,7 +235,7 @@ class Sparsifier(Participant):
             raise TypeError(f"m must be a module of the model, got {m!r}; for names pass sparsify_model a dict")
         self._check_coupled()
         targets = {t.name for t in self.targets if any(t.module is inner for inner in m.modules())}
-        pools = [p for p in self._keeper.pools if p.makers & targets]
+        pools = [p for p in self._record.pools if p.makers & targets]
         if not pools:
             raise ValueError(
                 f"m must hold a target, got {type(m).__name__}; the targets are {', '.join(t.name for t in self.targets)}"
@@ -248,7 +249,7 @@ class Sparsifier(Participant):
 
     def apply_masks(self) -> None:
         """Set all masked weights to zero, and the biases and norms of silent outputs."""
-        self._keeper.apply_()
+        self._record.apply_()
 
     # --- the choice --------------------------------------------------------------------------------------------------
 
@@ -268,7 +269,7 @@ class Sparsifier(Participant):
             elif not isinstance(key, str):
                 raise TypeError(f"sparsity's keys must be names or modules of the model, got {key!r} ({type(key).__name__})")
             readable[key] = check_fraction(f"sparsity of {key!r}", value)
-        return PerTarget(by_pool(self._keeper.pools, readable, self.targets, "sparsity's keys")), 1.0
+        return PerTarget(by_pool(self._record.pools, readable, self.targets, "sparsity's keys")), 1.0
 
     def _move(
         self, plan: tuple[Context, float], share: float, pools: list[Pool], may_fall: bool, round_to: int | None = None
@@ -277,7 +278,7 @@ class Sparsifier(Participant):
         context, sparsity = plan
         if may_fall or context.looks_at_pruned or self._scorer.looks_at_pruned:
             self.apply_masks()  # the optimizer has moved pruned weights, too
-        scores = self._scorer(self.model, pools, self._keeper.keep)
+        scores = self._scorer(self.model, pools, self._record.keep)
         round_to = self.round_to if round_to is None else check_count("round_to", round_to)
         steps = {p.name: p.step(round_to) for p in pools}
         limits = Limits(
@@ -287,7 +288,7 @@ class Sparsifier(Participant):
             make_up=round_to is None,
         )
         keeps = self._agree(context(scores, [p.layout for p in pools], sparsity * share, limits))
-        if self._keeper.replace({p.name: k for p, k in zip(pools, keeps, strict=True)}):
+        if self._record.replace({p.name: k for p, k in zip(pools, keeps, strict=True)}):
             self._scorer.note_move(pools)
         if limits.round_to and share == 1 and isinstance(self.granularity, Coupled):
             counts = {p.name: p.count for p in pools}
@@ -303,7 +304,7 @@ class Sparsifier(Participant):
         return keeps
 
     def _forget_stale(self) -> None:
-        if self._keeper.forget_stale():
+        if self._record.forget_stale():
             self._pace.asked = ()
 
     # --- pruning over a training: the participant -------------------------------------------------------------------
@@ -316,28 +317,28 @@ class Sparsifier(Participant):
         """
         if self._plan is None:
             raise ValueError("sparsity must be given to the Sparsifier to train with it")
-        self._keeper.check_trained(fit)
+        self._record.check_trained(fit)
         note_optimizer(self.model, fit.optimizer)
-        if not self._keeper.is_seen and fit.batch is not None and self._drops_outputs:
+        if not self._record.is_seen and fit.batch is not None and self._drops_outputs:
             self._watch_batch(fit)
         self._check_coupled()
         self._scorer.begin(fit.loss)
         self._warn_without_flow()
         self._forget_stale()
         self._pace.start(fit.total_steps, self._highest_sparsity())
-        self._keeper.trained = set()
-        self._keeper.note_trained()
+        self._record.trained = set()
+        self._record.note_trained()
         self._parallel = _parallel(fit.model)
 
     def _watch_batch(self, fit: Fit) -> None:
         if isinstance(self.granularity, Coupled):
-            self._keeper.couple(channel_graph(self.model, batch_inputs(self.model, fit)))
+            self._record.couple(channel_graph(self.model, batch_inputs(self.model, fit)))
             self._scorer.retarget(self.targets)
             self._plan = self._read_sparsity(self._sparsity or 0.0)
             return
         try:
             assert fit.batch is not None
-            self._keeper.see(watch(fit.model or self.model, fit.batch.inputs, part=self.model))
+            self._record.see(watch(fit.model or self.model, fit.batch.inputs, part=self.model))
         except ValueError as error:
             warn(f"the loop's batch does not show the data flow ({error}); pass example_inputs=")
 
@@ -346,7 +347,7 @@ class Sparsifier(Participant):
         assert self._plan is not None
         context, sparsity = self._plan
         highest = max(context.sparsities.values(), default=0.0) if isinstance(context, PerTarget) else 1.0
-        return min(sparsity * highest, 1 - 0.5 / max(1, sum(p.count for p in self._keeper.pools)))
+        return min(sparsity * highest, 1 - 0.5 / max(1, sum(p.count for p in self._record.pools)))
 
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
         """Note the batch if the criterion needs data; the loss is not changed."""
@@ -359,7 +360,7 @@ class Sparsifier(Participant):
 
     def after_step(self, position: float) -> None:
         """Move the masks if it is time to, and apply them."""
-        self._keeper.note_trained()
+        self._record.note_trained()
         if self._pace.is_due(position):
             with suppress(NotYetError):  # the next step is asked again
                 self._follow(position)
@@ -370,7 +371,7 @@ class Sparsifier(Participant):
         assert self._plan is not None
         context, sparsity = self._plan
         share = self._pace.at(position)
-        pools = self._keeper.active
+        pools = self._record.active
         counts = {p.name: p.count for p in pools}
         asked = (*context.asked(counts, sparsity * share), *counts, *counts.values())
         if pools and (asked != self._pace.asked or position >= 1):
@@ -392,7 +393,7 @@ class Sparsifier(Participant):
             self.apply_masks()
         if completed:  # the state of an unfinished run may be saved after this, to go on from
             self._pace.finish()
-            self._keeper.trained = set()
+            self._record.trained = set()
         self._stepping, self._parallel = False, None
         self._scorer.end()
 
@@ -406,7 +407,7 @@ class Sparsifier(Participant):
             A handle whose `remove()` ends it; without an optimizer a participant for any loop's callback.
         """
         if optimizer is None:
-            return Hold(self._keeper)
+            return Hold(self._record)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; in fastai and Lightning pass "
@@ -425,28 +426,28 @@ class Sparsifier(Participant):
         self.apply_masks()
         for handle in self._holds:
             handle.remove()
-        self._holds, self._keeper.noted = [], {}
+        self._holds, self._record.noted = [], {}
         self._scorer.forget()
 
     def reset(self) -> None:
         """Forget the masks; the weights stay as they are."""
-        self._keeper.keep, self._keeper.noted, self._pace.asked = {}, {}, ()
+        self._record.keep, self._record.noted, self._pace.asked = {}, {}, ()
 
     # --- what was reached --------------------------------------------------------------------------------------------
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """Target name -> bool tensor of the parameter's shape, True = keep; all True where nothing was chosen yet."""
-        return self._keeper.masks()
+        return self._record.masks()
 
     @property
     def sparsity(self) -> Reached:
         """What the masks hold, per target and overall; counted from the masks."""
-        return self._keeper.reached()
+        return self._record.reached()
 
     def report(self) -> SparsityReport:
         """What was reached, target by target, and what was left out and why."""
-        return self._keeper.report()
+        return self._record.report()
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the sparsity of each target."""
@@ -465,7 +466,7 @@ class Sparsifier(Participant):
 
     def state_dict(self) -> dict[str, Any]:
         """The masks and what is needed to go on bit for bit: copies, by parameter name."""
-        return {"format": FORMAT, **self._keeper.state_dict(), **self._scorer.state_dict(), **self._pace.state_dict()}
+        return {"format": FORMAT, **self._record.state_dict(), **self._scorer.state_dict(), **self._pace.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state; the weights are not touched, and the caller's dict is not changed.
@@ -474,7 +475,7 @@ class Sparsifier(Participant):
             ValueError: It is no sparsifier's state, or of another model or granularity; what differs is named.
         """
         _check_state(state)
-        self._keeper.load_state_dict(state)
+        self._record.load_state_dict(state)
         self._scorer.load_state_dict(state, self.targets)
         self._pace.load_state_dict(state)
 

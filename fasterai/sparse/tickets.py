@@ -1,4 +1,4 @@
-"""L3. Lottery tickets: go back to early weights each time the masks move."""
+"""Lottery tickets: go back to early weights each time the masks move."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fasterai.core.checks import check_count, warn
-from fasterai.core.cuts import Cut, follow, sliced
 from fasterai.core.loop import Fit, Participant
-from fasterai.core.targets import plain_name, unwrap
+from fasterai.model.cuts import Cut, follow, sliced
+from fasterai.model.targets import plain_name, unwrap
 from fasterai.sparse.sparsifier import Sparsifier
 
 __all__ = ["LotteryTicket"]

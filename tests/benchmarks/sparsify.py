@@ -74,7 +74,7 @@ def move_masks(repeats: int) -> None:
 
         def move(s: Sparsifier = sparsifier, sparsities: Iterator[float] = sparsities) -> None:
             # What a step of training does when the masks move: `after_step` without the schedule.
-            s._move((s.context, next(sparsities)), 1.0, s._keeper.active, may_fall=False)
+            s._move((s.context, next(sparsities)), 1.0, s._record.active, may_fall=False)
             s.apply_masks()
 
         candidates: Timed = {

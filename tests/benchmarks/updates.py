@@ -84,7 +84,12 @@ def run(train: Data, test: Data, sparsity: float, max_updates: int, seed: int, e
     model.eval()
     with torch.no_grad():
         right = sum((model(x).argmax(1) == y).sum().item() for x, y in zip(test[0].split(500), test[1].split(500), strict=True))
-    return {"accuracy": right / len(test[1]), "moves": sparsifier.moves, "seconds": seconds, "reached": float(sparsifier.sparsity)}
+    return {
+        "accuracy": right / len(test[1]),
+        "moves": sparsifier.moves,
+        "seconds": seconds,
+        "reached": float(sparsifier.sparsity),
+    }
 
 
 def table(rows: list[dict[str, float]]) -> None:

@@ -24,8 +24,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fasterai.callbacks.lightning import HoldCallback, ParticipantCallback, SparsifyCallback
-from fasterai.core.cuts import noted_optimizers
 from fasterai.core.loop import Participant
+from fasterai.model.cuts import noted_optimizers
 from fasterai.sparse.sparsifier import Sparsifier
 
 pytestmark = [

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from fasterai.callbacks.lightning import PruneCallback
 from fasterai.core.criteria import large_final
 from fasterai.core.schedules import OneShot, lin, one_cycle
-from fasterai.prune.budget import Budget
-from fasterai.prune.small import load_small, save_small
+from fasterai.prune.choice.budget import Budget
+from fasterai.prune.small_files import load_small, save_small
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

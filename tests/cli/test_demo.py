@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from fasterai.cli import demo, main
 from fasterai.cli.data import digits
 from fasterai.cli.networks import digits_network
-from fasterai.prune.small import load_small
+from fasterai.prune.small_files import load_small
 
 
 def arguments(folder: Path, seed: int = 0) -> argparse.Namespace:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fasterai.cli import main
 from fasterai.cli.output import save_weights
-from fasterai.prune.small import load_small
+from fasterai.prune.small_files import load_small
 
 MakeImages = Callable[..., Path]
 ARCH = "squeezenet1_1"

@@ -11,7 +11,7 @@ import torchvision
 from safetensors.torch import load_file
 
 from fasterai.cli import comparison, main, training
-from fasterai.prune.small import load_small
+from fasterai.prune.small_files import load_small
 from fasterai.sparse.sparsifier import Sparsifier
 
 MakeImages = Callable[..., Path]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fasterai.cli.errors import UsageError
 from fasterai.cli.output import save_weights
 from fasterai.cli.weights import Weights, load_classifier, read_weights
-from fasterai.prune.small import save_small
+from fasterai.prune.small_files import save_small
 
 ARCH = "squeezenet1_1"
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fasterai.graph.channels import channel_graph
 from fasterai.prune import check
 from fasterai.prune.check import largest_sound
-from fasterai.prune.graph import channel_graph
 from fasterai.prune.removal import remove, silent_channels
 
 X = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))

@@ -10,10 +10,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fasterai.callbacks.plain import attach
-from fasterai.core.cuts import note_optimizer
 from fasterai.core.loop import Batch, Fit, Loop, Participant
 from fasterai.core.schedules import Linear, OneShot, Piecewise, agp, cos, lin
-from fasterai.prune.budget import Budget
+from fasterai.model.cuts import note_optimizer
+from fasterai.prune.choice.budget import Budget
 from fasterai.prune.gradual import GradualPruner
 from fasterai.sparse.sparsifier import Sparsifier
 

@@ -1,56 +1,11 @@
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from fasterai.core import schedules
-from fasterai.core.schedules import AGP, Linear, OneShot, Piecewise, lin, one_cycle
-from fasterai.prune.gradual_settings import check_bare, check_settings, check_trained, next_share
-
-
-def moves(schedule, max_updates: int, steps: int) -> dict[int, float]:
-    """The steps at which channels go, and the shares that are gone to."""
-    done, found = 0.0, {}
-    for i in range(1, steps + 1):
-        share = next_share(schedule, schedule(i / steps), done, max_updates)
-        if share is not None:
-            done = found[i] = share
-    return found
-
-
-@pytest.mark.parametrize(
-    ("schedule", "max_updates", "steps", "expected"),
-    [
-        (lin, 10, 4, {1: 0.25, 2: 0.5, 3: 0.75, 4: 1.0}),  # few steps: at each of them
-        (lin, 1, 10, {5: 1.0}),  # closest to the only stair from 1/2 on
-        (lin, 2, 100, {25: 0.25, 75: 1.0}),
-        (lin, 3, 100, {17: 0.17, 50: 0.5, 84: 1.0}),  # from 1/6, 3/6 and 5/6 on
-        (OneShot(0.3), 10, 100, {30: 1.0}),
-        (schedules.iterative, 10, 10, {3: 1 / 3, 5: 2 / 3, 8: 1.0}),  # its own stairs
-        (Linear(0.2, 0.6), 2, 100, {30: 0.25, 50: 1.0}),  # 1/4 and 3/4 of the window
-        (Linear(0.5, 0.5), 3, 100, {50: 1.0}),
-        (Piecewise(((0.0, 0.0), (1.0, 0.5))), 2, 100, {25: 0.125, 75: 0.5}),  # the stairs are those of its own end
-        (lambda position: 0.0, 3, 100, {}),
-    ],
-)
-def test_when_channels_go(schedule, max_updates, steps, expected):
-    found = moves(schedule, max_updates, steps)
-    assert list(found) == list(expected)
-    assert list(found.values()) == pytest.approx(list(expected.values()))
-
-
-@given(
-    st.sampled_from([lin, one_cycle, schedules.agp, schedules.cos, schedules.iterative, OneShot(0.37), AGP(0.1, 0.8)]),
-    st.integers(1, 20),
-    st.integers(1, 300),
-)
-@settings(max_examples=100, deadline=None)
-def test_never_more_often_than_asked_and_always_to_the_end(schedule, max_updates, steps):
-    found = moves(schedule, max_updates, steps)
-    assert len(found) <= max_updates
-    assert list(found.values())[-1] == schedule(1.0)
-    assert all(share in (schedule(i / steps), schedule(1.0)) for i, share in found.items())
+from fasterai.core.schedules import Piecewise
+from fasterai.prune.gradual_settings import check_bare, check_settings
+from fasterai.prune.surgery.optimizers import check_trained
 
 
 @pytest.mark.parametrize("name", sorted(set(schedules.__all__) - {"dsd"}))

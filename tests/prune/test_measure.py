@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fasterai.graph.channels import channel_graph
 from fasterai.prune import measure
-from fasterai.prune.graph import channel_graph
 from fasterai.prune.measure import measured
-from fasterai.prune.plan import make_plan
 from fasterai.prune.removal import remove
-from fasterai.prune.surgery import Surgery
+from fasterai.prune.surgery.operate import Surgery
+from fasterai.prune.surgery.plan import make_plan
 
 X = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
 

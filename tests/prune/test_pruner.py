@@ -13,12 +13,13 @@ from fasterai.analyze.cost import cost
 from fasterai.core import criteria
 from fasterai.core.criteria import Criterion
 from fasterai.core.granularities import Coupled
-from fasterai.prune.budget import Budget
-from fasterai.prune.graph import channel_graph
+from fasterai.graph.channels import channel_graph
+from fasterai.prune.choice.budget import Budget
 from fasterai.prune.pruner import Pruner
-from fasterai.prune.small import load_small, save_small
-from fasterai.sparse.pools import WeightScores, channel_pools
+from fasterai.prune.small_files import load_small, save_small
 from fasterai.sparse.sparsifier import Sparsifier
+from fasterai.units.channels import channel_pools
+from fasterai.units.pool import WeightScores
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -355,9 +356,7 @@ def test_a_failure_leaves_the_weights_as_they_were():
     assert all(torch.equal(v, model.state_dict()[n]) for n, v in before.items())
 
 
-CHANGING = [
-    f"fasterai.{m}" for m in ["prune.pruner", "prune.removal", "prune.surgery", "core.cuts", "sparse.keeper", "sparse.scoring"]
-]
+CHANGING = [f"fasterai.{m}" for m in ["prune.pruner", "prune.removal", "prune.surgery.operate", "model.cuts", "units.scoring"]]
 
 
 def calls_of(run, interrupted=None, nth=0):

@@ -12,9 +12,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fasterai.core.cuts import note_optimizer
+from fasterai.graph.channels import channel_graph
+from fasterai.model.cuts import note_optimizer
 from fasterai.prune.check import largest_sound
-from fasterai.prune.graph import channel_graph
 from fasterai.prune.removal import mask_channels_, remove, silent_channels, take_out
 from fasterai.sparse.sparsifier import Sparsifier
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fasterai.prune.graph import channel_graph
+from fasterai.graph.channels import channel_graph
 from fasterai.prune.removal import mask_channels_, remove
 from tests.sweep.__main__ import build, line, names_of
 from tests.sweep.check import Row, check, difference, outputs, randomize_

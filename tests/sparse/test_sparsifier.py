@@ -1457,7 +1457,7 @@ def test_the_decisions_are_those_of_the_first_process(monkeypatch, process_group
 def test_a_pickle_of_an_earlier_version_goes_on():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     sparsifier = Sparsifier(model, "weight", "local", "large_final")
-    del vars(sparsifier)["_parallel"], vars(sparsifier._keeper)["trained"]
+    del vars(sparsifier)["_parallel"], vars(sparsifier._record)["trained"]
     again = pickle.loads(pickle.dumps(sparsifier))
     again.sparsify_model(0.5)
     again.load_state_dict(again.state_dict())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fasterai.prune.graph import channel_graph
+from fasterai.graph.channels import channel_graph
 from fasterai.prune.removal import mask_channels_, remove
 
 __all__ = ["Row", "check", "difference", "outputs", "randomize_"]

@@ -13,7 +13,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fasterai.prune.graph import channel_graph
+from fasterai.graph.channels import channel_graph
 from fasterai.prune.removal import Removal, mask_channels_, remove
 from tests.sweep.check import randomize_
 

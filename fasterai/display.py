@@ -1,0 +1,103 @@
+"""How reports look: numbers for people, tables, and the dress of a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["GRID", "INK", "QUIET", "SERIES", "dress", "new_axes", "short", "short_bytes", "short_time", "table"]
+
+INK, QUIET, GRID = "#22303c", "#6b7a88", "#e3e8ed"
+#: Colours of models or lines, in their order: the first is the one that the others are held against.
+SERIES = ("#7b8794", "#f0a35e", "#d9480f", "#1c7293", "#5c7c3a", "#8e5a9b")
+
+
+def short(number: float) -> str:
+    """A count with three figures: 1.81 G.
+
+    >>> short(1_814_073_344), short(512), short(0)
+    ('1.81 G', '512', '0')
+    """
+    return _scaled(number, 1000.0, ("", " k", " M", " G", " T"))
+
+
+def short_bytes(number: float) -> str:
+    """A number of bytes with three figures, in powers of 1024.
+
+    >>> short_bytes(1536), short_bytes(46_827_520)
+    ('1.5 KiB', '44.7 MiB')
+    """
+    return _scaled(number, 1024.0, (" B", " KiB", " MiB", " GiB", " TiB"))
+
+
+def short_time(seconds: float) -> str:
+    """A duration with three figures.
+
+    >>> short_time(0.0123), short_time(2.5), short_time(0.000_004)
+    ('12.3 ms', '2.5 s', '4 us')
+    """
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
+def _scaled(number: float, step: float, units: Sequence[str]) -> str:
+    size, unit = float(number), 0
+    while size >= 999.5 and unit < len(units) - 1:
+        size, unit = size / step, unit + 1
+    return f"{size:.3g}{units[unit]}"
+
+
+def table(header: Sequence[str], body: Sequence[Sequence[str]], left: int = 1, foot: int = 0) -> list[str]:
+    """The lines of a table.
+
+    Args:
+        header: The columns' heads.
+        body: The rows.
+        left: How many of the first columns are aligned to the left.
+        foot: How many of the last rows stand below a rule.
+    """
+    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+    lines = [
+        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))).rstrip()
+        for r in (header, *body)
+    ]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    lines.insert(1, rule)
+    if foot:
+        lines.insert(len(lines) - foot, rule)
+    return lines
+
+
+def new_axes(width: float, height: float, columns: int = 1) -> Any:
+    """The axes of a new figure: one, or an array of as many as there are columns."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", facecolor="white")
+    del figure
+    return axes
+
+
+def dress(axes: Axes, title: str, grid: str | None = None) -> None:
+    """Give axes the library's look.
+
+    Args:
+        axes: What was drawn.
+        title: What it shows, above it at the left.
+        grid: `x` or `y`: the axis whose values are read off lines across.
+    """
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    axes.tick_params(colors=QUIET, length=0)
+    axes.xaxis.label.set_color(QUIET)
+    axes.yaxis.label.set_color(QUIET)
+    axes.set_axisbelow(True)
+    if grid == "x":
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
+    elif grid == "y":
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_title(title, loc="left", pad=12, fontsize=12, weight="bold", color=INK)

@@ -1,0 +1,1 @@
+"""The channel graph: which channels of a network go together."""

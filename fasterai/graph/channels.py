@@ -1,0 +1,314 @@
+"""The channel graph: which channels of a network live or die together, and why the others must stay."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from fasterai.graph.exported import Exported, exported
+from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim
+from fasterai.graph.norms import Norm, norms_behind
+from fasterai.graph.rules import RULES, Trace, Value, unknown
+from fasterai.model.inputs import positional
+from fasterai.model.supported import check_model, recomputed
+from fasterai.model.targets import plain_name, unwrap
+
+__all__ = ["ChannelGraph", "Group", "channel_graph"]
+
+#: Operations that show a weight or parts of it as they stand, in another shape: what is zero in it stays zero.
+VIEWS = frozenset(
+    (
+        *("permute", "transpose", "swapaxes", "swapdims", "t", "mT", "numpy_T", "movedim", "view", "reshape", "flatten"),
+        *("unflatten", "unsqueeze", "squeeze", "expand", "repeat", "alias", "detach", "to", "_to_copy", "clone", "contiguous"),
+        *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "slice", "select", "dropout"),
+    )
+)
+#: Modules that know the size of what they normalise, also where they have no parameters.
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+Place = tuple[str, int]  # a parameter's or buffer's name, and one of its dimensions
+
+
+@dataclass(frozen=True)
+class Group:
+    """Coupled channels of one kind: each touches the same dimensions of the same tensors.
+
+    Attributes:
+        places: Parameter or buffer name and dimension -> the indices there, `(channels, indices per channel)`.
+        name: The first weight that makes them; a number behind it tells groups of one weight apart.
+    """
+
+    places: Mapping[Place, Array]
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or first_maker(self.places, frozenset()))
+
+    @property
+    def channels(self) -> int:
+        """How many there are."""
+        return len(next(iter(self.places.values())))
+
+
+@dataclass(frozen=True)
+class ChannelGraph:
+    """What may go from a network, and what may not.
+
+    Attributes:
+        groups: The channels that may go.
+        pinned: Parameter or buffer name and dimension -> why it stays, where all of it does.
+        readers: The places that multiply what a channel carries and hand on something else.
+        normed: Name of a module that normalises without parameters -> for each index of what it normalises a place, and the
+            index there, with which it goes; None where it stays.
+        rescaled: Names of weights of norms that average over what may go: the more of it goes, the more they have to grow.
+        norms: Those that alone read the output of a layer.
+        shared: Names of parameters that several operations use: one may make channels that another reads.
+    """
+
+    groups: tuple[Group, ...]
+    pinned: Mapping[Place, str]
+    readers: frozenset[Place]
+    normed: Mapping[str, tuple[tuple[Place, int] | None, ...]] = field(default_factory=dict)
+    rescaled: frozenset[str] = frozenset()
+    norms: tuple[Norm, ...] = ()
+    shared: frozenset[str] = frozenset()
+
+
+def channel_graph(model: nn.Module, inputs: tuple[Any, ...], exact: bool = True) -> ChannelGraph:
+    """Read the coupled channels off the network's operations.
+
+    The network is exported in eval mode (`torch.export`); the labels of every tensor's dimensions are followed through its
+    operations. An operation without a rule pins what it reads. Where eval mode leaves weights out, as of auxiliary classifiers,
+    the network of training mode is followed as well, if it can be exported. The model is not changed.
+
+    Args:
+        model: The model, wrapped or not.
+        inputs: Its positional arguments.
+        exact: Whether channels stay that a norm, or a mean, averages over: without them the average moves.
+
+    Raises:
+        TypeError: The model is no module.
+        ValueError: The model is lazy, does not run on the inputs, or cannot be exported; where, and what would help.
+    """
+    inner, inputs = unwrap(check_model(model)), positional(inputs)
+    programs = exported(inner, inputs)
+    stay = recomputed(inner)
+    choices = _choose(programs, stay, exact)
+    trace, weights = _follow(programs, stay, choices, exact)
+    graph = _graph(inner, trace, weights)
+    norms = tuple(norms_behind(programs[0]))
+    return replace(graph, norms=norms, shared=frozenset().union(*(p.shared() for p in programs)))
+
+
+def _choose(programs: Sequence[Exported], stay: Collection[str], exact: bool) -> dict[str, int]:
+    """For each kind of operation that can go several ways the one after which most weights may go.
+
+    Each kind is tried in each of its ways while the others stay as they are; the best of these is taken, until none is better.
+    """
+    choices: dict[str, int] = {}
+    trace, weights = _follow(programs, stay, choices, exact)
+    best = _removable(trace, weights)
+    while True:
+        ways = [(kind, way) for kind, count in sorted(trace.options.items()) for way in range(count)]
+        trials = [{**choices, kind: way} for kind, way in ways if way != choices.get(kind, 0)]
+        followed = [_follow(programs, stay, trial, exact) for trial in trials]
+        scores = [_removable(*one) for one in followed]
+        if max(scores, default=best) <= best:
+            return choices
+        best = max(scores)
+        choices, trace = trials[scores.index(best)], followed[scores.index(best)][0]
+
+
+def _removable(trace: Trace, weights: Mapping[str, Value]) -> tuple[float, int]:
+    """How much of the weights may go, and as how many channels."""
+    components = _components(trace, weights)
+    is_free = np.ones(int(components.of.max(initial=-1)) + 1, np.bool_)
+    is_free[list(components.pinned)] = False
+    total, channels = 0.0, np.zeros(is_free.size, np.bool_)
+    for value in weights.values():
+        stays = 1.0
+        for labels in value.dims:
+            if isinstance(labels, np.ndarray):
+                free = components.of[labels[is_free[components.of[labels]]]]
+                stays *= 1 - free.size / labels.size / 2
+                channels[free] = True
+        total += (1 - stays) * math.prod(value.shape)
+    return total, int(channels.sum())
+
+
+def _components(trace: Trace, weights: Mapping[str, Value]) -> Components:
+    """What goes together; what is all that a dimension has stays, as nothing would be left."""
+    components = trace.labels.components()
+    pinned = dict(components.pinned)
+    for value in weights.values():
+        for labels in value.dims:
+            if isinstance(labels, np.ndarray) and (components.of[labels] == components.of[labels[0]]).all():
+                pinned.setdefault(int(components.of[labels[0]]), "all of it would go at once")
+    return Components(components.of, pinned)
+
+
+def _follow(
+    programs: Sequence[Exported], stay: Collection[str], choices: dict[str, int], exact: bool
+) -> tuple[Trace, dict[str, Value]]:
+    """One pass over the operations: the labels, and the values of the parameters and buffers."""
+    trace = Trace(choices, exact)
+    weights: dict[str, Value] = {}
+    for program in programs:
+        _follow_one(trace, program, weights)
+    for name in weights.keys() - {name for program in programs for name in program.uses()}:
+        trace.labels.pin_all(weights[name].dims, "nothing reads it")
+    for name in weights.keys() & stay:
+        trace.labels.pin_all(weights[name].dims, "its module's weight is worked out anew in each forward pass")
+    return trace, weights
+
+
+def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value]) -> None:
+    names, parameters = program.names, program.program.graph_signature.inputs_to_parameters
+    values: dict[Any, Any] = {}
+    idle = program.idle()
+    for node in program.program.graph.nodes:
+        if node in idle:
+            continue
+        if node.op == "placeholder":
+            values[node] = _placeholder(trace, node, names.get(node.name), weights, node.name in parameters)
+        elif node.op == "output":
+            for value in (v for a in node.args[0] if isinstance(v := values.get(a), Value)):
+                trace.labels.pin_all(value.dims, "it is an output of the network")
+        else:
+            values[node] = _apply(trace, node, values)
+
+
+def _placeholder(trace: Trace, node: Any, name: str | None, weights: dict[str, Value], is_parameter: bool) -> Any:
+    shown = node.meta.get("val")
+    if not isinstance(shown, torch.Tensor):
+        return shown
+    shape = tuple(int(n) for n in shown.shape)
+    if name is None:
+        return Value(shape, (FIXED,) * len(shape))
+    if name not in weights:
+        dims: tuple[Dim, ...] = tuple(trace.labels.new(n) if n > 1 else FREE for n in shape)
+        weights[name] = Value(shape, dims, tuple((name, d) for d in range(len(shape))), is_parameter)
+    return weights[name]
+
+
+def _apply(trace: Trace, node: Any, values: dict[Any, Any]) -> Any:
+    arguments, keywords = tree_map(lambda a: values.get(a, a) if isinstance(a, torch.fx.Node) else a, (node.args, node.kwargs))
+    if node.target is operator.getitem:
+        return arguments[0][arguments[1]]
+    name = str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
+    found: Callable[..., Any] | None = RULES.get(name)
+    result = (found or unknown)(trace, node, *arguments, **keywords)
+    if name.endswith("_") and not name.endswith("__") and isinstance(result, Value) and isinstance(arguments[0], Value):
+        _written(trace, node, arguments[0], result)
+        values[node.args[0]] = result
+    if found is None:
+        return result
+    shown = arguments[0] if name in VIEWS and isinstance(arguments[0], Value) else None
+    return [_seen(v, shown) for v in result] if isinstance(result, list) else _seen(result, shown)
+
+
+def _written(trace: Trace, node: Any, before: Value, after: Value) -> None:
+    """What is written into a tensor that was made to fit stays: other views of it do not hear of the labels."""
+    for size, was, now in zip(before.shape, before.dims, after.dims, strict=True):
+        if size > 1 and was is FREE:
+            trace.labels.pin(now, f"{node.name} writes it into another tensor")
+
+
+def _seen(result: Any, shown: Value | None) -> Any:
+    """A result with the places of the weight that it shows, and without any if it shows none."""
+    if not isinstance(result, Value):
+        return result
+    places = _viewed_places(shown, result) if shown is not None and shown.is_weight else ()
+    return replace(result, places=places, is_weight=bool(places))
+
+
+def _viewed_places(before: Value, after: Value) -> tuple[Place, ...]:
+    """Which dimension of the weight each of a view's is, by the labels it carries; none, unless all labels are found again."""
+    places = []
+    for dim in after.dims:
+        found = [p for p, d in zip(before.places, before.dims, strict=True) if _carries(d, dim)]
+        if not found:
+            return ()
+        places.append(found[0])
+    return tuple(places)
+
+
+def _carries(whole: Dim, part: Dim) -> bool:
+    if not isinstance(part, np.ndarray):
+        return True
+    return isinstance(whole, np.ndarray) and (part is whole or bool(np.isin(part, whole).all()))
+
+
+def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value]) -> ChannelGraph:
+    """Sort the components that may go by the places that they touch."""
+    components = _components(trace, weights)
+    touched: dict[int, list[tuple[Place, Array]]] = {}
+    pinned: dict[Place, str] = {}
+    for name, value in weights.items():
+        for d, labels in enumerate(value.dims):
+            if not isinstance(labels, np.ndarray):
+                continue
+            of = components.of[labels]
+            order = np.argsort(of, kind="stable")
+            numbers, starts = np.unique(of[order], return_index=True)
+            free = [c not in components.pinned for c in numbers.tolist()]
+            if not any(free):
+                pinned[name, d] = components.pinned[int(numbers[0])]
+            for number, where, may_go in zip(numbers.tolist(), np.split(order, starts[1:]), free, strict=True):
+                if may_go:
+                    touched.setdefault(number, []).append(((name, d), where))
+    kinds: dict[tuple[tuple[Place, int], ...], list[list[tuple[Place, Array]]]] = {}
+    for places in touched.values():
+        kinds.setdefault(tuple((place, where.size) for place, where in places), []).append(places)
+    groups = []
+    for members in kinds.values():
+        stacked = {place: np.stack([m[i][1] for m in members]) for i, (place, _) in enumerate(members[0])}
+        order = np.argsort(next(iter(stacked.values()))[:, 0], kind="stable")
+        groups.append(Group({place: indices[order] for place, indices in stacked.items()}))
+    readers = frozenset(trace.readers)
+    return ChannelGraph(
+        tuple(_named(groups, readers)),
+        pinned,
+        readers,
+        dict(_normed(model, trace, components, touched)),
+        frozenset(trace.rescaled),
+    )
+
+
+def _normed(
+    model: nn.Module, trace: Trace, components: Components, touched: Mapping[int, Sequence[tuple[Place, Array]]]
+) -> Iterator[tuple[str, tuple[tuple[Place, int] | None, ...]]]:
+    """What the modules without parameters that normalise go with: the first place of the same component."""
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    for name, dims in trace.normed.items():
+        module = modules.get(plain_name(name))
+        if not isinstance(module, NORMS) or module._parameters.get("weight") is not None:
+            continue
+        streams = {tuple(components.of[labels].tolist()) for labels in dims if isinstance(labels, np.ndarray)}
+        if len(streams) == 1:  # else it is called on several: where their sizes part, the check finds it
+            (numbers,) = streams
+            firsts = {n: (touched[n][0][0], int(touched[n][0][1][0])) for n in numbers if n in touched}
+            yield plain_name(name), tuple(firsts.get(n) for n in numbers)
+
+
+def first_maker(places: Iterable[Place], readers: frozenset[Place]) -> str:
+    """The first weight that makes the channels, or the first of all that they run through."""
+    names = [n for n, d in places if (n, d) not in readers] or [n for n, _ in places]
+    return next((n for n in names if n.endswith("weight")), names[0])
+
+
+def _named(groups: Iterable[Group], readers: frozenset[Place]) -> Iterator[Group]:
+    """The groups, each by a name of its own."""
+    seen: Counter[str] = Counter()
+    for group in groups:
+        name = first_maker(group.places, readers)
+        seen[name] += 1
+        yield replace(group, name=name if seen[name] == 1 else f"{name} #{seen[name]}")

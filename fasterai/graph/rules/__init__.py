@@ -1,0 +1,13 @@
+"""What the operations of an exported network do to the labels of their tensors' dimensions.
+
+A rule is a function `(trace, node, *arguments, **keywords) -> value` under the operation's name in `RULES`; tensors among
+the arguments come as `Value`s. An operation without a rule pins all that it reads, by its name. To add one: a function with
+`@rule("aten.name", ...)` in the file of its kind, and a case in `tests/prune/rules/`.
+"""
+
+from __future__ import annotations
+
+from fasterai.graph.rules import attention, consumers, elementwise, moving, norms, parts, recurrent, reshaping, spatial, weights  # noqa: F401
+from fasterai.graph.rules.trace import RULES, Trace, Value, rule, unknown
+
+__all__ = ["RULES", "Trace", "Value", "rule", "unknown"]

@@ -1,0 +1,62 @@
+"""What consumes a dimension without weights, and so pins it: softmax, reductions, sorting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fasterai.graph.labels import FIXED
+from fasterai.graph.rules.elementwise import elementwise
+from fasterai.graph.rules.trace import Trace, Value, argument_of, rule, settled, shape_of, unknown, without
+
+__all__: list[str] = []
+
+
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "argmax", "argmin")
+def along_one(trace: Trace, node: Any, x: Value, dim: int = -1, *rest: Any, **keywords: Any) -> Any:
+    if not isinstance(dim, int):
+        return unknown(trace, node, x)
+    trace.labels.pin(x.dims[dim], f"{node.name} mixes it")
+    shape = shape_of(node)
+    return settled(x, [dim]) if shape == x.shape else Value(shape, without(x.dims, [dim], len(shape)))
+
+
+@rule("mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "norm", "logsumexp", "prod", "any", "all")
+def reduction(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any) -> Value:
+    shape = shape_of(node)
+    given = argument_of(node, "dim", arguments, keywords)
+    dims = range(len(x.shape)) if given is None or given == [] else [given] if isinstance(given, int) else given
+    dims = [d % len(x.shape) for d in dims]
+    if trace.exact or not _is_average(node):
+        trace.labels.pin_all([x.dims[d] for d in dims], f"{node.name} takes one number of it")
+    return Value(shape, without(x.dims, dims, len(shape)))
+
+
+def _is_average(node: Any) -> bool:
+    """What tells of a dimension's scale, and moves little where some of its channels, silent ones, go."""
+    return str(node.target).split(".")[1] in ("mean", "var", "std", "linalg_vector_norm", "norm", "var_mean", "std_mean")
+
+
+@rule("max", "min", "median", "mode", "sort", "topk", "kthvalue", "aminmax", "var_mean", "std_mean", "cummax", "cummin")
+def extremes(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any) -> Any:
+    """The largest of two tensors, of all, or along a dimension."""
+    if arguments and isinstance(arguments[0], Value):
+        return elementwise(trace, node, x, *arguments, **keywords)
+    if not isinstance(node.meta["val"], list | tuple):
+        return reduction(trace, node, x, *arguments, **keywords)
+    given = argument_of(node, "dim", arguments, keywords)
+    if given is None:
+        return unknown(trace, node, x)
+    gone = [d % len(x.shape) for d in ([given] if isinstance(given, int) else given)]
+    if trace.exact or not _is_average(node):
+        trace.labels.pin_all([x.dims[d] for d in gone], f"{node.name} takes some of it")
+    fixed = [FIXED if i in gone else d for i, d in enumerate(x.dims)]
+    shapes = [tuple(int(n) for n in value.shape) for value in node.meta["val"]]
+    return [Value(s, tuple(fixed) if len(s) == len(fixed) else without(x.dims, gone, len(s))) for s in shapes]
+
+
+@rule("flip")
+def flip(trace: Trace, node: Any, x: Value, dims: Sequence[int]) -> Value:
+    for d in dims:
+        trace.labels.pin(x.dims[d], f"{node.name} turns it round")
+    return settled(x, dims)

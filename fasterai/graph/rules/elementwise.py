@@ -1,0 +1,54 @@
+"""Operations that do the same to every number; what is made to fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fasterai.graph.labels import FREE
+from fasterai.graph.rules.trace import Trace, Value, all_fixed, broadcast, rule, shape_of
+
+__all__ = ["elementwise"]
+
+
+@rule(
+    *("add", "sub", "rsub", "mul", "div", "pow", "where", "maximum", "minimum", "fmod", "remainder", "lerp", "addcmul"),
+    *("relu", "relu6", "sigmoid", "tanh", "gelu", "silu", "mish", "elu", "selu", "celu", "softplus", "leaky_relu", "hardtanh"),
+    *("hardswish", "hardsigmoid", "log_sigmoid", "hardshrink", "softshrink", "threshold", "rrelu"),
+    *("abs", "neg", "exp", "log", "log1p", "expm1", "sqrt", "rsqrt", "reciprocal", "square", "sign", "erf", "sin", "cos"),
+    *("clamp", "clamp_min", "clamp_max", "floor", "ceil", "round", "trunc", "masked_fill", "eq", "ne", "gt", "ge", "lt", "le"),
+    *("logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not", "isnan", "isinf", "nan_to_num"),
+    *("dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach", "to", "_to_copy", "type_as"),
+    *("lift_fresh_copy", "copy", "fill", "zero", "multiply", "divide", "subtract", "true_divide", "floor_divide", "clip"),
+    *("log2", "log10", "exp2", "tan", "atan", "sinh", "cosh", "isfinite", "logical_xor", "bitwise_xor", "addcdiv", "atan2"),
+    *("erfc", "__and__", "__or__", "__xor__"),
+)
+def elementwise(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Value:
+    """What meets goes together."""
+    values = [a for a in (*arguments, *keywords.values()) if isinstance(a, Value)]
+    return broadcast(trace, node.name, values, shape_of(node))
+
+
+@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
+def created(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Value:
+    shape = shape_of(node)
+    return Value(shape, (FREE,) * len(shape))
+
+
+@rule("arange")
+def counted(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Value:
+    """Its numbers differ from index to index: what meets it may not lose some."""
+    return Value(shape_of(node), all_fixed(shape_of(node)))
+
+
+@rule("_assert_tensor_metadata")
+def assertion(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> None:
+    """Export notes the types and sizes that it saw; nothing comes of it."""
+
+
+@rule("prelu")
+def prelu(trace: Trace, node: Any, x: Value, weight: Value) -> Value:
+    if weight.shape == (1,):
+        trace.labels.pin(weight.dims[0], "prelu has one slope for all channels")
+    else:
+        trace.labels.join(x.dims[1], weight.dims[0], "prelu")
+    return x

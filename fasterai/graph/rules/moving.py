@@ -1,0 +1,95 @@
+"""Dimensions that change places, come, go or repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fasterai.graph.labels import FREE, Dim
+from fasterai.graph.rules.trace import Trace, Value, rule, settled, shape_of, unknown_tensor
+
+__all__: list[str] = []
+
+
+@rule("permute")
+def permute(trace: Trace, node: Any, x: Value, order: Sequence[int]) -> Value:
+    return Value(shape_of(node), tuple(x.dims[i] for i in order))
+
+
+@rule("transpose", "swapaxes", "swapdims")
+def transpose(trace: Trace, node: Any, x: Value, a: int, b: int) -> Value:
+    dims = list(x.dims)
+    dims[a], dims[b] = dims[b], dims[a]
+    return Value(shape_of(node), tuple(dims))
+
+
+@rule("t", "numpy_T", "mT")
+def transposed(trace: Trace, node: Any, x: Value) -> Value:
+    if "mT" in str(node.target):
+        return Value(shape_of(node), (*x.dims[:-2], x.dims[-1], x.dims[-2]))
+    return Value(shape_of(node), x.dims[::-1])
+
+
+@rule("movedim")
+def movedim(trace: Trace, node: Any, x: Value, source: Any, destination: Any) -> Value:
+    order = np.moveaxis(np.empty((0,) * 0 + tuple(range(1, len(x.shape) + 1))), source, destination).shape
+    return Value(shape_of(node), tuple(x.dims[i - 1] for i in order))
+
+
+@rule("unsqueeze")
+def unsqueeze(trace: Trace, node: Any, x: Value, dim: int) -> Value:
+    dims = list(x.dims)
+    dims.insert(dim % (len(dims) + 1), FREE)
+    return Value(shape_of(node), tuple(dims))
+
+
+@rule("squeeze")
+def squeeze(trace: Trace, node: Any, x: Value, dim: Any = None) -> Value:
+    given = range(len(x.shape)) if dim is None else [dim] if isinstance(dim, int) else dim
+    gone = {d % len(x.shape) for d in given if x.shape[d] == 1}
+    for d in gone:
+        trace.labels.pin(x.dims[d], f"{node.name} takes it for a dimension of size 1")
+    return Value(shape_of(node), tuple(d for i, d in enumerate(x.dims) if i not in gone))
+
+
+@rule("expand", "expand_as", "broadcast_to")
+def expand(trace: Trace, node: Any, x: Value, *rest: Any, **keywords: Any) -> Value:
+    shape = shape_of(node)
+    dims: list[Dim] = [FREE] * len(shape)
+    for i in range(1, len(x.shape) + 1):
+        if x.shape[-i] == shape[-i]:
+            dims[-i] = x.dims[-i]
+        else:
+            trace.labels.pin(x.dims[-i], f"{node.name} repeats it")
+    return Value(shape, tuple(dims))
+
+
+@rule("repeat", "tile")
+def repeat(trace: Trace, node: Any, x: Value, times: Sequence[int]) -> Value:
+    shape = shape_of(node)
+    dims: list[Dim] = [FREE] * len(shape)
+    for i in range(1, len(x.shape) + 1):
+        dim, count = x.dims[-i], shape[-i] // x.shape[-i]
+        carried: Dim = np.tile(dim, count) if isinstance(dim, np.ndarray) else dim
+        dims[-i] = carried
+    return Value(shape, tuple(dims))
+
+
+@rule("repeat_interleave")
+def repeat_interleave(trace: Trace, node: Any, x: Value, times: Any, dim: int | None = None, **keywords: Any) -> Value:
+    if not isinstance(times, int) or dim is None:
+        return unknown_tensor(trace, node, x, times)
+    dims = list(x.dims)
+    carried = dims[dim]
+    dims[dim] = np.repeat(carried, times) if isinstance(carried, np.ndarray) else carried
+    return Value(shape_of(node), tuple(dims))
+
+
+@rule("roll")
+def roll(trace: Trace, node: Any, x: Value, shifts: Any, dims: Any = ()) -> Value:
+    moved = [dims] if isinstance(dims, int) else dims or range(len(x.shape))
+    for d in moved:
+        trace.labels.pin(x.dims[d], f"{node.name} moves it")
+    return settled(x, moved)

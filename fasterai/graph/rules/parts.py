@@ -1,0 +1,112 @@
+"""Taking apart and putting together: concatenation, splits, slices, indices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fasterai.graph.labels import FIXED, Dim
+from fasterai.graph.rules.trace import Trace, Value, broadcast, rule, shape_of, unknown_tensor, values_in, without
+
+__all__: list[str] = []
+
+
+@rule("cat", "concat", "concatenate")
+def cat(trace: Trace, node: Any, values: Sequence[Value], dim: int = 0) -> Value:
+    shape = shape_of(node)
+    dim %= len(shape)
+    values = [v for v in values if v.shape != (0,)]
+    joined: list[Dim] = list(values[0].dims)
+    for i in range(len(shape)):
+        if i == dim:
+            joined[i] = _concatenate(trace, node.name, [v.dims[i] for v in values], [v.shape[i] for v in values])
+        else:
+            for v in values[1:]:
+                joined[i] = trace.labels.join(joined[i], v.dims[i], f"{node.name} meets a dimension of fixed size")
+    return Value(shape, tuple(joined))
+
+
+def _concatenate(trace: Trace, name: str, dims: Sequence[Dim], sizes: Sequence[int]) -> Dim:
+    if not any(isinstance(d, np.ndarray) for d in dims):
+        return FIXED
+    parts = []
+    for dim, size in zip(dims, sizes, strict=True):
+        if isinstance(dim, np.ndarray):
+            parts.append(dim)
+        else:
+            parts.append(trace.labels.new(size))
+            trace.labels.pin(parts[-1], f"{name} puts a part of fixed size there")
+    return np.concatenate(parts)
+
+
+@rule("stack")
+def stack(trace: Trace, node: Any, values: Sequence[Value], dim: int = 0) -> Value:
+    inner = broadcast(trace, node.name, values, values[0].shape)
+    dims = list(inner.dims)
+    dims.insert(dim % (len(dims) + 1), FIXED)
+    return Value(shape_of(node), tuple(dims))
+
+
+@rule("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_chunk", "unsafe_split")
+def parts(trace: Trace, node: Any, x: Value, sizes: Any = None, dim: int = 0, **keywords: Any) -> list[Value]:
+    if "unbind" in str(node.target):
+        dim = keywords.get("dim", sizes if isinstance(sizes, int) else 0)
+        trace.labels.pin(x.dims[dim], f"{node.name} takes it apart")
+        shapes = [tuple(v.shape) for v in node.meta["val"]]
+        return [Value(s, without(x.dims, [dim], len(s))) for s in shapes]
+    shapes = [tuple(int(n) for n in v.shape) for v in node.meta["val"]]
+    cut = x.dims[dim]
+    lengths = [s[dim] for s in shapes]
+    if isinstance(cut, np.ndarray):
+        if len(set(lengths)) == 1:  # the same index of every part goes, so that the parts stay equal
+            trace.labels.unify(cut.reshape(len(lengths), -1).T)
+        else:
+            trace.labels.pin(cut, f"{node.name} cuts it at fixed places")
+    ends = np.cumsum(lengths)[:-1]
+    pieces: list[Dim] = [*np.split(cut, ends)] if isinstance(cut, np.ndarray) else [cut] * len(lengths)
+    result = []
+    for shape, piece in zip(shapes, pieces, strict=True):
+        dims = list(x.dims)
+        dims[dim] = piece
+        result.append(Value(shape, tuple(dims)))
+    return result
+
+
+@rule("slice")
+def slice_(trace: Trace, node: Any, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
+    shape = shape_of(node)
+    dims = list(x.dims)
+    if shape[dim] != x.shape[dim]:
+        trace.labels.pin(dims[dim], f"{node.name} cuts it at fixed places")
+        dims[dim] = FIXED
+    return Value(shape, tuple(dims))
+
+
+@rule("select")
+def select(trace: Trace, node: Any, x: Value, dim: int, index: int) -> Value:
+    trace.labels.pin(x.dims[dim], f"{node.name} takes one index of it")
+    return Value(shape_of(node), without(x.dims, [dim], len(x.dims) - 1))
+
+
+@rule("index")
+def index(trace: Trace, node: Any, x: Value, indices: Sequence[Value | None]) -> Value:
+    indexed = [i for i, at in enumerate(indices) if at is not None]
+    for at in values_in(indices):
+        trace.labels.pin_all(at.dims, f"{node.name} takes its values for indices")
+    trace.labels.pin_all([x.dims[i] for i in indexed], f"{node.name} asks it by index")
+    shape = shape_of(node)
+    if indexed != list(range(indexed[0], indexed[-1] + 1)):
+        return unknown_tensor(trace, node, x)
+    count = len(shape) - (len(x.shape) - len(indexed))
+    return Value(shape, (*x.dims[: indexed[0]], *(FIXED,) * count, *x.dims[indexed[-1] + 1 :]))
+
+
+@rule("glu")
+def glu(trace: Trace, node: Any, x: Value, dim: int = -1) -> Value:
+    dims = list(x.dims)
+    cut = dims[dim]
+    if isinstance(cut, np.ndarray):
+        dims[dim] = trace.labels.unify(cut.reshape(2, -1).T)
+    return Value(shape_of(node), tuple(dims))

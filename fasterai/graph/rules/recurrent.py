@@ -1,0 +1,60 @@
+"""Recurrent layers: hidden units go in every gate, direction and layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fasterai.graph.labels import FIXED, Array, Dim, is_labelled
+from fasterai.graph.rules.trace import Trace, Value, rule, unknown
+
+__all__: list[str] = []
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def recurrent(
+    trace: Trace, node: Any, x: Value, states: Any, weights: Sequence[Value], has_biases: bool, layers: int, dropout: float,
+    train: bool, bidirectional: bool, batch_first: bool | None = None,
+) -> Any:  # fmt: skip
+    labels, name = trace.labels, node.name
+    directions, per_cell = 2 if bidirectional else 1, 4 if has_biases else 2
+    is_single = not is_labelled(weights[1].dims[1])  # one hidden unit
+    if batch_first is None or is_single or len(weights) != layers * directions * per_cell:  # packed sequences, projections
+        return unknown(trace, node, x, states, weights, has_biases)
+    given = states if isinstance(states, list | tuple) else [states]
+    for state in given:
+        labels.pin_all(state.dims[:-1], f"{name} runs over it")
+    labels.pin_all(x.dims[:-1], f"{name} runs over it")
+    read: Dim = x.dims[-1]
+    cells = [weights[i : i + per_cell] for i in range(0, len(weights), per_cell)]
+    for layer in range(layers):
+        hidden = [_cell(trace, name, read, cell) for cell in cells[layer * directions : (layer + 1) * directions]]
+        # One hidden size for all: the same index goes in both directions, and in every layer, as the module has one number.
+        read = hidden[0] if len(hidden) == 1 else np.concatenate(hidden)
+    first = [_hidden(cell) for cell in cells]
+    for other in [*first[1:], *(state.dims[-1] for state in given)]:
+        labels.join(first[0], other, f"{name} is given its states")
+    values = [tuple(int(n) for n in v.shape) for v in node.meta["val"]]
+    outputs = [Value(values[0], (*x.dims[:-1], read))]
+    return outputs + [Value(s, (FIXED, FIXED, first[0])) for s in values[1:]]
+
+
+def _hidden(cell: Sequence[Value]) -> Array:
+    dim = cell[1].dims[1]
+    assert isinstance(dim, np.ndarray)
+    return dim
+
+
+def _cell(trace: Trace, name: str, read: Dim, cell: Sequence[Value]) -> Array:
+    labels = trace.labels
+    labels.join(read, cell[0].dims[1], f"{name} reads a dimension of fixed size")
+    trace.reads(cell[0], 1)
+    trace.reads(cell[1], 1)
+    hidden = _hidden(cell)
+    for value in cell:
+        rows = value.dims[0]
+        if isinstance(rows, np.ndarray):
+            labels.join(labels.unify(rows.reshape(-1, hidden.size).T), hidden, name)
+    return hidden

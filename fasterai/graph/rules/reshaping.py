@@ -1,0 +1,85 @@
+"""Dimensions made one, and one made several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fasterai.graph.labels import FIXED, FREE, Array, Dim, is_labelled
+from fasterai.graph.rules.trace import Trace, Value, rule, shape_of, unknown_tensor
+
+__all__: list[str] = []
+
+
+@rule("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as")
+def reshape(trace: Trace, node: Any, x: Value, *rest: Any, **keywords: Any) -> Value:
+    shape = shape_of(node)
+    if math.prod(shape) != math.prod(x.shape):
+        return unknown_tensor(trace, node, x)  # in another type
+    dims: list[Dim] = []
+    for number, (before, after) in enumerate(_matching(x.shape, shape)):
+        flat = _merge(trace, node.name, [x.dims[i] for i in before], [x.shape[i] for i in before])
+        dims += _split(trace, f"{node.name}/{number}", flat, [shape[j] for j in after])
+    return Value(shape, tuple(dims))
+
+
+def _matching(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of dimensions on both sides that hold the same number of elements."""
+    runs = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        left, right = [i] if i < len(before) else [], [j] if j < len(after) else []
+        i, j = i + len(left), j + len(right)
+        n, m = math.prod(before[k] for k in left), math.prod(after[k] for k in right)
+        while n != m:
+            if n < m:
+                n, left, i = n * before[i], [*left, i], i + 1
+            else:
+                m, right, j = m * after[j], [*right, j], j + 1
+        runs.append((left, right))
+    return runs
+
+
+def _merge(trace: Trace, name: str, dims: Sequence[Dim], sizes: Sequence[int]) -> Dim:
+    """Dimensions made one: labels repeat along the others."""
+    labelled = [i for i, d in enumerate(dims) if is_labelled(d) and sizes[i] > 1]
+    for i, d in enumerate(dims):
+        if sizes[i] == 1:
+            trace.labels.pin(d, f"{name} takes it for a dimension of size 1") if len(dims) > 1 else None
+    if len(dims) == 1:
+        return dims[0]
+    if not labelled:
+        made = [i for i, d in enumerate(dims) if d is FREE and sizes[i] > 1]
+        if len(made) != 1:
+            return FREE if all(d is FREE for d in dims) else FIXED
+        # What is made to fit, as a mask that is repeated for each head, is found again where it is split off.
+        labelled = made
+        dims = [trace.labels.new(n) if i == made[0] else d for i, (d, n) in enumerate(zip(dims, sizes, strict=True))]
+    if len(labelled) > 1:
+        trace.labels.pin_all([dims[i] for i in labelled], f"{name} makes one dimension of two that might shrink")
+        return FIXED
+    (at,) = labelled
+    shape = [1] * len(sizes)
+    shape[at] = sizes[at]
+    merged: Array = np.broadcast_to(np.asarray(dims[at]).reshape(shape), tuple(sizes)).reshape(-1)
+    return merged
+
+
+def _split(trace: Trace, name: str, flat: Dim, sizes: Sequence[int]) -> list[Dim]:
+    """One dimension made several: one of the factors carries the labels, and the result stays rectangular."""
+    if not isinstance(flat, np.ndarray) or len(sizes) < 2:
+        return [flat] * len(sizes) if len(sizes) != 0 else []
+    factors = [k for k, size in enumerate(sizes) if size > 1]
+    if not factors:
+        trace.labels.pin(flat, f"{name} takes it for a dimension of size 1")
+        return [FIXED] * len(sizes)
+    rows = [np.moveaxis(flat.reshape(sizes), k, 0).reshape(sizes[k], -1) for k in factors]
+    # Where labels only repeat along the other factors, nothing is lost and nothing is to be decided.
+    repeated = [i for i, r in enumerate(rows) if (r == r[:, :1]).all()]
+    way = repeated[0] if repeated else trace.choose(f"split {tuple(sizes)}", len(factors))
+    dims: list[Dim] = [FIXED] * len(sizes)
+    dims[factors[way]] = trace.labels.unify(rows[way])
+    return dims

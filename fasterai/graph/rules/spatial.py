@@ -1,0 +1,66 @@
+"""What runs over the picture: pooling, interpolation, padding, shuffles of pixels and channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fasterai.graph.labels import FIXED
+from fasterai.graph.rules.trace import Trace, Value, all_fixed, rule, shape_of
+
+__all__: list[str] = []
+
+
+@rule(
+    *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d"),
+    *("adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+    *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d"),
+    *("upsample_linear1d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
+    *("_upsample_nearest_exact2d", "max_pool2d_with_indices", "reflection_pad2d", "replication_pad2d", "reflection_pad1d"),
+)
+def spatial(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any) -> Any:
+    kept = len(x.shape) - int(next(c for c in str(node.target) if c in "123"))
+    trace.labels.pin_all(x.dims[kept:], f"{node.name} runs over it")
+    values = node.meta["val"]
+    shapes = [tuple(int(n) for n in v.shape) for v in (values if isinstance(values, list | tuple) else [values])]
+    results = [Value(shape, (*x.dims[:kept], *all_fixed(shape[kept:]))) for shape in shapes]
+    return results if isinstance(values, list | tuple) else results[0]
+
+
+@rule("pad", "constant_pad_nd")
+def pad(trace: Trace, node: Any, x: Value, padding: Sequence[int], *rest: Any, **keywords: Any) -> Value:
+    shape = shape_of(node)
+    dims = []
+    for before, after, dim in zip(x.shape, shape, x.dims, strict=True):
+        if before != after:
+            trace.labels.pin(dim, f"{node.name} pads it")
+        dims.append(dim if before == after else FIXED)
+    return Value(shape, tuple(dims))
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(trace: Trace, node: Any, x: Value, factor: int) -> Value:
+    shape, channel = shape_of(node), x.dims[-3]
+    trace.labels.pin_all(x.dims[-2:], f"{node.name} runs over it")
+    if isinstance(channel, np.ndarray):
+        channel = trace.labels.unify(channel.reshape(-1, factor * factor))
+    return Value(shape, (*x.dims[:-3], channel, FIXED, FIXED))
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(trace: Trace, node: Any, x: Value, factor: int) -> Value:
+    shape, channel = shape_of(node), x.dims[-3]
+    trace.labels.pin_all(x.dims[-2:], f"{node.name} runs over it")
+    if isinstance(channel, np.ndarray):
+        channel = np.repeat(channel, factor * factor)
+    return Value(shape, (*x.dims[:-3], channel, FIXED, FIXED))
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(trace: Trace, node: Any, x: Value, groups: int) -> Value:
+    channel = x.dims[-3]
+    if isinstance(channel, np.ndarray):
+        channel = np.repeat(trace.labels.unify(channel.reshape(groups, -1).T), groups)
+    return Value(x.shape, (*x.dims[:-3], channel, *x.dims[-2:]))

@@ -1,0 +1,165 @@
+"""Layers, and products of matrices: they read labels at their input and start new ones at their output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fasterai.graph.labels import FIXED, FREE, Dim
+from fasterai.graph.rules.trace import Trace, Value, all_fixed, broadcast, rule, shape_of, unknown_tensor, values_in
+
+__all__: list[str] = []
+
+
+@rule("linear")
+def linear(trace: Trace, node: Any, x: Value, weight: Value, bias: Value | None = None) -> Value:
+    _read(trace, x, -1, weight, 1, node.name)
+    out = weight.dims[0]
+    if bias is not None:
+        out = trace.labels.join(out, bias.dims[0], node.name)
+    return Value(shape_of(node), (*x.dims[:-1], out))
+
+
+def _read(trace: Trace, a: Value, i: int, b: Value, j: int, name: str) -> None:
+    """A contraction of dimension `i` of one with `j` of the other: exact to cut only where one of them is a weight."""
+    joined = trace.labels.join(a.dims[i], b.dims[j], f"{name} reads a dimension of fixed size")
+    if not (a.is_weight or b.is_weight):
+        trace.labels.pin(joined, f"{name} sums over it with no parameter")
+    for value, dim in ((a, i), (b, j)):
+        if value.is_weight:
+            trace.reads(value, dim)
+
+
+@rule("conv1d", "conv2d", "conv3d", "convolution")
+def convolution(
+    trace: Trace, node: Any, x: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: Any = 0, *rest: Any,
+    groups: int | None = None, **keywords: Any,
+) -> Value:  # fmt: skip
+    if "aten.convolution" in str(node.target) and rest[1]:
+        return _convolve(trace, node, x, weight, bias, rest[3], read=0, out=1)
+    if groups is None:
+        groups = rest[-1] if len(rest) > 1 else 1
+    return _convolve(trace, node, x, weight, bias, groups, read=1, out=0)
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def transposed_convolution(
+    trace: Trace, node: Any, x: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: Any = 0,
+    output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> Value:  # fmt: skip
+    return _convolve(trace, node, x, weight, bias, groups, read=0, out=1)
+
+
+def _convolve(
+    trace: Trace, node: Any, x: Value, weight: Value, bias: Value | None, groups: int, read: int, out: int
+) -> Value:  # fmt: skip
+    labels, name = trace.labels, node.name
+    channel = len(x.dims) - len(weight.dims) + 1  # 1, or 0 without a batch
+    labels.pin_all(weight.dims[2:], f"{name}'s kernel size")
+    labels.pin_all(x.dims[channel + 1 :], f"{name} runs over it")
+    if groups == 1 or x.shape[channel] > groups:  # not depthwise: it sums over channels
+        trace.reads(weight, read)
+        if not weight.is_weight:
+            labels.pin_all([x.dims[channel], weight.dims[read]], f"{name}'s weight is worked out, or a buffer")
+    if groups == 1:
+        labels.join(x.dims[channel], weight.dims[read], f"{name} reads a dimension of fixed size")
+        produced = weight.dims[out]
+    elif read == 0:
+        produced = _grouped_transposed(trace, name, x.dims[channel], weight, groups)
+    else:
+        produced = _grouped(trace, name, x.dims[channel], weight, groups)
+    if bias is not None:
+        produced = labels.join(produced, bias.dims[0], name)
+    shape = shape_of(node)
+    return Value(shape, (*x.dims[:channel], produced, *all_fixed(shape[channel + 1 :])))
+
+
+def _grouped(trace: Trace, name: str, x: Dim, weight: Value, groups: int) -> Dim:
+    """The same index in every group goes, or whole groups go; depthwise, where a group reads one channel, the latter."""
+    labels, read, out = trace.labels, weight.dims[1], weight.dims[0]
+    if not isinstance(x, np.ndarray) or not isinstance(out, np.ndarray):
+        labels.pin_all([x, read], f"{name} reads a dimension of fixed size")
+        if isinstance(out, np.ndarray):
+            labels.unify(out.reshape(groups, -1).T)
+        return out
+    inputs, outputs = x.reshape(groups, -1), out.reshape(groups, -1)
+    if inputs.shape[1] == 1 or trace.choose(f"groups {inputs.shape} to {outputs.shape}", 2) == 1:
+        labels.pin(read, f"{name} keeps the width of its groups")
+        labels.unify(np.concatenate([inputs, outputs], axis=1))
+    else:
+        labels.join(labels.unify(inputs.T), read, name)
+        labels.unify(outputs.T)
+    return out
+
+
+def _grouped_transposed(trace: Trace, name: str, x: Dim, weight: Value, groups: int) -> Dim:
+    """The weight is (C, O/G): its second dimension serves every group. The same ways as without transposing."""
+    labels = trace.labels
+    read, out = weight.dims[:2]
+    labels.join(x, read, f"{name} reads a dimension of fixed size")
+    if not isinstance(x, np.ndarray):
+        return np.tile(out, groups) if isinstance(out, np.ndarray) else FIXED
+    inputs = x.reshape(groups, -1)
+    if inputs.shape[1] == 1 or trace.choose(f"transposed groups {inputs.shape} to {weight.shape[1]}", 2) == 1:
+        labels.pin(out, f"{name} keeps the width of its groups")
+        return np.repeat(labels.unify(inputs), weight.shape[1])
+    labels.unify(inputs.T)
+    return np.tile(out, groups) if isinstance(out, np.ndarray) else FIXED
+
+
+@rule("embedding")
+def embedding(trace: Trace, node: Any, weight: Value, indices: Value, *rest: Any, **keywords: Any) -> Value:
+    trace.labels.pin_all([weight.dims[0], *indices.dims], f"{node.name} is asked by index")
+    return Value(shape_of(node), (*all_fixed(indices.shape), weight.dims[1]))
+
+
+@rule("matmul", "bmm", "mm")
+def matmul(trace: Trace, node: Any, a: Value, b: Value) -> Value:
+    shape = shape_of(node)
+    rows = a.dims[-2:-1] if len(a.shape) > 1 else ()
+    columns = b.dims[-1:] if len(b.shape) > 1 else ()
+    _read(trace, a, -1, b, -2 if len(b.shape) > 1 else -1, node.name)
+    batch = shape[: len(shape) - len(rows) - len(columns)]
+    sides = [Value(v.shape[:-2], v.dims[:-2]) for v in (a, b)]
+    return Value(shape, (*broadcast(trace, node.name, sides, batch).dims, *rows, *columns))
+
+
+@rule("_grouped_mm", "grouped_mm_fallback")
+def grouped_matmul(trace: Trace, node: Any, x: Value, weight: Value, ends: Any = None, *rest: Any, **keywords: Any) -> Value:
+    """Rows of `x` by experts, `(rows, in)` and `(experts, in, out)`: what is cut is cut in every expert."""
+    name = node.name
+    if len(x.shape) != 2 or len(weight.shape) != 3 or values_in([rest, keywords]):
+        return unknown_tensor(trace, node, x, weight, ends, *rest)
+    trace.labels.pin_all([x.dims[0], weight.dims[0], *ends.dims], f"{name} sends its rows to experts")
+    _read(trace, x, -1, weight, -2, name)
+    return Value(shape_of(node), (FIXED, weight.dims[-1]))
+
+
+@rule("addmm", "baddbmm")
+def addmm(trace: Trace, node: Any, bias: Value, a: Value, b: Value, **keywords: Any) -> Value:
+    product = matmul(trace, node, a, b)
+    return broadcast(trace, node.name, [product, bias], product.shape)
+
+
+@rule("einsum")
+def einsum(trace: Trace, node: Any, equation: str, operands: Sequence[Value], **keywords: Any) -> Value:
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    if "." in equation or not output:
+        return unknown_tensor(trace, node, *operands)
+    terms = list(zip(inputs.split(","), operands, strict=True))
+    if any(n == 1 for _, value in terms for n in value.shape) or any(len(set(letters)) < len(letters) for letters, _ in terms):
+        return unknown_tensor(trace, node, *operands)  # may repeat a dimension, or take a diagonal
+    carried: dict[str, Dim] = {}
+    weighed: dict[str, bool] = {}
+    for letters, value in terms:
+        for d, (letter, dim) in enumerate(zip(letters, value.dims, strict=True)):
+            carried[letter] = trace.labels.join(carried.get(letter, FREE), dim, f"{node.name} meets a dimension of fixed size")
+            weighed[letter] = weighed.get(letter, False) or value.is_weight
+            if value.is_weight and letter not in output:
+                trace.reads(value, d)
+    for letter, dim in carried.items():
+        if letter not in output and not weighed[letter]:
+            trace.labels.pin(dim, f"{node.name} sums over it with activations only")
+    return Value(shape_of(node), tuple(carried[letter] for letter in output))

@@ -1,0 +1,1 @@
+"""Looking at a model: its parameters, inputs, norms, and running it without leaving traces."""

@@ -1,0 +1,69 @@
+"""Example inputs of a model from the batches of its training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fasterai.core.loop import Fit
+from fasterai.model.running import evaluating, undisturbed
+from fasterai.model.targets import unwrap
+
+__all__ = ["batch_inputs", "few_samples", "positional"]
+
+SAMPLES = 2  # enough to follow the operations, and to compare outputs
+
+
+def batch_inputs(model: nn.Module, fit: Fit) -> tuple[Any, ...]:
+    """A few samples of the loop's batch, as the model gets them.
+
+    Raises:
+        ValueError: The loop shows no batch, or the model does not run on it.
+    """
+    if fit.batch is None or not fit.batch.inputs:
+        raise ValueError("example_inputs must be given for a loop that shows no batch, got None")
+    inputs = few_samples(fit.batch.inputs)
+    if fit.model is None or unwrap(fit.model) is unwrap(model):
+        return inputs
+    seen: list[tuple[Any, ...]] = []
+    hook = model.register_forward_pre_hook(lambda _, given: seen.append(given))
+    try:
+        with undisturbed(fit.model), evaluating(fit.model), torch.no_grad():
+            fit.model(*inputs)
+    except Exception as error:
+        raise ValueError(
+            f"example_inputs must be given where the whole model does not run on the loop's batch, got None ({error})"
+        ) from error
+    finally:
+        hook.remove()
+    if not seen:
+        raise ValueError("model must take part in the model that is trained, got one that its forward pass does not run")
+    return tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in seen[0])
+
+
+def few_samples(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The first samples of a batch: plain tensors, copies."""
+    first = next((x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()), None)
+    count = 0 if first is None else len(first)
+
+    def cut(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        plain = x.detach().as_subclass(Tensor)
+        return plain[:SAMPLES].clone() if x.dim() and len(x) == count else plain.clone()
+
+    return tuple(tree_map(cut, x) for x in inputs)
+
+
+def positional(example_inputs: Any) -> tuple[Any, ...]:
+    """Example inputs as positional arguments: a tuple or list as it is, anything else alone.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if example_inputs is None:
+        raise ValueError("example_inputs must be a tensor, or a tuple of what the model takes, got None")
+    return tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)

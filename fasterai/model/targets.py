@@ -1,0 +1,378 @@
+"""The targets: which parameters of a model can be pruned, how their dimensions are read, and by which names they go.
+
+To make a module class of your own known, or a parameter whose dimensions stand in another order:
+`register_axes(MyLinear, weight=("in", "out"))`. Subclasses inherit it; the closest registered class counts.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import singledispatch
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fasterai.core.checks import check_choice, unknown
+from fasterai.core.types import Layout, Target
+
+__all__ = [
+    "LayerTypes",
+    "Selection",
+    "TargetsLike",
+    "find_targets",
+    "match",
+    "plain_name",
+    "register_axes",
+    "resolve",
+    "unwrap",
+    "walk_parameters",
+]
+
+KINDS = ("convolution", "linear", "attention", "recurrent", "embedding", "other")
+#: What is pruned if nothing is named: at fine granularities all of these, at coarser ones the first found.
+DEFAULT_KINDS = ("convolution", "linear", "attention", "recurrent")
+KERNEL_AXES: dict[int, tuple[str, ...]] = {1: ("width",), 2: ("height", "width"), 3: ("depth", "height", "width")}
+
+TargetsLike = str | Iterable[str] | Callable[[str, nn.Parameter], bool]
+LayerTypes = type[nn.Module] | Iterable[type[nn.Module]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the parameters of a module are read.
+
+    Attributes:
+        kind: One of `KINDS`.
+        layouts: Parameter name -> layout; names that the module has not got, or holds as None, do not count.
+    """
+
+    kind: str
+    layouts: Mapping[str, Layout]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The targets of a run.
+
+    Attributes:
+        targets: In the order of `model.named_parameters()`.
+        left_out: Parameter name -> why it is no target.
+        named: The names of the targets that the user named; the others are defaults.
+    """
+
+    targets: tuple[Target, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    named: frozenset[str] = frozenset()
+
+
+def _plain(shape: Sequence[int], *axes: str) -> Layout:
+    return Layout(tuple(shape), tuple(frozenset({a}) for a in axes))
+
+
+def by_dimensions(shape: Sequence[int]) -> Layout:
+    """The usual reading of a parameter that no module explains: (out), (out, in), (expert, out, in), (out, in, *kernel)."""
+    usual = {1: ("out",), 2: ("out", "in"), 3: ("expert", "out", "in")}
+    axes = usual.get(len(shape)) or ("out", "in", *KERNEL_AXES.get(len(shape) - 2, ()))
+    if len(axes) != len(shape):
+        raise ValueError(f"a target must have 1 to 5 dimensions, got shape {tuple(shape)}; register_axes names them")
+    return _plain(shape, *axes)
+
+
+@singledispatch
+def read_module(module: nn.Module) -> Reading | None:
+    """How a module's parameters are read; None if it is not known. `register_axes` adds to it."""
+    return None
+
+
+@read_module.register(nn.modules.conv._ConvNd)
+def _(module: nn.modules.conv._ConvNd) -> Reading:
+    weight = module._parameters.get("weight")
+    if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
+        return Reading("convolution", {})
+    shape, groups = tuple(weight.shape), module.groups
+    kernel = KERNEL_AXES[len(shape) - 2]
+    first, second = ("in", "out") if module.transposed else ("out", "in")
+    if groups == 1:
+        return Reading("convolution", {"weight": _plain(shape, first, second, *kernel)})
+    view = (groups, shape[0] // groups, *shape[1:])
+    axes = tuple(frozenset({a}) for a in (first, second, *kernel))
+    return Reading("convolution", {"weight": Layout(view, (frozenset({"out", "in"}), *axes))})
+
+
+def _matrices(module: nn.Module, kind: str, axes: tuple[str, ...], names: Iterable[str]) -> Reading:
+    found = {n: p for n in names if (p := module._parameters.get(n)) is not None and p.dim() == len(axes)}
+    return Reading(kind, {n: _plain(p.shape, *axes) for n, p in found.items()})
+
+
+@read_module.register(nn.Linear)
+def _(module: nn.Linear) -> Reading:
+    return _matrices(module, "linear", ("out", "in"), ["weight"])
+
+
+@read_module.register(nn.MultiheadAttention)
+def _(module: nn.MultiheadAttention) -> Reading:
+    names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    return _matrices(module, "attention", ("out", "in"), names)
+
+
+@read_module.register(nn.RNNBase)
+@read_module.register(nn.RNNCellBase)
+def _(module: nn.Module) -> Reading:
+    return _matrices(module, "recurrent", ("out", "in"), [n for n in module._parameters if n.startswith("weight")])
+
+
+@read_module.register(nn.Embedding)
+@read_module.register(nn.EmbeddingBag)
+def _(module: nn.Module) -> Reading:
+    return _matrices(module, "embedding", ("in", "out"), ["weight"])
+
+
+@read_module.register(nn.Bilinear)
+def _(module: nn.Bilinear) -> Reading:
+    return _matrices(module, "other", ("out", "in", "in"), ["weight"])
+
+
+def register_axes(module_type: type[nn.Module], *, kind: str = "linear", **axes: Sequence[str]) -> None:
+    """Make the parameters of a module class known as targets.
+
+    Args:
+        module_type: The class; its subclasses inherit the reading.
+        kind: What it counts as among the default targets.
+        **axes: Parameter name -> the axis of each of its dimensions, of `out`, `in`, `expert`, `depth`, `height`, `width`.
+
+    Raises:
+        TypeError: `module_type` is not a module class.
+        ValueError: `kind` or an axis is not known.
+
+    >>> class Conv1D(nn.Module): ...           # Hugging Face's linear layer holds (in, out)
+    >>> register_axes(Conv1D, weight=("in", "out"))
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise TypeError(f"module_type must be a subclass of torch.nn.Module, got {module_type!r}")
+    check_choice("kind", kind, KINDS)
+    for name, names in axes.items():
+        for axis in names:
+            check_choice(name, axis, ("out", "in", "expert", "depth", "height", "width"))
+
+    def read(module: nn.Module) -> Reading:
+        found = {n: p for n in axes if (p := module._parameters.get(n)) is not None}
+        for n, p in found.items():
+            if p.dim() != len(axes[n]):
+                raise ValueError(f"{n} must have {len(axes[n])} dimensions {tuple(axes[n])}, got shape {tuple(p.shape)}")
+        return Reading(kind, {n: _plain(p.shape, *axes[n]) for n, p in found.items()})
+
+    read_module.register(module_type, read)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's model inside `DistributedDataParallel`, `DataParallel` and `torch.compile`."""
+    while True:
+        if isinstance(model, DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the parts that `torch.compile` adds to it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def walk_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """(name, module, attribute, parameter) of every parameter under every one of its names."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                yield plain_name(f"{prefix}.{attribute}" if prefix else attribute), module, attribute, parameter
+
+
+def all_targets(model: nn.Module) -> list[Target]:
+    """Every parameter that could be a target, tied ones once, under their first name."""
+    found: dict[int, Target] = {}
+    for name, module, attribute, parameter in walk_parameters(model):
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            continue
+        reading = read_module(module)
+        known = reading.layouts.get(attribute) if reading else None
+        kind = reading.kind if reading and known else "other"
+        if id(parameter) in found:
+            first = found[id(parameter)]
+            kind = kind if first.kind == "other" or kind == "embedding" else first.kind
+            layout = known if known and first.kind == "other" else first.layout
+            aliases = first.aliases if name == first.name else (*first.aliases, name)
+            found[id(parameter)] = Target(first.name, first.module, first.attribute, kind, layout, aliases)
+        elif known or 1 <= parameter.dim() <= 5:
+            layout = known or by_dimensions(parameter.shape)
+            found[id(parameter)] = Target(name, module, attribute, kind, layout)
+    return list(found.values())
+
+
+def _check_parametrised(model: nn.Module) -> dict[str, str]:
+    """Module name -> what recomputes its weight from other parameters, so that a mask on the weight would be lost."""
+    result = {}
+    for name, module in model.named_modules():
+        if nn.utils.parametrize.is_parametrized(module):
+            kinds = {a: type(p[0]).__name__.lstrip("_") for a, p in module.parametrizations.items()}  # type: ignore[union-attr]
+            result[plain_name(name)] = ", ".join(f"{kind} on {a}" for a, kind in kinds.items())
+        elif any(a.endswith(("weight_g", "weight_orig")) for a in module._parameters):
+            hooks = {type(h).__name__ for h in module._forward_pre_hooks.values()}
+            result[plain_name(name)] = ", ".join(sorted(hooks)) or "torch.nn.utils.prune"
+    return result
+
+
+def match(pattern: str, target: Target) -> int:
+    """How well a name fits a target: 0 not at all, then glob, container, module, parameter (the closest).
+
+    A name is a parameter's (`layer1.0.conv1.weight`), a module's (`layer1.0.conv1`), that of a container of modules
+    (`layer1`), or a glob over parameters or modules (`layer*.conv1`).
+    """
+    best = 0
+    for name in (target.name, *target.aliases):
+        module = name.rpartition(".")[0]
+        if pattern == name:
+            return 4
+        if pattern == module:
+            best = max(best, 3)
+        elif pattern and module.startswith(pattern + "."):
+            best = max(best, 2)
+        elif any(c in pattern for c in "*?[") and (fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(module, pattern)):
+            best = max(best, 1)
+    return best
+
+
+def resolve(values: Mapping[str, float], targets: Sequence[Target], argument: str) -> dict[str, float]:
+    """Values per name or glob as values per target name: the closest name counts, of equals the later one.
+
+    Raises:
+        ValueError: A name matches no target; the known ones are listed. Or a tied parameter gets two values.
+    """
+    result: dict[str, float] = {}
+    closeness: dict[str, int] = {}
+    chosen_by: dict[str, str] = {}
+    for pattern, value in values.items():
+        hits = [(t.name, fit) for t in targets if (fit := match(pattern, t))]
+        if not hits:
+            raise unknown(argument, pattern, (t.name for t in targets), "the name of a target or a glob over them, of")
+        for name, fit in hits:
+            # Two full names of one parameter are two names of a tied one; of globs and containers the later counts.
+            if fit == closeness.get(name) and fit >= 3 and value != result[name]:
+                raise ValueError(
+                    f"{argument} must give a tied parameter one value, got {result[name]!r} for {chosen_by[name]!r} and "
+                    f"{value!r} for {pattern!r}, which are both {name}"
+                )
+            if fit >= closeness.get(name, 0):
+                result[name], closeness[name], chosen_by[name] = value, fit, pattern
+    return result
+
+
+def find_targets(
+    model: nn.Module,
+    *,
+    fits: Callable[[Target], str | None],
+    coarse: bool,
+    targets: TargetsLike | None = None,
+    layer_type: LayerTypes | None = None,
+) -> Selection:
+    """Which parameters are pruned.
+
+    Args:
+        model: The model, wrapped or not.
+        fits: Why a parameter cannot be a target at this granularity, None if it can.
+        coarse: Whether units are coarser than weights, blocks or N:M groups; the default then is the convolutions, or, in a
+            model without any, the linear and attention weights.
+        targets: Names, globs, or a predicate of (name, parameter); default by kind.
+        layer_type: Module classes whose known parameters are the targets.
+
+    Raises:
+        ValueError: A name matches nothing, a named parameter does not fit, nothing is left, or a weight is parametrised.
+    """
+    model = unwrap(model)
+    candidates = all_targets(model)
+    if targets is not None:
+        chosen = _by_name(candidates, targets)
+        reasons = {t.name: "not named in targets" for t in candidates if t not in chosen}
+    elif layer_type is not None:
+        chosen = _by_type(candidates, layer_type)
+        reasons = {t.name: "not of layer_type" for t in candidates if t not in chosen}
+    else:
+        chosen, reasons = _by_kind(candidates, coarse)
+    _refuse_parametrised(model, chosen, only_chosen=targets is not None)
+    kept = []
+    for target in chosen:
+        reason = fits(target)
+        if reason is None:
+            kept.append(target)
+        elif targets is not None or coarse:
+            raise ValueError(f"{reason}, for {target.name}")
+        else:
+            reasons[target.name] = reason
+    if not kept:
+        shown = "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:5]) or "it has no parameters"
+        raise ValueError(f"no targets found in {type(model).__name__} ({shown}); name some with targets=")
+    plain = {name: why for name, why in reasons.items() if next(t for t in candidates if t.name == name).layout.shape[1:]}
+    return Selection(tuple(kept), plain, frozenset(t.name for t in kept) if targets is not None else frozenset())
+
+
+def _by_name(candidates: Sequence[Target], targets: TargetsLike) -> list[Target]:
+    if isinstance(targets, type):
+        raise TypeError(f"targets must be names, globs or a predicate, got the class {targets.__name__}; pass layer_type=")
+    if callable(targets):
+        return [t for t in candidates if targets(t.name, t.parameter)]
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"targets must be names, globs or a predicate, got {pattern!r} ({type(pattern).__name__})")
+        if not any(match(pattern, t) for t in candidates):
+            raise unknown("targets", pattern, (t.name for t in candidates), "the name of a parameter or module, or a glob, of")
+    chosen = []
+    for t in candidates:
+        fit = max((match(p, t) for p in patterns), default=0)
+        # A module or a container stands for its known weights; a bias or a norm's scale has to be named itself.
+        if fit == 4 or (fit and (t.kind != "other" or len(t.layout.shape) > 1)):
+            chosen.append(t)
+    return chosen
+
+
+def _by_type(candidates: Sequence[Target], layer_type: LayerTypes) -> list[Target]:
+    types = (layer_type,) if isinstance(layer_type, type | str) else tuple(layer_type)
+    for t in types:
+        if not (isinstance(t, type) and issubclass(t, nn.Module)):
+            raise TypeError(f"layer_type must be module classes, got {t!r}")
+    chosen = [t for t in candidates if isinstance(t.module, types) and len(t.layout.shape) > 1]
+    if not chosen:
+        present = sorted({type(t.module).__name__ for t in candidates})
+        wanted = ", ".join(t.__name__ for t in types)
+        raise ValueError(f"layer_type must match a layer of the model, got {wanted}; it has {', '.join(present)}")
+    return chosen
+
+
+def _by_kind(candidates: Sequence[Target], coarse: bool) -> tuple[list[Target], dict[str, str]]:
+    kinds: tuple[str, ...] = DEFAULT_KINDS
+    if coarse:
+        convolutional = any(t.kind == "convolution" for t in candidates)
+        kinds = ("convolution",) if convolutional else ("linear", "attention")
+    chosen = [t for t in candidates if t.kind in kinds]
+    why = {
+        "embedding": "embeddings only when named",
+        "other": "raw parameters only when named",
+    }
+    fallback = f"at this granularity the {' and '.join(kinds)} weights are the default"
+    return chosen, {t.name: why.get(t.kind, fallback) for t in candidates if t.kind not in kinds}
+
+
+def _refuse_parametrised(model: nn.Module, chosen: Sequence[Target], only_chosen: bool) -> None:
+    """Refuse if a module that would be pruned recomputes its weight; of the chosen ones, or of all whose kind is known."""
+    for module_name, how in _check_parametrised(model).items():
+        module = model.get_submodule(module_name) if module_name else model
+        known = isinstance(module, nn.modules.conv._ConvNd | nn.Linear | nn.MultiheadAttention | nn.RNNBase)
+        inner = f"{module_name}.parametrizations".lstrip(".")
+        of_chosen = any(t.module_name == module_name or t.module_name.startswith(inner) for t in chosen)
+        if of_chosen or (known and not only_chosen):
+            raise ValueError(
+                f"targets must not be parametrised, got {module_name or type(model).__name__} ({how}): the forward pass uses "
+                "a weight that is worked out anew; remove the parametrisation first, or leave the layer out with targets="
+            )

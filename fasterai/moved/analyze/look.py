@@ -1,0 +1,3 @@
+"""The old home of `fasterai.display`: re-exports only."""
+
+from fasterai.display import *

@@ -1,0 +1,3 @@
+"""The old home of `fasterai.model.cuts`: re-exports only."""
+
+from fasterai.model.cuts import *

@@ -1,0 +1,3 @@
+"""The old home of `fasterai.familiar`: re-exports only."""
+
+from fasterai.familiar import *

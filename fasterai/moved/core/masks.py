@@ -1,0 +1,3 @@
+"""The old home of `fasterai.model.masks`: re-exports only."""
+
+from fasterai.model.masks import *

@@ -1,0 +1,3 @@
+"""The old home of `fasterai.model.running`: re-exports only."""
+
+from fasterai.model.running import *

@@ -1,0 +1,3 @@
+"""The old home of `fasterai.model.readings`: re-exports only."""
+
+from fasterai.model.readings import *

@@ -1,0 +1,3 @@
+"""The old home of `fasterai.model.supported`: re-exports only."""
+
+from fasterai.model.supported import *

@@ -1,0 +1,3 @@
+"""The old home of `fasterai.prune.surgery.slim_attention`: re-exports only."""
+
+from fasterai.prune.surgery.slim_attention import *

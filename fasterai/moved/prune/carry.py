@@ -1,0 +1,3 @@
+"""The old home of `fasterai.prune.surgery.optimizers`: re-exports only."""
+
+from fasterai.prune.surgery.optimizers import *

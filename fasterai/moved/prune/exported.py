@@ -1,0 +1,3 @@
+"""The old home of `fasterai.graph.exported`: re-exports only."""
+
+from fasterai.graph.exported import *

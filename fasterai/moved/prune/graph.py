@@ -1,0 +1,3 @@
+"""The old home of `fasterai.graph.channels`: re-exports only."""
+
+from fasterai.graph.channels import *

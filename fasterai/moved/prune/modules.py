@@ -1,0 +1,3 @@
+"""The old home of `fasterai.prune.surgery.modules`: re-exports only."""
+
+from fasterai.prune.surgery.modules import *

@@ -1,0 +1,3 @@
+"""The old home of `fasterai.graph.norms`: re-exports only."""
+
+from fasterai.graph.norms import *

@@ -1,0 +1,3 @@
+"""The old home of `fasterai.prune.surgery.plan`: re-exports only."""
+
+from fasterai.prune.surgery.plan import *

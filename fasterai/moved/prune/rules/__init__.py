@@ -1,0 +1,3 @@
+"""The old home of `fasterai.graph.rules`: re-exports only."""
+
+from fasterai.graph.rules import *

@@ -1,0 +1,3 @@
+"""The old home of `fasterai.graph.rules.attention`: re-exports only."""
+
+from fasterai.graph.rules.attention import *

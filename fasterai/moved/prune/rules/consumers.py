@@ -1,0 +1,3 @@
+"""The old home of `fasterai.graph.rules.consumers`: re-exports only."""
+
+from fasterai.graph.rules.consumers import *

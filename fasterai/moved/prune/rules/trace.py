@@ -1,0 +1,3 @@
+"""The old home of `fasterai.graph.rules.trace`: re-exports only."""
+
+from fasterai.graph.rules.trace import *

@@ -1,0 +1,3 @@
+"""The old home of `fasterai.units.evidence`: re-exports only."""
+
+from fasterai.units.evidence import *

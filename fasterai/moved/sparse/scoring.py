@@ -1,0 +1,3 @@
+"""The old home of `fasterai.units.scoring`: re-exports only."""
+
+from fasterai.units.scoring import *

@@ -1,0 +1,321 @@
+"""Budgets: which channels go so that a share of the parameters, of the MACs or of the time is left."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fasterai.analyze.latency import batch_of
+from fasterai.core.checks import check_count
+from fasterai.graph.channels import ChannelGraph
+from fasterai.graph.labels import Flags
+from fasterai.model.running import copies
+from fasterai.prune.choice.cost_left import Share, macs_left, parameters_left, time_left
+
+__all__ = ["Budget", "fit_budget", "least_left"]
+
+Kept = list[Flags]
+
+#: How far below the budget counts as reached, and from where on it is not worth looking for better.
+REACHED, CLOSE = 0.01, 0.005
+#: The same of measured times, above the budget and below.
+SLOWER, FASTER = 0.01, 0.03
+TRIALS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much of a dense model may be left; exactly one of the three shares is given.
+
+    Attributes:
+        macs: Share of its multiply-accumulates, in (0, 1].
+        params: Share of its parameters, in (0, 1].
+        latency: Share of the time of its forward pass, in (0, 1], measured on this machine on one CPU thread or on the GPU.
+        batch: For a latency, the number of samples that the example inputs are repeated to; None takes them as they are.
+
+    Raises:
+        TypeError: A share or `batch` is no number.
+        ValueError: None or several shares are given, one is out of range, or `batch` is below 1 or goes with no latency.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    latency: float | None = None
+    batch: int | None = None
+
+    def __post_init__(self) -> None:
+        given = {f.name: value for f in fields(self)[:3] if (value := getattr(self, f.name)) is not None}
+        if len(given) != 1:
+            got = ", ".join(f"{name}={value!r}" for name, value in given.items()) or "none of them"
+            raise ValueError(f"Budget must be given exactly one of macs, params and latency, got {got}")
+        _check_share(self.kind, given[self.kind])
+        if self.batch is None:
+            return
+        if self.latency is None:
+            raise ValueError(f"batch must be left out for a budget of {self.kind}, got {self.batch!r}; it goes with latency")
+        check_count("batch", self.batch)
+
+    @property
+    def kind(self) -> str:
+        """Which share is given: `macs`, `params` or `latency`."""
+        return next(f.name for f in fields(self) if getattr(self, f.name) is not None)
+
+    @property
+    def share(self) -> float:
+        """The share that may be left."""
+        return float(getattr(self, self.kind))
+
+
+def _check_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number in (0, 1], got {value!r} ({type(value).__name__})")
+    if not 0 < float(value) <= 1:
+        repair = f"; pass {float(value) / 100:g} for {value:g} %" if 1 < float(value) <= 100 else ""
+        raise ValueError(f"{name} must be in (0, 1], got {value!r}{repair}")
+
+
+def fit_budget(
+    model: nn.Module,
+    graph: ChannelGraph,
+    inputs: tuple[Any, ...],
+    choose: Callable[[float], Kept],
+    budget: Budget,
+    dense: nn.Module | None = None,
+) -> Kept:
+    """The channels that stay so that the model keeps to a budget, and uses it up.
+
+    What is left of parameters and MACs is at most the budget and less than 1 % of the dense model below it, unless a single
+    channel costs more than that; of the time it is within 5 %. Between two neighbouring choices it goes from the one to the
+    other group by group, and holds a group that moves too much; if all of that is too coarse, channel by channel in one group.
+    Groups without which the model's code fails keep their channels.
+
+    Args:
+        model: The model; not changed.
+        graph: Its channel graph.
+        inputs: Its positional arguments.
+        choose: A sparsity in [0, 1] -> for each group of the graph which channels stay. At a higher sparsity, none stays that
+            went at a lower one.
+        budget: How much may be left.
+        dense: The model that the share is of, if `model` has been cut since; `model` itself if it is left out.
+
+    Returns:
+        For each group a bool array over its channels.
+
+    Raises:
+        ValueError: The budget is below what is left when all goes that can; the message names that share. Or the model
+            does not multiply anything and the budget is of MACs.
+    """
+    everything = _everything(graph)
+    if budget.share == 1:
+        return everything
+    dense = model if dense is None else dense
+    macs = _remembered(macs_left(model, graph, inputs, dense))
+    if budget.macs is not None and not macs(everything):
+        raise ValueError(f"macs must be left out for a model that multiplies nothing, got {budget.macs}; pass params")
+    fixed = _indispensable(macs, everything, choose(1.0))
+
+    def allowed(sparsity: float) -> Kept:
+        return _but(fixed, everything, choose(sparsity)) if sparsity else everything
+
+    left = _counted(model, graph, inputs, budget, dense, macs)
+    if budget.kind == "latency":
+        return _fit_time(left, macs, allowed, everything, budget.share)
+    return _fit(left, allowed, everything, budget)
+
+
+def least_left(
+    model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], least: Kept, budget: Budget, dense: nn.Module | None = None
+) -> float:
+    """The share of what a budget counts that is left when all goes that can.
+
+    Args:
+        model: As for `fit_budget`.
+        graph: As for `fit_budget`.
+        inputs: As for `fit_budget`.
+        least: For each group of the graph the channels that stay at sparsity 1.
+        budget: As for `fit_budget`; how much it allows has no say.
+        dense: As for `fit_budget`.
+    """
+    everything, dense = _everything(graph), model if dense is None else dense
+    macs = _remembered(macs_left(model, graph, inputs, dense))
+    fixed = _indispensable(macs, everything, least)
+    return _counted(model, graph, inputs, budget, dense, macs)(_but(fixed, everything, least))
+
+
+def _everything(graph: ChannelGraph) -> Kept:
+    return [np.ones(group.channels, np.bool_) for group in graph.groups]
+
+
+def _but(fixed: Collection[int], everything: Kept, kept: Kept) -> Kept:
+    """A choice in which some groups keep all of their channels."""
+    return [whole if i in fixed else keep for i, (whole, keep) in enumerate(zip(everything, kept, strict=True))]
+
+
+def _counted(
+    model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], budget: Budget, dense: nn.Module, macs: Share
+) -> Share:
+    """What is left of what the budget is of."""
+    if budget.kind == "latency":
+        return time_left(model, graph, batch_of(copies(inputs), budget.batch), dense)
+    return macs if budget.kind == "macs" else _remembered(parameters_left(model, graph, dense))
+
+
+# --- the search ----------------------------------------------------------------------------------------------------------
+
+
+def _indispensable(run: Share, everything: Kept, least: Kept) -> set[int]:
+    """The groups without whose channels the model's code fails, by halves."""
+    gone: set[int] = set()
+    fixed: set[int] = set()
+    stack = [list(range(len(everything)))]
+    while stack:
+        some = stack.pop()
+        trial = gone.union(some)
+        try:
+            run([least[i] if i in trial else keep for i, keep in enumerate(everything)])
+        except Exception:
+            if len(some) == 1:
+                fixed.update(some)
+            else:
+                stack += [some[len(some) // 2 :], some[: len(some) // 2]]
+        else:
+            gone = trial
+    return fixed
+
+
+def _fit(left: Share, choose: Callable[[float], Kept], everything: Kept, budget: Budget) -> Kept:
+    """The choice that uses most of the budget of what counts, not what is measured."""
+    if left(everything) <= budget.share:
+        return everything
+    floor = left(choose(1.0))
+    if floor > budget.share:
+        raise _too_small(budget.kind, budget.share, floor)
+    return _search(left, choose, budget.share)
+
+
+def _too_small(kind: str, share: float, floor: float) -> ValueError:
+    least = math.ceil(round(floor * 1000, 6)) / 1000
+    return ValueError(f"{kind} must be at least {least:.3f} for this model, got {share}; more is left when all goes that can")
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Two choices that differ in one group: with `above` the budget is passed, with `below` it is not."""
+
+    above: Kept
+    below: Kept
+    group: int
+
+
+def _remembered(left: Share) -> Share:
+    """The same function, which works nothing out twice."""
+    known: dict[bytes, float] = {}
+
+    def remembered(kept: Sequence[Flags]) -> float:
+        key = b"".join(keep.tobytes() for keep in kept)
+        if key not in known:
+            known[key] = left(kept)
+        return known[key]
+
+    return remembered
+
+
+def _search(left: Share, choose: Callable[[float], Kept], share: float) -> Kept:
+    held: dict[int, Flags] = {}
+    steps: list[_Step] = []
+    sparsity = 0.0
+
+    def chosen(sparsity: float) -> Kept:
+        return [held.get(i, keep) for i, keep in enumerate(choose(sparsity))]
+
+    while left(chosen(1.0)) <= share:
+        more, less, sparsity = _neighbours(left, chosen, share, sparsity)
+        if share - left(less) <= CLOSE:
+            return less
+        step = _step_between(left, more, less, share)
+        if share - left(step.below) <= CLOSE:
+            return step.below
+        steps.append(step)
+        # What moves too much at once stays as it is, and the others go on.
+        held[step.group] = step.above[step.group]
+    best = max((step.below for step in steps), key=left)
+    if share - left(best) <= REACHED:
+        return best
+    return max((_channel_by_channel(left, step, share) for step in steps), key=left)
+
+
+def _neighbours(left: Share, choose: Callable[[float], Kept], share: float, low: float) -> tuple[Kept, Kept, float]:
+    """The choices next to the budget, from a sparsity on at which it is passed: above, below, and the sparsity of the first.
+
+    It stops early where the one below is close.
+    """
+    high = 1.0
+    more, less = choose(low), choose(high)
+    while high - low > 1e-6 and share - left(less) > CLOSE:
+        middle = (low + high) / 2
+        kept = choose(middle)
+        if left(kept) > share:
+            low, more = middle, kept
+        else:
+            high, less = middle, kept
+    return more, less, low
+
+
+def _step_between(left: Share, more: Kept, less: Kept, share: float) -> _Step:
+    """From one choice to the other group by group: the group with which the budget is kept."""
+    moving = [i for i, (a, b) in enumerate(zip(more, less, strict=True)) if not np.array_equal(a, b)]
+
+    def after(moves: int) -> Kept:
+        return [less[i] if i in moving[:moves] else keep for i, keep in enumerate(more)]
+
+    moves = _first(lambda n: left(after(n)) <= share, len(moving))
+    return _Step(after(moves - 1), after(moves), moving[moves - 1])
+
+
+def _channel_by_channel(left: Share, step: _Step, share: float) -> Kept:
+    """The same within the one group, from its first channel on."""
+    going = np.flatnonzero(step.above[step.group] & ~step.below[step.group])
+
+    def after(moves: int) -> Kept:
+        result = list(step.above)
+        result[step.group] = step.above[step.group].copy()
+        result[step.group][going[:moves]] = False
+        return result
+
+    return after(_first(lambda n: left(after(n)) <= share, len(going)))
+
+
+def _first(holds: Callable[[int], bool], last: int) -> int:
+    """The first of 1, 2, ..., last for which it holds; if for none before, the last."""
+    low, high = 0, last
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _fit_time(measure: Share, macs: Share, choose: Callable[[float], Kept], everything: Kept, share: float) -> Kept:
+    """The choice whose time is nearest to the share, sought along the MACs, with which time grows more or less evenly."""
+    least = choose(1.0)
+    slow, fast = (macs(everything), measure(everything)), (macs(least), measure(least))
+    if slow[1] <= share:
+        return everything
+    if fast[1] > share:
+        raise _too_small("latency", share, fast[1])
+    tried = [(fast[1], least)]
+    for _ in range(TRIALS):
+        way = (slow[1] - share) / max(1e-9, slow[1] - fast[1])
+        target = slow[0] + min(0.9, max(0.1, way)) * (fast[0] - slow[0])
+        kept = _search(macs, choose, target)
+        found = macs(kept), measure(kept)
+        tried.append((found[1], kept))
+        if -FASTER <= found[1] - share <= SLOWER:
+            return kept
+        slow, fast = (found, fast) if found[1] > share else (slow, found)
+    return min(tried, key=lambda t: abs(t[0] - share))[1]

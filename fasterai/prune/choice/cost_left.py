@@ -1,0 +1,128 @@
+"""What is left of a model's parameters, MACs and time without some channels; the model itself is not touched."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from fasterai.analyze.counting import rules
+from fasterai.graph.channels import ChannelGraph
+from fasterai.graph.labels import Flags
+from fasterai.model.running import at_rest, copies, undisturbed, without_fast_path
+from fasterai.model.targets import unwrap
+from fasterai.prune.surgery.operate import Surgery
+from fasterai.prune.surgery.plan import make_plan, tensors_of
+
+__all__ = ["Share", "macs_left", "parameters_left", "time_left"]
+
+Share = Callable[[Sequence[Flags]], float]  # channels that stay, group by group -> what is left of the dense model's cost
+SECONDS, PAIRS, WARM_UP = 1.0, 7, 2
+
+
+def parameters_left(model: nn.Module, graph: ChannelGraph, dense: nn.Module) -> Share:
+    """Of the parameters of a dense model, which may be `model` itself; by the shapes of the plan."""
+    tensors = tensors_of(model)
+    sizes = {n: p.numel() for n, (module, attribute) in tensors.items() if (p := module._parameters.get(attribute)) is not None}
+    whole = sum(p.numel() for p in unwrap(dense).parameters())
+
+    def left(kept: Sequence[Flags]) -> float:
+        plan = make_plan(model, graph, kept)
+        gone = sum(sizes[name] - math.prod(plan.shape_after(name)) for name in plan.shapes if name in sizes)
+        return (sum(sizes.values()) - gone) / whole
+
+    return left
+
+
+def macs_left(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], dense: nn.Module) -> Share:
+    """Of the MACs of a dense model, which may be `model` itself; counted on a copy without weights where the code allows it.
+
+    A model that multiplies nothing has 0 left of nothing.
+    """
+    shell, bare = _shell(model, inputs)
+    whole = _count(shell, bare) if dense is model else _count(*_shell(dense, inputs))
+
+    def left(kept: Sequence[Flags]) -> float:
+        with _cut(shell, graph, kept):
+            return _count(shell, bare) / max(1, whole)
+
+    return left
+
+
+def _shell(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
+    """A copy that has shapes and no weights, so that running it costs next to nothing; a full one if its code needs values."""
+    model = unwrap(model)
+    bare: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    bare.update({id(b): b.detach().to("meta") for b in model.buffers()})
+    shell = copy.deepcopy(model, bare).eval()
+    shapes = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, inputs)
+    try:
+        _count(shell, shapes)
+    except Exception:
+        return copy.deepcopy(model).eval(), copies(inputs)
+    return shell, shapes
+
+
+def _count(model: nn.Module, inputs: tuple[Any, ...]) -> int:
+    counter = FlopCounterMode(display=False, custom_mapping=rules())
+    with torch.no_grad(), undisturbed(model), without_fast_path(), counter:
+        model(*inputs)
+    return counter.get_total_flops() // 2
+
+
+@contextmanager
+def _cut(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags]) -> Iterator[None]:
+    surgery = Surgery(model, make_plan(model, graph, kept))
+    try:
+        yield
+    finally:
+        surgery.undo()
+
+
+def time_left(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], dense: nn.Module) -> Share:
+    """Of the time of a dense model, measured in turns with it, on one thread; a copy of `model` is cut."""
+    small = copy.deepcopy(unwrap(model))
+
+    def left(kept: Sequence[Flags]) -> float:
+        with _cut(small, graph, kept):
+            return _time_ratio(unwrap(dense), small, inputs)
+
+    return left
+
+
+def _time_ratio(dense: nn.Module, small: nn.Module, inputs: tuple[Any, ...]) -> float:
+    """The time of the small by that of the dense model, over passes in turns on one thread.
+
+    Of each the fastest pass counts: other work on the machine adds to times and takes nothing away.
+    """
+    threads = torch.get_num_threads()
+    times: dict[nn.Module, list[float]] = {dense: [], small: []}
+    with at_rest(dense), at_rest(small):
+        torch.set_num_threads(1)
+        try:
+            for model in (dense, small) * WARM_UP:
+                _seconds(model, inputs)
+            start = time.perf_counter()
+            while len(times[small]) < PAIRS or time.perf_counter() - start < SECONDS:
+                for model in (dense, small) if len(times[small]) % 2 else (small, dense):
+                    times[model].append(_seconds(model, inputs))
+        finally:
+            torch.set_num_threads(threads)
+    return min(times[small]) / min(times[dense])
+
+
+def _seconds(model: nn.Module, inputs: tuple[Any, ...]) -> float:
+    on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in tree_leaves(inputs))
+    start = time.perf_counter()
+    model(*inputs)
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

@@ -1,0 +1,220 @@
+"""A small model in a file: its weights and the numbers that its modules keep, without pickle."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasterai.model.supported import check_model, check_whole
+from fasterai.model.targets import unwrap
+from fasterai.prune.surgery.dense_shapes import dense_shapes, note, put_note
+from fasterai.prune.surgery.modules import HEADS, STREAMS, WIDTHS
+from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention, encoders_of
+
+__all__ = ["load_small", "save_small"]
+
+FORMAT = "fasterai-small-1"
+SIZES = (
+    *("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels", "num_groups"),
+    *("normalized_shape", "embedding_dim", "num_parameters", "input_size", "hidden_size", *HEADS, *WIDTHS, *STREAMS),
+    *("nf", "nx", "bias_shape", "kdim", "vdim"),
+)
+#: What differs between two runs of one network, or counts in training only.
+PASSING = {
+    *("training", "inplace", "p", "momentum", "dropout", "drop_prob", "drop_rate", "dropout_p", "attention_dropout"),
+    *("fused_attn", "use_nested_tensor", "grad_checkpointing", "gradient_checkpointing", "name_or_path"),
+}
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def save_small(path: str | os.PathLike[str], model: nn.Module) -> None:
+    """Save a model that channels were taken out of, as safetensors; the numbers of its modules go into the header.
+
+    Args:
+        path: The file; it is written whole or not at all.
+        model: The model, wrapped or not. One that has lost nothing is saved as well, and loads into its like.
+
+    Raises:
+        TypeError: The model is no module.
+        ValueError: A parameter holds no values.
+    """
+    from safetensors.torch import save
+
+    inner = unwrap(check_model(model))
+    if empty := [name for name, parameter in inner.named_parameters() if parameter.is_meta]:
+        raise ValueError(f"model must hold its weights, got {empty[0]} on the meta device")
+    tensors = _untied({n: t.detach().contiguous() for n, t in inner.state_dict().items()})
+    entries = {"sizes": _sizes(inner), "slim": _slim(inner), "traits": _traits(inner), "dense": dense_shapes(inner)}
+    header = {"format": FORMAT} | {key: json.dumps(value) for key, value in entries.items()}
+    target = Path(path)
+    part = target.with_name(target.name + ".part")
+    try:
+        part.write_bytes(save(tensors, header))
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_small(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """Shrink a freshly built dense model to what was saved, and load the weights.
+
+    Args:
+        path: A file that `save_small` wrote.
+        model: The dense model, built as the one was that channels were taken out of; changed in place, and returned.
+
+    Raises:
+        TypeError: The model is no module.
+        ValueError: The file is truncated or foreign, or the model is wrapped or another one. Nothing is changed then.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise ValueError(f"path must be a file that save_small wrote, got {path}: {error}") from error
+    if header.get("format") != FORMAT:
+        raise ValueError(f"path must be a file that save_small wrote, got {path}, which is not one")
+    inner = check_whole(model)
+    slim, all_sizes = json.loads(header["slim"]), json.loads(header["sizes"])
+    own = dense_shapes(inner)
+    dense = {name: tuple(shape) for name, shape in json.loads(header.get("dense", "{}")).items()}  # not in old files
+    problems = [
+        *_differing_tensors(inner, tensors, dense, own),
+        *_missing_modules(inner, slim, all_sizes),
+        *_differing_modules(inner, json.loads(header.get("traits", "{}")), slim),
+    ]
+    if problems:
+        raise ValueError(
+            f"model must be the dense model that the small one was made of, got one where {'; '.join(problems[:5])}"
+        )
+    for name, heads in slim.items():
+        parent = inner.get_submodule(name.rpartition(".")[0])
+        attention = parent.get_submodule(name.rpartition(".")[2])
+        if isinstance(attention, nn.MultiheadAttention):
+            for encoder in encoders_of(inner, attention):
+                encoder.use_nested_tensor = False
+            setattr(parent, name.rpartition(".")[2], SlimMultiheadAttention(attention, heads))
+    for name, sizes in all_sizes.items():
+        module = inner.get_submodule(name)
+        for attribute, value in sizes.items():
+            setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
+    _put(inner, tensors)
+    _note(inner, own | dense)
+    return model
+
+
+def _sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Module name -> the numbers that it keeps of its own size."""
+    found = {}
+    for name, module in model.named_modules():
+        own = {a: v for a in SIZES if isinstance(v := vars(module).get(a), int | tuple) and not isinstance(v, bool)}
+        if own:
+            found[name] = own
+    return found
+
+
+def _slim(model: nn.Module) -> dict[str, int]:
+    return {n: m.num_heads for n, m in model.named_modules() if isinstance(m, SlimMultiheadAttention)}
+
+
+def _untied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tied tensors once, under their first name."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0 or tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            result[name] = tensor
+    return result
+
+
+def _traits(model: nn.Module) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Module name -> its class and what it was built with, less the sizes; of the model itself only if it is one of torch's.
+
+    In a model of one's own, training leaves counters and scores.
+    """
+    return {
+        name: (type(module).__name__, {a: v for a, v in vars(module).items() if _is_trait(a, v)})
+        for name, module in model.named_modules()
+        if name or type(module).__module__.startswith("torch.nn.")
+    }
+
+
+def _is_trait(attribute: str, value: Any) -> bool:
+    return not attribute.startswith("_") and attribute not in PASSING and attribute not in SIZES and _is_plain(value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, float) and math.isnan(value):
+        return False  # it differs from itself
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _differing_tensors(model: nn.Module, tensors: Mapping[str, Tensor], dense: Shapes, own_dense: Shapes) -> Iterator[str]:
+    own = model.state_dict()
+    yield from (f"{n} is not in it" for n in tensors if n not in own)
+    yield from (f"{n} is not in the file" for n in _untied(dict(own)) if n not in tensors)
+    for n, small in tensors.items():
+        if n not in own or own[n].shape == small.shape:
+            continue
+        here, there = tuple(own[n].shape), dense.get(n, tuple(small.shape))
+        is_larger = len(here) == small.dim() and all(a >= b for a, b in zip(here, small.shape, strict=True))
+        if not is_larger or (n in dense and own_dense.get(n, here) != there):
+            cut = f", cut to {tuple(small.shape)}" if there != small.shape else ""
+            yield f"{n} is {here} here and {there} in the file{cut}"
+
+
+def _missing_modules(model: nn.Module, slim: Mapping[str, int], sizes: Mapping[str, Any]) -> Iterator[str]:
+    modules = dict(model.named_modules())
+    for name in slim:
+        if not name or not isinstance(modules.get(name), nn.MultiheadAttention | SlimMultiheadAttention):
+            yield f"{name} is no nn.MultiheadAttention"
+    for name, found in sizes.items():
+        yield from (f"{name or 'the model'} has no {a}" for a in found if not hasattr(modules.get(name), a))
+
+
+def _differing_modules(model: nn.Module, traits: Mapping[str, Any], slim: Mapping[str, int]) -> Iterator[str]:
+    own = json.loads(json.dumps(_traits(model)))  # tuples are lists in the file
+    if traits:
+        yield from (f"{name} is not in the file" for name in own if name and name not in traits)
+    for name, (there, known) in traits.items():
+        here, found = own.get(name, (None, {}))
+        said = name or "the model"
+        if here is None and name:
+            yield f"{said} is not in it"
+        elif here not in (None, there) and name not in slim:
+            yield f"{said} is a {here} here and a {there} in the file"
+        else:
+            yield from (
+                f"{said}.{a} is {found[a]!r} here and {v!r} in the file" for a, v in known.items() if found.get(a, v) != v
+            )
+
+
+def _note(model: nn.Module, dense: Shapes) -> None:
+    """Remember the dense shapes, for the day when the model is saved again."""
+    for prefix, module in model.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        put_note(module, note(module, {n.removeprefix(dot): s for n, s in dense.items() if n.startswith(dot)}))
+
+
+@torch.no_grad()
+def _put(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    for prefix, module in model.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None and f"{dot}{name}" in tensors:
+                parameter.data = tensors[f"{dot}{name}"].to(parameter.device, parameter.dtype, copy=True)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and f"{dot}{name}" in tensors:
+                module._buffers[name] = tensors[f"{dot}{name}"].to(buffer.device, buffer.dtype, copy=True)

@@ -1,0 +1,64 @@
+"""What shapes a model's tensors had before the first channel went: noted at each cut, on the modules that hold them.
+
+The note goes with copies and pickles of a module. It counts only while the tensor has the shape that the last cut left it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+__all__ = ["Note", "dense_shapes", "dense_shapes_of", "note", "noted_on", "put_note"]
+
+Shape = tuple[int, ...]
+#: Name of a parameter or buffer of a module -> its shape before the first cut, and after the last.
+Note = dict[str, tuple[Shape, Shape]]
+
+KEY = "_shapes_before_cuts"
+
+
+def dense_shapes_of(module: nn.Module) -> dict[str, Shape]:
+    """The shapes of a module's own tensors before the first cut; those that they have now where none is known."""
+    noted = _noted(module)
+    return {name: noted.get(name, shape) for name, shape in _own(module)}
+
+
+def dense_shapes(model: nn.Module) -> dict[str, Shape]:
+    """Name -> shape before the first cut, where it is known; all shapes of a model that nothing was taken out of."""
+    is_cut = any(noted_on(module) for module in model.modules())
+    return {
+        f"{prefix}.{name}" if prefix else name: shape
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, shape in (_noted(module) if is_cut else dense_shapes_of(module)).items()
+    }
+
+
+def note(module: nn.Module, dense: Mapping[str, Shape]) -> Note:
+    """What to note on a module that was cut to the shapes that it has now."""
+    return {name: (dense[name], shape) for name, shape in _own(module) if name in dense}
+
+
+def noted_on(module: nn.Module) -> Note | None:
+    """The note that the last cut left on a module."""
+    return vars(module).get(KEY)
+
+
+def put_note(module: nn.Module, noted: Note | None) -> None:
+    """Leave a note on a module, or take it away."""
+    if noted:
+        vars(module)[KEY] = noted
+    else:
+        vars(module).pop(KEY, None)
+
+
+def _noted(module: nn.Module) -> dict[str, Shape]:
+    known = noted_on(module) or {}
+    return {name: known[name][0] for name, shape in _own(module) if name in known and known[name][1] == shape}
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, Shape]]:
+    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        if tensor is not None and not is_lazy(tensor):
+            yield name, tuple(tensor.shape)

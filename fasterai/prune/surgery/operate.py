@@ -1,0 +1,205 @@
+"""The one place that takes channels out of a model, and puts them back if it has to.
+
+Parameters and buffers keep their identity, so that an optimizer goes on with them; its state and their gradients are cut alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from fasterai.model.cuts import announce
+from fasterai.model.targets import unwrap
+from fasterai.prune.surgery.dense_shapes import dense_shapes_of, note, noted_on, put_note
+from fasterai.prune.surgery.optimizers import averages_of, check_optimizer, cut_entry, sliced, states_of, strange_keys
+from fasterai.prune.surgery.plan import Plan, check_plan, tensor_of, tensors_of
+from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention, encoders_of
+
+__all__ = ["Surgery", "apply_plan_", "operate"]
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One thing that a surgery does, and how to take it back."""
+
+    forth: Callable[[], None]
+    back: Callable[[], None]
+
+
+class Surgery:
+    """A plan carried out on a model; `undo()` takes it back, and `redo()` does it again.
+
+    Args:
+        model: The model; changed in place.
+        plan: What to take out.
+        optimizer: Whose state is cut alike; torch's or fastai's.
+
+    Raises:
+        TypeError: The optimizer keeps no state by parameter.
+        ValueError: The plan is for another model, or the optimizer's state cannot be cut; nothing is changed then.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, optimizer: Any = None) -> None:
+        check_optimizer(optimizer)
+        check_plan(model, plan)
+        self._changes: list[_Change] = []
+        self._is_done = True
+        try:
+            for change in _changes(unwrap(model), plan, optimizer):
+                self._changes.append(change)
+                change.forth()
+        except BaseException:
+            self.undo()
+            raise
+
+    def undo(self) -> None:
+        """Put everything back as it was."""
+        for change in reversed(self._changes) if self._is_done else ():
+            change.back()
+        self._is_done = False
+
+    def redo(self) -> None:
+        """Do again what was undone; nothing is cut anew."""
+        for change in self._changes if not self._is_done else ():
+            change.forth()
+        self._is_done = True
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """The model as it was, for a while."""
+        self.undo()
+        try:
+            yield
+        finally:
+            self.redo()
+
+
+def apply_plan_(model: nn.Module, plan: Plan, *, optimizer: Any = None) -> None:
+    """Carry a plan out on another model of the same structure: a moving average of the weights, a fresh model.
+
+    What is taken out need not be silent there; its outputs are not checked.
+
+    Args:
+        model: The model, as dense as the one that the plan was made for; changed in place. An `AveragedModel` of torch too.
+        plan: `Removal.plan`, or one that `Plan.from_dict` read.
+        optimizer: Whose state is cut alike.
+
+    Raises:
+        TypeError: The optimizer keeps no state by parameter.
+        ValueError: The plan is for another model; nothing is changed then.
+    """
+    operate(model, plan, optimizer)
+
+
+def operate(model: nn.Module, plan: Plan, optimizer: Any = None, copies: Sequence[nn.Module] = ()) -> Surgery:
+    """Carry a plan out on a model and on copies of it, and tell who follows them: all of it, or nothing.
+
+    Raises:
+        ValueError: The plan does not fit one of them; nothing is changed then.
+    """
+    model, copies = _inner(model), [_inner(other) for other in copies]
+    done: list[Surgery] = []
+    try:
+        done.append(Surgery(model, plan, optimizer))
+        for i, other in enumerate(copies):
+            try:
+                done.append(Surgery(other, plan))
+            except ValueError as error:
+                raise ValueError(f"copies must be models of the same structure, got copies[{i}] where {error}") from error
+        announce(model, plan.keep, copies)
+        return done[0]
+    except BaseException:
+        for surgery in reversed(done):
+            surgery.undo()
+        raise
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    inner = unwrap(model)
+    return unwrap(inner.module) if isinstance(inner, AveragedModel) else inner
+
+
+def _changes(model: nn.Module, plan: Plan, optimizer: Any) -> Iterator[_Change]:
+    """One after the other: each is made when those before it have been done."""
+    tensors, averages = tensors_of(model), averages_of(optimizer)
+    states = [(state, strange_keys(state)) for state in states_of(optimizer)]
+    dense = [(module, dense_shapes_of(module)) for module in model.modules()]
+    for name in plan.shapes:
+        tensor = tensor_of(tensors, name)
+        kept = {d: plan.keep[name, d] for d in range(tensor.dim()) if (name, d) in plan.keep}
+        for one in (tensor, averages.get(tensor)):
+            if one is not None:
+                yield _cut(one, kept, plan.scales.get(name, 1.0))
+        for state, strange in states:
+            if state.get(tensor):
+                yield _entry(state, tensor, name, plan.shapes[name], kept, strange)
+    yield from (_note(module, shapes) for module, shapes in dense if shapes and plan.shapes)
+    for module_name, attribute, before, after in plan.attributes:
+        yield _set(model.get_submodule(module_name), attribute, before, after)
+    for name, heads in plan.slim.items():
+        yield _slim(model, name, heads)
+
+
+def _cut(tensor: Tensor, kept: Any, scale: float) -> _Change:
+    data, grad = tensor.data, tensor.grad
+    small, small_grad = sliced(data, kept), None if grad is None else sliced(grad, kept)
+    if scale != 1.0:
+        small.mul_(scale)
+    return _Change(lambda: _put(tensor, small, small_grad), lambda: _put(tensor, data, grad))
+
+
+def _put(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    """Other values of another shape under the same identity.
+
+    A loss that is still held keeps alive the node that gathers the parameter's gradients, with the shape that it had.
+    Autograd makes a new one only where the type changes: so it changes in between.
+    """
+    tensor.grad = None
+    tensor.data = torch.empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64, device=data.device)
+    tensor.data = data
+    tensor.grad = grad
+
+
+def _entry(state: Any, tensor: Tensor, name: str, shape: Sequence[int], kept: Any, strange: Any) -> _Change:
+    before = dict(state[tensor])
+    after = cut_entry(before, name, shape, kept, strange)
+
+    def put(entry: dict[str, Any]) -> None:
+        state[tensor].clear()
+        state[tensor].update(entry)
+
+    return _Change(lambda: put(after), lambda: put(before))
+
+
+def _note(module: nn.Module, dense: Mapping[str, tuple[int, ...]]) -> _Change:
+    before, after = noted_on(module), note(module, dense)
+    return _Change(lambda: put_note(module, after), lambda: put_note(module, before))
+
+
+def _set(module: nn.Module, attribute: str, before: Any, after: Any) -> _Change:
+    return _Change(lambda: setattr(module, attribute, after), lambda: setattr(module, attribute, before))
+
+
+def _slim(model: nn.Module, name: str, heads: int) -> _Change:
+    attention = model.get_submodule(name)
+    if isinstance(attention, SlimMultiheadAttention):
+        return _set(attention, "num_heads", attention.num_heads, heads)
+    assert isinstance(attention, nn.MultiheadAttention)
+    slim = SlimMultiheadAttention(attention, heads)
+    places = [(parent, key) for parent in model.modules() for key, child in parent._modules.items() if child is attention]
+
+    encoders = [(encoder, encoder.use_nested_tensor) for encoder in encoders_of(model, attention)]
+
+    def put(module: nn.Module) -> None:
+        for parent, key in places:
+            setattr(parent, key, module)
+        for encoder, before in encoders:
+            encoder.use_nested_tensor = before and module is attention
+
+    return _Change(lambda: put(slim), lambda: put(attention))

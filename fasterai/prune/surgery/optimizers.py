@@ -1,0 +1,187 @@
+"""What an optimizer keeps for a parameter, cut as the parameter is."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from itertools import combinations, product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fasterai.graph.labels import Array
+
+__all__ = ["averages_of", "check_optimizer", "check_trained", "cut_entry", "sliced", "states_of", "strange_keys"]
+
+#: Where wrappers of optimizers (fastai's, Lightning's, Accelerate's, timm's) hold what they wrap.
+INNER = ("opt", "optimizer", "_optimizer", "optimizers", "_base_optimizer")
+Kept = Mapping[int, Array]  # dimension of a parameter -> the indices that stay
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def states_of(optimizer: Any) -> list[MutableMapping[Any, Any]]:
+    """The states, parameter -> entry, of an optimizer and of what it wraps, or of several in a list; each once."""
+    return list({id(state): state for one in _unwrapped(optimizer) if (state := _state(one)) is not None}.values())
+
+
+def averages_of(optimizer: Any) -> dict[Tensor, Tensor]:
+    """Parameter -> its average, where an optimizer keeps averages apart from its state: fastai's Lookahead its slow weights."""
+    return {
+        parameter: average
+        for one in _unwrapped(optimizer)
+        for averages, group in zip(getattr(one, "slow_weights", None) or (), _groups(one), strict=False)
+        for average, parameter in zip(averages, group["params"], strict=False)
+    }
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """An optimizer whose state can be cut, several in a list, or None.
+
+    Raises:
+        TypeError: It keeps no state by parameter.
+        ValueError: It keeps one state for all parameters at once, as LBFGS does.
+    """
+    found = list(_unwrapped(optimizer))
+    if found and not states_of(optimizer):
+        kind = type(optimizer).__name__
+        raise TypeError(f"optimizer must be torch's or fastai's, with a state for each parameter, got {optimizer!r} ({kind})")
+    if any(isinstance(one, torch.optim.LBFGS) for one in found):
+        raise ValueError(
+            "optimizer must keep a state for each parameter, got LBFGS, which has one for all; make a new one after the removal"
+        )
+
+
+def check_trained(model: nn.Module, optimizer: Any) -> None:
+    """Refuse an optimizer, or several, that train another model.
+
+    Raises:
+        ValueError: They hold none of the model's parameters.
+    """
+    groups = [group for one in (optimizer if isinstance(optimizer, list | tuple) else [optimizer]) for group in _groups(one)]
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    if trained and not any(id(parameter) in trained for parameter in model.parameters()):
+        raise ValueError(
+            f"optimizer must train the model that channels go from, got one that holds none of the parameters of this "
+            f"{type(model).__name__}: make the optimizer anew after the model"
+        )
+
+
+def _groups(optimizer: Any) -> Iterable[Mapping[str, Any]]:
+    groups: Iterable[Mapping[str, Any]] = getattr(optimizer, "param_groups", ())
+    return groups
+
+
+def _unwrapped(optimizer: Any) -> Iterator[Any]:
+    stack, seen = [optimizer], set()
+    while stack:
+        one = stack.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, list | tuple):
+            stack += one
+            continue
+        yield one
+        stack += [vars(one).get(name) for name in INNER] if hasattr(one, "__dict__") else []
+
+
+def _state(optimizer: Any) -> MutableMapping[Any, Any] | None:
+    state = getattr(optimizer, "state", None)
+    return state if isinstance(state, MutableMapping) else None
+
+
+def strange_keys(state: Mapping[Any, Any]) -> set[str]:
+    """The keys of a state under which some parameter has a tensor of another shape than its own, as preconditioners have."""
+    return {
+        key
+        for parameter, entry in state.items()
+        if isinstance(parameter, Tensor)
+        for key, value in entry.items()
+        if any(_is_tensor(one) and not _readings(one.shape, parameter.shape) for one in tree_leaves(value))
+    }
+
+
+def cut_entry(
+    entry: Mapping[str, Any], name: str, shape: Sequence[int], kept: Kept, strange: Collection[str] = ()
+) -> dict[str, Any]:
+    """An optimizer's entry for a parameter, cut as the parameter is; empty, with a warning, where that cannot be told.
+
+    A tensor of the parameter's shape is cut as it is; one with 1 for some of its sizes (factored second moments), or with
+    some of its dimensions, along those that it has; a number is left alone. An entry without one of its parts would break the
+    optimizer's next step, so an entry that cannot be cut starts anew as a whole.
+
+    Args:
+        entry: As it is; not changed.
+        name: The parameter's, for the warning.
+        shape: The parameter's, before.
+        kept: Its dimension -> the indices that stay.
+        strange: The `strange_keys` of the state. The preconditioner of a square matrix has the matrix's shape, and is one of
+            rows by rows or of columns by columns: so under these keys a dimension may be any of its size.
+    """
+    strangers: list[str] = []
+
+    def cut(key: str, value: Any) -> Any:
+        if not _is_tensor(value):
+            return value
+        dims = _dims(value.shape, shape, kept, key in strange)
+        if dims is None:
+            strangers.append(f"{key} {tuple(value.shape)}")
+            return value
+        return sliced(value, {i: kept[d] for i, d in dims.items() if d in kept})
+
+    result = {key: tree_map(lambda v, key=key: cut(key, v), value) for key, value in entry.items()}
+    if not strangers:
+        return result
+    warnings.warn(
+        f"optimizer's state of {name} {tuple(shape)} cannot be cut as it is, for its {', '.join(strangers)}: it starts anew",
+        stacklevel=2,
+    )
+    return {}
+
+
+def _is_tensor(value: Any) -> bool:
+    """Not a number, nor one in a tensor."""
+    return isinstance(value, Tensor) and value.numel() > 1
+
+
+def _dims(own: Sequence[int], shape: Sequence[int], kept: Kept, is_strange: bool) -> dict[int, int] | None:
+    """Which dimension of a parameter each of a tensor's is, where it is one; None where that cannot be told."""
+    readings = _readings(own, shape)
+    if is_strange:
+        alike = [[e for e, m in enumerate(shape) if m == n] for n in shape]
+        readings = [dict(zip(r, c, strict=True)) for r in readings for c in product(*(alike[d] for d in r.values()))]
+    # Several readings are one where the same indices stay in all of them.
+    effects = {tuple(kept[d].tobytes() if d in kept else b"" for d in reading.values()) for reading in readings}
+    return readings[0] if len(effects) == 1 else None
+
+
+def _readings(own: Sequence[int], shape: Sequence[int]) -> list[dict[int, int]]:
+    """Every way to read a tensor's dimensions, in their order, as dimensions of a parameter of that shape."""
+    if len(own) == len(shape):
+        pairs = list(zip(own, shape, strict=True))
+        return [{d: d for d, (n, m) in enumerate(pairs) if n == m}] if all(n in (1, m) for n, m in pairs) else []
+    choices = combinations(range(len(shape)), len(own))
+    return [dict(enumerate(c)) for c in choices if all(n == shape[d] for n, d in zip(own, c, strict=True))]
+
+
+def sliced(tensor: Tensor, kept: Kept) -> Tensor:
+    """A new tensor of the indices that stay, in the memory format of the old."""
+    result = tensor.detach()
+    for d, indices in kept.items():
+        result = result.index_select(d, torch.as_tensor(indices, device=tensor.device))
+    layout = FORMATS.get(tensor.dim())
+    if layout is not None and tensor.stride() == _channels_last_strides(tensor.shape) != _contiguous_strides(tensor.shape):
+        result = torch.empty_like(result, memory_format=layout).copy_(result)
+    return result
+
+
+def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+
+
+def _channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    n, *kernel, c = _contiguous_strides((shape[0], *shape[2:], shape[1]))
+    return n, c, *kernel

@@ -1,0 +1,282 @@
+"""What to take out of a network, as data: it can be printed, saved, and replayed on a fresh model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from fasterai.graph.channels import ChannelGraph, Place
+from fasterai.graph.labels import Array, Flags
+from fasterai.model.targets import plain_name, unwrap
+from fasterai.prune.surgery.modules import HEADS, STREAMS, WIDTHS, new_sizes
+from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention
+
+__all__ = ["Plan", "check_plan", "cut_normed", "make_plan", "tensor_of", "tensors_of"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to take out.
+
+    Attributes:
+        shapes: Name of each parameter and buffer that shrinks -> its shape before.
+        keep: Its name and dimension -> the indices that stay.
+        attributes: (module name, attribute, value before, value after).
+        slim: Names of `nn.MultiheadAttention`s that lose heads -> heads that stay.
+        scales: Names of weights of norms that average over what goes -> by how much what stays of them grows. With a share r
+            of the channels, the others silent, the mean of squares is 1 / r of what it was: the weight grows by its root.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    keep: Mapping[Place, Array]
+    attributes: tuple[tuple[str, str, Any, Any], ...]
+    slim: Mapping[str, int]
+    scales: Mapping[str, float] = field(default_factory=dict)
+
+    def shape_after(self, name: str) -> tuple[int, ...]:
+        """The shape that a parameter or buffer gets."""
+        return tuple(len(self.keep[name, d]) if (name, d) in self.keep else n for d, n in enumerate(self.shapes[name]))
+
+    def __bool__(self) -> bool:
+        return bool(self.keep)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {
+            "shapes": {n: list(s) for n, s in self.shapes.items()},
+            "keep": [[n, d, kept.tolist()] for (n, d), kept in self.keep.items()],
+            "attributes": [list(a) for a in self.attributes],
+            "slim": dict(self.slim),
+            "scales": dict(self.scales),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The plan that `to_dict` made the data of."""
+        return cls(
+            {n: tuple(s) for n, s in data["shapes"].items()},
+            {(n, d): np.asarray(kept, np.int64) for n, d, kept in data["keep"]},
+            tuple((m, a, _tupled(before), _tupled(after)) for m, a, before, after in data["attributes"]),
+            dict(data["slim"]),
+            dict(data.get("scales", {})),
+        )
+
+    def __str__(self) -> str:
+        lines = [f"{n}: {'x'.join(map(str, s))} -> {'x'.join(map(str, self.shape_after(n)))}" for n, s in self.shapes.items()]
+        lines += [f"{m}.{a}: {before} -> {after}" for m, a, before, after in self.attributes]
+        lines += [f"{n}: times {factor:.4g}" for n, factor in self.scales.items()]
+        return "\n".join(lines) or "nothing is taken out"
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def tensors_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Name of every parameter and buffer -> the module that holds it, and its name there; tied ones under their first name."""
+    found: dict[str, tuple[nn.Module, str]] = {}
+    seen: set[int] = set()
+    for prefix, module in unwrap(model).named_modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[plain_name(f"{prefix}.{name}" if prefix else name)] = (module, name)
+    return found
+
+
+def make_plan(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags], *, streams: bool = False) -> Plan:
+    """The plan that takes out the channels of each group that are not kept.
+
+    Args:
+        model: The model, dense; not changed.
+        graph: Its channel graph.
+        kept: For each group a bool array over its channels, True = stays.
+        streams: Whether models' own modules that keep a number of the size of a stream get a new one.
+    """
+    gone: dict[Place, list[Array]] = {}
+    for group, keep in zip(graph.groups, kept, strict=True):
+        for place, indices in group.places.items() if not keep.all() else ():
+            gone.setdefault(place, []).append(indices[~keep].ravel())
+    tensors = tensors_of(model)
+    shapes = {n: tuple(tensor_of(tensors, n).shape) for n in dict.fromkeys(n for n, _ in gone)}
+    staying: dict[Place, Array] = {
+        (n, d): np.setdiff1d(np.arange(shapes[n][d]), np.concatenate(lost)) for (n, d), lost in gone.items()
+    }
+    bare = Plan(shapes, staying, (), {})
+    attributes, slim = _sizes(model, bare, graph, kept)
+    if streams:
+        attributes += tuple(_stream_sizes(unwrap(model), bare, {(name, attribute) for name, attribute, _, _ in attributes}))
+    rescaled = {n: staying[n, 0] for n in sorted(graph.rescaled) if (n, 0) in staying}
+    return Plan(shapes, staying, attributes, slim, {n: math.sqrt(shapes[n][0] / len(kept)) for n, kept in rescaled.items()})
+
+
+def tensor_of(tensors: Mapping[str, tuple[nn.Module, str]], name: str) -> Tensor:
+    """A parameter or buffer by its name, among those of `tensors_of`."""
+    module, attribute = tensors[name]
+    parameter = module._parameters.get(attribute)
+    tensor = parameter if parameter is not None else module._buffers[attribute]
+    assert tensor is not None
+    return tensor
+
+
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """A plan that fits the model: tensors of the shapes before, modules with the numbers before.
+
+    Raises:
+        ValueError: It was made for another model, or was carried out already.
+    """
+    problem = next(_misfits(unwrap(model), plan), None)
+    if problem is not None:
+        raise ValueError(f"plan must be for this model, got one {problem}")
+
+
+def _misfits(model: nn.Module, plan: Plan) -> Iterator[str]:
+    tensors, modules = tensors_of(model), {plain_name(name): module for name, module in model.named_modules()}
+    for name, shape in plan.shapes.items():
+        if name not in tensors:
+            yield f"that cuts {name}, which it has not"
+        elif tuple(tensor_of(tensors, name).shape) != tuple(shape):
+            yield f"where {name} is {tuple(shape)}, here {tuple(tensor_of(tensors, name).shape)}"
+    for (name, d), kept in plan.keep.items():
+        size = plan.shapes[name][d] if name in plan.shapes and d < len(plan.shapes[name]) else 0
+        if not (kept.size and kept.min() >= 0 and kept.max() < size):
+            yield f"that keeps indices of {name} which are not there"
+    for module, attribute, before, _ in plan.attributes:
+        if module not in modules or not hasattr(modules[module], attribute):
+            yield f"that sets {module}.{attribute}, which it has not"
+        elif getattr(modules[module], attribute) != before:
+            yield f"where {module}.{attribute} is {before}, here {getattr(modules[module], attribute)}"
+    for name in plan.slim:
+        if not name:
+            yield "that takes heads from the model itself; put the attention into an nn.Sequential"
+        elif not isinstance(modules.get(name), nn.MultiheadAttention | SlimMultiheadAttention):
+            yield f"that takes heads from {name}, which is no nn.MultiheadAttention here"
+
+
+def _sizes(
+    model: nn.Module, plan: Plan, graph: ChannelGraph, kept: Sequence[Flags]
+) -> tuple[tuple[tuple[str, str, Any, Any], ...], dict[str, int]]:
+    """The modules' own numbers after the surgery."""
+    changed: list[tuple[str, str, Any, Any]] = []
+    slim: dict[str, int] = {}
+    heads = _heads(plan, graph, kept)
+    names = {id(getattr(module, attribute)): name for name, (module, attribute) in tensors_of(model).items()}
+    for prefix, module in unwrap(model).named_modules():
+        name = plain_name(prefix)
+        dot = f"{name}." if name else ""
+        held = [*module._parameters.items(), *module._buffers.items()]
+        own = {a: names[id(t)] for a, t in held if t is not None and names[id(t)] in plan.shapes}
+        if isinstance(module, nn.MultiheadAttention | SlimMultiheadAttention):
+            lost = heads.get(f"{dot}in_proj_weight") or heads.get(f"{dot}q_proj_weight")
+            reads_less = any((f"{dot}{which}_proj_weight", 1) in plan.keep for which in ("in", "q", "k", "v"))
+            if lost or reads_less:  # torch's own insists on heads that fill the width that it reads
+                slim[name] = lost[0].channels[1] if lost else module.num_heads
+                changed += [(name, *c) for c in _differing(module, _attention_widths(dot, plan))]
+            continue
+        if own:
+            old, new = (
+                {a: tuple(t.shape) for a, t in [*module._parameters.items(), *module._buffers.items()] if t is not None}
+                for _ in "12"
+            )
+            new.update({a: plan.shape_after(n) for a, n in own.items()})
+            keep = {(a, d): plan.keep[n, d] for a, n in own.items() for d in range(len(old[a])) if (n, d) in plan.keep}
+            changed += [(name, *c) for c in _differing(module, new_sizes(module, old, new, keep))]
+        elif name in graph.normed:
+            changed += [(name, *c) for c in _bare_sizes(module, plan, graph.normed[name])]
+        changed += [(name, *c) for c in _parent_sizes(module, dot, heads)]
+    return tuple(changed), slim
+
+
+def _differing(module: nn.Module, sizes: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [(a, getattr(module, a), value) for a, value in sizes.items() if getattr(module, a) != value]
+
+
+def _attention_widths(dot: str, plan: Plan) -> dict[str, int]:
+    """The numbers of an attention's features that change: of what comes out, of keys and of values."""
+    inputs = {"kdim": f"{dot}k_proj_weight", "vdim": f"{dot}v_proj_weight"}
+    places = {"embed_dim": (f"{dot}out_proj.weight", 0)} | {
+        a: (own if own in plan.shapes else f"{dot}in_proj_weight", 1) for a, own in inputs.items()
+    }
+    return {a: len(plan.keep[place]) for a, place in places.items() if place in plan.keep}
+
+
+def cut_normed(normed: Mapping[str, Sequence[tuple[Place, int] | None]], keep: Mapping[Place, Array]) -> dict[str, Any]:
+    """What modules without parameters go with (`ChannelGraph.normed`), after a removal."""
+    left = {place: {int(old): new for new, old in enumerate(kept)} for place, kept in keep.items()}
+
+    def followed(at: tuple[Place, int] | None) -> tuple[Place, int] | None:
+        return at if at is None or at[0] not in left else (at[0], left[at[0]][at[1]])
+
+    stays = {
+        name: [at for at in goes_with if at is None or at[0] not in left or at[1] in left[at[0]]]
+        for name, goes_with in normed.items()
+    }
+    return {name: tuple(followed(at) for at in goes_with) for name, goes_with in stays.items()}
+
+
+def _bare_sizes(module: nn.Module, plan: Plan, goes_with: Sequence[tuple[Place, int] | None]) -> list[tuple[str, Any, Any]]:
+    """The numbers of a module without parameters, as if it had a weight that goes with what it normalises."""
+    staying = {place: set(kept.tolist()) for place, kept in plan.keep.items()}
+    is_kept = [at is None or at[0] not in staying or at[1] in staying[at[0]] for at in goes_with]
+    kept = np.flatnonzero(is_kept)
+    if len(kept) == len(goes_with):
+        return []
+    old, new = {"weight": (len(goes_with),)}, {"weight": (len(kept),)}
+    return _differing(module, new_sizes(module, old, new, {("weight", 0): kept}))
+
+
+@dataclass(frozen=True)
+class _Width:
+    """Channels of several indices each along one dimension of a weight, as heads are."""
+
+    channels: tuple[int, int]
+    sizes: tuple[int, int]
+
+
+def _heads(plan: Plan, graph: ChannelGraph, kept: Sequence[Flags]) -> dict[str, list[_Width]]:
+    """Weight -> its dimensions where each channel is several indices of it."""
+    found: dict[str, list[_Width]] = {}
+    for group, keep in zip(graph.groups, kept, strict=True):
+        for (name, d), indices in group.places.items():
+            if indices.shape[1] > 1 and not keep.all():
+                sizes = plan.shapes[name][d], plan.shape_after(name)[d]
+                found.setdefault(name, []).append(_Width((group.channels, int(keep.sum())), sizes))
+    return found
+
+
+def _parent_sizes(module: nn.Module, dot: str, heads: Mapping[str, Sequence[_Width]]) -> list[tuple[str, Any, Any]]:
+    """Numbers of heads and widths that a module keeps of the layers right below it."""
+    changed: dict[str, tuple[str, Any, Any]] = {}
+    below = [f"{dot}{child}{inner}.weight" for child in module._modules for inner in ("", ".conv")]
+    for width in (w for name in below for w in heads.get(name, ())):
+        for names, (before, after) in ((HEADS, width.channels), (WIDTHS, width.sizes)):
+            for attribute in names:
+                if vars(module).get(attribute) == before:
+                    changed.setdefault(attribute, (attribute, before, after))
+    return list(changed.values())
+
+
+def _stream_sizes(model: nn.Module, plan: Plan, known: set[tuple[str, str]]) -> Iterator[tuple[str, str, Any, Any]]:
+    """Widths that modules other than torch's keep, where all that they hold of that width gets one and the same other."""
+    for prefix, module in model.named_modules():
+        widths = {a: n for a in STREAMS if isinstance(n := vars(module).get(a), int) and not isinstance(n, bool)}
+        if not widths or type(module).__module__.startswith("torch.nn."):
+            continue
+        name = plain_name(prefix)
+        dot = f"{name}." if name else ""
+        after: dict[int, set[int]] = {}
+        for path, holder in (
+            ("", module),
+            *((f"{key}.", child) for key, child in module._modules.items() if child is not None),
+        ):
+            for own, tensor in holder._parameters.items():
+                for d, n in enumerate(tensor.shape if tensor is not None else ()):
+                    after.setdefault(n, set()).add(len(plan.keep.get((f"{dot}{path}{own}", d), range(n))))
+        for attribute, n in widths.items():
+            if len(after.get(n, ())) == 1 and after[n] != {n} and (name, attribute) not in known:
+                yield name, attribute, n, next(iter(after[n]))

@@ -1,0 +1,1 @@
+"""Units: their pools, what falls silent with them, and their scores."""

@@ -1,0 +1,187 @@
+"""Pools of coupled channels: those of one kind, through all parameters that they run through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fasterai.core.checks import warn
+from fasterai.core.granularities import Coupled
+from fasterai.core.types import Layout, Target
+from fasterai.graph.channels import ChannelGraph, Group
+from fasterai.model.cuts import Cut
+from fasterai.model.targets import all_targets, unwrap
+from fasterai.units.pool import Pool, WeightScores
+
+__all__ = ["OVER", "ChannelPool", "channel_pools", "warn_of_rounding"]
+
+#: Multiples of channels that kernels are written for, on a CPU and a GPU alike, and how many a pool has to have for it.
+ROUND_TO, ENOUGH = 8, 32
+OVER: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda x: x.sum(0),
+    "mean": lambda x: x.mean(0),
+    "max": lambda x: x.amax(0),
+}
+
+
+@dataclass(frozen=True)
+class ChannelPool(Pool):
+    """Coupled channels of one kind.
+
+    Attributes:
+        name: The first weight that makes them.
+        targets: The weights that they run through.
+        makers: Those of them that make the channels.
+        layout: That of the first maker, where the channels are its outputs.
+        shape: `(channels,)`.
+        group: Which indices of which parameters belong to each channel.
+        granularity: How the scores of a channel's slices become one, and whether they are held against the group's mean.
+        parameters: Name -> target, for every parameter that the channels run through, vectors included.
+    """
+
+    name: str
+    targets: tuple[Target, ...]
+    makers: frozenset[str]
+    layout: Layout
+    shape: tuple[int, ...]
+    group: Group
+    granularity: Coupled
+    parameters: Mapping[str, Target] = field(repr=False)
+
+    @property
+    def trains(self) -> bool:
+        """Whether all that its channels run through trains, biases and norms included."""
+        return all(t.parameter.requires_grad for t in self.parameters.values())
+
+    @property
+    def weights(self) -> int:
+        none = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
+        gone: dict[str, Tensor] = {}
+        for name, mask in self.masks(none):
+            gone[name] = gone.get(name, torch.zeros_like(self.tensor(name), dtype=torch.bool)) | ~mask
+        return sum(int(g.sum()) for g in gone.values())
+
+    def step(self, round_to: int | None, first: int | None = None) -> int:
+        """By default a multiple that suits the hardware, unless there were few; heads count by their width."""
+        if round_to is None:
+            round_to = ROUND_TO if (first or self.count) >= ENOUGH else 1
+        width = min((i.shape[1] for (n, _), i in self.group.places.items() if n in self.makers), default=1)
+        return round_to // math.gcd(round_to, width)
+
+    def tensor(self, name: str) -> Tensor:
+        return self.parameters[name].parameter.detach()
+
+    def score(self, scores: WeightScores) -> Tensor:
+        scored = {t.name: t for t in self.targets}
+        parts = []
+        for (name, d), indices in self.group.places.items():
+            if name in scored:
+                along = scores.along(scored[name], d)
+                per_channel = along[torch.as_tensor(indices, device=along.device)]
+                parts.append((per_channel.mean(1) if scores.reducer == "mean" else per_channel.sum(1)).to(self.device))
+        return OVER[self.granularity.over](torch.stack(parts))
+
+    def on_one_scale(self, scores: Tensor, keep: Tensor | None) -> Tensor:
+        if not self.granularity.relative:
+            return scores
+        kept = torch.ones_like(scores, dtype=torch.bool) if keep is None else keep
+        mean = (scores.abs() * kept).sum() / kept.sum()
+        return torch.where(mean > 0, scores / mean, scores)
+
+    def masks(self, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
+        for name, d, kept in self._kept(keep):
+            dims = self.parameters[name].parameter.dim()
+            if dims > 1:
+                yield name, kept.view([-1 if i == d else 1 for i in range(dims)])
+
+    def vectors(self, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
+        for name, _, kept in self._kept(keep):
+            if self.parameters[name].parameter.dim() == 1:
+                yield name, kept
+
+    def _kept(self, keep: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+        """(parameter, dimension, which of its indices stay)."""
+        for (name, d), indices in self.group.places.items():
+            if name in self.parameters:
+                parameter = self.parameters[name].parameter
+                kept = torch.ones(parameter.shape[d], dtype=torch.bool, device=parameter.device)
+                where = torch.as_tensor(indices, device=parameter.device)
+                kept[where] = keep.to(parameter.device)[:, None].expand(where.shape)
+                yield name, d, kept
+
+    def cut(self, cut: Cut, fresh: Mapping[str, Target]) -> ChannelPool:
+        stay = self._staying(cut)
+        places = {}
+        for place, indices in self.group.places.items():
+            if place[0] in self.parameters and place[0] not in fresh:
+                continue
+            left = indices[stay]
+            # A place's indices move up where others before them have gone.
+            places[place] = np.searchsorted(cut[place], left) if place in cut else left
+        return replace(
+            self,
+            targets=tuple(fresh[t.name] for t in self.targets if t.name in fresh),
+            layout=_layout(fresh.get(self.name), int(stay.sum())),
+            shape=(int(stay.sum()),),
+            group=Group(places, self.group.name),
+            parameters={n: fresh[n] for n in self.parameters if n in fresh},
+        )
+
+    def cut_keep(self, keep: Tensor, cut: Cut, after: Pool) -> Tensor:
+        return keep[torch.as_tensor(self._staying(cut), device=keep.device)]
+
+    def _staying(self, cut: Cut) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which channels have all of their indices left."""
+        stay = np.ones(self.shape, np.bool_)
+        for place, indices in self.group.places.items():
+            if place in cut:
+                stay &= np.isin(indices, cut[place]).all(1)
+        return stay
+
+
+def channel_pools(model: nn.Module, graph: ChannelGraph, granularity: Coupled) -> tuple[ChannelPool, ...]:
+    """The coupled channels of a model, as pools."""
+    known = {t.name: t for t in all_targets(unwrap(model))}
+    return tuple(_channel_pool(group, graph, known, granularity) for group in graph.groups)
+
+
+def _channel_pool(group: Group, graph: ChannelGraph, known: Mapping[str, Target], granularity: Coupled) -> ChannelPool:
+    parameters = {n: known[n] for n in dict.fromkeys(n for n, _ in group.places) if n in known}
+    matrices = [t for t in parameters.values() if t.parameter.dim() > 1]
+    scored = [t for t in matrices if t.kind != "other"] or matrices or list(parameters.values())
+    making = {n for n, d in group.places if (n, d) not in graph.readers and n in parameters}
+    makers = frozenset(t.name for t in scored if t.name in making) or frozenset(t.name for t in scored)
+    first = next(t for t in scored if t.name in makers)
+    return ChannelPool(
+        name=group.name,
+        targets=tuple(scored),
+        makers=makers,
+        layout=_layout(first, group.channels),
+        shape=(group.channels,),
+        group=group,
+        granularity=granularity,
+        parameters=parameters,
+    )
+
+
+def _layout(maker: Target | None, channels: int) -> Layout:
+    """The maker's layout where each of its outputs is one channel, a bare row of channels elsewhere."""
+    if maker is not None and maker.layout.size("out") == channels:
+        return maker.layout
+    return Layout((channels,), (frozenset({"out"}),))
+
+
+def warn_of_rounding(asked: int, gone: int, count: int, round_to: int | None) -> None:
+    """Say that rounding keeps channels that were to go, if it is more than one in a hundred of all."""
+    if asked - gone > count / 100:
+        where = f"in groups of at least {ENOUGH} " if round_to is None else ""
+        warn(
+            f"{asked / count:.1%} of the channels were to go, {gone / count:.1%} do: {where}the kept channels are rounded up "
+            f"to multiples of {round_to or ROUND_TO}; pass round_to=1 for exact counts"
+        )

@@ -1,0 +1,257 @@
+"""Gathers what criteria need beyond the weight, without leaving a trace in the model.
+
+One function per kind of evidence, `(model, targets, source) -> target name -> tensor`; to add one, write it and put it
+into `GATHERERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fasterai.core.loop import Batch
+from fasterai.core.types import Target
+from fasterai.model.dataflow import leaves
+from fasterai.model.running import evaluating, undisturbed
+from fasterai.model.targets import unwrap
+
+__all__ = ["GATHERERS", "NotYetError", "Source", "as_batch"]
+
+
+class NotYetError(ValueError):
+    """Evidence that is not there now, and may be after a later step of a training."""
+
+
+WHERE_GRADIENTS_ARE = (
+    "they exist after loss.backward() and before optimizer.zero_grad(); call it there, or pass data=[(x, y), ...] and loss="
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where evidence comes from.
+
+    Attributes:
+        data: Batches given by the user, else None.
+        batch: The batch at hand in the loop, else None.
+        loss: The loss function `(output, *targets) -> scalar`, else None.
+        inputs: Example inputs of the model, else None.
+    """
+
+    data: Iterable[Any] | None = None
+    batch: Batch | None = None
+    loss: Callable[..., Tensor] | None = None
+    inputs: tuple[Any, ...] | None = None
+
+    def batches(self, what: str) -> list[Batch]:
+        """The batches to work with.
+
+        Raises:
+            ValueError: There are none.
+        """
+        if self.data is not None:
+            batches = [as_batch(item) for item in self.data]
+        else:
+            batches = [self.batch] if self.batch is not None else []
+        if not batches:
+            raise ValueError(
+                f"data must be given for a criterion that needs {what}: data=[batch, ...], or train with a callback"
+            )
+        return batches
+
+
+def as_batch(item: Any) -> Batch:
+    """A batch from what a data loader yields: `x`, `(x, y)`, or `((x1, x2), y)`."""
+    if isinstance(item, Batch):
+        return item
+    if isinstance(item, tuple | list):
+        inputs = tuple(item[0]) if isinstance(item[0], tuple | list) else (item[0],)
+        return Batch(inputs, tuple(item[1:]))
+    return Batch((item,))
+
+
+def gradients(model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, Tensor]:
+    """dL/dw: of the given data, or what the last backward pass left in `parameter.grad`.
+
+    Over several batches it is the root of the mean square, so that `(g w)^2` is averaged over them as in Molchanov et al. 2019.
+    """
+    if source.data is not None:
+        squares: dict[str, Tensor] = {}
+        batches = source.batches("gradients")
+        for batch in batches:
+            found, _ = _differentiate(model, targets, batch, _loss(source), create_graph=False)
+            if len(batches) == 1:
+                return found
+            for name, g in found.items():
+                squares[name] = squares.get(name, torch.zeros_like(g)) + g.square() / len(batches)
+        return {name: square.sqrt() for name, square in squares.items()}
+    missing = [t for t in targets if t.parameter.grad is None]
+    if missing:
+        # What is frozen may be so for a moment: networks of a GAN take turns.
+        error = ValueError if any(t.parameter.requires_grad for t in missing) else NotYetError
+        raise error(f"criteria needs gradients, and {missing[0].name} has none: {WHERE_GRADIENTS_ARE}")
+    found = {t.name: t.parameter.grad.detach() for t in targets if t.parameter.grad is not None}
+    if not any(bool(g.any()) for g in found.values()):
+        raise NotYetError(f"criteria needs gradients, and all of them are zero: {WHERE_GRADIENTS_ARE}")
+    return found
+
+
+def hessian_gradients(model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, Tensor]:
+    """Hg, the gradient of `g . stop(g)`, with the outputs divided by 200 (Wang et al. 2020, GraSP, official code)."""
+    loss = _loss(source)
+
+    def tempered(output: Any, *wanted: Any) -> Tensor:
+        return loss(tree_map(lambda x: x / 200 if _is_floats(x) else x, output), *wanted)
+
+    total: dict[str, Tensor] = {}
+    for batch in source.batches("the Hessian"):
+        g, weights = _differentiate(model, targets, batch, tempered, create_graph=True)
+        product = torch.stack([(x * x.detach()).sum() for x in g.values()]).sum()
+        found = torch.autograd.grad(product, [weights[n] for n in g], materialize_grads=True)
+        for name, hg in zip(g, found, strict=True):
+            total[name] = total.get(name, torch.zeros_like(hg)) + hg
+    return total
+
+
+def synaptic_flow(model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, Tensor]:
+    """dR/d|w| for R = the sum of the outputs of the network of absolute values on ones, in float64 (Tanaka et al. 2020)."""
+    if source.inputs is None and source.data is None and source.batch is None:
+        raise ValueError("example_inputs must be given for synflow, which feeds ones of their shape")
+    inputs = source.inputs or source.batches("example inputs")[0].inputs
+    if not all(map(_is_floats, inputs)):
+        raise ValueError("example_inputs must be tensors of floats for synflow, which feeds ones of their shape")
+    model = unwrap(model)
+    held = {n: x.abs().double() if x.is_floating_point() else x for n, x in leaves(model).items()}
+    trained = {n for n, p in model.named_parameters() if p.is_floating_point()}
+    held = {n: x.detach().requires_grad_(n in trained) for n, x in held.items()}
+    ones = tuple(torch.ones_like(x[:1], dtype=torch.float64) for x in inputs)
+    weights = _held_targets(model, held, targets)
+    with undisturbed(model), evaluating(model), torch.enable_grad():
+        outputs = [x.sum() for x in tree_leaves(torch.func.functional_call(model, held, ones)) if _is_floats(x)]
+        if not outputs:
+            raise ValueError("model must return tensors of floats for synflow, which adds them up, got none")
+        found = torch.autograd.grad(torch.stack(outputs).sum(), list(weights.values()), allow_unused=True)
+    return {n: torch.zeros_like(weights[n]) if g is None else g for n, g in zip(weights, found, strict=True)}
+
+
+def _is_floats(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """What is made of an input feature's values over batch and positions.
+
+    Attributes:
+        part: `(N, C)` -> `(C,)`: of one call of the layer.
+        join: Of two calls.
+        finish: Of all calls, and how many values there were.
+    """
+
+    part: Callable[[Tensor], Tensor]
+    join: Callable[[Tensor, Tensor], Tensor]
+    finish: Callable[[Tensor, int], Tensor]
+
+
+NORM = Statistic(lambda x: x.square().sum(0), torch.add, lambda total, n: total.sqrt())
+LARGEST = Statistic(lambda x: x.abs().amax(0), torch.maximum, lambda total, n: total)
+MEAN = Statistic(lambda x: x.abs().sum(0), torch.add, lambda total, n: total / n)
+
+
+def activations(model: nn.Module, targets: Sequence[Target], source: Source, statistic: Statistic = NORM) -> dict[str, Tensor]:
+    """A statistic of each input feature, by default the 2-norm (Sun et al. 2023), to broadcast against the weight."""
+    found: dict[str, tuple[Tensor, int]] = {}
+    inner = unwrap(model)
+    handles = []
+    try:
+        for target in targets:
+            handles.append(target.module.register_forward_pre_hook(_watch_inputs(target, statistic, found)))
+        with undisturbed(inner), evaluating(inner), torch.no_grad():
+            for batch in source.batches("activations"):
+                inner(*batch.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    unseen = [t.name for t in targets if t.name not in found]
+    if unseen:
+        raise ValueError(f"targets must be layers whose inputs can be watched, got {unseen[0]}; leave it out with targets=")
+    return {t.name: _spread(statistic.finish(*found[t.name]), t) for t in targets}
+
+
+GATHERERS: dict[str, Callable[[nn.Module, Sequence[Target], Source], Mapping[str, Tensor]]] = {
+    "gradient": gradients,
+    "hessian_gradient": hessian_gradients,
+    "synaptic_flow": synaptic_flow,
+    "activation": activations,
+    "activation_max": partial(activations, statistic=LARGEST),
+    "activation_mean": partial(activations, statistic=MEAN),
+}
+
+
+def _loss(source: Source) -> Callable[..., Tensor]:
+    if source.loss is None:
+        raise ValueError("loss must be given for a criterion that needs gradients of data: loss=F.cross_entropy, say")
+    return source.loss
+
+
+def _held_targets(model: nn.Module, held: Mapping[str, Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
+    """The targets' stand-ins among the leaves; names of compiled sub-modules carry a part that target names do not."""
+    by_parameter = {id(p): held[n] for n, p in model.named_parameters()}
+    return {t.name: by_parameter[id(t.parameter)] for t in targets}
+
+
+def _differentiate(
+    model: nn.Module, targets: Sequence[Target], batch: Batch, loss: Callable[..., Tensor], create_graph: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The gradients of one batch's loss, and the leaves they belong to; the model's mode counts, its buffers stay."""
+    model = unwrap(model)
+    held = leaves(model)
+    weights = _held_targets(model, held, targets)
+    with undisturbed(model), torch.enable_grad():
+        value = loss(torch.func.functional_call(model, held, batch.inputs), *batch.targets)
+        found = torch.autograd.grad(value, list(weights.values()), create_graph=create_graph, allow_unused=True)
+    return {n: torch.zeros_like(weights[n]) if g is None else g for n, g in zip(weights, found, strict=True)}, weights
+
+
+def _watch_inputs(
+    target: Target, statistic: Statistic, found: dict[str, tuple[Tensor, int]]
+) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        features = _features(target, args)
+        if features is not None:
+            rows = features.float().reshape(-1, features.shape[-1])
+            part, count = statistic.part(rows), len(rows)
+            before, so_far = found.get(target.name, (None, 0))
+            found[target.name] = (part if before is None else statistic.join(before, part), so_far + count)
+
+    return hook
+
+
+def _features(target: Target, args: tuple[Any, ...]) -> Tensor | None:
+    """What a layer's weight reads, with the features last: `(..., C)`; None if the layer's input does not tell."""
+    if target.attribute == "in_proj_weight" and isinstance(target.module, nn.MultiheadAttention):
+        same = len(args) >= 3 and args[0] is args[1] and args[1] is args[2]
+        return args[0] if same else None
+    if not args or target.attribute != "weight" or target.kind not in ("convolution", "linear"):
+        return None
+    x: Tensor = args[0]
+    if target.kind == "convolution":
+        channels = x.dim() - (len(target.parameter.shape) - 1)
+        return x.movedim(channels, -1)
+    return x
+
+
+def _spread(norms: Tensor, target: Target) -> Tensor:
+    """Norms of the inputs `(C,)` in the weight's shape, or in one that broadcasts against it."""
+    layout = target.layout
+    sizes = [n if "in" in names else 1 for n, names in zip(layout.shape, layout.axes, strict=True)]
+    spread = norms.view(sizes)
+    if layout.shape == tuple(target.parameter.shape):
+        return spread
+    return spread.expand(layout.shape).reshape(target.parameter.shape)

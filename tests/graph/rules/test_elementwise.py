@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.prune.rules.cases import Case, around, aten, both, goes_as_it_says, linears, stands_in_the_program
+
+UNARY = (
+    *("relu", "relu6", "sigmoid", "tanh", "gelu", "silu", "mish", "elu", "selu", "celu", "softplus", "leaky_relu", "hardtanh"),
+    *("hardswish", "hardsigmoid", "log_sigmoid", "hardshrink", "softshrink", "rrelu", "abs", "neg", "exp", "log", "log1p"),
+    *("expm1", "sqrt", "rsqrt", "reciprocal", "square", "sign", "erf", "erfc", "sin", "cos", "tan", "atan", "sinh", "cosh"),
+    *("floor", "ceil", "round", "trunc", "nan_to_num", "contiguous", "clone", "alias", "detach", "lift_fresh_copy", "log2"),
+    *("log10", "exp2"),
+)
+COMPARED = ("eq", "ne", "gt", "ge", "lt", "le")
+LOGICAL = (
+    "logical_and",
+    "logical_or",
+    "logical_xor",
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_xor",
+    "__and__",
+    "__or__",
+    "__xor__",
+)
+BINARY = (
+    *("add", "sub", "mul", "div", "maximum", "minimum", "fmod", "remainder", "multiply", "divide", "subtract", "true_divide"),
+    *("atan2",),
+)
+
+ELEMENTWISE = [
+    *(around(op, getattr(aten, op)) for op in UNARY),
+    *(around(op, lambda x, op=op: getattr(aten, op)(x, x.flip(0).cos() + 2)) for op in BINARY),
+    *(around(op, lambda x, op=op: getattr(aten, op)(x, 1.0).to(x.dtype) + x) for op in COMPARED),
+    *(around(op, lambda x, op=op: getattr(aten, op)(x > 1, x > 0.8).to(x.dtype) + x) for op in LOGICAL),
+    *(around(op, lambda x, op=op: getattr(aten, op)(x > 1).to(x.dtype) + x) for op in ("logical_not", "bitwise_not")),
+    *(around(op, lambda x, op=op: getattr(aten, op)(x).to(x.dtype) + x) for op in ("isnan", "isinf", "isfinite")),
+    around("rsub", lambda x: aten.rsub(x, 1.0)),
+    around("floor_divide", lambda x: aten.floor_divide(x, 0.3)),
+    around("pow", lambda x: aten.pow(x, 1.7)),
+    around("where", lambda x: torch.where(x > 1, x, -x)),
+    around("lerp", lambda x: torch.lerp(x, x.exp(), 0.3)),
+    around("addcmul", lambda x: torch.addcmul(x, x, x.exp())),
+    around("addcdiv", lambda x: torch.addcdiv(x, x, x.exp())),
+    around("threshold", lambda x: F.threshold(x, 1.0, 0.2)),
+    around("clamp", lambda x: x.clamp(0.7, 1.2)),
+    around("clip", lambda x: aten.clip(x, 0.7, 1.2)),
+    around("clamp_min", lambda x: x.clamp_min(0.7)),
+    around("clamp_max", lambda x: x.clamp_max(0.7)),
+    around("masked_fill", lambda x: x.masked_fill(x > 1, 0.3)),
+    around("dropout", lambda x: aten.dropout(x, 0.5, False)),
+    around("feature_dropout", lambda x: aten.feature_dropout(x, 0.5, False)),
+    around("alpha_dropout", lambda x: aten.alpha_dropout(x, 0.5, False)),
+    around("_assert_tensor_metadata", lambda x: x.to(torch.float32).to(torch.float64)),
+    around("to", lambda x: x.to(torch.float32).to(torch.float64)),
+    around("_to_copy", lambda x: aten._to_copy(aten._to_copy(x, dtype=torch.float32), dtype=torch.float64)),
+    around("type_as", lambda x: x.float().type_as(x)),
+    around("copy", lambda x: aten.copy(x.exp(), x)),
+    around("fill", lambda x: aten.fill(x, 1.0) + x),
+    around("zero", lambda x: aten.zero(x) + x),
+]
+
+CREATED = [
+    around("zeros", lambda x: x + torch.zeros(x.shape, dtype=x.dtype)),
+    around("ones", lambda x: x + torch.ones(x.shape, dtype=x.dtype)),
+    around("full", lambda x: x + torch.full(x.shape, 2.0, dtype=x.dtype)),
+    around("empty", lambda x: x + torch.empty(x.shape, dtype=x.dtype).fill_(1.0)),
+    around("new_zeros", lambda x: x + x.new_zeros(x.shape)),
+    around("new_ones", lambda x: x + x.new_ones(x.shape)),
+    around("new_full", lambda x: x + x.new_full(x.shape, 3.0)),
+    around("zeros_like", lambda x: x + torch.zeros_like(x)),
+    around("ones_like", lambda x: x + torch.ones_like(x)),
+    around("full_like", lambda x: x + torch.full_like(x, 0.5)),
+    Case(
+        ("arange",),
+        lambda m, x: m.b(m.a(x) * torch.arange(8)),
+        linears(),
+        (4, 6),
+        {},
+        {("a.weight", 0): "mul"},
+        "arange differs from index to index",
+    ),
+    Case(
+        ("zeros", "copy"),
+        lambda m, x: aten.copy_(torch.zeros(len(x), 3, dtype=x.dtype), m.b(m.a(x))),
+        linears(),
+        (4, 6),
+        both,
+        {("b.weight", 0): "writes it"},
+        "an output written into zeros",
+    ),
+]
+
+CASES = [*ELEMENTWISE, *CREATED]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_goes_is_not_missed_and_what_stays_says_why(case: Case) -> None:
+    goes_as_it_says(case)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.ops], ids=str)
+def test_the_operation_stands_in_the_program(case: Case) -> None:
+    stands_in_the_program(case)

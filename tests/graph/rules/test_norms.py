@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+from tests.prune.rules.cases import Case, both, convs, goes_as_it_says, linears, stands_in_the_program
+from torch import nn
+
+CASES = [
+    Case(
+        ("batch_norm",),
+        lambda m, x: m.b(m.n(m.a(x)).relu()),
+        convs(n=lambda: nn.BatchNorm2d(8)),
+        (2, 3, 4, 4),
+        {**both, ("n.weight", 0): 8, ("n.running_var", 0): 8},
+    ),
+    Case(
+        ("batch_norm",),
+        lambda m, x: m.b(m.n(m.a(x))),
+        lambda: {**linears()(), "n": nn.BatchNorm1d(4)},
+        (2, 4, 6),
+        {},
+        {("a.weight", 0): "averages over it"},
+        "batch norm over channels that stand last",
+    ),
+    Case(
+        ("instance_norm",),
+        lambda m, x: m.b(m.n(m.a(x))),
+        convs(n=lambda: nn.InstanceNorm2d(8, affine=True)),
+        (2, 3, 4, 4),
+        {**both, ("n.weight", 0): 8},
+    ),
+    Case(
+        ("instance_norm",),
+        lambda m, x: m.b(m.n(m.a(x))),
+        lambda: {**linears()(), "n": nn.InstanceNorm1d(4, affine=True)},
+        (2, 4, 6),
+        {},
+        {("a.weight", 0): "averages over it"},
+        "instance norm over channels that stand last",
+    ),
+    Case(
+        ("group_norm",),
+        lambda m, x: m.b(m.n(m.a(x))),
+        convs(n=lambda: nn.GroupNorm(4, 8)),
+        (2, 3, 4, 4),
+        {("a.weight", 0): 4, ("n.weight", 0): 4, ("b.weight", 1): 4},
+    ),
+    Case(
+        ("group_norm",),
+        lambda m, x: m.b(m.n(m.a(x))),
+        lambda: {**linears()(), "n": nn.GroupNorm(2, 4)},
+        (2, 4, 6),
+        {},
+        {("a.weight", 0): "averages over it"},
+        "group norm over channels that stand last",
+    ),
+    Case(
+        ("layer_norm",),
+        lambda m, x: m.b(m.n(m.a(x))),
+        lambda: {**linears()(), "n": nn.LayerNorm(8)},
+        (2, 4, 6),
+        {},
+        {("a.weight", 0): "layer_norm", ("n.weight", 0): "layer_norm"},
+    ),
+    Case(
+        ("rms_norm",),
+        lambda m, x: m.b(m.n(m.a(x))),
+        lambda: {**linears()(), "n": nn.RMSNorm(8)},
+        (2, 4, 6),
+        {},
+        {("a.weight", 0): "rms_norm"},
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_goes_is_not_missed_and_what_stays_says_why(case: Case) -> None:
+    goes_as_it_says(case)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.ops], ids=str)
+def test_the_operation_stands_in_the_program(case: Case) -> None:
+    stands_in_the_program(case)

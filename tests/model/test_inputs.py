@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fasterai.core.loop import Batch, Fit
+from fasterai.model.inputs import batch_inputs, few_samples
+
+
+class Image(torch.Tensor):
+    """As fastai's batches are: a tensor with a class of its own."""
+
+
+def test_the_first_two_samples_of_each_input():
+    x, mask = torch.arange(12.0).reshape(4, 3), torch.tensor([True, False, True, True])
+    scale, table = torch.tensor(2.0), torch.arange(7)
+    inputs = few_samples((x, {"mask": mask}, scale, table, 5, None))
+    assert inputs[0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert inputs[1]["mask"].tolist() == [True, False]
+    assert inputs[2].item() == 2.0
+    assert inputs[3].tolist() == list(range(7))  # no batch dimension
+    assert inputs[4:] == (5, None)
+
+
+def test_they_are_copies_and_plain_tensors():
+    x = torch.ones(4, 3, requires_grad=True)
+    (image,) = few_samples((x.as_subclass(Image),))
+    assert type(image) is torch.Tensor
+    assert not image.requires_grad
+    with torch.no_grad():
+        x.zero_()
+    assert image.tolist() == np.ones((2, 3)).tolist()
+
+
+def test_a_batch_of_one():
+    assert few_samples((torch.ones(1, 3),))[0].shape == (1, 3)
+
+
+def test_the_inputs_of_a_part_are_what_the_whole_gives_it():
+    torch.manual_seed(0)
+    part = nn.Linear(5, 2)
+    whole = nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.5), part).train()
+    x = torch.randn(8, 3)
+    generator = torch.get_rng_state()
+    (inputs,) = batch_inputs(part, Fit(1, whole, batch=Batch((x,))))
+    torch.testing.assert_close(inputs, x[:2] @ whole[0].weight.T + whole[0].bias)  # eval mode: no dropout
+    assert whole.training
+    assert not part._forward_pre_hooks
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+@pytest.mark.parametrize("batch", [None, Batch(())])
+def test_no_batch(batch):
+    with pytest.raises(ValueError, match="example_inputs must be given for a loop that shows no batch, got None"):
+        batch_inputs(nn.Linear(3, 5), Fit(1, batch=batch))
+
+
+def test_a_whole_that_does_not_run_on_the_batch():
+    part = nn.Linear(3, 5)
+    with pytest.raises(ValueError, match=r"example_inputs must be given where the whole model does not run .*got None"):
+        batch_inputs(part, Fit(1, nn.Sequential(part), batch=Batch((torch.ones(2, 4),))))
+    assert not part._forward_pre_hooks
+
+
+def test_a_part_that_is_not_run():
+    with pytest.raises(ValueError, match="model must take part in the model that is trained, got one that its forward pass"):
+        batch_inputs(nn.Linear(3, 5), Fit(1, nn.Linear(3, 5), batch=Batch((torch.ones(2, 3),))))
+
+
+def test_a_wrapped_model_is_the_whole():
+    model = nn.Linear(3, 5)
+    (inputs,) = batch_inputs(model, Fit(1, nn.DataParallel(model), batch=Batch((torch.ones(4, 3),))))
+    assert inputs.shape == (2, 3)

@@ -1,0 +1,240 @@
+"""Which models are let in, and what those that are not are told."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import l1_unstructured
+
+from fasterai.graph.channels import channel_graph
+from fasterai.model.inputs import positional
+from fasterai.model.supported import check_inputs, check_model, check_whole, recomputed, shapes_of_inputs
+from fasterai.prune.removal import remove
+
+X = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+
+
+def net() -> nn.Sequential:
+    """One channel of eight is silent, so that a removal that is let through shows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[2].weight[:, 2] = 0
+    return model
+
+
+def refused(model: Any, x: Any, error: type[Exception], match: str) -> None:
+    """A clear error, and nothing has changed."""
+    before = {n: t.detach().clone() for n, t in model.state_dict().items()} if isinstance(model, nn.Module) else {}
+    with pytest.raises(error, match=match):
+        remove(model, x)
+    after = model.state_dict() if before else {}
+    assert all(torch.equal(after[n], t) for n, t in before.items())
+
+
+def test_the_plain_model_is_let_in() -> None:
+    assert remove(net(), X).removed == {"0.weight": (8, 7)}
+
+
+def compiled_inside() -> nn.Module:
+    return nn.Sequential(torch.compile(net()))  # type: ignore[arg-type]
+
+
+def compiled_in_place() -> nn.Module:
+    model = net()
+    model.compile()
+    return model
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced: nn.Module = torch.jit.trace(net(), X)
+    return traced
+
+
+def quantised() -> nn.Module:
+    from torch.ao.nn import quantized
+
+    return nn.Sequential(quantized.Linear(5, 3))
+
+
+WRAPPED: dict[str, tuple[Callable[[], Any], str]] = {
+    "compile": (lambda: torch.compile(net()), r"got torch\.compile \(OptimizedModule\); prune the module inside"),
+    "compile inside": (compiled_inside, r"got 0, which is torch\.compile \(OptimizedModule\)"),
+    "compile in place": (compiled_in_place, r"got compiled in place \(Sequential\); compile it after the removal"),
+    "script": (scripted, r"got a TorchScript module .*; prune the nn\.Module that it was made of"),
+    "quantised": (quantised, r"got 0, which is a module of torch\.ao's quantisation \(Linear\); prune first"),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+@pytest.mark.filterwarnings("ignore")
+def test_wrapped_models_are_refused_by_kind_with_the_repair(kind: str) -> None:
+    build, match = WRAPPED[kind]
+    with pytest.raises(ValueError, match=f"model must be the bare network, {match}"):
+        remove(build(), X)
+
+
+@pytest.fixture
+def one_process(tmp_path: Any) -> Any:
+    if not torch.distributed.is_available():
+        pytest.skip("this torch is built without distributed")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp_is_refused_with_the_repair_and_its_module_is_let_in(one_process: None) -> None:
+    wrapped = nn.parallel.DistributedDataParallel(net())
+    refused(wrapped, X, ValueError, r"got DistributedDataParallel \(.*\); prune model\.module before wrapping")
+    assert remove(wrapped.module, X).removed == {"0.weight": (8, 7)}
+
+
+def test_sharded_models_are_refused(one_process: None) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = net()
+    fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match=r"got FSDP \(FSDPSequential\); prune the model before it is sharded"):
+        remove(model, X)
+
+
+@pytest.mark.parametrize("bad", [None, 3, "resnet18", nn.Linear])
+def test_what_is_no_module_is_refused(bad: Any) -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got"):
+        remove(bad, X)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got"):
+        channel_graph(bad, (X,))
+
+
+def test_lazy_modules_and_empty_ones_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"model must be initialised, got 0\.weight without a shape; run the lazy module once"):
+        remove(nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 3)), X)
+    with pytest.raises(ValueError, match=r"model must hold its weights, got 0\.weight on the meta device"):
+        remove(net().to("meta"), X)
+    assert check_model(net().to("meta"))  # its graph can be read
+
+
+def test_no_inputs() -> None:
+    refused(net(), None, ValueError, r"example_inputs must be a tensor, or a tuple of what the model takes, got None")
+
+
+def test_inputs_that_do_not_fit_are_shown_with_the_place() -> None:
+    refused(
+        net(), torch.randn(4, 6), ValueError, r"example_inputs must be arguments that the model runs on, got 4x6 float32: Ru"
+    )
+    refused(net(), (X, X), ValueError, r"example_inputs .*, got 4x5 float32, 4x5 float32: TypeError")
+    refused(net(), (), ValueError, r"example_inputs .*, got no arguments: TypeError")
+    refused(
+        net(), {"x": X}, ValueError, r"got \{x: 4x5 float32\}: TypeError.*; a dict is one argument: for keywords wrap the model"
+    )
+    model = Asserting()
+    line = Asserting.forward.__code__.co_firstlineno + 1
+    refused(model, X, ValueError, rf"example_inputs .*: AssertionError: six \(forward, line {line} of test_admission\.py\)")
+
+
+class Asserting(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == 6, "six"
+        return super().forward(x)
+
+
+class Branching(nn.Module):
+    """What torch.export cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return self.inner(x)
+        return self.inner(-x)
+
+
+def test_a_model_that_cannot_be_exported_is_told_where_and_what_would_help() -> None:
+    line = Branching.forward.__code__.co_firstlineno + 1
+    match = rf"model must be one that torch\.export can read .*\(forward, line {line} of test_admission\.py\); data-dependent"
+    refused(Branching(), X, ValueError, match)
+
+
+class Wordy(nn.Module):
+    """Returns what nothing can be compared of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> str:
+        return str(self.inner(x))
+
+
+def test_outputs_that_cannot_be_compared() -> None:
+    with pytest.raises(
+        ValueError, match=r"model must return tensors, alone or in tuples, lists and dicts, to be compared, got str"
+    ):
+        check_inputs(Wordy(), (X,))
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_parametrised_weights_stay_with_the_reason(kind: str) -> None:
+    model = net()
+    getattr(nn.utils.parametrizations, kind)(model[2])
+    model.eval()
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = 0, 0
+        wanted = model(X)
+    before = copy.deepcopy(model.state_dict())
+    removal = remove(model, X)
+    assert removal.removed == {}
+    assert any(name.startswith("2.parametrizations.weight.original") for name, _ in removal.pinned)
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in before.items())
+    torch.testing.assert_close(model(X), wanted)
+
+
+def test_inputs_in_words() -> None:
+    assert (
+        shapes_of_inputs((torch.zeros(2, 3), {"a": torch.zeros(1, dtype=torch.int64), "b": 3}))
+        == "2x3 float32, {a: 1 int64, b: int}"
+    )
+    assert shapes_of_inputs((torch.tensor(1.0),)) == "a single float32"
+    assert positional([1, 2]) == (1, 2)
+    assert positional(X) == (X,)
+
+
+def test_inputs_are_left_as_they_are() -> None:
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.relu_()
+
+    x = X.clone()
+    check_inputs(InPlace(), (x,))
+    assert torch.equal(x, X)
+
+
+def test_quantised_parameters_are_refused() -> None:
+    model = net()
+    assert check_whole(model) is model
+    model[0].weight = nn.Parameter(torch.quantize_per_tensor(torch.zeros(8, 5), 0.1, 0, torch.qint8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"model must hold plain parameters, got 0\.weight, a"):
+        check_whole(model)
+
+
+def test_what_a_weight_is_worked_out_from_is_known() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    nn.utils.parametrizations.spectral_norm(model[1])
+    l1_unstructured(model[2], "weight", 0.5)
+    model[0].register_parameter("key_v", nn.Parameter(torch.ones(2)))  # a name alone is none
+    own = {"1.bias", "1.parametrizations.weight.original", "1.parametrizations.weight.0._u", "1.parametrizations.weight.0._v"}
+    assert recomputed(model) == own | {"2.bias", "2.weight_orig", "2.weight_mask"}
+    assert recomputed(nn.Sequential(nn.Linear(2, 2))) == frozenset()

@@ -1,0 +1,116 @@
+"""What falls silent with a pruned output."""
+
+import pytest
+import torch
+from torch import nn
+
+from fasterai.core.granularities import Keep, filter, kernel, layer
+from fasterai.model.dataflow import Flow, watch
+from fasterai.model.targets import find_targets
+from fasterai.units.partners import find_partners, kept_outputs, revive_, without_outputs
+
+X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def select(model, coarse=True, **options):
+    return find_targets(model, fits=lambda t: None, coarse=coarse, **options)
+
+
+def net():
+    return nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 3, bias=False))
+
+
+def partners(model, granularity, flow=None, **options):
+    return find_partners(model, select(model, **options), granularity, flow)
+
+
+def test_biases_and_norms_are_partners_of_the_outputs():
+    model = net()
+    found = partners(model, filter, watch(model, (X,)))
+    assert [(p.name, p.target) for p in found] == [("0.bias", "0.weight"), ("1.weight", "0.weight"), ("1.bias", "0.weight")]
+    assert [p.parameter for p in found] == [model[0].bias, model[1].weight, model[1].bias]
+
+
+def test_without_the_data_flow_only_biases_are_known():
+    assert [p.name for p in partners(net(), filter)] == ["0.bias"]
+
+
+def test_a_whole_layer_takes_its_partners_along_and_kernels_do_not():
+    model = net()
+    flow = watch(model, (X,))
+    assert [p.name for p in partners(model, layer, flow)] == ["0.bias", "1.weight", "1.bias"]
+    assert partners(model, kernel, flow) == ()
+
+
+def test_the_root_module_and_attention_have_partners_with_their_names():
+    assert [p.name for p in partners(nn.Conv2d(4, 8, 3), filter)] == ["bias"]
+    model = nn.MultiheadAttention(4, 2)
+    found = partners(model, Keep("out"), targets=["in_proj_weight", "out_proj"])
+    assert [(p.name, p.target) for p in found] == [
+        ("in_proj_bias", "in_proj_weight"),
+        ("out_proj.bias", "out_proj.weight"),
+    ]
+
+
+def test_a_vector_of_another_length_is_no_partner():
+    model = nn.Linear(4, 6)
+    model.bias = nn.Parameter(torch.ones(1))
+    assert partners(model, Keep("out")) == ()
+
+
+FLOW = Flow({}, frozenset({"3.weight"}))
+
+
+@pytest.mark.parametrize("granularity", [filter, layer, Keep("out")])
+def test_what_makes_the_output_is_left_out_where_outputs_go(granularity):
+    selection = without_outputs(select(net()), granularity, FLOW)
+    assert [t.name for t in selection.targets] == ["0.weight"]
+    assert selection.left_out["3.weight"] == "it makes the model's output"
+
+
+def test_what_makes_the_output_stays_where_it_was_named_or_is_alone_or_no_output_goes():
+    both = ["0.weight", "3.weight"]
+    assert [t.name for t in without_outputs(select(net()), kernel, FLOW).targets] == both
+    named = select(net(), targets=["0", "3"])
+    assert [t.name for t in without_outputs(named, filter, FLOW).targets] == both
+    alone = select(nn.Sequential(nn.Conv2d(4, 8, 3)))
+    flow = Flow({}, frozenset({"0.weight"}))
+    assert [t.name for t in without_outputs(alone, filter, flow).targets] == ["0.weight"]
+
+
+def test_kept_outputs_are_in_the_order_of_the_layers_outputs():
+    # Two groups of three outputs each: the second group's first output is number 3.
+    model = nn.Conv2d(4, 6, 3, groups=2)
+    (target,) = select(model).targets
+    keep = torch.ones(filter.unit_shape(target.layout), dtype=torch.bool)
+    assert keep.shape == (2, 3, 1, 1, 1)
+    keep[1, 0] = False
+    assert kept_outputs(keep, target).tolist() == [True, True, True, False, True, True]
+    (target,) = select(nn.ConvTranspose2d(4, 6, 3, groups=2)).targets
+    keep = torch.ones(filter.unit_shape(target.layout), dtype=torch.bool)
+    assert keep.shape == (2, 1, 3, 1, 1)
+    keep[1, 0, 0] = False
+    assert kept_outputs(keep, target).tolist() == [True, True, True, False, True, True]
+    assert kept_outputs(torch.zeros(1, 1, 1, 1, 1, dtype=torch.bool), target).tolist() == [False] * 6
+
+
+def mask(*flags):
+    return torch.tensor(flags, dtype=torch.bool)
+
+
+def test_partners_are_noted_when_outputs_go_and_given_back_when_they_return():
+    model = net()
+    scale = next(p for p in partners(model, filter, watch(model, (X,))) if p.name == "1.weight")
+    with torch.no_grad():
+        scale.parameter.copy_(torch.arange(8.0) + 2)
+    everything, some = mask(*[True] * 8), mask(False, True, True, False, True, True, True, True)
+    noted = {}
+    revive_(iter([("1.weight", scale.parameter, everything, some)]), noted)
+    assert noted["1.weight"][[0, 3]].tolist() == [2.0, 5.0]
+    with torch.no_grad():
+        scale.parameter.mul_(some).add_(some * 10.0)  # masked, and the others have trained on
+    back = mask(True, True, True, False, True, True, True, True)
+    revive_(iter([("1.weight", scale.parameter, some, back)]), noted)
+    assert scale.parameter.tolist() == [2.0, 13.0, 14.0, 0.0, 16.0, 17.0, 18.0, 19.0]
+    revive_(iter([("1.weight", scale.parameter, back, everything)]), noted)
+    assert scale.parameter.tolist() == [2.0, 13.0, 14.0, 5.0, 16.0, 17.0, 18.0, 19.0]
