@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fasterai.core.criteria import Criterion
     from fasterai.core.granularities import Block, Keep
     from fasterai.core.schedules import Schedule
-    from fasterai.model.targets import register_axes
+    from fasterai.model.layouts import register_axes
     from fasterai.sparse.sparsifier import Sparsifier
     from fasterai.sparse.tickets import LotteryTicket
 
@@ -29,7 +29,7 @@ _HOMES = {
     "Schedule": "fasterai.core.schedules",
     "Sparsifier": "fasterai.sparse.sparsifier",
     "attach": "fasterai.callbacks.plain",
-    "register_axes": "fasterai.model.targets",
+    "register_axes": "fasterai.model.layouts",
 }
 
 __all__ = [

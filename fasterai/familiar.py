@@ -14,7 +14,7 @@ from fasterai.core.checks import check_choice, from_catalogue
 from fasterai.core.criteria import NORMALIZERS, Criterion
 from fasterai.core.granularities import Named, allowed
 from fasterai.core.types import Evidence, Layout
-from fasterai.model.targets import read_module, register_axes
+from fasterai.model.layouts import read_module, register_axes
 
 __all__ = [
     "EPS",

@@ -30,7 +30,8 @@ from fasterai.familiar import (
     unit_scores,
     update_based_criteria,
 )
-from fasterai.model.targets import find_targets, read_module, register_axes
+from fasterai.model.layouts import read_module, register_axes
+from fasterai.model.targets import find_targets
 
 # The dimensions of weight[None] that each granularity reduces; 0 where it reduces none.
 CONV2D = {

@@ -20,7 +20,7 @@ from fasterai.core.all import Criteria, Granularities, Normalizer, activation_cr
 from fasterai.core.criteria import Criterion
 from fasterai.core.granularities import Keep
 from fasterai.core.schedules import OneShot
-from fasterai.model.targets import register_axes
+from fasterai.model.layouts import register_axes
 from fasterai.sparse.sparsifier import Sparsifier
 
 pytestmark = pytest.mark.filterwarnings("ignore:all scores of", "ignore:without example_inputs", "ignore:.*min_keep=1")

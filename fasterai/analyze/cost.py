@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fasterai.analyze.counting import Tally, count
 from fasterai.display import QUIET, SERIES, dress, new_axes, short, short_bytes, table
 from fasterai.model.inputs import positional
+from fasterai.model.names import unwrap
 from fasterai.model.running import at_rest, copies
 from fasterai.model.supported import check_model
-from fasterai.model.targets import unwrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from fasterai.analyze.counting import followed
+from fasterai.model.names import unwrap
 from fasterai.model.running import device_of, wait_for
-from fasterai.model.targets import unwrap
 
 __all__ = ["LayerTiming", "layer_times", "layer_timings", "quartiles"]
 

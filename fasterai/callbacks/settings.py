@@ -17,7 +17,7 @@ from fasterai.core.criteria import Criterion, as_criterion
 from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Participant
 from fasterai.core.schedules import Schedule, as_schedule
-from fasterai.model.targets import unwrap
+from fasterai.model.names import unwrap
 from fasterai.sparse.sparsifier import Sparsifier, Sparsity
 from fasterai.sparse.tickets import LotteryTicket
 

@@ -76,9 +76,7 @@ from fasterai.familiar import (
     unit_scores,
     update_based_criteria,
 )
-from fasterai.model.targets import (
-    register_axes,
-)
+from fasterai.model.layouts import register_axes
 
 schedules = tuple(_schedules.__all__)
 

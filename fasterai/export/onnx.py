@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fasterai.core.checks import check_choice, check_count
 from fasterai.export.checking import as_inputs, check_same, model_outputs, require, with_batch, written
+from fasterai.model.names import unwrap
 from fasterai.model.running import evaluating, undisturbed
-from fasterai.model.targets import unwrap
 
 __all__ = ["ONNXModel", "export_onnx", "verify_onnx"]
 

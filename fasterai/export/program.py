@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fasterai.export.checking import as_inputs, check_same, model_outputs, written
+from fasterai.model.names import unwrap
 from fasterai.model.running import evaluating, undisturbed
-from fasterai.model.targets import unwrap
 
 __all__ = ["export_program"]
 

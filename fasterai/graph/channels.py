@@ -19,8 +19,8 @@ from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim
 from fasterai.graph.norms import Norm, norms_behind
 from fasterai.graph.rules import RULES, Trace, Value, unknown
 from fasterai.model.inputs import positional
+from fasterai.model.names import plain_name, unwrap
 from fasterai.model.supported import check_model, recomputed
-from fasterai.model.targets import plain_name, unwrap
 
 __all__ = ["ChannelGraph", "Group", "channel_graph"]
 

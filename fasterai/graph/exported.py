@@ -14,9 +14,9 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
 from fasterai.core.checks import warn
+from fasterai.model.names import plain_name
 from fasterai.model.running import in_mode, undisturbed, without_fast_path
 from fasterai.model.supported import check_runs, said
-from fasterai.model.targets import plain_name
 
 __all__ = ["Exported", "exported"]
 

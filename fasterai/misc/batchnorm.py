@@ -18,9 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten
 
 from fasterai.core.checks import warn
+from fasterai.model.layouts import read_module
+from fasterai.model.names import unwrap
 from fasterai.model.readings import Reading, trace_norms, watch_norms
 from fasterai.model.running import evaluating, undisturbed
-from fasterai.model.targets import read_module, unwrap
 
 __all__ = ["BN_Folder", "FoldReport", "find_folds", "fold_batchnorms"]
 

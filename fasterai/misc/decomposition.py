@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.core.checks import check_count, check_fraction, unknown, warn
-from fasterai.model.targets import all_targets, unwrap
+from fasterai.model.names import unwrap
+from fasterai.model.targets import all_targets
 from fasterai.units.evidence import Source, activations
 
 __all__ = ["DecompositionReport", "FC_Decomposer", "decompose_linear", "factorise_linear"]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fasterai.model.targets import plain_name, unwrap
+from fasterai.model.names import plain_name, unwrap
 
 __all__ = ["Cut", "Follower", "announce", "follow", "note_optimizer", "noted_optimizers", "sliced"]
 

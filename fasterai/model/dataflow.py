@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from fasterai.model.names import plain_name, unwrap
 from fasterai.model.running import evaluating, undisturbed
-from fasterai.model.targets import plain_name, unwrap
 
 __all__ = ["Flow", "watch"]
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fasterai.core.loop import Fit
+from fasterai.model.names import unwrap
 from fasterai.model.running import evaluating, undisturbed
-from fasterai.model.targets import unwrap
 
 __all__ = ["batch_inputs", "few_samples", "positional"]
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fasterai.model.names import plain_name, unwrap
 from fasterai.model.running import evaluating, undisturbed
-from fasterai.model.targets import plain_name, unwrap
 
 __all__ = [
     "check_inputs",

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fasterai.graph.channels import ChannelGraph
 from fasterai.graph.labels import Array, Flags
+from fasterai.model.names import unwrap
 from fasterai.model.running import at_rest, copies, without_fast_path
 from fasterai.model.supported import check_inputs, said
-from fasterai.model.targets import unwrap
 from fasterai.prune.probes import probes
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.plan import make_plan

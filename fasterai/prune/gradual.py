@@ -17,7 +17,7 @@ from fasterai.core.schedules import Schedule, lin
 from fasterai.core.updates import Updates, plan_updates
 from fasterai.model.cuts import note_optimizer
 from fasterai.model.inputs import batch_inputs
-from fasterai.model.targets import unwrap
+from fasterai.model.names import unwrap
 from fasterai.prune.choice.budget import Budget
 from fasterai.prune.gradual_settings import check_bare, check_settings
 from fasterai.prune.pruner import Pruner

@@ -16,9 +16,9 @@ from fasterai.analyze.comparison import Comparison
 from fasterai.analyze.cost import cost
 from fasterai.analyze.latency import Latency, LatencyComparison, timing_of
 from fasterai.analyze.layer_times import layer_times, quartiles
+from fasterai.model.names import unwrap
 from fasterai.model.running import at_rest, copies, device_name, device_of, wait_for
 from fasterai.model.supported import said
-from fasterai.model.targets import unwrap
 from fasterai.prune.surgery.operate import Surgery
 
 __all__ = ["DENSE", "SMALL", "Measurement", "measured"]

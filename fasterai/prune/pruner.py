@@ -25,8 +25,9 @@ from fasterai.graph.channels import ChannelGraph, channel_graph
 from fasterai.graph.labels import Flags
 from fasterai.model.cuts import Cut, follow
 from fasterai.model.inputs import positional
+from fasterai.model.names import unwrap
 from fasterai.model.supported import check_whole
-from fasterai.model.targets import all_targets, unwrap
+from fasterai.model.targets import all_targets
 from fasterai.prune.check import Sound, largest_sound
 from fasterai.prune.choice.budget import Budget, fit_budget, least_left
 from fasterai.prune.removal import Removal, mask_channels_, silent_channels, take_out

@@ -14,8 +14,8 @@ from fasterai.graph.channels import ChannelGraph, Group, channel_graph
 from fasterai.graph.labels import Array, Flags
 from fasterai.model.cuts import noted_optimizers
 from fasterai.model.inputs import positional
+from fasterai.model.names import unwrap
 from fasterai.model.supported import check_whole, shapes_of_inputs
-from fasterai.model.targets import unwrap
 from fasterai.prune.check import Sound, largest_sound
 from fasterai.prune.measure import Measurement, measured
 from fasterai.prune.removal_report import Removal

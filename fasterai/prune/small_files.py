@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasterai.model.names import unwrap
 from fasterai.model.supported import check_model, check_whole
-from fasterai.model.targets import unwrap
 from fasterai.prune.surgery.dense_shapes import dense_shapes, note, put_note
 from fasterai.prune.surgery.modules import HEADS, STREAMS, WIDTHS
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention, encoders_of

@@ -17,7 +17,8 @@ from fasterai.graph.channels import ChannelGraph
 from fasterai.model.cuts import Cut, follow, sliced
 from fasterai.model.dataflow import Flow
 from fasterai.model.masks import apply_masks_, like
-from fasterai.model.targets import Selection, all_targets, unwrap
+from fasterai.model.names import unwrap
+from fasterai.model.targets import Selection, all_targets
 from fasterai.sparse.report import Reached, Row, SparsityReport
 from fasterai.units.channels import channel_pools
 from fasterai.units.partners import find_partners, revive_, without_outputs

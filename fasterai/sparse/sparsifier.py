@@ -25,7 +25,8 @@ from fasterai.graph.channels import channel_graph
 from fasterai.model.cuts import follow, note_optimizer
 from fasterai.model.dataflow import watch
 from fasterai.model.inputs import batch_inputs
-from fasterai.model.targets import LayerTypes, TargetsLike, find_targets, unwrap
+from fasterai.model.names import unwrap
+from fasterai.model.targets import LayerTypes, TargetsLike, find_targets
 from fasterai.sparse.hold import Hold
 from fasterai.sparse.pace import Pace
 from fasterai.sparse.record import MaskRecord

@@ -12,7 +12,7 @@ from torch import Tensor
 from fasterai.core.checks import check_count, warn
 from fasterai.core.loop import Fit, Participant
 from fasterai.model.cuts import Cut, follow, sliced
-from fasterai.model.targets import plain_name, unwrap
+from fasterai.model.names import plain_name, unwrap
 from fasterai.sparse.sparsifier import Sparsifier
 
 __all__ = ["LotteryTicket"]

@@ -16,7 +16,8 @@ from fasterai.core.granularities import Coupled
 from fasterai.core.types import Layout, Target
 from fasterai.graph.channels import ChannelGraph, Group
 from fasterai.model.cuts import Cut
-from fasterai.model.targets import all_targets, unwrap
+from fasterai.model.names import unwrap
+from fasterai.model.targets import all_targets
 from fasterai.units.pool import Pool, WeightScores
 
 __all__ = ["OVER", "ChannelPool", "channel_pools", "warn_of_rounding"]

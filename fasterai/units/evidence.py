@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fasterai.core.loop import Batch
 from fasterai.core.types import Target
 from fasterai.model.dataflow import leaves
+from fasterai.model.names import unwrap
 from fasterai.model.running import evaluating, undisturbed
-from fasterai.model.targets import unwrap
 
 __all__ = ["GATHERERS", "NotYetError", "Source", "as_batch"]
 

@@ -14,7 +14,7 @@ from fasterai.core import granularities
 from fasterai.core.checks import from_catalogue
 from fasterai.core.granularities import Block, Keep, allowed
 from fasterai.core.types import Layout
-from fasterai.model.targets import by_dimensions, read_module
+from fasterai.model.layouts import by_dimensions, read_module
 
 # The units of Conv2d(4, 8, 3), whose weight is (8, 4, 3, 3): name -> shape of the scores.
 CASES = {

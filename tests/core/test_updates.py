@@ -75,7 +75,9 @@ def test_no_update_takes_more_than_two_even_shares_and_the_end_is_settled_early(
         even = length / min(most, steps)
         # Two even shares, or what the schedule itself jumps in a step on top of one.
         assert max(abs(b - a) for a, b in itertools.pairwise(moved)) <= max(2 * even, 1.5 * even + max(jumps)) + 1e-9
-        if sum(j > 0 for j in jumps) > most and jumps[-1] < even / 4:  # the schedule itself comes near to its end before the last step
+        if (
+            sum(j > 0 for j in jumps) > most and jumps[-1] < even / 4
+        ):  # the schedule itself comes near to its end before the last step
             assert plan.positions[-1] < 1
 
 

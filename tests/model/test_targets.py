@@ -8,18 +8,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 from fasterai.core.types import Layout
-from fasterai.model.targets import (
-    all_targets,
-    by_dimensions,
-    find_targets,
-    match,
-    plain_name,
-    read_module,
-    register_axes,
-    resolve,
-    unwrap,
-    walk_parameters,
-)
+from fasterai.model.layouts import by_dimensions, read_module, register_axes
+from fasterai.model.names import plain_name, unwrap, walk_parameters
+from fasterai.model.targets import all_targets, find_targets, match, resolve
 
 
 class Mixed(nn.Module):

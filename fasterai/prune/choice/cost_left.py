@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fasterai.analyze.counting import rules
 from fasterai.graph.channels import ChannelGraph
 from fasterai.graph.labels import Flags
+from fasterai.model.names import unwrap
 from fasterai.model.running import at_rest, copies, undisturbed, without_fast_path
-from fasterai.model.targets import unwrap
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.plan import make_plan, tensors_of
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fasterai.model.targets import unwrap
+from fasterai.model.names import unwrap
 from fasterai.prune.surgery.replay import shapes_of
 
 __all__ = ["Copies", "check_copies", "matching_copies"]

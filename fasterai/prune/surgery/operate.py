@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from fasterai.model.cuts import announce
-from fasterai.model.targets import unwrap
+from fasterai.model.names import unwrap
 from fasterai.prune.surgery.dense_shapes import dense_shapes_of, note, noted_on, put_note
 from fasterai.prune.surgery.optimizers import averages_of, check_optimizer, cut_entry, sliced, states_of, strange_keys
 from fasterai.prune.surgery.plan import Plan, check_plan, tensor_of, tensors_of

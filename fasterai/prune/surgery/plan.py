@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fasterai.graph.channels import ChannelGraph, Place
 from fasterai.graph.labels import Array, Flags
-from fasterai.model.targets import plain_name, unwrap
+from fasterai.model.names import plain_name, unwrap
 from fasterai.prune.surgery.modules import HEADS, STREAMS, WIDTHS, new_sizes
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention
 

@@ -1,0 +1,133 @@
+"""Layouts of parameters: the axes of their dimensions, by the module that holds them.
+
+To make a module class of your own known, or a parameter whose dimensions stand in another order:
+`register_axes(MyLinear, weight=("in", "out"))`. Subclasses inherit it; the closest registered class counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import singledispatch
+
+from torch import nn
+
+from fasterai.core.checks import check_choice
+from fasterai.core.types import Layout
+
+__all__ = ["Reading", "by_dimensions", "read_module", "register_axes"]
+
+KINDS = ("convolution", "linear", "attention", "recurrent", "embedding", "other")
+KERNEL_AXES: dict[int, tuple[str, ...]] = {1: ("width",), 2: ("height", "width"), 3: ("depth", "height", "width")}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the parameters of a module are read.
+
+    Attributes:
+        kind: One of `KINDS`.
+        layouts: Parameter name -> layout; names that the module has not got, or holds as None, do not count.
+    """
+
+    kind: str
+    layouts: Mapping[str, Layout]
+
+
+def _plain(shape: Sequence[int], *axes: str) -> Layout:
+    return Layout(tuple(shape), tuple(frozenset({a}) for a in axes))
+
+
+def by_dimensions(shape: Sequence[int]) -> Layout:
+    """The usual reading of a parameter that no module explains: (out), (out, in), (expert, out, in), (out, in, *kernel)."""
+    usual = {1: ("out",), 2: ("out", "in"), 3: ("expert", "out", "in")}
+    axes = usual.get(len(shape)) or ("out", "in", *KERNEL_AXES.get(len(shape) - 2, ()))
+    if len(axes) != len(shape):
+        raise ValueError(f"a target must have 1 to 5 dimensions, got shape {tuple(shape)}; register_axes names them")
+    return _plain(shape, *axes)
+
+
+@singledispatch
+def read_module(module: nn.Module) -> Reading | None:
+    """How a module's parameters are read; None if it is not known. `register_axes` adds to it."""
+    return None
+
+
+@read_module.register(nn.modules.conv._ConvNd)
+def _(module: nn.modules.conv._ConvNd) -> Reading:
+    weight = module._parameters.get("weight")
+    if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
+        return Reading("convolution", {})
+    shape, groups = tuple(weight.shape), module.groups
+    kernel = KERNEL_AXES[len(shape) - 2]
+    first, second = ("in", "out") if module.transposed else ("out", "in")
+    if groups == 1:
+        return Reading("convolution", {"weight": _plain(shape, first, second, *kernel)})
+    view = (groups, shape[0] // groups, *shape[1:])
+    axes = tuple(frozenset({a}) for a in (first, second, *kernel))
+    return Reading("convolution", {"weight": Layout(view, (frozenset({"out", "in"}), *axes))})
+
+
+def _matrices(module: nn.Module, kind: str, axes: tuple[str, ...], names: Iterable[str]) -> Reading:
+    found = {n: p for n in names if (p := module._parameters.get(n)) is not None and p.dim() == len(axes)}
+    return Reading(kind, {n: _plain(p.shape, *axes) for n, p in found.items()})
+
+
+@read_module.register(nn.Linear)
+def _(module: nn.Linear) -> Reading:
+    return _matrices(module, "linear", ("out", "in"), ["weight"])
+
+
+@read_module.register(nn.MultiheadAttention)
+def _(module: nn.MultiheadAttention) -> Reading:
+    names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    return _matrices(module, "attention", ("out", "in"), names)
+
+
+@read_module.register(nn.RNNBase)
+@read_module.register(nn.RNNCellBase)
+def _(module: nn.Module) -> Reading:
+    return _matrices(module, "recurrent", ("out", "in"), [n for n in module._parameters if n.startswith("weight")])
+
+
+@read_module.register(nn.Embedding)
+@read_module.register(nn.EmbeddingBag)
+def _(module: nn.Module) -> Reading:
+    return _matrices(module, "embedding", ("in", "out"), ["weight"])
+
+
+@read_module.register(nn.Bilinear)
+def _(module: nn.Bilinear) -> Reading:
+    return _matrices(module, "other", ("out", "in", "in"), ["weight"])
+
+
+def register_axes(module_type: type[nn.Module], *, kind: str = "linear", **axes: Sequence[str]) -> None:
+    """Make the parameters of a module class known as targets.
+
+    Args:
+        module_type: The class; its subclasses inherit the reading.
+        kind: What it counts as among the default targets.
+        **axes: Parameter name -> the axis of each of its dimensions, of `out`, `in`, `expert`, `depth`, `height`, `width`.
+
+    Raises:
+        TypeError: `module_type` is not a module class.
+        ValueError: `kind` or an axis is not known.
+
+    >>> class Conv1D(nn.Module): ...           # Hugging Face's linear layer holds (in, out)
+    >>> register_axes(Conv1D, weight=("in", "out"))
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise TypeError(f"module_type must be a subclass of torch.nn.Module, got {module_type!r}")
+    check_choice("kind", kind, KINDS)
+    for name, names in axes.items():
+        for axis in names:
+            check_choice(name, axis, ("out", "in", "expert", "depth", "height", "width"))
+
+    def read(module: nn.Module) -> Reading:
+        found = {n: p for n in axes if (p := module._parameters.get(n)) is not None}
+        for n, p in found.items():
+            if p.dim() != len(axes[n]):
+                raise ValueError(f"{n} must have {len(axes[n])} dimensions {tuple(axes[n])}, got shape {tuple(p.shape)}")
+        return Reading(kind, {n: _plain(p.shape, *axes[n]) for n, p in found.items()})
+
+    read_module.register(module_type, read)
