@@ -3,45 +3,61 @@
 Callbacks translate the events of their framework into calls of a `Loop`; the loop passes them on to its participants.
 Callbacks know no method and methods know no framework, so the two add up instead of multiplying.
 
-    start -> ( after_loss -> before_step -> after_step )* -> end
+    on_setup -> on_fit_start
+        -> ( after_forward -> after_loss -> after_backward -> before_step -> after_step )*
+    -> on_fit_end
 
-To add a kind of method: a `Participant`. To add a framework: a file in `fasterai/callbacks/`.
+`after_move` and `after_cut` come in between, whenever masks move or parameters get smaller; `metrics` whenever the loop shows
+figures. To add a kind of method: a `Participant`. To add a framework: a file in `fasterai/callbacks/`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from fasterai.core.checks import check_count
+from fasterai.core.checks import check_count, warn
+from fasterai.core.joined import Joined
+from fasterai.core.types import Move
+from fasterai.model.cuts import Cut, follow
 
-__all__ = ["Batch", "Fit", "Loop", "Participant"]
+__all__ = ["EVENTS", "Batch", "Fit", "Loop", "Participant", "hears"]
+
+#: The events of a participant, in the order in which a run has them.
+EVENTS = (
+    *("on_setup", "on_fit_start", "after_forward", "after_loss", "after_backward", "before_step", "after_step"),
+    *("after_move", "after_cut", "metrics", "on_fit_end"),
+)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch, as the loop has it.
+    """One batch, as the loop has it: the model is called as `model(*inputs, **keywords)`.
 
     Attributes:
         inputs: The positional arguments of the model.
-        targets: What the loss compares with, if there is such a thing.
+        targets: The further arguments of the loss, `loss(outputs, *targets)`, if there are any.
+        keywords: The keyword arguments of the model.
+        outputs: The model's result, None before the forward pass or where the loop does not show it.
     """
 
-    inputs: tuple[Any, ...]
+    inputs: tuple[Any, ...] = ()
     targets: tuple[Any, ...] = ()
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    outputs: Any = None
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What a run of training is.
+    """Description of one training run.
 
     Attributes:
         total_steps: Optimizer steps from the beginning to the end of the schedule, at least 1.
-        model: The model that is trained, wrapped or not.
+        model: The model that is trained, wrapped or not; None only in a loop of your own that names none.
         optimizer: The loop's optimizer, torch's or another; a list of several.
         loss: The loss function `(output, *targets) -> scalar`, if the loop has one.
         batch: The first batch, if the loop can say.
@@ -64,37 +80,74 @@ class Fit:
 
 
 class Participant:
-    """Anything that takes part in training; every event has a default that does nothing."""
+    """Anything that takes part in training; every event has a default that does nothing.
+
+    Attributes:
+        name: Its name in saved states; participants of one name in a loop are numbered.
+        required_events: Events without which it cannot work; a loop that does not give one of them refuses it.
+    """
+
+    required_events: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """Its name in saved states."""
+        return type(self).__name__
+
+    def on_setup(self, model: nn.Module) -> Iterable[nn.Parameter]:
+        """Return parameters of its own that the optimizer is to train; called once, before the run."""
+        return ()
 
     def on_fit_start(self, fit: Fit) -> None:
-        """Before the first step of a run."""
+        """Begin a run, before its first step."""
+
+    def after_forward(self, batch: Batch) -> None:
+        """Look at a batch with the model's outputs, before the backward pass."""
 
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
-        """Between the loss and the backward pass; returns the loss to go on with."""
+        """Return the loss to go on with; `loss` is that of the batch, before any scaling for accumulation or precision."""
         return loss
 
+    def after_backward(self) -> None:
+        """Look at or change the gradients of a step: all accumulated, unscaled, not clipped yet."""
+
     def before_step(self, position: float) -> None:
-        """Before the optimizer's step; `position` in (0, 1] is the one after it."""
+        """Prepare for the optimizer's step, after clipping; `position` in (0, 1] is the one after it."""
 
     def after_step(self, position: float) -> None:
-        """After the optimizer's step; `position` in (0, 1] is the one after it, 1 after the last."""
+        """Go on after the optimizer's step; `position` in (0, 1] is the one after it, 1 after the last."""
+
+    def after_move(self, move: Move) -> None:
+        """Answer to masks of the model that have moved; the weights under them may not be zero yet."""
+
+    def after_cut(self, cut: Cut) -> None:
+        """Follow the model's parameters, which have got smaller."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return figures for the loop's own table or logger: name -> value."""
+        return {}
 
     def on_fit_end(self, completed: bool) -> None:
-        """After the run; `completed` is False if it was stopped or failed."""
+        """End the run; `completed` is False if it was stopped or failed."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What is needed to go on later: tensors, numbers and text only."""
+        """Return what is needed to go on later: tensors, numbers and text only."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state; the caller's dict is not changed."""
 
 
+def hears(participant: Participant, event: str) -> bool:
+    """Tell if a participant has an answer of its own to an event."""
+    return getattr(type(participant), event) is not getattr(Participant, event) or event in vars(participant)
+
+
 class Loop:
     """Counts the steps of a run and passes its events on.
 
     Attributes:
-        participants: Who takes part.
+        participants: The participants, in the order in which they hear of every event, its end included.
         step: Steps done. A callback whose framework counts for itself sets it before each step.
         total_steps: Steps of the run under way, 0 if there is none.
     """
@@ -103,34 +156,64 @@ class Loop:
         self.participants = list(participants)
         self.step = 0
         self.total_steps = 0
+        self._joined: Joined | None = None
 
     @property
     def running(self) -> bool:
         """Whether a run is under way."""
         return self.total_steps > 0
 
+    def wants(self, *events: str) -> bool:
+        """Tell if a participant hears one of these events."""
+        return any(hears(p, event) for p in self.participants for event in events)
+
+    def setup(self, model: nn.Module, optimizer: Any) -> None:
+        """Let participants' parameters join the optimizer, until the run ends.
+
+        Raises:
+            TypeError: The optimizer takes no further parameters.
+            ValueError: A parameter is there twice.
+        """
+        parameters = [p for participant in self.participants for p in participant.on_setup(model)]
+        if parameters:
+            self._joined = Joined(optimizer, parameters)
+
     def start(self, fit: Fit) -> None:
-        """Begin a run; whoever had begun it already ends it if another participant refuses.
+        """Begin a run; participants that have begun it end it again if another one refuses.
 
         Raises:
             ValueError: `fit.total_steps` is not at least 1.
         """
         total_steps = check_count("total_steps", fit.total_steps)
         with ExitStack() as begun:
+            begun.callback(self._leave)
             for participant in self.participants:
                 participant.on_fit_start(fit)
                 begun.callback(participant.on_fit_end, False)
             begun.pop_all()
+        for participant in self.participants if fit.model is not None else ():
+            if fit.model is not None and (hears(participant, "after_move") or hears(participant, "after_cut")):
+                follow(fit.model, participant)
         self.step, self.total_steps = 0, total_steps
 
+    def after_forward(self, batch: Batch) -> None:
+        """Show a batch with its outputs."""
+        for participant in self.participants:
+            participant.after_forward(batch)
+
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
-        """The loss after every participant has had it."""
+        """Return the loss after every participant has had it."""
         for participant in self.participants:
             loss = participant.after_loss(loss, batch)
         return loss
 
+    def after_backward(self) -> None:
+        """Pass on that the gradients of a step are complete."""
+        for participant in self.participants:
+            participant.after_backward()
+
     def before_step(self) -> None:
-        """The optimizer is about to step.
+        """Pass on that the optimizer is about to step.
 
         Raises:
             ValueError: The run has had its `total_steps` already.
@@ -144,49 +227,84 @@ class Loop:
             participant.before_step((self.step + 1) / self.total_steps)
 
     def after_step(self) -> None:
-        """The optimizer has stepped."""
+        """Count a step of the optimizer, and pass it on."""
         self.step += 1
         for participant in self.participants:
             participant.after_step(self.step / self.total_steps)
+        if self._joined is not None:
+            self._joined.clear_gradients()
+
+    def metrics(self) -> dict[str, float]:
+        """Return the figures of all participants; of equal names the last one's."""
+        return {name: value for participant in self.participants for name, value in participant.metrics().items()}
 
     def end(self, completed: bool) -> None:
         """End the run for every participant, also if one of them fails; further calls do nothing."""
-        if not self.running:
-            return
-        self.total_steps = 0
         with ExitStack() as ends:
-            for participant in reversed(self.participants):
-                ends.callback(participant.on_fit_end, completed)
+            ends.callback(self._leave)
+            if self.running:
+                self.total_steps = 0
+                for participant in reversed(self.participants):  # a stack ends the last first
+                    ends.callback(participant.on_fit_end, completed)
+
+    def _leave(self) -> None:
+        joined, self._joined = self._joined, None
+        if joined is not None:
+            joined.leave()
+
+    # --- saving and going on -----------------------------------------------------------------------------------------
+
+    def _named(self) -> dict[str, Participant]:
+        named: dict[str, Participant] = {}
+        for participant in self.participants:
+            count = sum(name.partition(":")[0] == participant.name for name in named)
+            named[f"{participant.name}:{count + 1}" if count else participant.name] = participant
+        return named
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, and the participants' states."""
-        return {"step": self.step, "participants": [p.state_dict() for p in self.participants]}
+        """Return the step, the participants' states by their names, and the optimizer's state of their parameters."""
+        states = {name: participant.state_dict() for name, participant in self._named().items()}
+        joined = {} if self._joined is None else {"joined": self._joined.state_dict()}
+        return {"step": self.step, "participants": states, **joined}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state; if one participant refuses it, all stay as they were.
+
+        Participants that the state does not know begin afresh, with a warning. States of earlier versions are lists in the
+        order of the participants.
 
         Raises:
             ValueError: It is no loop's state, of other participants, or of a longer run.
         """
         if not isinstance(state, Mapping) or not {"step", "participants"} <= set(state):
             raise ValueError(f"state must be what state_dict() returned, got {_summary(state)}")
-        states = state["participants"]
-        if len(states) != len(self.participants):
-            raise ValueError(f"state must hold {len(self.participants)} participants, got {len(states)}")
         if self.running and state["step"] > self.total_steps:
             raise ValueError(f"total_steps must be at least the {state['step']} steps of the state, got {self.total_steps}")
-        before = [p.state_dict() for p in self.participants]
+        loads = self._matched(state["participants"])
+        before = [(participant, participant.state_dict()) for participant, _ in loads]
         try:
-            _load(self.participants, states)
+            for participant, own in loads:
+                participant.load_state_dict(own)
+            if self._joined is not None and "joined" in state:
+                self._joined.load_state_dict(state["joined"])
         except Exception:
-            _load(self.participants, before)
+            for participant, own in before:
+                participant.load_state_dict(own)
             raise
         self.step = state["step"]
 
-
-def _load(participants: Sequence[Participant], states: Sequence[Mapping[str, Any]]) -> None:
-    for participant, state in zip(participants, states, strict=True):
-        participant.load_state_dict(state)
+    def _matched(self, states: Any) -> list[tuple[Participant, Mapping[str, Any]]]:
+        named = self._named()
+        if not isinstance(states, Mapping):
+            if len(states) != len(named):
+                raise ValueError(f"state must hold {len(named)} participants, got {len(states)}")
+            return list(zip(self.participants, states, strict=True))
+        if states and not named.keys() & states.keys():
+            raise ValueError(f"state must hold {', '.join(named) or 'no participant'}, got {', '.join(states)}")
+        for name in states.keys() ^ named.keys():
+            fate = "it is left out" if name in states else "it begins afresh"
+            warn(f"state and loop differ in the participant {name}: {fate}")
+        return [(named[name], own) for name, own in states.items() if name in named]
 
 
 def _summary(state: object) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EVIDENCE", "Evidence", "Layout", "Limits", "Target"]
+__all__ = ["EVIDENCE", "Evidence", "Layout", "Limits", "Move", "Target"]
 
 #: What a criterion may ask for beyond the weight.
 EVIDENCE = (
@@ -142,3 +142,16 @@ class Limits:
     may_fall: bool = True
     round_to: int | Mapping[str, int] | None = None
     make_up: bool = False
+
+
+@dataclass(frozen=True)
+class Move:
+    """A change of masks, by the names of the pools whose decisions are others than before.
+
+    Attributes:
+        before: Pool's name -> bool of the units' shape, True = keep; a pool that was dense is all True.
+        after: The same after the move.
+    """
+
+    before: Mapping[str, Tensor]
+    after: Mapping[str, Tensor]

@@ -1,36 +1,36 @@
-"""Who keeps something of a model's parameters, and hears that they get smaller: followers, and optimizers."""
+"""Notices of a model: its parameters get smaller, or masks on them move. Followers hear of both, optimizers are noted."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fasterai.core.types import Move
 from fasterai.model.names import plain_name, unwrap
 
-__all__ = ["Cut", "Follower", "announce", "follow", "note_optimizer", "noted_optimizers", "sliced"]
+__all__ = ["Cut", "announce", "announce_move", "follow", "note_optimizer", "noted_optimizers", "sliced"]
 
 #: Parameter or buffer name and dimension -> the indices that stay, where not all do.
 Cut = Mapping[tuple[str, int], np.ndarray[Any, np.dtype[np.int64]]]
-
-
-class Follower(Protocol):
-    """Keeps something of a model's parameters, in attributes that it replaces and does not change in place."""
-
-    def after_cut(self, cut: Cut) -> None:
-        """The model's parameters are smaller now."""
 
 
 _followers: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
 _optimizers: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
 
 
-def follow(model: nn.Module, follower: Follower) -> None:
-    """Let a follower know of all later cuts of a model; neither is kept alive by it."""
+def follow(model: nn.Module, follower: Any) -> None:
+    """Let a follower know of all later cuts and moves of a model; neither is kept alive by it.
+
+    Args:
+        model: The model, wrapped or not.
+        follower: Has a method `after_cut(cut)`, `after_move(move)` or both; keeps what it has of the model's parameters in
+            attributes that it replaces and does not change in place.
+    """
     whole = unwrap(model) if "_modules" in vars(model) else model  # one that is being copied has nothing yet
     _followers.setdefault(whole, WeakSet()).add(follower)
 
@@ -44,11 +44,22 @@ def announce(model: nn.Module, cut: Cut, copies: Sequence[nn.Module] = ()) -> No
     before = [(follower, dict(vars(follower))) for follower, _ in parts]
     try:
         for follower, part in parts:
-            follower.after_cut(part)
+            if hasattr(follower, "after_cut"):
+                follower.after_cut(part)
     except BaseException:
         for follower, state in before:
             vars(follower).update(state)
         raise
+
+
+def announce_move(model: nn.Module, move: Move) -> None:
+    """Tell the followers of a model, and of models that share parameters with it, that masks have moved."""
+    own = {id(p) for p in unwrap(model).parameters()}
+    for followed, followers in list(_followers.items()):
+        if any(id(p) in own for p in followed.parameters()):
+            for follower in list(followers):
+                if hasattr(follower, "after_move"):
+                    follower.after_move(move)
 
 
 def _parts(model: nn.Module, cut: Cut) -> list[tuple[Any, Cut]]:
