@@ -379,6 +379,8 @@ class Sparsifier(Participant):
             # A run that starts below what is pruned already waits until its schedule has passed it, or begins to fall.
             self._move(self._plan, share, pools, may_fall=share < self._pace.share or position >= 1)
         self._pace.asked, self._pace.share = asked, share
+        if position >= 1:
+            self._pace.finish()
 
     def on_fit_end(self, completed: bool) -> None:
         """End a run: if it was completed, the schedule's end is reached exactly; if it failed in a step, the masks are applied.

@@ -326,7 +326,7 @@ def test_a_refused_state_changes_no_participant():
     step(model, optimizer, batches(1)[0])
     before = handle.state_dict()
     with pytest.raises(ValueError, match=r"0\.weight"):
-        handle.load_state_dict({**good, "participants": [good["participants"][0]] * 2})
+        handle.load_state_dict({**good, "participants": [good["participants"]["Sparsifier"]] * 2})
     assert_same_state(before, handle.state_dict())
 
 

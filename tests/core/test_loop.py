@@ -172,7 +172,7 @@ def test_state_goes_to_each_participant_and_is_not_changed():
     loop.before_step()
     loop.after_step()
     state = loop.state_dict()
-    assert state == {"step": 1, "participants": [{"heard": 3}, {"heard": 3}]}
+    assert state == {"step": 1, "participants": {"Diary": {"heard": 3}, "Diary:2": {"heard": 3}}}
     before = copy.deepcopy(state)
     other = Loop([Diary(), Diary()])
     other.load_state_dict(state)

@@ -137,7 +137,7 @@ def test_inputs_that_do_not_fit_are_shown_with_the_place() -> None:
     )
     model = Asserting()
     line = Asserting.forward.__code__.co_firstlineno + 1
-    refused(model, X, ValueError, rf"example_inputs .*: AssertionError: six \(forward, line {line} of test_admission\.py\)")
+    refused(model, X, ValueError, rf"example_inputs .*: AssertionError: six \(forward, line {line} of test_supported\.py\)")
 
 
 class Asserting(nn.Linear):
@@ -164,7 +164,7 @@ class Branching(nn.Module):
 
 def test_a_model_that_cannot_be_exported_is_told_where_and_what_would_help() -> None:
     line = Branching.forward.__code__.co_firstlineno + 1
-    match = rf"model must be one that torch\.export can read .*\(forward, line {line} of test_admission\.py\); data-dependent"
+    match = rf"model must be one that torch\.export can read .*\(forward, line {line} of test_supported\.py\); data-dependent"
     refused(Branching(), X, ValueError, match)
 
 

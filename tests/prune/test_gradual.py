@@ -98,8 +98,9 @@ def test_follows_the_schedule_in_its_window(schedule, steps, seen):
 
 @pytest.mark.parametrize(
     ("max_updates", "changes"),
-    # A straight line to 8 of 16 channels in 40 steps; it is closest to the only stair from 1/2 on, to two from 1/4 and 3/4 on.
-    [(1, {20: 8}), (2, {10: 14, 30: 8})],
+    # A straight line to 8 of 16 channels in 40 steps. All go at once where half of the survivors' way is gone: at 2^(-1/2) of
+    # them, share 0.586. In two updates: the first at the same place (0.6 of 8 channels are 5), the end from 2^(-3/4) on, 0.811.
+    [(1, {24: 8}), (2, {24: 11, 33: 8})],
 )
 def test_goes_at_most_max_updates_times(max_updates, changes):
     model = net(16)
