@@ -16,9 +16,9 @@ from fasterai.core.criteria import Criterion
 from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Batch, Fit, Loop, Participant
 from fasterai.core.schedules import Schedule
+from fasterai.model.inputs import as_batch
 from fasterai.model.targets import LayerTypes
 from fasterai.sparse.sparsifier import Sparsifier, Sparsity
-from fasterai.units.evidence import as_batch
 
 try:
     import lightning.pytorch as pl

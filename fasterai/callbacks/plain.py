@@ -1,16 +1,21 @@
-"""A loop of your own: the optimizer's step is the only event it takes."""
+"""A loop of your own: hooks on the optimizer's step, and one call where a participant changes the loss."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from fasterai.core.checks import check_count, warn
-from fasterai.core.loop import Fit, Loop, Participant
+from fasterai.core.joined import innermost
+from fasterai.core.loop import Batch, Fit, Loop, Participant
 
 __all__ = ["Handle", "attach"]
+
+IN_LOSS = ("after_forward", "after_loss")
 
 
 class Handle:
@@ -23,12 +28,44 @@ class Handle:
     def __init__(self, optimizer: torch.optim.Optimizer, loop: Loop) -> None:
         self.loop = loop
         self._is_stepping = False
+        self._has_seen = {"loss": False, "gradients": False}
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
 
+    def loss(self, loss: Tensor, inputs: Any = (), targets: Any = (), outputs: Any = None) -> Tensor:
+        """Show a batch to the participants, and return the loss to go on with.
+
+        Call it between the loss and the backward pass: `loss = handle.loss(loss, x, y, outputs)`.
+
+        Args:
+            loss: The loss of this batch, before it is divided for accumulation or scaled for precision.
+            inputs: What the model was called with: a tensor, a tuple of arguments, or a dict of keywords.
+            targets: The further arguments of the loss function: a tensor or a tuple.
+            outputs: What the model returned.
+        """
+        self._has_seen["loss"] = True
+        keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
+        batch = Batch(() if keywords else _as_tuple(inputs), _as_tuple(targets), keywords, outputs)
+        self.loop.after_forward(batch)
+        return self.loop.after_loss(loss, batch)
+
+    def after_backward(self) -> None:
+        """Tell the participants that the gradients of a step are complete; only a loop that clips them needs to, before it."""
+        self._has_seen["gradients"] = True
+        self.loop.after_backward()
+
     def _before_step(self, *_: Any) -> None:
+        if not self._has_seen["loss"] and self.loop.wants(*IN_LOSS):
+            names = ", ".join(p.name for p in self.loop.participants if any(p.hears(event) for event in IN_LOSS))
+            raise ValueError(
+                f"the loop must show each batch to {names}, got a step without it; call "
+                "loss = handle.loss(loss, inputs, targets, outputs) before loss.backward()"
+            )
+        if not self._has_seen["gradients"]:
+            self.loop.after_backward()
+        self._has_seen["gradients"] = False
         self.loop.before_step()
         self._is_stepping = True
 
@@ -50,8 +87,12 @@ class Handle:
         self._hooks = []
         self.loop.end(self.loop.step >= self.loop.total_steps if completed is None else completed)
 
+    def metrics(self) -> dict[str, float]:
+        """Return the participants' figures, such as the sparsity: name -> value."""
+        return self.loop.metrics()
+
     def state_dict(self) -> dict[str, Any]:
-        """The step and the participants' states, for `torch.load(weights_only=True)`."""
+        """Return the step and the participants' states, for `torch.load(weights_only=True)`."""
         return self.loop.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -65,30 +106,56 @@ class Handle:
         self.remove()
 
 
-def attach(optimizer: torch.optim.Optimizer, *participants: Participant, total_steps: int) -> Handle:
+def attach(
+    optimizer: Any,
+    *participants: Participant,
+    total_steps: int,
+    model: nn.Module | None = None,
+    loss: Callable[..., Tensor] | None = None,
+) -> Handle:
     """Let participants take part in a loop of your own; nothing else in the loop changes.
 
     Args:
-        optimizer: The loop's optimizer; hooks go on it, none on the model.
+        optimizer: The loop's optimizer, torch's or one that Accelerate has prepared; hooks go on it, none on the model.
         *participants: A `Sparsifier`, or others.
-        total_steps: How many steps the optimizer will take, at least 1.
+        total_steps: Steps that the optimizer will take, at least 1.
+        model: The model that is trained; by default the participants' own.
+        loss: The loss function `(output, *targets) -> scalar`, for participants that need one.
 
     Returns:
         A handle whose `remove()` ends the run. A run that is still attached to the optimizer, as after an interrupted
-        notebook cell, is ended with a warning.
+        notebook cell, is ended with a warning. A participant that looks at batches or changes the loss needs
+        `handle.loss(...)` in the loop; without it the first step raises.
 
     Raises:
         TypeError: `optimizer` is not a torch optimizer, or nothing takes part.
-        ValueError: `total_steps` is below 1; a step beyond it raises before it changes a weight.
+        ValueError: `total_steps` is below 1, or a participant needs a `model` and there is none; a step beyond `total_steps`
+            raises before it changes a weight.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
+    inner = innermost(optimizer)
+    if not isinstance(inner, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r} ({type(optimizer).__name__})")
     if not participants or not all(isinstance(p, Participant) for p in participants):
         raise TypeError(f"participants must be participants in training, such as a Sparsifier, got {participants!r}")
-    _end_earlier_runs(optimizer)
+    total_steps = check_count("total_steps", total_steps)
+    _end_earlier_runs(inner)
+    whole = model if model is not None else next((m for p in participants if isinstance(m := _own(p), nn.Module)), None)
     loop = Loop(participants)
-    loop.start(Fit(check_count("total_steps", total_steps), optimizer=optimizer))
-    return Handle(optimizer, loop)
+    if whole is not None:
+        loop.setup(whole, inner)
+    elif loop.wants("on_setup"):
+        names = ", ".join(p.name for p in participants if p.hears("on_setup"))
+        raise ValueError(f"model must be given for {names}, which has parameters of its own, got None")
+    loop.start(Fit(total_steps, model=whole, optimizer=inner, loss=loss))
+    return Handle(inner, loop)
+
+
+def _own(participant: Participant) -> Any:
+    return getattr(participant, "model", None)
+
+
+def _as_tuple(x: Any) -> tuple[Any, ...]:
+    return tuple(x) if isinstance(x, tuple | list) else (x,)
 
 
 def _end_earlier_runs(optimizer: torch.optim.Optimizer) -> None:

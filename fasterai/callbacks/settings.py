@@ -1,4 +1,4 @@
-"""What the callbacks of all frameworks share: the arguments, and the participants made of them."""
+"""The arguments of callbacks, checked as far as they can be without a model, and the participants made of them."""
 
 from __future__ import annotations
 

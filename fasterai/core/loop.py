@@ -25,7 +25,7 @@ from fasterai.core.joined import Joined
 from fasterai.core.types import Move
 from fasterai.model.cuts import Cut, follow
 
-__all__ = ["EVENTS", "Batch", "Fit", "Loop", "Participant", "hears"]
+__all__ = ["EVENTS", "Batch", "Fit", "Loop", "Participant"]
 
 #: The events of a participant, in the order in which a run has them.
 EVENTS = (
@@ -80,19 +80,16 @@ class Fit:
 
 
 class Participant:
-    """Anything that takes part in training; every event has a default that does nothing.
-
-    Attributes:
-        name: Its name in saved states; participants of one name in a loop are numbered.
-        required_events: Events without which it cannot work; a loop that does not give one of them refuses it.
-    """
-
-    required_events: frozenset[str] = frozenset()
+    """Anything that takes part in training; every event has a default that does nothing."""
 
     @property
     def name(self) -> str:
-        """Its name in saved states."""
+        """Its name in saved states and messages; participants of one name in a loop are numbered."""
         return type(self).__name__
+
+    def hears(self, event: str) -> bool:
+        """Tell if it answers to an event; loops leave out what nobody hears, and refuse what they cannot give."""
+        return getattr(type(self), event) is not getattr(Participant, event)
 
     def on_setup(self, model: nn.Module) -> Iterable[nn.Parameter]:
         """Return parameters of its own that the optimizer is to train; called once, before the run."""
@@ -138,11 +135,6 @@ class Participant:
         """Go on from a saved state; the caller's dict is not changed."""
 
 
-def hears(participant: Participant, event: str) -> bool:
-    """Tell if a participant has an answer of its own to an event."""
-    return getattr(type(participant), event) is not getattr(Participant, event) or event in vars(participant)
-
-
 class Loop:
     """Counts the steps of a run and passes its events on.
 
@@ -165,7 +157,7 @@ class Loop:
 
     def wants(self, *events: str) -> bool:
         """Tell if a participant hears one of these events."""
-        return any(hears(p, event) for p in self.participants for event in events)
+        return any(p.hears(event) for p in self.participants for event in events)
 
     def setup(self, model: nn.Module, optimizer: Any) -> None:
         """Let participants' parameters join the optimizer, until the run ends.
@@ -192,7 +184,7 @@ class Loop:
                 begun.callback(participant.on_fit_end, False)
             begun.pop_all()
         for participant in self.participants if fit.model is not None else ():
-            if fit.model is not None and (hears(participant, "after_move") or hears(participant, "after_cut")):
+            if fit.model is not None and (participant.hears("after_move") or participant.hears("after_cut")):
                 follow(fit.model, participant)
         self.step, self.total_steps = 0, total_steps
 
@@ -235,8 +227,13 @@ class Loop:
             self._joined.clear_gradients()
 
     def metrics(self) -> dict[str, float]:
-        """Return the figures of all participants; of equal names the last one's."""
-        return {name: value for participant in self.participants for name, value in participant.metrics().items()}
+        """Return the figures of all participants; equal names are numbered: `sparsity`, `sparsity_2`."""
+        found: dict[str, float] = {}
+        for participant in self.participants:
+            for name, value in participant.metrics().items():
+                count = sum(known.rpartition("_")[0] == name or known == name for known in found)
+                found[f"{name}_{count + 1}" if count else name] = value
+        return found
 
     def end(self, completed: bool) -> None:
         """End the run for every participant, also if one of them fails; further calls do nothing."""

@@ -2,19 +2,58 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fasterai.core.loop import Fit
+from fasterai.core.loop import Batch, Fit
 from fasterai.model.names import unwrap
 from fasterai.model.running import evaluating, undisturbed
 
-__all__ = ["batch_inputs", "few_samples", "positional"]
+__all__ = ["arguments", "as_batch", "batch_inputs", "few_samples", "positional"]
 
 SAMPLES = 2  # enough to follow the operations, and to compare outputs
+
+
+def as_batch(item: Any) -> Batch:
+    """Return a batch from what a data loader yields: `x`, `(x, y)`, `((x1, x2), y)`, or a dict of keywords."""
+    if isinstance(item, Batch):
+        return item
+    if isinstance(item, Mapping):
+        return Batch(keywords=dict(item))
+    if isinstance(item, tuple | list):
+        if isinstance(item[0], Mapping):
+            return Batch(targets=tuple(item[1:]), keywords=dict(item[0]))
+        inputs = tuple(item[0]) if isinstance(item[0], tuple | list) else (item[0],)
+        return Batch(inputs, tuple(item[1:]))
+    return Batch((item,))
+
+
+def arguments(model: nn.Module, batch: Batch) -> tuple[Any, ...]:
+    """Return the positional arguments that a model gets for a batch.
+
+    Keywords stand in the order of the model's `forward`; if it has no such arguments, they are one argument, a dict.
+
+    Raises:
+        ValueError: A keyword has no position in `forward`.
+    """
+    if not batch.keywords:
+        return batch.inputs
+    try:
+        bound = inspect.signature(unwrap(model).forward).bind(*batch.inputs, **batch.keywords)
+    except TypeError:
+        return (*batch.inputs, dict(batch.keywords))
+    bound.apply_defaults()
+    placeless = [name for name in bound.kwargs if name in batch.keywords]
+    if placeless:
+        raise ValueError(f"the batch's keywords must have positions in the model's forward, got {', '.join(placeless)}")
+    given = {id(value) for value in (*batch.inputs, *batch.keywords.values())}
+    last = max((i for i, value in enumerate(bound.args) if id(value) in given), default=-1)
+    return bound.args[: last + 1]
 
 
 def batch_inputs(model: nn.Module, fit: Fit) -> tuple[Any, ...]:
@@ -23,9 +62,9 @@ def batch_inputs(model: nn.Module, fit: Fit) -> tuple[Any, ...]:
     Raises:
         ValueError: The loop shows no batch, or the model does not run on it.
     """
-    if fit.batch is None or not fit.batch.inputs:
+    if fit.batch is None or not (fit.batch.inputs or fit.batch.keywords):
         raise ValueError("example_inputs must be given for a loop that shows no batch, got None")
-    inputs = few_samples(fit.batch.inputs)
+    inputs = few_samples(arguments(model if fit.model is None else fit.model, fit.batch))
     if fit.model is None or unwrap(fit.model) is unwrap(model):
         return inputs
     seen: list[tuple[Any, ...]] = []

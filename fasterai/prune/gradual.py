@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fasterai.core.checks import warn
+from fasterai.core import criteria as criterion_catalogue
+from fasterai.core.checks import from_catalogue, warn
 from fasterai.core.contexts import Context
-from fasterai.core.criteria import Criterion
+from fasterai.core.criteria import Criterion, as_criterion
 from fasterai.core.loop import Batch, Fit, Participant
 from fasterai.core.schedules import Schedule, lin
 from fasterai.core.updates import Updates, plan_updates
@@ -27,7 +28,7 @@ from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.optimizers import check_optimizer, check_trained
 from fasterai.prune.surgery.plan import Plan
 from fasterai.prune.surgery.replay import FORMAT, Shapes, read_state, replay, shapes_of
-from fasterai.units.evidence import NotYetError
+from fasterai.units.evidence import GATHERERS, NotYetError
 
 __all__ = ["GradualPruner"]
 
@@ -132,11 +133,23 @@ class GradualPruner(Participant):
             return 1 - self._ratio.share
         return max(self._ratio.values(), default=0.0) if isinstance(self._ratio, Mapping) else float(self._ratio)
 
-    def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
-        """Note the batch, for criteria that need data; the loss is not changed."""
+    def hears(self, event: str) -> bool:
+        """Tell if it has an answer to an event; to batches only if its criterion reads them."""
+        return super().hears(event) and (event != "after_forward" or self._reads_batches)
+
+    @property
+    def _reads_batches(self) -> bool:
+        needs = as_criterion(from_catalogue("criteria", self._axes[1], criterion_catalogue)).needs
+        return self._options.get("data") is None and bool(needs & (set(GATHERERS) - {"gradient", "synaptic_flow"}))
+
+    def after_forward(self, batch: Batch) -> None:
+        """Note the batch, for criteria that need data."""
         if self._pruner is not None:
             self._pruner.see(batch, self._loss)
-        return loss
+
+    def metrics(self) -> dict[str, float]:
+        """Return the share of the channels that are gone, in [0, 1]."""
+        return {"removed": self.sparsity}
 
     def after_step(self, position: float) -> None:
         """Remove what the schedule asks for, if it has gone on far enough."""

@@ -31,3 +31,7 @@ class Hold(Participant):
     def on_fit_end(self, completed: bool) -> None:
         """Apply the masks once more, in case a step was interrupted."""
         self.record.apply_()
+
+    def metrics(self) -> dict[str, float]:
+        """Return the share of units that the masks prune, in [0, 1]."""
+        return {"sparsity": self.record.reached().overall}

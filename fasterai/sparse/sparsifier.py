@@ -24,7 +24,7 @@ from fasterai.core.types import Limits, Target
 from fasterai.graph.channels import channel_graph
 from fasterai.model.cuts import follow, note_optimizer
 from fasterai.model.dataflow import watch
-from fasterai.model.inputs import batch_inputs
+from fasterai.model.inputs import arguments, batch_inputs
 from fasterai.model.names import unwrap
 from fasterai.model.targets import LayerTypes, TargetsLike, find_targets
 from fasterai.sparse.hold import Hold
@@ -339,7 +339,8 @@ class Sparsifier(Participant):
             return
         try:
             assert fit.batch is not None
-            self._record.see(watch(fit.model or self.model, fit.batch.inputs, part=self.model))
+            whole = fit.model or self.model
+            self._record.see(watch(whole, arguments(whole, fit.batch), part=self.model))
         except ValueError as error:
             warn(f"the loop's batch does not show the data flow ({error}); pass example_inputs=")
 
@@ -350,10 +351,13 @@ class Sparsifier(Participant):
         highest = max(context.sparsities.values(), default=0.0) if isinstance(context, PerTarget) else 1.0
         return min(sparsity * highest, 1 - 0.5 / max(1, sum(p.count for p in self._record.pools)))
 
-    def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
-        """Note the batch if the criterion needs data; the loss is not changed."""
+    def hears(self, event: str) -> bool:
+        """Tell if it has an answer to an event; to batches only if its criterion reads them."""
+        return super().hears(event) and (event != "after_forward" or self._scorer.reads_batches)
+
+    def after_forward(self, batch: Batch) -> None:
+        """Note the batch, if the criterion needs data."""
         self._scorer.see(batch)
-        return loss
 
     def before_step(self, position: float) -> None:
         """Note that the optimizer is about to write into the weights."""
@@ -464,6 +468,10 @@ class Sparsifier(Participant):
         """Save the weights, masked, as a plain state dict for `torch.load(path, weights_only=True)`."""
         self.apply_masks()
         torch.save(unwrap(model or self.model).state_dict(), path)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the share of units that the masks prune now, in [0, 1]."""
+        return {"sparsity": self.sparsity.overall}
 
     # --- saving and going on -----------------------------------------------------------------------------------------
 

@@ -18,10 +18,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fasterai.core.loop import Batch
 from fasterai.core.types import Target
 from fasterai.model.dataflow import leaves
+from fasterai.model.inputs import arguments, as_batch
 from fasterai.model.names import unwrap
 from fasterai.model.running import evaluating, undisturbed
 
-__all__ = ["GATHERERS", "NotYetError", "Source", "as_batch"]
+__all__ = ["GATHERERS", "NotYetError", "Source"]
 
 
 class NotYetError(ValueError):
@@ -64,16 +65,6 @@ class Source:
                 f"data must be given for a criterion that needs {what}: data=[batch, ...], or train with a callback"
             )
         return batches
-
-
-def as_batch(item: Any) -> Batch:
-    """A batch from what a data loader yields: `x`, `(x, y)`, or `((x1, x2), y)`."""
-    if isinstance(item, Batch):
-        return item
-    if isinstance(item, tuple | list):
-        inputs = tuple(item[0]) if isinstance(item[0], tuple | list) else (item[0],)
-        return Batch(inputs, tuple(item[1:]))
-    return Batch((item,))
 
 
 def gradients(model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, Tensor]:
@@ -123,7 +114,7 @@ def synaptic_flow(model: nn.Module, targets: Sequence[Target], source: Source) -
     """dR/d|w| for R = the sum of the outputs of the network of absolute values on ones, in float64 (Tanaka et al. 2020)."""
     if source.inputs is None and source.data is None and source.batch is None:
         raise ValueError("example_inputs must be given for synflow, which feeds ones of their shape")
-    inputs = source.inputs or source.batches("example inputs")[0].inputs
+    inputs = source.inputs or arguments(model, source.batches("example inputs")[0])
     if not all(map(_is_floats, inputs)):
         raise ValueError("example_inputs must be tensors of floats for synflow, which feeds ones of their shape")
     model = unwrap(model)
@@ -174,7 +165,7 @@ def activations(model: nn.Module, targets: Sequence[Target], source: Source, sta
             handles.append(target.module.register_forward_pre_hook(_watch_inputs(target, statistic, found)))
         with undisturbed(inner), evaluating(inner), torch.no_grad():
             for batch in source.batches("activations"):
-                inner(*batch.inputs)
+                inner(*arguments(inner, batch))
     finally:
         for handle in handles:
             handle.remove()
@@ -214,7 +205,7 @@ def _differentiate(
     held = leaves(model)
     weights = _held_targets(model, held, targets)
     with undisturbed(model), torch.enable_grad():
-        value = loss(torch.func.functional_call(model, held, batch.inputs), *batch.targets)
+        value = loss(torch.func.functional_call(model, held, arguments(model, batch)), *batch.targets)
         found = torch.autograd.grad(value, list(weights.values()), create_graph=create_graph, allow_unused=True)
     return {n: torch.zeros_like(weights[n]) if g is None else g for n, g in zip(weights, found, strict=True)}, weights
 

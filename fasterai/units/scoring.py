@@ -49,9 +49,16 @@ class Scorer:
         """Take over a loop's loss for the time of a run, unless the user gave one."""
         self.source = replace(self._given, loss=self._given.loss or loss)
 
+    @property
+    def reads_batches(self) -> bool:
+        """Whether evidence is gathered from the loop's batches: the criterion reads data, and the user gave none."""
+        needs = self.criterion.needs & (set(GATHERERS) - {"gradient"})
+        known = {"synaptic_flow"} if self._given.inputs is not None else set()
+        return self._given.data is None and bool(needs - known)
+
     def see(self, batch: Batch) -> None:
-        """Note the loop's batch, if the criterion reads data and the user gave none."""
-        if self.source.data is None and self.criterion.needs & (set(GATHERERS) - {"gradient"}):
+        """Note the loop's batch, if it is read."""
+        if self.reads_batches:
             self.source = replace(self.source, batch=batch)
 
     def end(self) -> None:

@@ -7,8 +7,9 @@ from torch import nn
 
 from fasterai.core.loop import Batch
 from fasterai.core.types import EVIDENCE
+from fasterai.model.inputs import as_batch
 from fasterai.model.targets import find_targets
-from fasterai.units.evidence import GATHERERS, NotYetError, Source, as_batch
+from fasterai.units.evidence import GATHERERS, NotYetError, Source
 
 X = torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(6) % 3

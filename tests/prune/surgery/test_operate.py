@@ -10,8 +10,8 @@ import torch
 from fastai.optimizer import Adam as FastaiAdam
 from torch import Tensor, nn
 
-from fasterai.graph.channels import channel_graph
 import fasterai.prune.surgery.operate as surgery
+from fasterai.graph.channels import channel_graph
 from fasterai.prune.surgery.operate import Surgery, apply_plan_, operate
 from fasterai.prune.surgery.plan import Plan, make_plan
 
