@@ -78,7 +78,7 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
 
     def folder(self) -> Path:
         """Return the learner's model folder."""
-        return Path(self.learn.path) / self.learn.model_dir
+        return Path(self.learn.path, self.learn.model_dir)
 
     def neighbours(self) -> Sequence[object]:
         """Return the learner's callbacks."""
@@ -131,7 +131,7 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
             self._relays.append(_Relay(GradientAccumulation.order - 1, after_loss=self._change_loss))
         if self.loop.wants("after_backward"):
             between = (MixedPrecision.order + GradientClip.order) / 2
-            self._relays.append(_Relay(between, before_step=lambda: self.loop.after_backward()))
+            self._relays.append(_Relay(between, before_step=self.loop.after_backward))
         self.learn.add_cbs(self._relays)
 
     def _batch(self) -> Batch:
@@ -216,16 +216,16 @@ class _Relay(Callback):  # type: ignore[misc]
 
     def __init__(self, order: float, **events: Callable[[], None]) -> None:
         self.order = order
-        vars(self).update(events)
+        self.__dict__.update(events)
 
 
-class SparsifyCallback(SparsifyMethod, ParticipantCallback):
-    __doc__ = SparsifyMethod.__doc__
+class SparsifyCallback(SparsifyMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
 
 
-class HoldCallback(HoldMethod, ParticipantCallback):
-    __doc__ = HoldMethod.__doc__
+class HoldCallback(HoldMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
 
 
-class PruneCallback(PruneMethod, ParticipantCallback):
-    __doc__ = PruneMethod.__doc__
+class PruneCallback(PruneMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass

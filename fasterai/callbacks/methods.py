@@ -1,6 +1,6 @@
 """Ready-made methods for the callbacks of every framework: a signature on a generic callback each, written once.
 
-A framework's file has a `ParticipantCallback`, and from it `class SparsifyCallback(SparsifyMethod, ParticipantCallback)` and so on.
+A framework's file has a `ParticipantCallback`, and `class SparsifyCallback(SparsifyMethod, ParticipantCallback)` and so on.
 To add a method: a class here, and its line in each framework's file.
 """
 
