@@ -17,15 +17,16 @@ __all__ = ["Joined", "innermost"]
 
 
 def innermost(optimizer: Any) -> Any:
-    """Return the optimizer inside wrappers such as Accelerate's or torch's `PostLocalSGDOptimizer`, or what was given."""
-    seen = set()
-    while not isinstance(optimizer, torch.optim.Optimizer) and id(optimizer) not in seen:
+    """Return the optimizer inside wrappers such as Accelerate's or torch's `PostLocalSGDOptimizer`, or what was given.
+
+    Wrappers may be optimizers by their class; only a real one has torch's hooks.
+    """
+    seen: set[int] = set()
+    while "_optimizer_step_pre_hooks" not in getattr(optimizer, "__dict__", {}) and id(optimizer) not in seen:
         seen.add(id(optimizer))
         inner = (getattr(optimizer, name, None) for name in ("optimizer", "optim", "opt"))
-        optimizer = next((one for one in inner if one is not None and hasattr(one, "step")), optimizer)
-    # torch's own wrappers are optimizers themselves, and step another one, whose hooks they do not call.
-    inside = vars(optimizer).get("optim") if isinstance(optimizer, torch.optim.Optimizer) else None
-    return inside if isinstance(inside, torch.optim.Optimizer) else optimizer
+        optimizer = next((one for one in inner if hasattr(one, "step")), optimizer)
+    return optimizer
 
 
 class Joined:

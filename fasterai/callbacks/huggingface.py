@@ -1,0 +1,242 @@
+"""Hugging Face's `Trainer`: participants in its training, their figures in its logs, their states in its checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, made
+from fasterai.core.checks import warn
+from fasterai.core.joined import innermost
+from fasterai.core.loop import Batch, Fit, Loop
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise ImportError("fasterai.callbacks.huggingface needs transformers: pip install 'fasterai[huggingface]'") from error
+
+__all__ = ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
+
+#: What the Trainer adds to the batch itself.
+COUNT = "num_items_in_batch"
+
+
+class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
+    """Lets participants take part in a Trainer's training.
+
+    A run begins with the first training batch, and counts the Trainer's own steps. Each checkpoint gets a file with the
+    participants' states, and `trainer.train(resume_from_checkpoint=...)` goes on from it.
+
+    The loss that participants see and change is the one that the model returns, as it does where a batch has labels. While a
+    run lasts, hooks on the model show its batches and results, if a participant wants to see them.
+
+    Args:
+        *participants: Participants, or functions of the model that make some.
+
+    Attributes:
+        resume_from: The folder of the checkpoint that the Trainer resumes, to be set if it is not in its `output_dir`.
+    """
+
+    is_late = True
+
+    def __init__(self, *participants: Makes) -> None:
+        self._given = participants
+        self.resume_from: str | os.PathLike[str] | None = None
+        self.loop = Loop([])
+        self._hooks: list[Any] = []
+        self._batch = Batch()
+        self._args: Any = None
+        self._state: Any = None
+        self._optimizer: Any = None
+        self._clips_at = 0.0
+        self._shares = 1
+
+    def folder(self) -> Path:
+        """Return the Trainer's output folder."""
+        return Path("." if self._args is None else self._args.output_dir)
+
+    def neighbours(self) -> Sequence[object]:
+        """Return the callbacks that are known: the Trainer shows a callback no others."""
+        return [self]
+
+    def copies(self) -> list[Any]:
+        """Return copies of the model that the Trainer keeps itself: none."""
+        return []
+
+    def metrics(self) -> dict[str, float]:
+        """Return the figures that join the Trainer's logs: name -> value."""
+        return self.loop.metrics()
+
+    # --- a run -------------------------------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **given: Any
+    ) -> None:
+        """Wait for the first batch, which begins the run."""
+        self._end(completed=False)
+        self._args, self._state, self._optimizer, self.loop = args, state, given.get("optimizer"), Loop([])
+        self._hooks.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+        """Note the batch, and begin the run with the first one that trains."""
+        if not (model.training and torch.is_grad_enabled()):
+            return
+        self._batch = Batch(tuple(args), (), {name: value for name, value in keywords.items() if name != COUNT})
+        # Losses that are divided by the items of all accumulated batches are shares of a mean.
+        self._shares = self._args.gradient_accumulation_steps if keywords.get(COUNT) is not None else 1
+        if not self.loop.running:
+            self._begin(model)
+
+    def _begin(self, model: nn.Module) -> None:
+        args, state = self._args, self._state
+        self.loop = Loop(made(self._given, model))
+        self.loop.setup(model, self._optimizer)
+        fit = Fit(
+            total_steps=state.max_steps,
+            model=model,
+            optimizer=innermost(self._optimizer),
+            loss=_returned_loss,
+            batch=self._batch,
+            steps_per_epoch=max(1, round(state.max_steps / max(1e-9, float(state.num_train_epochs)))),
+        )
+        self.loop.start(fit)
+        if state.global_step:
+            self._resume(state.global_step)
+        if self.loop.wants("after_forward", "after_loss"):
+            self._hooks.append(model.register_forward_hook(self._after_forward))
+        if self.loop.wants("after_backward"):  # the Trainer clips before it calls a callback, so it is left to this one
+            self._clips_at, args.max_grad_norm = args.max_grad_norm, 0.0
+
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Show the outputs, and return them with the loss that the participants give back."""
+        if not (self.loop.running and model.training and torch.is_grad_enabled()):
+            return output
+        batch = replace(self._batch, outputs=output)
+        self.loop.after_forward(batch)
+        if not self.loop.wants("after_loss"):
+            return output
+        loss = self.loop.after_loss(_returned_loss(output) * self._shares, batch) / self._shares
+        if not isinstance(output, Mapping):
+            return (loss, *output[1:])
+        output["loss"] = loss  # type: ignore[index]
+        return output
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **given: Any
+    ) -> None:
+        """Pass on that the gradients are complete, clip them if that was left to it, and that the optimizer steps."""
+        if not self.loop.running:
+            return
+        self.loop.step = min(state.global_step, self.loop.total_steps - 1)
+        if self.loop.wants("after_backward"):
+            self._unscale()
+            self.loop.after_backward()
+            if self._clips_at:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), self._clips_at)
+        self.loop.before_step()
+
+    def _unscale(self) -> None:
+        scaler = getattr(self._optimizer, "scaler", None)
+        if scaler is not None:
+            scaler.unscale_(innermost(self._optimizer))
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Pass on that the optimizer has stepped, unless the step was skipped for an overflow."""
+        if self.loop.running and not getattr(self._optimizer, "step_was_skipped", False):
+            self.loop.after_step()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **given: Any
+    ) -> None:
+        """Put the figures into the Trainer's log."""
+        if self.loop.participants and logs is not None:
+            figures = self.metrics()
+            logs.update(figures)
+            if state.log_history:
+                state.log_history[-1].update(figures)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """End the run."""
+        self._end(completed=state.global_step >= state.max_steps)
+
+    def _end(self, completed: bool) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._batch = [], Batch()
+        if self._clips_at:
+            self._args.max_grad_norm, self._clips_at = self._clips_at, 0.0
+        self.loop.end(completed)
+
+    # --- saving and going on -----------------------------------------------------------------------------------------
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Save the participants' states beside the checkpoint that was just written."""
+        folder = _checkpoint(args.output_dir, state.global_step)
+        if state.is_world_process_zero and self.loop.participants and folder.is_dir():
+            torch.save(self.loop.state_dict(), folder / self._file)
+
+    @property
+    def _file(self) -> str:
+        return f"{type(self).__name__}.pt"
+
+    def _resume(self, step: int) -> None:
+        state = self._saved(_checkpoint(self._args.output_dir, step))
+        if state is None:
+            warn(
+                f"the Trainer resumes at step {step}, and no {self._file} is in {_checkpoint(self._args.output_dir, step)}: "
+                "the participants begin afresh; set the callback's resume_from to the checkpoint's folder"
+            )
+        else:
+            self.loop.load_state_dict(state)
+
+    def _saved(self, *places: Path) -> dict[str, Any] | None:
+        """Return the state in the first of the folders that has one: the given one, the arguments' own, and others."""
+        named = (self.resume_from, self._args.resume_from_checkpoint)
+        folders = [Path(place) for place in named if isinstance(place, str | os.PathLike)] + list(places)
+        found = next((file for folder in folders if (file := folder / self._file).is_file()), None)
+        return None if found is None else torch.load(found, weights_only=True, map_location="cpu")
+
+
+def _returned_loss(output: Any, *_: Any) -> Tensor:
+    """Return the loss that a model has worked out itself.
+
+    Raises:
+        ValueError: Its result has none.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else output[0] if isinstance(output, tuple | list) else None
+    if not isinstance(loss, Tensor) or loss.dim():
+        raise ValueError(
+            f"model must return its loss for participants that need it, got {type(output).__name__} without one; give it "
+            "labels in each batch"
+        )
+    return loss
+
+
+def _checkpoint(output_dir: str | None, step: int) -> Path:
+    return Path(output_dir or ".") / f"checkpoint-{step}"
+
+
+class SparsifyCallback(SparsifyMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class HoldCallback(HoldMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class PruneCallback(PruneMethod, ParticipantCallback):  # noqa: D101 - the method's
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **given: Any
+    ) -> None:
+        """Take out of the model what was taken out in the checkpoint of `TrainingArguments(resume_from_checkpoint=...)`."""
+        self._args = args
+        saved = self._saved()
+        if saved is not None:
+            (pruner,) = made(self._given, model)
+            pruner.load_state_dict(saved["participants"][pruner.name])
