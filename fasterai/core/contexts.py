@@ -289,14 +289,14 @@ class NM(Context):
             reason = self.fits(s.shape, layout)
             if reason:
                 raise ValueError(f"{s.name} cannot be {self.n}:{self.m} sparse: {reason}")
-            winners = self._winners(s, _input_dim(layout))
+            winners = self._winners(s, _input_dim(layout), limits.nested)
             values = torch.where(winners, s.tensor().double().abs().max() + 1 + s.tensor().abs(), s.tensor())
             keeps += keep_highest([TensorScores(s.name, values, s.keep)], round(sparsity * s.count), limits)
         return keeps
 
-    def _winners(self, s: Scores, dim: int) -> Tensor:
-        """The N highest of every group, of equals the last; what is pruned already cannot win against what is not."""
-        values = s.tensor() if s.keep is None else s.tensor().masked_fill(~s.keep, -torch.inf)
+    def _winners(self, s: Scores, dim: int, nested: bool) -> Tensor:
+        """The N highest of every group, of equals the last; if nested, what is pruned cannot win against what is not."""
+        values = s.tensor() if s.keep is None or not nested else s.tensor().masked_fill(~s.keep, -torch.inf)
         groups = values.movedim(dim, -1)
         groups = groups.reshape(*groups.shape[:-1], -1, self.m)
         order = torch.sort(groups, dim=-1, stable=True).indices[..., -self.n :]

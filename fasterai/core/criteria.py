@@ -160,6 +160,10 @@ class _Random:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {e.name}".encode()))
         return torch.rand(e.weight.shape, generator=generator).to(e.weight.device)
 
+    def anew(self, draw: int) -> _Random:
+        """Return the scores of another draw, for rules that draw at each move of the masks."""
+        return _Random(self.seed + draw)
+
 
 def Random(seed: int = 0) -> Criterion:  # noqa: N802 - reads as the other values that take settings
     """Random scores that depend on the seed and the target's name alone; the global generator is not touched."""

@@ -177,7 +177,7 @@ def keep_highest(pool: Sequence[Scores], prune: int, limits: Limits) -> list[Ten
     """Which units stay when the `prune` lowest of a pool go.
 
     Ties are settled by position: in the order of the pool, and of each target's units, the first go first. While the number
-    rises no pruned unit comes back, whatever it scores; while it falls, no kept unit goes.
+    rises no pruned unit comes back, whatever it scores; while it falls, no kept unit goes; unless `limits.nested` is False.
 
     Args:
         pool: The scores of the targets that compete.
@@ -198,9 +198,9 @@ def keep_highest(pool: Sequence[Scores], prune: int, limits: Limits) -> list[Ten
     pruned = sum(s.pruned for s in pool)
     if not limits.may_fall:
         prune = max(prune, pruned)
-    if prune == pruned and pruned and all(s.keep is not None for s in pool):
+    if limits.nested and prune == pruned and pruned and all(s.keep is not None for s in pool):
         return [s.keep.clone() for s in pool if s.keep is not None]
-    mark = Mark.NONE if not pruned else Mark.PRUNED_FIRST if prune >= pruned else Mark.KEPT_LAST
+    mark = Mark.NONE if not pruned or not limits.nested else Mark.PRUNED_FIRST if prune >= pruned else Mark.KEPT_LAST
     if any(s.device.type != "cpu" for s in pool):
         return _select_on_device(pool, prune, mark, floors)
     return _select_with_floors(pool, prune, mark, floors)

@@ -136,12 +136,15 @@ class Limits:
         may_fall: Whether pruned units may come back. If not, what is pruned stays pruned.
         round_to: Kept units of each target are rounded up to a multiple of it; one number, or one for each target.
         make_up: Where all targets compete, whether others make up for what the rounding keeps, as far as that goes.
+        nested: Whether pruned units stay pruned while the number rises, and kept ones kept while it falls. If not, the units
+            are chosen anew, and the decisions so far only say how many may go.
     """
 
     min_keep: int = 1
     may_fall: bool = True
     round_to: int | Mapping[str, int] | None = None
     make_up: bool = False
+    nested: bool = True
 
 
 @dataclass(frozen=True)

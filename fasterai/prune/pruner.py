@@ -20,7 +20,6 @@ from fasterai.core.granularities import Coupled
 from fasterai.core.loop import Batch
 from fasterai.core.schedules import Schedule, as_schedule, lin
 from fasterai.core.selection import Scores, TensorScores
-from fasterai.core.types import Limits
 from fasterai.graph.channels import ChannelGraph, channel_graph
 from fasterai.graph.labels import Flags
 from fasterai.model.cuts import Cut, follow
@@ -35,6 +34,7 @@ from fasterai.prune.surgery.model_copies import Copies, matching_copies
 from fasterai.prune.surgery.optimizers import check_optimizer, check_trained
 from fasterai.prune.surgery.plan import cut_normed
 from fasterai.units.channels import OVER, ChannelPool, channel_pools, warn_of_rounding
+from fasterai.units.choice import Goal, choose, limits_of
 from fasterai.units.evidence import Source
 from fasterai.units.pool import by_pool
 from fasterai.units.scoring import Scorer
@@ -107,7 +107,7 @@ class Pruner:
         self._graph = channel_graph(model, self.inputs, exact)
         self._pools = self._allowed(channel_pools(model, self._graph, Coupled(over_places)))
         self.original = {p.name: p.count for p in self._pools}
-        self._ratios = self._by_group(pruning_ratio) if isinstance(pruning_ratio, Mapping) else None
+        self._goal = self._read_ratio(pruning_ratio)
         self.dense = copy.deepcopy(unwrap(model)) if isinstance(pruning_ratio, Budget) else None
         source = Source(data=data, loss=loss, inputs=self.inputs)
         weights = [t for t in all_targets(unwrap(model)) if t.parameter.dim() > 1]
@@ -179,10 +179,10 @@ class Pruner:
 
     def _warn_of_a_miss(self, kept: Sequence[Flags], refused: Mapping[str, str]) -> None:
         """Say that rounding, or channels that the check put back, leave more than was asked for."""
-        if not isinstance(self.pruning_ratio, Budget):
+        if self._goal is not None:
             first, alone = sum(self.original.values()), len(self.original) - len(kept)
             gone = first - alone - sum(int(k.sum()) for k in kept)
-            warn_of_rounding(self._asked(self.pruning_ratio), gone, first, self.round_to)
+            warn_of_rounding(self._goal.total(self.original), gone, first, self.round_to)
         elif refused:
             warn(f"{self.pruning_ratio} is missed: channels of {', '.join([*refused][:5])} stay; refused says why")
 
@@ -248,15 +248,20 @@ class Pruner:
             raise ValueError("model must have channels that may go, got none; channel_graph(model, inputs).pinned says why")
         return allowed
 
-    def _by_group(self, ratios: Mapping[Any, float]) -> dict[str, float]:
+    def _read_ratio(self, ratio: Ratio) -> Goal | None:
+        """Return what is asked for of the groups; None for a `Budget`, which is of the whole model."""
+        if isinstance(ratio, Budget):
+            return None
+        if not isinstance(ratio, Mapping):
+            return Goal(self.context, float(ratio))
         model = unwrap(self.model)
         names = {id(m): n for n, m in model.named_modules()}
-        named = {names.get(id(key), key): ratio for key, ratio in ratios.items()}
+        named: dict[Any, float] = {names.get(id(key), key): share for key, share in ratio.items()}
         for key in named:
             if not isinstance(key, str):
                 got = f"{key!r} ({type(key).__name__})"
                 raise TypeError(f"pruning_ratio's keys must be names or modules of the model, got {got}")
-        return by_pool(self._pools, named, all_targets(model), "pruning_ratio's keys")
+        return Goal(PerTarget(by_pool(self._pools, named, all_targets(model), "pruning_ratio's keys")), 1.0)
 
     def _graph_now(self) -> ChannelGraph:
         return replace(self._graph, groups=tuple(p.group for p in self._pools))
@@ -268,40 +273,19 @@ class Pruner:
             shares: dict[str, Any] = {self.pruning_ratio.kind: left, "batch": self.pruning_ratio.batch}
             budget = Budget(**shares)
             return fit_budget(self.model, graph, self.inputs, lambda s: self._try(scores, s), budget, self.dense)
-        return self._keep(scores, *self._to_prune(self.pruning_ratio, share))
+        assert self._goal is not None
+        return self._keep(scores, self._goal.at(share).left(self.original, {p.name: p.count for p in self._pools}))
 
     def _try(self, scores: Sequence[Scores], sparsity: float) -> list[Flags]:
-        """A choice that a search looks at, and most likely discards: not worth a warning."""
+        """Return a choice that a search looks at, and most likely discards: not worth a warning."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return self._keep(scores, self.context, sparsity)
+            return self._keep(scores, Goal(self.context, sparsity))
 
-    def _keep(self, scores: Sequence[Scores], context: Context, sparsity: float) -> list[Flags]:
-        round_to = 1 if self.round_to is None and isinstance(self.pruning_ratio, Budget) else self.round_to
-        steps = {p.name: p.step(round_to, self.original[p.name]) for p in self._pools}
-        keeps = context(
-            scores, [p.layout for p in self._pools], sparsity, Limits(round_to=steps, make_up=self.round_to is None)
-        )
-        return [keep.cpu().numpy() for keep in keeps]
-
-    def _to_prune(self, ratio: float | Mapping[str, float], share: float) -> tuple[Context, float]:
-        """What goes now, as shares of what is still there, so that the whole is the ratio of what there was."""
-        if not isinstance(self.context, Local):
-            first, now = map(sum, zip(*self.channels.values(), strict=True))
-            wanted = round(share * float(ratio) * first)  # type: ignore[arg-type]
-            return self.context, max(0, wanted - (first - now)) / max(1, sum(p.count for p in self._pools))
-        shares = {}
-        for name in (p.name for p in self._pools):
-            first, now = self.channels[name]
-            own = self._ratios.get(name, 0.0) if self._ratios is not None else float(ratio)  # type: ignore[arg-type]
-            shares[name] = max(0, round(share * own * first) - (first - now)) / now
-        return PerTarget(shares), 1.0
-
-    def _asked(self, ratio: float | Mapping[str, float]) -> int:
-        """How many channels the whole ratio is."""
-        if self._ratios is not None:
-            return PerTarget(self._ratios).total(self.original, 1.0)
-        return self.context.total(self.original, float(ratio))  # type: ignore[arg-type]
+    def _keep(self, scores: Sequence[Scores], goal: Goal) -> list[Flags]:
+        round_to = 1 if self.round_to is None and self._goal is None else self.round_to
+        limits = limits_of(self._pools, round_to=round_to, first=self.original)
+        return [keep.cpu().numpy() for keep in choose(self._pools, scores, goal, limits)]
 
     def _mask_sound(self, graph: ChannelGraph, kept: list[Flags], before: Weights) -> tuple[Sound, dict[str, str]]:
         """Mask the channels that can go; those of a group that cannot get their weights back. The reasons are told beside."""

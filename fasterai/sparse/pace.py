@@ -7,6 +7,7 @@ from typing import Any
 
 from fasterai.core.schedules import Schedule
 from fasterai.core.updates import Updates, plan_updates
+from fasterai.units.rules import Moment
 
 __all__ = ["Pace"]
 
@@ -20,6 +21,8 @@ class Pace:
         finished: Whether the run has been to its end.
     """
 
+    _total_steps = 0  # pickles of earlier versions have none
+
     def __init__(self, schedule: Schedule, max_updates: int) -> None:
         self.schedule = schedule
         self.max_updates = max_updates
@@ -31,6 +34,7 @@ class Pace:
     def start(self, total_steps: int, sparsity: float) -> None:
         """Begin a run of so many steps to a sparsity in [0, 1)."""
         self.share, self.asked, self.finished = 0.0, (), False
+        self._total_steps = total_steps
         self._updates = plan_updates(self.schedule, sparsity, total_steps, self.max_updates)
 
     def finish(self) -> None:
@@ -44,6 +48,10 @@ class Pace:
     def is_due(self, position: float) -> bool:
         """Tell if the masks may move at a position: if they are not where they are to be, and at the end in any case."""
         return position >= 1 or self.at(position) != self.share
+
+    def moment(self, position: float) -> Moment:
+        """Return the moment of the run at a position."""
+        return Moment(round(position * self._total_steps), position)
 
     def state_dict(self) -> dict[str, Any]:
         """Return how far the run has come: numbers only."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fasterai.core.granularities import Coupled, Granularity
 from fasterai.core.loop import Fit
 from fasterai.core.selection import count_true
-from fasterai.core.types import Target
+from fasterai.core.types import Move, Target
 from fasterai.graph.channels import ChannelGraph
 from fasterai.model.cuts import Cut, follow, sliced
 from fasterai.model.dataflow import Flow
@@ -145,22 +145,21 @@ class MaskRecord:
                 "...): make the optimizer anew after the model"
             )
 
-    def replace(self, chosen: Mapping[str, Tensor]) -> bool:
+    def replace(self, chosen: Mapping[str, Tensor]) -> Move:
         """Take over new decisions for some pools; the weights are not touched, vectors of returning outputs are.
 
         Returns:
-            Whether the masks have moved.
+            The pools whose decisions are others than before; none if the masks have not moved.
         """
         by_name = {p.name: p for p in self.pools}
         held = {n: _like_weight(by_name[n], k) for n, k in chosen.items()}
         after = {**self.keep, **held}
         revive_(self._vectors(self.keep, after), self.noted)
-        counts = {n: self._pruned(by_name[n]) for n in held}
+        before, counts = self.keep, {n: self._pruned(by_name[n]) for n in held}
         self.keep = after
-        # Choices are nested, so that equal counts are equal masks.
-        moved = any(self._pruned(by_name[n]) != count for n, count in counts.items())
-        self.moves += moved
-        return moved
+        moved = [n for n, count in counts.items() if self._pruned(by_name[n]) != count or _differ(before.get(n), held[n])]
+        self.moves += bool(moved)
+        return Move({n: _or_dense(before.get(n), held[n]) for n in moved}, {n: held[n] for n in moved})
 
     def apply_(self) -> None:
         """Set all masked weights to zero, and the biases and norms of silent outputs."""
@@ -318,6 +317,15 @@ def _like_weight(pool: Pool, keep: Tensor) -> Tensor:
     """Decisions on single weights in the weight's memory format, so that both are read in the same order."""
     weight = pool.targets[0].parameter
     return like(weight, keep) if isinstance(pool, TargetPool) and keep.shape == weight.shape else keep
+
+
+def _differ(before: Tensor | None, after: Tensor) -> bool:
+    """Tell if decisions of equal counts differ; of two pools that are dense they do not."""
+    return before is not None and not torch.equal(before, after)
+
+
+def _or_dense(before: Tensor | None, like: Tensor) -> Tensor:
+    return torch.ones((), dtype=torch.bool, device=like.device).expand(like.shape) if before is None else before
 
 
 def _crossed(masks: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +21,9 @@ from fasterai.core.granularities import Block, Coupled, Granularity
 from fasterai.core.loop import Batch, Fit, Participant
 from fasterai.core.schedules import Schedule, as_schedule
 from fasterai.core.selection import count_true
-from fasterai.core.types import Limits, Target
+from fasterai.core.types import Move, Target
 from fasterai.graph.channels import channel_graph
-from fasterai.model.cuts import follow, note_optimizer
+from fasterai.model.cuts import announce_move, follow, note_optimizer
 from fasterai.model.dataflow import watch
 from fasterai.model.inputs import arguments, batch_inputs
 from fasterai.model.names import unwrap
@@ -31,9 +32,12 @@ from fasterai.sparse.hold import Hold
 from fasterai.sparse.pace import Pace
 from fasterai.sparse.record import MaskRecord
 from fasterai.sparse.report import Reached, SparsityReport
+from fasterai.units import rules
 from fasterai.units.channels import warn_of_rounding
+from fasterai.units.choice import Goal, choose, limits_of
 from fasterai.units.evidence import NotYetError, Source
 from fasterai.units.pool import Pool, by_pool
+from fasterai.units.rules import Moment, Rule, nested
 from fasterai.units.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -69,8 +73,11 @@ class Sparsifier(Participant):
         min_keep: Units that stay in each target, whatever is asked. At granularity `layer` whole targets go.
         round_to: Kept units of each target are rounded up to a multiple of it. Coupled channels are by default rounded up to
             8, in groups of at least 32; pass 1 for exact counts.
-        max_updates: How often at most the masks move in one training. Up to so many steps they follow the schedule at every
+        rule: How the masks of a training follow from those before: `nested` (pruned stays pruned while the sparsity rises),
+            `free` (chosen anew at each move), their names, or `DropAndGrow(...)`.
+        max_updates: How often at most the masks follow the schedule in one training. Up to so many steps they do at every
             step; in a longer training they move when it has gone on by that share of the whole. The last move is exact.
+            Moves of a rule come on top.
 
     Raises:
         ValueError: An argument is out of range or unknown, no target is found, a target has not got such units, or a
@@ -96,6 +103,7 @@ class Sparsifier(Participant):
         min_keep: int = 1,
         round_to: int | None = None,
         max_updates: int = 1000,
+        rule: Rule | str = nested,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
@@ -114,6 +122,7 @@ class Sparsifier(Participant):
         self.round_to = None if round_to is None else check_count("round_to", round_to)
         if self.round_to is not None and isinstance(self.context, NM):
             raise ValueError("round_to must be None for N:M, which fixes what each group keeps")
+        self.rule = _rule(rule, self.context)
         self._pace = Pace(as_schedule(from_catalogue("schedule", schedule, schedules)), check_count("max_updates", max_updates))
         coarse = not (self.granularity.is_weight or isinstance(self.granularity, Block | Coupled))
         selection = find_targets(model, fits=self._misfit, coarse=coarse, targets=targets, layer_type=layer_type)
@@ -122,12 +131,12 @@ class Sparsifier(Participant):
         if source.inputs is not None and isinstance(self.granularity, Coupled):
             self._record.couple(channel_graph(model, source.inputs))
         self._sparsity = sparsity
-        self._plan = None if sparsity is None else self._read_sparsity(sparsity)
-        if self._plan is not None and isinstance(self._plan[0], PerTarget):
-            self._record.name(self._plan[0].sparsities)
+        self._goal = None if sparsity is None else self._read_sparsity(sparsity)
+        if self._goal is not None and isinstance(self._goal.context, PerTarget):
+            self._record.name(self._goal.context.sparsities)
         if source.inputs is not None and not isinstance(self.granularity, Coupled):
             self._record.see(watch(model, source.inputs))
-        self._scorer = Scorer(self.criteria, self.granularity, source, self.targets)
+        self._scorer = Scorer(self.criteria, self.granularity, source, self.targets, self.rule.criteria)
         follow(model, self._scorer)
         self._warned = False
         self._stepping = False
@@ -165,6 +174,10 @@ class Sparsifier(Participant):
         """How often the masks have moved so far."""
         return self._record.moves
 
+    def made(self, move: Move) -> bool:
+        """Tell if a move of masks, as it is announced, is one of its own."""
+        return all(self._record.keep.get(name) is keep for name, keep in move.after.items())
+
     def _misfit(self, target: Target) -> str | None:
         if not self.granularity.fits(target.layout):
             allowed = ", ".join(granularities.allowed(target.layout))
@@ -185,7 +198,9 @@ class Sparsifier(Participant):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy follows its own model."""
-        self.__dict__.update({"_parallel": None, **state})  # pickles of earlier versions have none
+        plan = state.pop("_plan", None)  # of pickles of earlier versions, which have no rule either
+        goal = None if plan is None else Goal(*plan)
+        self.__dict__.update({"_parallel": None, "rule": nested, "_goal": goal, **state})
         follow(self.model, self._scorer)
 
     def _warn_without_flow(self) -> None:
@@ -215,15 +230,15 @@ class Sparsifier(Participant):
             ValueError: The sparsity is out of range or names no target, a weight is NaN or infinite, every target is
                 frozen, or the criterion's evidence is not there. Nothing is changed then.
         """
-        plan = self._plan if sparsity is None else self._read_sparsity(sparsity)
-        if plan is None:
+        goal = self._goal if sparsity is None else self._read_sparsity(sparsity)
+        if goal is None:
             raise ValueError("sparsity must be given, here or to the Sparsifier")
         self._check_coupled()
         if not self._record.active:
             raise ValueError("targets must train, and all are frozen: name them with targets= to prune them all the same")
         self._warn_without_flow()
         self._forget_stale()
-        self._move(plan, 1.0, self._record.active, may_fall=True, round_to=round_to)
+        self._move(goal, 1.0, self._record.active, may_fall=True, round_to=round_to)
         self.apply_masks()
 
     def sparsify_layer(self, m: nn.Module, sparsity: float, round_to: int | None = None) -> None:
@@ -245,7 +260,7 @@ class Sparsifier(Participant):
         self.context.check(share)
         self._warn_without_flow()
         self._forget_stale()
-        self._move((self.context, share), 1.0, pools, may_fall=True, round_to=round_to)
+        self._move(Goal(self.context, share), 1.0, pools, may_fall=True, round_to=round_to)
         self.apply_masks()
 
     def apply_masks(self) -> None:
@@ -254,12 +269,12 @@ class Sparsifier(Participant):
 
     # --- the choice --------------------------------------------------------------------------------------------------
 
-    def _read_sparsity(self, sparsity: Sparsity) -> tuple[Context, float]:
-        """The context and the sparsity that it gets, checked."""
+    def _read_sparsity(self, sparsity: Sparsity) -> Goal:
+        """Return the context and the sparsity that it gets, checked."""
         if not isinstance(sparsity, Mapping):
             share = check_fraction("sparsity", sparsity)
             self.context.check(share)
-            return self.context, share
+            return Goal(self.context, share)
         if self.context != contexts.local:
             raise ValueError(f"sparsity must be one number for context {self.context!r}, got a dict; pass context='local'")
         names = {id(m): n for n, m in unwrap(self.model).named_modules()}
@@ -270,31 +285,39 @@ class Sparsifier(Participant):
             elif not isinstance(key, str):
                 raise TypeError(f"sparsity's keys must be names or modules of the model, got {key!r} ({type(key).__name__})")
             readable[key] = check_fraction(f"sparsity of {key!r}", value)
-        return PerTarget(by_pool(self._record.pools, readable, self.targets, "sparsity's keys")), 1.0
+        return Goal(PerTarget(by_pool(self._record.pools, readable, self.targets, "sparsity's keys")), 1.0)
 
     def _move(
-        self, plan: tuple[Context, float], share: float, pools: list[Pool], may_fall: bool, round_to: int | None = None
+        self,
+        goal: Goal,
+        share: float,
+        pools: list[Pool],
+        may_fall: bool,
+        round_to: int | None = None,
+        moment: Moment | None = None,
     ) -> None:
-        """Choose anew what is pruned; the masks and what is noted with them change together, or not at all."""
-        context, sparsity = plan
-        if may_fall or context.looks_at_pruned or self._scorer.looks_at_pruned:
-            self.apply_masks()  # the optimizer has moved pruned weights, too
-        scores = self._scorer(self.model, pools, self._record.keep)
+        """Choose what is pruned; the masks and what is noted with them change together, or not at all."""
+        if self._hides_pruned(goal.context, may_fall, moment):
+            self.apply_masks()
         round_to = self.round_to if round_to is None else check_count("round_to", round_to)
-        steps = {p.name: p.step(round_to) for p in pools}
-        limits = Limits(
-            min_keep=0 if any(p.is_whole for p in pools) else self.min_keep,
-            may_fall=may_fall,
-            round_to=steps if max(steps.values()) > 1 else None,
-            make_up=round_to is None,
-        )
-        keeps = self._agree(context(scores, [p.layout for p in pools], sparsity * share, limits))
-        if self._record.replace({p.name: k for p, k in zip(pools, keeps, strict=True)}):
+        limits = limits_of(pools, min_keep=self.min_keep, may_fall=may_fall, round_to=round_to)
+        score = partial(self._scorer, self.model, pools, self._record.keep)
+        keeps = self._agree(choose(pools, score(), goal.at(share), limits, rule=self.rule, moment=moment, grow=score))
+        move = self._record.replace({p.name: k for p, k in zip(pools, keeps, strict=True)})
+        if move.after:
             self._scorer.note_move(pools)
+            announce_move(self.model, move)
         if limits.round_to and share == 1 and isinstance(self.granularity, Coupled):
             counts = {p.name: p.count for p in pools}
             gone = sum(k.numel() - count_true(k) for k in keeps)
-            warn_of_rounding(context.total(counts, sparsity), gone, sum(counts.values()), round_to)
+            warn_of_rounding(goal.total(counts), gone, sum(counts.values()), round_to)
+
+    def _hides_pruned(self, context: Context, may_fall: bool, moment: Moment | None) -> bool:
+        """Tell if pruned weights, which the optimizer has moved, must be zero again before the choice."""
+        if self.rule.chooses_anew(moment):
+            return False
+        returning = may_fall or self.rule.exchanged(moment) > 0
+        return returning or context.looks_at_pruned or self._scorer.looks_at_pruned
 
     def _agree(self, keeps: list[Tensor]) -> list[Tensor]:
         """The same masks on every rank of a DDP run: those of the first."""
@@ -316,7 +339,7 @@ class Sparsifier(Participant):
         Raises:
             ValueError: No sparsity was given, or the criterion's evidence will not be there.
         """
-        if self._plan is None:
+        if self._goal is None:
             raise ValueError("sparsity must be given to the Sparsifier to train with it")
         self._record.check_trained(fit)
         note_optimizer(self.model, fit.optimizer)
@@ -335,7 +358,7 @@ class Sparsifier(Participant):
         if isinstance(self.granularity, Coupled):
             self._record.couple(channel_graph(self.model, batch_inputs(self.model, fit)))
             self._scorer.retarget(self.targets)
-            self._plan = self._read_sparsity(self._sparsity or 0.0)
+            self._goal = self._read_sparsity(self._sparsity or 0.0)
             return
         try:
             assert fit.batch is not None
@@ -346,10 +369,8 @@ class Sparsifier(Participant):
 
     def _highest_sparsity(self) -> float:
         """Return the highest sparsity that any pool is asked for; half a unit at least is left."""
-        assert self._plan is not None
-        context, sparsity = self._plan
-        highest = max(context.sparsities.values(), default=0.0) if isinstance(context, PerTarget) else 1.0
-        return min(sparsity * highest, 1 - 0.5 / max(1, sum(p.count for p in self._record.pools)))
+        assert self._goal is not None
+        return min(self._goal.highest, 1 - 0.5 / max(1, sum(p.count for p in self._record.pools)))
 
     def hears(self, event: str) -> bool:
         """Tell if it has an answer to an event; to batches only if its criterion reads them."""
@@ -366,22 +387,21 @@ class Sparsifier(Participant):
     def after_step(self, position: float) -> None:
         """Move the masks if it is time to, and apply them."""
         self._record.note_trained()
-        if self._pace.is_due(position):
+        if self._pace.is_due(position) or self.rule.is_due(self._pace.moment(position)):
             with suppress(NotYetError):  # the next step is asked again
                 self._follow(position)
         self.apply_masks()
         self._stepping = False
 
     def _follow(self, position: float) -> None:
-        assert self._plan is not None
-        context, sparsity = self._plan
-        share = self._pace.at(position)
+        assert self._goal is not None
+        share, moment = self._pace.at(position), self._pace.moment(position)
         pools = self._record.active
         counts = {p.name: p.count for p in pools}
-        asked = (*context.asked(counts, sparsity * share), *counts, *counts.values())
-        if pools and (asked != self._pace.asked or position >= 1):
+        asked = (*self._goal.at(share).asked(counts), *counts, *counts.values())
+        if pools and (asked != self._pace.asked or position >= 1 or self.rule.is_due(moment)):
             # A run that starts below what is pruned already waits until its schedule has passed it, or begins to fall.
-            self._move(self._plan, share, pools, may_fall=share < self._pace.share or position >= 1)
+            self._move(self._goal, share, pools, may_fall=share < self._pace.share or position >= 1, moment=moment)
         self._pace.asked, self._pace.share = asked, share
         if position >= 1:
             self._pace.finish()
@@ -502,6 +522,15 @@ def _context(context: Context | str, nm: bool) -> Context:
     found = contexts.two_four if nm else from_catalogue("context", context, contexts)
     if not isinstance(found, Context):
         raise TypeError(f"context must be a context, its name or a dict, got {context!r} ({type(context).__name__})")
+    return found
+
+
+def _rule(rule: Rule | str, context: Context) -> Rule:
+    found = from_catalogue("rule", rule, rules)
+    if not isinstance(found, Rule):
+        raise TypeError(f"rule must be a rule or its name, got {rule!r} ({type(rule).__name__})")
+    if found.criteria and isinstance(context, NM):
+        raise ValueError(f"rule must be nested or free for N:M, which fixes what each group keeps, got {found!r}")
     return found
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fasterai.core.checks import check_count, warn
 from fasterai.core.loop import Fit, Participant
+from fasterai.core.types import Move
 from fasterai.model.cuts import Cut, follow, sliced
 from fasterai.model.names import plain_name, unwrap
 from fasterai.sparse.sparsifier import Sparsifier
@@ -53,7 +54,7 @@ class LotteryTicket(Participant):
         self.save_tickets = None if save_tickets is None else Path(save_tickets)
         self._saved: dict[str, Tensor] = {}
         self._fit: Fit | None = None
-        self._moves = 0
+        self._moved = False
         self._moved_at = -2
 
     def on_fit_start(self, fit: Fit) -> None:
@@ -65,11 +66,15 @@ class LotteryTicket(Participant):
         epochs = fit.total_steps / fit.steps_per_epoch if fit.steps_per_epoch else 1
         if self.rewind_epoch and not self.rewind_epoch < epochs:
             raise ValueError(f"rewind_epoch must be below the {epochs:g} epochs of the run, got {self.rewind_epoch}")
-        self._fit, self._moves, self._moved_at = fit, self.sparsifier.moves, -2
+        self._fit, self._moved, self._moved_at = fit, False, -2
         self._saved = {}
         follow(self.sparsifier.model, self)
         if self.rewind_epoch == 0:
             self._note()
+
+    def after_move(self, move: Move) -> None:
+        """Note that the masks have moved; the weights go back after the step, when the masks have been applied."""
+        self._moved = self._moved or self.sparsifier.made(move)
 
     def after_step(self, position: float) -> None:
         """Rewind if the masks have moved."""
@@ -77,9 +82,9 @@ class LotteryTicket(Participant):
         step = round(position * self._fit.total_steps)
         if not self._saved and step >= self.rewind_epoch * (self._fit.steps_per_epoch or 1):
             self._note()
-        if self.sparsifier.moves == self._moves or not self.rewind:
+        if not (self._moved and self.rewind):
             return
-        self._moves = self.sparsifier.moves
+        self._moved = False
         if step == self._moved_at + 1:
             warn(
                 "lth rewinds the weights at every move of the masks, and they moved in two steps in a row, so that nothing "

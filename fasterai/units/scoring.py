@@ -28,22 +28,38 @@ class Scorer:
         criterion: How much a weight matters.
         granularity: What a unit is.
         source: Where evidence comes from that is not in the weights.
+        others: Further criteria that it may be asked to score by.
     """
 
-    def __init__(self, criterion: Criterion, granularity: Granularity, source: Source, targets: Sequence[Target]) -> None:
+    others: tuple[Criterion, ...] = ()  # pickles of earlier versions have none
+
+    def __init__(
+        self,
+        criterion: Criterion,
+        granularity: Granularity,
+        source: Source,
+        targets: Sequence[Target],
+        others: Sequence[Criterion] = (),
+    ) -> None:
         self.criterion = criterion
         self.granularity = granularity
+        self.others = tuple(others)
         self.source = self._given = source
         self._initial = self._copies("initial", targets)
         self._previous = self._copies("previous", targets)
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """All that is gathered or remembered for its criteria."""
+        return self.criterion.needs.union(*(other.needs for other in self.others))
+
     def _copies(self, need: str, targets: Sequence[Target]) -> dict[str, Tensor]:
-        return {t.name: t.parameter.detach().clone() for t in targets} if need in self.criterion.needs else {}
+        return {t.name: t.parameter.detach().clone() for t in targets} if need in self.needs else {}
 
     @property
     def looks_at_pruned(self) -> bool:
         """Whether the weights of pruned units have a say in the scores of others."""
-        return not (self._alone and self.criterion.needs <= {"initial"})
+        return not (self._is_alone(self.criterion) and self.criterion.needs <= {"initial"})
 
     def begin(self, loss: Callable[..., Tensor] | None) -> None:
         """Take over a loop's loss for the time of a run, unless the user gave one."""
@@ -52,7 +68,7 @@ class Scorer:
     @property
     def reads_batches(self) -> bool:
         """Whether evidence is gathered from the loop's batches: the criterion reads data, and the user gave none."""
-        needs = self.criterion.needs & (set(GATHERERS) - {"gradient"})
+        needs = self.needs & (set(GATHERERS) - {"gradient"})
         known = {"synaptic_flow"} if self._given.inputs is not None else set()
         return self._given.data is None and bool(needs - known)
 
@@ -65,20 +81,24 @@ class Scorer:
         """Let go of what the loop gave."""
         self.source = self._given
 
-    def __call__(self, model: nn.Module, pools: Sequence[Pool], keep: Mapping[str, Tensor]) -> list[Scores]:
-        """The unit scores of each pool.
+    def __call__(
+        self, model: nn.Module, pools: Sequence[Pool], keep: Mapping[str, Tensor], criterion: Criterion | None = None
+    ) -> list[Scores]:
+        """Return the unit scores of each pool.
 
         Args:
             model: The model, for evidence that is found by running it.
             pools: What to score; masked weights are zero.
             keep: Pool's name -> decisions so far.
+            criterion: Another one of `others` to score by; the scorer's own if left out.
 
         Raises:
             ValueError: The criterion's evidence is not there.
         """
+        by = self.criterion if criterion is None else criterion
         targets = list({t.name: t for pool in pools for t in pool.targets}.values())
         known: dict[str, Mapping[str, Tensor]] = {"initial": self._initial, "previous": self._previous}
-        for need in sorted(self.criterion.needs):
+        for need in sorted(by.needs):
             if need not in known:
                 known[need] = GATHERERS[need](model, targets, self.source)
             elif lost := [t.name for t in targets if t.name not in known[need]]:
@@ -88,30 +108,32 @@ class Scorer:
                 )
 
         def evidence(target: Target) -> Evidence:
-            own: dict[str, Any] = {need: known[need][target.name] for need in self.criterion.needs}
+            own: dict[str, Any] = {need: known[need][target.name] for need in by.needs}
             return Evidence(target.name, target.parameter.detach(), **own)
 
-        by_weight = WeightScores(lambda t: self.criterion(evidence(t)), self.criterion.reducer)
-        return [self._each_weight(p, evidence, keep.get(p.name)) or self._units(p, by_weight, keep.get(p.name)) for p in pools]
+        by_weight = WeightScores(lambda t: by(evidence(t)), by.reducer)
+        so_far = [(p, keep.get(p.name)) for p in pools]
+        return [self._each_weight(p, by, evidence, held) or self._units(p, by, by_weight, held) for p, held in so_far]
 
-    def _each_weight(self, pool: Pool, evidence: Callable[[Target], Evidence], so_far: Tensor | None) -> Scores | None:
-        """Scores that are worked out where they are read, if that can be done."""
-        if not self._alone:
+    def _each_weight(
+        self, pool: Pool, by: Criterion, evidence: Callable[[Target], Evidence], so_far: Tensor | None
+    ) -> Scores | None:
+        """Return scores that are worked out where they are read; None if that cannot be done."""
+        if not self._is_alone(by):
             return None
         (target,) = pool.targets
         found = evidence(target)
         if found.weight.device.type != "cpu" or not _is_dense(found):
             return None
-        return EvidenceScores(pool.name, found.map(lambda x: x.view(target.layout.shape)), self.criterion, so_far)
+        return EvidenceScores(pool.name, found.map(lambda x: x.view(target.layout.shape)), by, so_far)
 
-    def _units(self, pool: Pool, by_weight: WeightScores, so_far: Tensor | None) -> Scores:
+    def _units(self, pool: Pool, by: Criterion, by_weight: WeightScores, so_far: Tensor | None) -> Scores:
         scores = pool.on_one_scale(pool.score(by_weight), so_far)
-        return TensorScores(pool.name, self.criterion.normalize(scores), so_far)
+        return TensorScores(pool.name, by.normalize(scores), so_far)
 
-    @property
-    def _alone(self) -> bool:
-        """Whether each weight is scored by itself."""
-        return self.granularity.is_weight and self.criterion.elementwise and self.criterion.normalizer is None
+    def _is_alone(self, by: Criterion) -> bool:
+        """Tell if each weight is scored by itself."""
+        return self.granularity.is_weight and by.elementwise and by.normalizer is None
 
     @torch.no_grad()
     def note_move(self, pools: Sequence[Pool]) -> None:

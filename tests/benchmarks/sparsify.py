@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fasterai.callbacks.plain import attach
 from fasterai.sparse.sparsifier import Sparsifier
+from fasterai.units.choice import Goal
 
 SEED = 0
 Timed = dict[str, Callable[[], object]]
@@ -74,7 +75,7 @@ def move_masks(repeats: int) -> None:
 
         def move(s: Sparsifier = sparsifier, sparsities: Iterator[float] = sparsities) -> None:
             # What a step of training does when the masks move: `after_step` without the schedule.
-            s._move((s.context, next(sparsities)), 1.0, s._record.active, may_fall=False)
+            s._move(Goal(s.context, next(sparsities)), 1.0, s._record.active, may_fall=False)
             s.apply_masks()
 
         candidates: Timed = {

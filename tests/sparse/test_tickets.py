@@ -257,3 +257,39 @@ def test_noted_weights_are_cut_when_channels_go():
     assert torch.equal(model[0].bias, expected["0.bias"] * kept)
     assert torch.equal(model[2].weight, expected["2.weight"] * kept)
     assert torch.equal(model[2].bias, expected["2.bias"])
+
+
+def test_moves_of_another_sparsifier_of_the_model_do_not_rewind():
+    model = net()
+    follows = sparsifier_of(model, targets="first.weight", schedule=OneShot(1.0))
+    other = sparsifier_of(model, targets="last.weight", schedule=OneShot(0.5))
+    ticket = LotteryTicket(follows)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loop = Loop([follows, other, ticket])
+    loop.start(Fit(4, model, optimizer))
+    seen = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), Y).backward()
+        loop.before_step()
+        optimizer.step()
+        loop.after_step()
+        seen.append(model.raw.detach().clone())
+    assert other.moves == follows.moves == 1
+    assert not any(torch.equal(raw, torch.ones(8)) for raw in seen[:3]), "the other's masks moved at the second step"
+    assert torch.equal(seen[3], torch.ones(8)), "its own at the last"
+
+
+def test_a_move_between_two_steps_rewinds_at_the_next_step():
+    model = net()
+    sparsifier = sparsifier_of(model, schedule=OneShot(1.0))
+
+    def after(i):
+        if i == 2:
+            sparsifier.sparsify_model(0.25)
+        seen.append(state_of(model)["raw"])
+
+    seen = []
+    with warnings.catch_warnings(action="ignore"):  # the last step's move comes right after
+        run(model, sparsifier, LotteryTicket(sparsifier), 5, after=after)
+    assert [torch.equal(raw, torch.ones(8)) for raw in seen] == [False, False, True, False, True]
