@@ -175,7 +175,8 @@ def unit_scores(m: nn.Module, criterion: Criterion, g: str, squeeze: bool = Fals
     layout = Granularities._read(m)
     granularity: Named = from_catalogue("g", check_choice("g", g, allowed(layout)), granularities)
     if criterion.needs:
-        raise ValueError(f"criterion must read nothing but the weight, got one that needs {', '.join(sorted(criterion.needs))}")
+        needs = ", ".join([*criterion.evidence_names, *criterion.gatherers])
+        raise ValueError(f"criterion must read nothing but the weight, got one that needs {needs}")
     weight: Tensor = m._parameters["weight"].detach()  # type: ignore[union-attr]
     scores = criterion.normalize(granularity.reduce(criterion(Evidence("weight", weight)), layout, criterion.reducer))
     return scores.squeeze() if squeeze else scores

@@ -98,30 +98,33 @@ def check_criterion(criterion: Criterion | Callable[[Tensor], Tensor]) -> None:
     criterion = as_criterion(criterion)
     copy = _check_value(criterion)
     for shape in [(4, 3, 2, 2), (5, 3), (7,)]:
-        evidence = _evidence(shape, criterion.needs)
+        evidence = _evidence(shape, criterion)
         scores = _check_scores(criterion, evidence)
         _require(_same(copy(evidence), scores), f"{criterion!r} must score the same after pickling")
         _check_half(criterion, evidence)
         _check_claims(criterion, evidence, scores)
 
 
-def _evidence(shape: tuple[int, ...], needs: Iterable[str]) -> Evidence:
+def _evidence(shape: tuple[int, ...], criterion: Criterion) -> Evidence:
     generator = torch.Generator().manual_seed(0)
     known = {name: torch.randn(shape, generator=generator) for name in ("weight", *EVIDENCE)}
     spread = [n if dim == 1 or len(shape) == 1 else 1 for dim, n in enumerate(shape)]
     known["activation"] = torch.rand(spread, generator=generator)
     known["weight"].view(-1)[::3] = 0
-    return Evidence("layer.weight", known["weight"], **{name: known[name] for name in needs})
+    gathered = {name: torch.randn(shape, generator=generator) for name in criterion.gatherers}
+    named: dict[str, Any] = {name: known[name] for name in criterion.evidence_names}
+    return Evidence("layer.weight", known["weight"], gathered=gathered, **named)
 
 
 def _tensors(evidence: Evidence) -> dict[str, Tensor]:
-    return {f.name: value for f in fields(evidence) if isinstance(value := getattr(evidence, f.name), Tensor)}
+    named = {f.name: value for f in fields(evidence) if isinstance(value := getattr(evidence, f.name), Tensor)}
+    return {**named, **evidence.gathered}
 
 
 def _check_scores(criterion: Criterion, evidence: Evidence) -> Tensor:
     before = {name: value.clone() for name, value in _tensors(evidence).items()}
     state = torch.get_rng_state()
-    needs = ", ".join(sorted(criterion.needs)) or "nothing more"
+    needs = ", ".join([*criterion.evidence_names, *criterion.gatherers]) or "nothing more"
     scores: Tensor = _attempt(f"{criterion!r} must score with the weight and {needs}", lambda: criterion(evidence))
     for name, value in _tensors(evidence).items():
         _require(_same(value, before[name]), f"{criterion!r} must not write into the {name} that it is given")

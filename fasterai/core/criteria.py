@@ -1,7 +1,8 @@
 """The catalogue of criteria: how much a weight matters. Higher is kept.
 
-A criterion is a frozen value: what is known of a target (the weight and, only if it says so, more) -> scores of the
-weight's shape. It never writes into what it is given.
+A criterion is a frozen value of up to three parts: what is known of a target (the weight and, only if it says so, more) ->
+scores of the weight's shape; a reducer to scores of units; a rule on units that sees their weights. It never writes into what
+it is given.
 To add one: a function `(evidence) -> scores`, a ready-made `Criterion`, its name in `__all__`, a row in
 `tests/core/test_criteria.py` and a line in `docs/criteria.md`.
 """
@@ -9,8 +10,9 @@ To add one: a function `(evidence) -> scores`, a ready-made `Criterion`, its nam
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 REDUCERS = ("mean", "sum")
+UnitRule = Callable[[Tensor, Tensor], Tensor]
 
 
 def _over(x: Tensor, scale: Tensor) -> Tensor:
@@ -69,34 +72,60 @@ class Criterion:
 
     Attributes:
         function: Evidence -> scores, one per weight, higher is kept.
-        needs: What it reads besides the weight: of `gradient`, `initial`, `previous`, `activation`, `hessian_gradient`,
-            `synaptic_flow`.
+        needs: What it reads besides the weight: names of evidence (`gradient`, `initial`, `previous`, `activation`,
+            `hessian_gradient`, `synaptic_flow`, ...), which are then fields of the evidence, and gatherers of your own:
+            functions or callable objects `(model, targets, source) -> target's name -> tensor` that broadcast against the
+            weight, found in `evidence.gathered` by the gatherer's `name`, or a function's own.
         reducer: How the scores of a unit's weights become one: `mean` or `sum`.
         normalizer: What the unit scores of a target are divided by or mapped through before targets are compared:
             `sum`, `mean`, `max`, `standardise` (zero mean, unit deviation), `gaussian` (the normal distribution function
-            of these), or None. It never changes the order inside a target as long as sum, mean and max are positive.
+            of these), a function of the unit scores that returns as many, or None. The named ones never change the order
+            inside a target as long as sum, mean and max are positive.
         elementwise: Each score depends on nothing but the evidence at its own place, so a part can be scored alone.
         nonnegative: No score is below 0, and a weight of 0 scores 0.
         ufunc: The same function of the weight in numpy, if there is one: it can write into held memory.
+        unit_rule: Scores of a pool's units `(units,)` and their weights `(units, features)` -> scores `(units,)`; before any
+            normalizer. The weights of coupled channels are all of their slices, joined.
     """
 
     function: Callable[[Evidence], Tensor]
-    needs: frozenset[str] = frozenset()
+    needs: frozenset[Any] = frozenset()  # of names and gatherers
     reducer: str = "mean"
-    normalizer: str | None = None
+    normalizer: str | Callable[[Tensor], Tensor] | None = None
     elementwise: bool = False
     nonnegative: bool = False
     ufunc: np.ufunc | None = None
+    unit_rule: UnitRule | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise TypeError(f"function must be a function of evidence, got {self.function!r}")
         object.__setattr__(self, "needs", frozenset(self.needs))
-        for name in sorted(self.needs):
+        for name in sorted(need for need in self.needs if not callable(need)):
             check_choice("needs", name, EVIDENCE)
+        names = [gatherer_name(need) for need in self.needs if callable(need)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"needs must have gatherers of different names, got {', '.join(sorted(names))}")
         check_choice("reducer", self.reducer, REDUCERS)
-        if self.normalizer is not None:
+        if self.normalizer is not None and not callable(self.normalizer):
             check_choice("normalizer", self.normalizer, NORMALIZERS)
+        if self.unit_rule is not None and not callable(self.unit_rule):
+            raise TypeError(f"unit_rule must be a function of unit scores and their weights, got {self.unit_rule!r}")
+
+    @property
+    def title(self) -> str:
+        """What messages call it: the name of its function."""
+        return str(getattr(self.function, "__name__", self.function)).removeprefix("_")
+
+    @property
+    def evidence_names(self) -> tuple[str, ...]:
+        """The names of evidence that it needs."""
+        return tuple(sorted(need for need in self.needs if isinstance(need, str)))
+
+    @property
+    def gatherers(self) -> Mapping[str, Any]:
+        """The gatherers that it needs, by name."""
+        return {gatherer_name(need): need for need in sorted((n for n in self.needs if callable(n)), key=gatherer_name)}
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """Scores of the weights, shape of the weight, in float32 at least.
@@ -112,13 +141,65 @@ class Criterion:
             )
         return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
 
-    def normalize(self, scores: Tensor) -> Tensor:
-        """The unit scores of a target, made comparable with other targets'."""
-        return scores if self.normalizer is None else NORMALIZERS[self.normalizer](scores)
+    def normalize(self, scores: Tensor, name: str = "a target") -> Tensor:
+        """Return the unit scores of a target, made comparable with other targets'.
 
-    def using(self, *, reducer: str | None = None, normalizer: str | None = None) -> Criterion:
-        """The same criterion with another reducer or normaliser."""
-        return replace(self, reducer=reducer or self.reducer, normalizer=normalizer or self.normalizer)
+        Raises:
+            ValueError: The normalizer, a function of the user's own, returns scores of another shape.
+        """
+        if self.normalizer is None:
+            return scores
+        found = self.normalizer(scores) if callable(self.normalizer) else NORMALIZERS[self.normalizer](scores)
+        return _check_units(f"normalizer of criterion {self.title} for {name}", found, scores)
+
+    def rank(self, scores: Tensor, weights: Callable[[], Tensor], name: str = "a target") -> Tensor:
+        """Return the unit scores of a pool after the rule on units, if there is one.
+
+        Args:
+            scores: `(units,)`.
+            weights: Returns what the units are made of, `(units, features)`; called only for a rule.
+            name: The pool's name, for the message.
+
+        Raises:
+            ValueError: The rule returns scores of another shape.
+        """
+        if self.unit_rule is None:
+            return scores
+        return _check_units(f"unit_rule of criterion {self.title} for {name}", self.unit_rule(scores, weights()), scores)
+
+    def using(
+        self,
+        *,
+        reducer: str | None = None,
+        normalizer: str | Callable[[Tensor], Tensor] | None = None,
+        unit_rule: UnitRule | None = None,
+    ) -> Criterion:
+        """Return the same criterion with another reducer, normaliser or rule on units."""
+        changed = {"reducer": reducer, "normalizer": normalizer, "unit_rule": unit_rule}
+        given: dict[str, Any] = {name: value for name, value in changed.items() if value}
+        return replace(self, **given)
+
+
+def gatherer_name(gatherer: Any) -> str:
+    """Return the name of a gatherer: its `name`, or that of a function.
+
+    Raises:
+        TypeError: It has none.
+        ValueError: Its name is that of evidence the library gathers, or no name at all.
+    """
+    name = getattr(gatherer, "name", None) or getattr(gatherer, "__name__", None)
+    if not isinstance(name, str):
+        raise TypeError(f"needs' gatherers must have a name, got {gatherer!r}; give it an attribute `name`")
+    if name in EVIDENCE or not name.isidentifier():
+        raise ValueError(f"needs' gatherers must have a name of their own, got {name!r}; give it an attribute `name`")
+    return name
+
+
+def _check_units(part: str, found: Any, scores: Tensor) -> Tensor:
+    if not isinstance(found, Tensor) or found.shape != scores.shape:
+        got = tuple(found.shape) if isinstance(found, Tensor) else repr(found)
+        raise ValueError(f"{part} must return as many scores as it gets, of shape {tuple(scores.shape)}, got {got}")
+    return found if found.is_floating_point() else found.float()
 
 
 @dataclass(frozen=True)

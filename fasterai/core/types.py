@@ -1,20 +1,22 @@
 """The values that flow between the layers: how a parameter is read, what is known of it, and the limits of a choice.
 
-To add evidence: a field of `Evidence`, its name in `EVIDENCE`, and who gathers it in `fasterai/units/evidence.py`.
+To add evidence: a `Gatherer` that a criterion names, in `gathered`; or, for what is asked for often, a field of `Evidence`, its
+name in `EVIDENCE`, and who gathers it in `fasterai/units/evidence.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EVIDENCE", "Evidence", "Layout", "Limits", "Move", "Target"]
+__all__ = ["EVIDENCE", "Evidence", "Layout", "Limits", "Move", "Target", "no_mask"]
 
-#: What a criterion may ask for beyond the weight.
+#: What a criterion may ask for by name beyond the weight.
 EVIDENCE = (
     *("gradient", "initial", "previous", "hessian_gradient", "synaptic_flow"),
     *("activation", "activation_max", "activation_mean"),
@@ -87,6 +89,16 @@ class Target:
         return self.name.rpartition(".")[0]
 
 
+def no_mask() -> Tensor | None:
+    """Return None: nothing is pruned."""
+    return None
+
+
+def _apply(function: Callable[[Tensor], Tensor], masked: Callable[[], Tensor | None]) -> Tensor | None:
+    mask = masked()
+    return None if mask is None else function(mask)
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What is known of one target when it is scored.
@@ -102,6 +114,9 @@ class Evidence:
         activation_mean: The mean magnitude of every input feature, likewise.
         hessian_gradient: Hg, shape of the weight (GraSP).
         synaptic_flow: dR/d|w|, shape of the weight (SynFlow).
+        layout: How the weight's dimensions are read; None where a part of the weight is scored alone.
+        gathered: Gatherer's name -> what a gatherer of the user's own has brought; broadcasts against the weight.
+        masked: Returns the mask so far, None where nothing is pruned; `keep` calls it.
     """
 
     name: str
@@ -114,12 +129,24 @@ class Evidence:
     synaptic_flow: Tensor | None = None
     activation_max: Tensor | None = None
     activation_mean: Tensor | None = None
+    layout: Layout | None = None
+    gathered: Mapping[str, Tensor] = field(default_factory=dict)
+    masked: Callable[[], Tensor | None] = no_mask
+
+    @property
+    def keep(self) -> Tensor | None:
+        """The mask so far: bool, shape of the weight, True = keep; None where nothing is pruned. Made when it is asked for."""
+        return self.masked()
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Evidence:
-        """The same evidence with a function applied to every tensor in it."""
+        """Return the same evidence with a function applied to every tensor in it."""
         changed: dict[str, Any] = {
             f.name: function(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
         }
+        if self.gathered:
+            changed["gathered"] = {name: function(value) for name, value in self.gathered.items()}
+        if self.masked is not no_mask:
+            changed["masked"] = partial(_apply, function, self.masked)
         return replace(self, **changed)
 
     def at_least_float32(self) -> Evidence:

@@ -201,6 +201,14 @@ class MaskRecord:
         masks = {} if keep is None else _crossed(pool.masks(keep))
         return sum(count_true(pool.tensor(name).ne(0) & ~mask) for name, mask in masks.items())
 
+    def mask_of(self, name: str) -> Tensor | None:
+        """Return the mask of a target, bool of the parameter's shape and contiguous; None where nothing was chosen yet."""
+        if name not in self._merge():
+            return None
+        pool, mask = self._merge()[name]
+        shape = next(t.parameter.shape for t in self.targets if t.name == name)
+        return mask.expand(pool.tensor(name).shape).reshape(shape).contiguous()
+
     # --- what is held ------------------------------------------------------------------------------------------------
 
     def masks(self) -> dict[str, Tensor]:

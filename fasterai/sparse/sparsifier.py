@@ -301,7 +301,7 @@ class Sparsifier(Participant):
             self.apply_masks()
         round_to = self.round_to if round_to is None else check_count("round_to", round_to)
         limits = limits_of(pools, min_keep=self.min_keep, may_fall=may_fall, round_to=round_to)
-        score = partial(self._scorer, self.model, pools, self._record.keep)
+        score = partial(self._scorer, self.model, pools, self._record.keep, masks=self._record.mask_of)
         keeps = self._agree(choose(pools, score(), goal.at(share), limits, rule=self.rule, moment=moment, grow=score))
         move = self._record.replace({p.name: k for p, k in zip(pools, keeps, strict=True)})
         if move.after:

@@ -18,7 +18,7 @@ from fasterai.graph.channels import ChannelGraph, Group
 from fasterai.model.cuts import Cut
 from fasterai.model.names import unwrap
 from fasterai.model.targets import all_targets
-from fasterai.units.pool import Pool, WeightScores
+from fasterai.units.pool import Pool, WeightScores, at_least_float32
 
 __all__ = ["OVER", "ChannelPool", "channel_pools", "warn_of_rounding"]
 
@@ -87,6 +87,16 @@ class ChannelPool(Pool):
                 per_channel = along[torch.as_tensor(indices, device=along.device)]
                 parts.append((per_channel.mean(1) if scores.reducer == "mean" else per_channel.sum(1)).to(self.device))
         return OVER[self.granularity.over](torch.stack(parts))
+
+    def vectors_of_units(self) -> Tensor:
+        scored = {t.name for t in self.targets}
+        slices = []
+        for (name, d), indices in self.group.places.items():
+            if name in scored:
+                weight = at_least_float32(self.tensor(name)).movedim(d, 0)
+                own = weight[torch.as_tensor(indices, device=weight.device)]
+                slices.append(own.reshape(self.count, -1).to(self.device))
+        return torch.cat(slices, dim=1)
 
     def on_one_scale(self, scores: Tensor, keep: Tensor | None) -> Tensor:
         if not self.granularity.relative:

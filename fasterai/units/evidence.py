@@ -1,7 +1,7 @@
 """Gathers what criteria need beyond the weight, without leaving a trace in the model.
 
 One function per kind of evidence, `(model, targets, source) -> target name -> tensor`; to add one, write it and put it
-into `GATHERERS`.
+into `GATHERERS`. A gatherer of the user's own is such a function, too, named by the criterion itself.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fasterai.core.criteria import Criterion
 from fasterai.core.loop import Batch
 from fasterai.core.types import Target
 from fasterai.model.dataflow import leaves
@@ -22,7 +23,7 @@ from fasterai.model.inputs import arguments, as_batch
 from fasterai.model.names import unwrap
 from fasterai.model.running import evaluating, undisturbed
 
-__all__ = ["GATHERERS", "NotYetError", "Source"]
+__all__ = ["GATHERERS", "Gatherer", "NotYetError", "Source", "gather"]
 
 
 class NotYetError(ValueError):
@@ -175,7 +176,8 @@ def activations(model: nn.Module, targets: Sequence[Target], source: Source, sta
     return {t.name: _spread(statistic.finish(*found[t.name]), t) for t in targets}
 
 
-GATHERERS: dict[str, Callable[[nn.Module, Sequence[Target], Source], Mapping[str, Tensor]]] = {
+Gatherer = Callable[[nn.Module, Sequence[Target], Source], Mapping[str, Tensor]]
+GATHERERS: dict[str, Gatherer] = {
     "gradient": gradients,
     "hessian_gradient": hessian_gradients,
     "synaptic_flow": synaptic_flow,
@@ -183,6 +185,40 @@ GATHERERS: dict[str, Callable[[nn.Module, Sequence[Target], Source], Mapping[str
     "activation_max": partial(activations, statistic=LARGEST),
     "activation_mean": partial(activations, statistic=MEAN),
 }
+
+
+def gather(criterion: Criterion, model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, dict[str, Tensor]]:
+    """Return what the criterion's own gatherers bring: gatherer's name -> target's name -> tensor.
+
+    Raises:
+        TypeError: One brings something else than tensors by name.
+        ValueError: A target is missing, or a tensor does not broadcast against its weight.
+    """
+    return {
+        name: {t.name: _brought(f"gatherer {name} of criterion {criterion.title}", found, t) for t in targets}
+        for name, gatherer in criterion.gatherers.items()
+        for found in [gatherer(unwrap(model), targets, source)]
+    }
+
+
+def _brought(gatherer: str, found: Any, target: Target) -> Tensor:
+    """Return what a gatherer has brought for a target, checked."""
+    if not isinstance(found, Mapping):
+        raise TypeError(f"{gatherer} must return a dict of target names to tensors, got a {type(found).__name__}")
+    value, shape = found.get(target.name), tuple(target.parameter.shape)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{gatherer} must return a tensor for every target, got {value!r} for {target.name}")
+    if not _broadcasts(value, shape):
+        raise ValueError(
+            f"{gatherer} must return tensors that broadcast against the weight, got shape {tuple(value.shape)} "
+            f"for {target.name} of shape {shape}"
+        )
+    return value.detach()
+
+
+def _broadcasts(value: Tensor, shape: tuple[int, ...]) -> bool:
+    sizes = tuple(value.shape)
+    return len(sizes) <= len(shape) and all(n in (1, m) for n, m in zip(sizes[::-1], shape[::-1], strict=False))
 
 
 def _loss(source: Source) -> Callable[..., Tensor]:

@@ -16,7 +16,7 @@ from fasterai.core.types import Layout, Target
 from fasterai.model.cuts import Cut
 from fasterai.model.targets import resolve
 
-__all__ = ["Pool", "WeightScores", "by_pool"]
+__all__ = ["Pool", "WeightScores", "at_least_float32", "by_pool"]
 
 
 class WeightScores:
@@ -41,6 +41,11 @@ class WeightScores:
                 reduced = scores.mean(others) if self.reducer == "mean" else scores.sum(others)
                 self._along[target.name, d] = reduced if others else scores
         return self._along[target.name, dim]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return a tensor with half precision widened; others as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class Pool(ABC):
@@ -96,6 +101,10 @@ class Pool(ABC):
     @abstractmethod
     def score(self, scores: WeightScores) -> Tensor:
         """The scores of its units."""
+
+    @abstractmethod
+    def vectors_of_units(self) -> Tensor:
+        """Return the weights that each unit is made of: `(units, features)`, in float32 at least; never to be written to."""
 
     def on_one_scale(self, scores: Tensor, keep: Tensor | None) -> Tensor:
         """The scores as they are compared with those of other pools; as they are, unless the pool says otherwise."""

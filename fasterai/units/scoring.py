@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from fasterai.core.criteria import Criterion
 from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Batch
 from fasterai.core.selection import EvidenceScores, Scores, TensorScores
-from fasterai.core.types import Evidence, Target
+from fasterai.core.types import Evidence, Target, no_mask
 from fasterai.model.cuts import Cut, sliced
-from fasterai.units.evidence import GATHERERS, Source
+from fasterai.units.evidence import GATHERERS, Source, gather
 from fasterai.units.pool import Pool, WeightScores
 
 __all__ = ["Scorer"]
@@ -68,7 +69,7 @@ class Scorer:
     @property
     def reads_batches(self) -> bool:
         """Whether evidence is gathered from the loop's batches: the criterion reads data, and the user gave none."""
-        needs = self.needs & (set(GATHERERS) - {"gradient"})
+        needs = self.needs - {"gradient", "initial", "previous"}
         known = {"synaptic_flow"} if self._given.inputs is not None else set()
         return self._given.data is None and bool(needs - known)
 
@@ -82,7 +83,13 @@ class Scorer:
         self.source = self._given
 
     def __call__(
-        self, model: nn.Module, pools: Sequence[Pool], keep: Mapping[str, Tensor], criterion: Criterion | None = None
+        self,
+        model: nn.Module,
+        pools: Sequence[Pool],
+        keep: Mapping[str, Tensor],
+        criterion: Criterion | None = None,
+        *,
+        masks: Callable[[str], Tensor | None] | None = None,
     ) -> list[Scores]:
         """Return the unit scores of each pool.
 
@@ -91,6 +98,7 @@ class Scorer:
             pools: What to score; masked weights are zero.
             keep: Pool's name -> decisions so far.
             criterion: Another one of `others` to score by; the scorer's own if left out.
+            masks: Target's name -> its mask so far, None where it is dense; called for criteria that read it.
 
         Raises:
             ValueError: The criterion's evidence is not there.
@@ -98,7 +106,7 @@ class Scorer:
         by = self.criterion if criterion is None else criterion
         targets = list({t.name: t for pool in pools for t in pool.targets}.values())
         known: dict[str, Mapping[str, Tensor]] = {"initial": self._initial, "previous": self._previous}
-        for need in sorted(by.needs):
+        for need in by.evidence_names:
             if need not in known:
                 known[need] = GATHERERS[need](model, targets, self.source)
             elif lost := [t.name for t in targets if t.name not in known[need]]:
@@ -107,9 +115,17 @@ class Scorer:
                     "the loaded state had none"
                 )
 
+        brought = gather(by, model, targets, self.source)
+
         def evidence(target: Target) -> Evidence:
-            own: dict[str, Any] = {need: known[need][target.name] for need in by.needs}
-            return Evidence(target.name, target.parameter.detach(), **own)
+            return Evidence(
+                target.name,
+                target.parameter.detach(),
+                layout=target.layout,
+                gathered={name: found[target.name] for name, found in brought.items()},
+                masked=no_mask if masks is None else cache(partial(masks, target.name)),
+                **{need: known[need][target.name] for need in by.evidence_names},  # type: ignore[arg-type]
+            )
 
         by_weight = WeightScores(lambda t: by(evidence(t)), by.reducer)
         so_far = [(p, keep.get(p.name)) for p in pools]
@@ -122,18 +138,19 @@ class Scorer:
         if not self._is_alone(by):
             return None
         (target,) = pool.targets
-        found = evidence(target)
+        found = replace(evidence(target), layout=None)
         if found.weight.device.type != "cpu" or not _is_dense(found):
             return None
         return EvidenceScores(pool.name, found.map(lambda x: x.view(target.layout.shape)), by, so_far)
 
     def _units(self, pool: Pool, by: Criterion, by_weight: WeightScores, so_far: Tensor | None) -> Scores:
-        scores = pool.on_one_scale(pool.score(by_weight), so_far)
-        return TensorScores(pool.name, by.normalize(scores), so_far)
+        scores = pool.score(by_weight)
+        scores = by.rank(scores.reshape(-1), pool.vectors_of_units, pool.name).view(scores.shape)
+        return TensorScores(pool.name, by.normalize(pool.on_one_scale(scores, so_far), pool.name), so_far)
 
     def _is_alone(self, by: Criterion) -> bool:
         """Tell if each weight is scored by itself."""
-        return self.granularity.is_weight and by.elementwise and by.normalizer is None
+        return self.granularity.is_weight and by.elementwise and by.normalizer is None and by.unit_rule is None
 
     @torch.no_grad()
     def note_move(self, pools: Sequence[Pool]) -> None:
@@ -174,5 +191,5 @@ def _of(weights: Mapping[str, Tensor], targets: Sequence[Target]) -> dict[str, T
 
 
 def _is_dense(evidence: Evidence) -> bool:
-    tensors = [x for x in vars(evidence).values() if isinstance(x, Tensor)]
+    tensors = [x for x in (*vars(evidence).values(), *evidence.gathered.values()) if isinstance(x, Tensor)]
     return all(x.is_contiguous() and x.shape == evidence.weight.shape for x in tensors)

@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from fasterai.core.granularities import Granularity
 from fasterai.core.types import Layout, Target
 from fasterai.model.cuts import Cut, sliced
 from fasterai.units.partners import Partner, kept_outputs
-from fasterai.units.pool import Pool, WeightScores
+from fasterai.units.pool import Pool, WeightScores, at_least_float32
 
 __all__ = ["TargetPool"]
 
@@ -66,6 +67,22 @@ class TargetPool(Pool):
 
     def score(self, scores: WeightScores) -> Tensor:
         return self.granularity.reduce(scores.of(self.target), self.target.layout, scores.reducer)
+
+    def vectors_of_units(self) -> Tensor:
+        weight, shape = at_least_float32(self.tensor(self.name)), self.layout.shape
+        if all(units in (1, n) for units, n in zip(self.shape, shape, strict=True)):
+            own = [d for d, units in enumerate(self.shape) if units > 1]
+            others = [d for d in range(len(shape)) if d not in own]
+            return weight.permute(*own, *others).reshape(self.count, -1)
+        # Units that divide a dimension, such as blocks; at the edges they may be smaller, and are filled up with zeros.
+        numbers = torch.arange(self.count, device=weight.device).view(self.shape)
+        numbers = self.granularity.expand(numbers, self.layout).expand(shape).reshape(-1)
+        order = numbers.argsort(stable=True)
+        counts = numbers.bincount(minlength=self.count)
+        place = torch.arange(len(order), device=weight.device) - (counts.cumsum(0) - counts)[numbers[order]]
+        vectors = weight.new_zeros(self.count, int(counts.max()))
+        vectors[numbers[order], place] = weight.reshape(-1)[order]
+        return vectors
 
     def masks(self, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield self.target.name, self.granularity.expand(keep, self.target.layout)

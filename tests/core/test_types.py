@@ -63,7 +63,7 @@ def test_a_target_looks_its_parameter_up_anew():
 
 
 def test_evidence_names_are_its_fields():
-    assert {f.name for f in fields(Evidence)} == {"name", "weight", *EVIDENCE}
+    assert {f.name for f in fields(Evidence)} == {"name", "weight", *EVIDENCE, "layout", "gathered", "masked"}
 
 
 def test_map_reaches_every_tensor_and_leaves_the_rest():
@@ -74,6 +74,28 @@ def test_map_reaches_every_tensor_and_leaves_the_rest():
     assert [getattr(doubled, name).item() for name in EVIDENCE] == [4.0] * len(EVIDENCE)
     assert given.weight.item() == 1
     assert Evidence("w", torch.ones(1)).map(lambda x: x).gradient is None
+
+
+def test_map_reaches_what_was_gathered_and_the_mask():
+    given = Evidence(
+        "w", torch.ones(2), layout=CONV, gathered={"own": torch.tensor([3.0, 4.0])}, masked=lambda: torch.tensor([True, False])
+    )
+    last = given.map(lambda x: x[1:])
+    assert last.gathered["own"].tolist() == [4.0]
+    assert last.keep.tolist() == [False]
+    assert last.map(lambda x: x[:0]).keep.tolist() == []
+    assert last.layout is CONV
+    assert given.keep.tolist() == [True, False]
+
+
+def test_the_mask_is_made_only_when_it_is_asked_for():
+    asked = []
+    given = Evidence("w", torch.ones(2), masked=lambda: asked.append(1))
+    given.at_least_float32().map(lambda x: x[:1])
+    assert not asked
+    assert given.keep is None
+    assert asked
+    assert Evidence("w", torch.ones(2)).keep is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

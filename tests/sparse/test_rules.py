@@ -1,6 +1,7 @@
 """Rules in a training: SR-STE-like and RigL-like runs go through the sparsifier."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -112,7 +113,7 @@ def test_an_sr_ste_run_stays_two_four_while_its_masks_move():
         seen.append(torch.cat([m.flatten() for m in masks.values()]))
 
     train(model, loop, optimizer, 0, 20, 20, after)
-    differences = [int((a != b).sum()) for a, b in zip(seen, seen[1:], strict=False)]
+    differences = [int((a != b).sum()) for a, b in itertools.pairwise(seen)]
     moved = sum(d > 0 for d in differences)
     assert moved > 5
     assert sparsifier.moves == len(heard.moves) == 1 + moved, "the first move is from dense to half"
@@ -180,7 +181,7 @@ def test_what_grows_has_the_largest_gradients_and_starts_at_zero():
 
 def test_a_set_run_draws_anew_at_each_move():
     model = net()
-    sparsifier, loop = rig_l(model, grow="random")
+    _, loop = rig_l(model, grow="random")
     heard = Listener(model)
     train(model, loop, start(model, loop, 20), 0, 20, 20)
     grown = [~m.before["0.weight"] & m.after["0.weight"] for m in heard.moves[1:]]
