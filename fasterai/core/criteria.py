@@ -75,7 +75,8 @@ class Criterion:
         needs: What it reads besides the weight: names of evidence (`gradient`, `initial`, `previous`, `activation`,
             `hessian_gradient`, `synaptic_flow`, ...), which are then fields of the evidence, and gatherers of your own:
             functions or callable objects `(model, targets, source) -> target's name -> tensor` that broadcast against the
-            weight, found in `evidence.gathered` by the gatherer's `name`, or a function's own.
+            weight, found in `evidence.gathered` by the gatherer's `name`, or a function's own. One that reads the training's
+            batches has an attribute `reads_data = True`.
         reducer: How the scores of a unit's weights become one: `mean` or `sum`.
         normalizer: What the unit scores of a target are divided by or mapped through before targets are compared:
             `sum`, `mean`, `max`, `standardise` (zero mean, unit deviation), `gaussian` (the normal distribution function

@@ -22,6 +22,10 @@ from fasterai.units.pool import Pool, WeightScores
 __all__ = ["Scorer"]
 
 
+#: Named evidence that is gathered from batches. A gatherer of the user's own says so itself.
+READS_DATA = frozenset(GATHERERS) - {"gradient"}
+
+
 class Scorer:
     """Scores the units of targets, and remembers earlier weights if the criterion asks for them.
 
@@ -69,7 +73,7 @@ class Scorer:
     @property
     def reads_batches(self) -> bool:
         """Whether evidence is gathered from the loop's batches: the criterion reads data, and the user gave none."""
-        needs = self.needs - {"gradient", "initial", "previous"}
+        needs = {n for n in self.needs if getattr(n, "reads_data", n in READS_DATA)}
         known = {"synaptic_flow"} if self._given.inputs is not None else set()
         return self._given.data is None and bool(needs - known)
 

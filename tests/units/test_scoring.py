@@ -85,7 +85,29 @@ def test_an_elementwise_criterion_may_gather():
     assert scores_of(linear([[1, 2], [3, 4]]), broadcast, weight)["weight"].tolist() == [[1, 2], [6, 8]]
 
 
-def test_a_gatherer_sees_the_batch_of_a_training():
+@pytest.mark.parametrize("reads_data", [False, True])
+def test_a_gatherer_that_says_so_sees_the_batch_of_a_training(reads_data):
+    def first_input(model, targets, source):
+        return {t.name: source.batches("inputs")[0].inputs[0][:1] for t in targets}
+
+    first_input.reads_data = reads_data
+    model = nn.Linear(4, 2, bias=False)
+    criterion = Criterion(lambda e: e.gathered["first_input"].expand_as(e.weight), needs={first_input})
+    sparsifier = Sparsifier(model, criteria=criterion, sparsity=0.5, schedule=OneShot(0.0), targets="weight")
+    assert sparsifier.hears("after_forward") == reads_data
+    optimizer, x = torch.optim.SGD(model.parameters(), 0.1), torch.tensor([[1.0, 4.0, 3.0, 2.0]])
+    with attach(optimizer, sparsifier, total_steps=1) as handle:
+        loss = handle.loss(model(x).sum(), x)
+        loss.backward()
+        if not reads_data:
+            with pytest.raises(ValueError, match="data must be given"):
+                optimizer.step()
+            return
+        optimizer.step()
+    assert sparsifier.masks["weight"].tolist() == [[False, True, True, False]] * 2
+
+
+def test_a_gatherer_sees_the_data_that_was_given():
     seen = []
 
     def batch_mean(model, targets, source):
