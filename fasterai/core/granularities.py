@@ -87,6 +87,11 @@ class Granularity(ABC):
         """Whether every weight is a unit of its own."""
         return False
 
+    @property
+    def is_coarse(self) -> bool:
+        """Whether units are so large that by default only the main layers are pruned."""
+        return not self.is_weight
+
 
 @dataclass(frozen=True)
 class Keep(Granularity):
@@ -195,6 +200,10 @@ class Coupled(Keep):
         object.__setattr__(self, "over", check_choice("over", over, ("sum", "mean", "max")))
         object.__setattr__(self, "relative", relative)
 
+    @property
+    def is_coarse(self) -> bool:
+        return False
+
     def __repr__(self) -> str:
         if self.relative:
             return "coupled" if self.over == "sum" else f"Coupled({self.over!r})"
@@ -216,6 +225,10 @@ class Block(Granularity):
     def __post_init__(self) -> None:
         check_count("rows", self.rows)
         check_count("columns", self.columns)
+
+    @property
+    def is_coarse(self) -> bool:
+        return False
 
     def fits(self, layout: Layout) -> bool:
         return {"out", "in"} <= layout.names

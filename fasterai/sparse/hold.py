@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fasterai.core.loop import Fit, Participant
 from fasterai.model.cuts import note_optimizer
+from fasterai.sparse.counting import count_reached
 from fasterai.sparse.record import MaskRecord
 
 __all__ = ["Hold"]
@@ -34,4 +35,4 @@ class Hold(Participant):
 
     def metrics(self) -> dict[str, float]:
         """Return the share of units that the masks prune, in [0, 1]."""
-        return {"sparsity": self.record.reached().overall}
+        return {"sparsity": count_reached(self.record).overall}

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fasterai.core.granularities import Coupled, Granularity
+from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Fit
 from fasterai.core.selection import count_true
 from fasterai.core.types import Move, Target
-from fasterai.graph.channels import ChannelGraph
 from fasterai.model.cuts import Cut, follow, sliced
-from fasterai.model.dataflow import Flow
-from fasterai.model.masks import apply_masks_, like
+from fasterai.model.masks import apply_masks_
 from fasterai.model.names import unwrap
 from fasterai.model.targets import Selection, all_targets
-from fasterai.sparse.report import Reached, Row, SparsityReport
-from fasterai.units.channels import channel_pools
-from fasterai.units.partners import find_partners, revive_, without_outputs
+from fasterai.sparse.states import check_masks
+from fasterai.units.making import maker_of
+from fasterai.units.partners import revive_
 from fasterai.units.pool import Pool
-from fasterai.units.targets import TargetPool
 
 __all__ = ["MaskRecord"]
 
@@ -35,8 +32,8 @@ class MaskRecord:
         model: The model, wrapped or not.
         granularity: What a unit is.
         selection: The targets, and what was left out and why.
-        pools: The units; none as long as coupled channels are not known.
-        flow: What the data flow shows, None as long as it is not known.
+        maker: Who makes its pools, and knows what example inputs have shown.
+        pools: The units; none as long as example inputs have not shown those that need them.
         keep: Pool's name -> decisions so far, bool of the units' shape; a pool without any is dense.
         noted: Name of a bias, or a norm's scale or shift -> its values for outputs that are pruned, to give back if they
             return.
@@ -47,8 +44,7 @@ class MaskRecord:
     def __init__(self, model: nn.Module, granularity: Granularity, selection: Selection) -> None:
         self.model = model
         self.granularity = granularity
-        self.selection = selection
-        self.flow: Flow | None = None
+        self.maker = maker_of(granularity)
         self.keep: dict[str, Tensor] = {}
         self.noted: dict[str, Tensor] = {}
         self.moves = 0
@@ -56,7 +52,7 @@ class MaskRecord:
         self._merged: dict[str, tuple[Pool, Tensor]] = {}
         self._merged_of: Mapping[str, Tensor] | None = None  # the decisions that the merged masks are of
         self._counted: dict[str, tuple[Tensor, int]] = {}  # decisions -> how many prune, which is asked for at every move
-        self.pools: tuple[Pool, ...] = () if isinstance(granularity, Coupled) else self._target_pools()
+        self.selection, self.pools = self.maker.make(model, selection)
         follow(model, self)
 
     @property
@@ -76,44 +72,27 @@ class MaskRecord:
         """Note what trains at this moment of a run."""
         self.trained |= {p.name for p in self.pools if p.name not in self.trained and p.trains}
 
-    @property
-    def is_seen(self) -> bool:
-        """Whether example inputs have shown all that they can."""
-        return bool(self.pools) if isinstance(self.granularity, Coupled) else self.flow is not None
-
     def name(self, names: Iterable[str]) -> None:
         """Take targets as named by the user, so that they are not left out again."""
         self.selection = replace(self.selection, named=self.selection.named | frozenset(names))
 
-    def see(self, flow: Flow) -> None:
-        """Take over what the data flow shows: norms that read a target, and targets that make the output."""
-        self.flow = flow
-        self.selection = without_outputs(self.selection, self.granularity, flow)
-        self.pools, self._merged_of = self._target_pools(), None
-
-    def _target_pools(self) -> tuple[Pool, ...]:
-        partners = find_partners(self.model, self.selection, self.granularity, self.flow)
-        return tuple(
-            TargetPool(t, self.granularity, tuple(p for p in partners if p.target == t.name)) for t in self.selection.targets
-        )
-
-    def couple(self, graph: ChannelGraph) -> None:
-        """Take over the coupled channels that the targets make.
+    def look(self, inputs: tuple[Any, ...]) -> None:
+        """Take over what example inputs show of the model, and make the pools anew.
 
         Raises:
-            ValueError: There are none that may go; why is said.
+            ValueError: The model does not run on them, or there is no unit that may go.
         """
-        assert isinstance(self.granularity, Coupled)
-        chosen = {t.name for t in self.targets}
-        pools = [p for p in channel_pools(self.model, graph, self.granularity) if p.makers & chosen]
-        if not pools:
-            why = "; ".join(f"{t.name}: {_why_pinned(t, graph)}" for t in self.targets[:3])
-            raise ValueError(f"targets must make channels that may go, got none that do ({why})")
-        weights = {t.name: t for p in pools for t in p.targets}
-        left_out = {t.name: _why_pinned(t, graph) for t in self.targets if t.name not in weights}
-        left_out = {n: why for n, why in {**self.selection.left_out, **left_out}.items() if n not in weights}
-        self.selection = Selection(tuple(weights.values()), left_out, self.selection.named)
-        self.pools = tuple(pools)
+        self.maker.look(self.model, inputs)
+        self._make_pools()
+
+    def look_at_batch(self, fit: Fit) -> None:
+        """Take over what a training's first batch shows, likewise."""
+        self.maker.look_at_batch(self.model, fit)
+        self._make_pools()
+
+    def _make_pools(self) -> None:
+        self.selection, self.pools = self.maker.make(self.model, self.selection)
+        self._merged_of = None
 
     def after_cut(self, cut: Cut) -> None:
         """Follow the model's parameters, which have got smaller."""
@@ -128,7 +107,8 @@ class MaskRecord:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy follows its own model."""
-        self.__dict__.update({"trained": set(), **state})  # pickles of earlier versions have none
+        made = {"trained": set(), "maker": maker_of(state["granularity"])}  # pickles of earlier versions have none
+        self.__dict__.update({**made, **state})
         follow(self.model, self)
 
     def check_trained(self, fit: Fit) -> None:
@@ -152,12 +132,12 @@ class MaskRecord:
             The pools whose decisions are others than before; none if the masks have not moved.
         """
         by_name = {p.name: p for p in self.pools}
-        held = {n: _like_weight(by_name[n], k) for n, k in chosen.items()}
+        held = {n: by_name[n].laid_out(k) for n, k in chosen.items()}
         after = {**self.keep, **held}
         revive_(self._vectors(self.keep, after), self.noted)
-        before, counts = self.keep, {n: self._pruned(by_name[n]) for n in held}
+        before, counts = self.keep, {n: self.pruned(by_name[n]) for n in held}
         self.keep = after
-        moved = [n for n, count in counts.items() if self._pruned(by_name[n]) != count or _differ(before.get(n), held[n])]
+        moved = [n for n, count in counts.items() if self.pruned(by_name[n]) != count or _differ(before.get(n), held[n])]
         self.moves += bool(moved)
         return Move({n: _or_dense(before.get(n), held[n]) for n in moved}, {n: held[n] for n in moved})
 
@@ -191,15 +171,13 @@ class MaskRecord:
 
     def forget_stale(self) -> bool:
         """Drop masks that the weights no longer obey: others were loaded, or they trained without being held."""
-        stale = [p.name for p in self.pools if self._disobeying(p)]
+        stale = [p.name for p in self.pools if self.disobeying(p)]
         self.keep = {n: k for n, k in self.keep.items() if n not in stale}
         return bool(stale)
 
-    def _disobeying(self, pool: Pool) -> int:
-        """How many masked weights of a pool are not zero."""
-        keep = self.keep.get(pool.name)
-        masks = {} if keep is None else _crossed(pool.masks(keep))
-        return sum(count_true(pool.tensor(name).ne(0) & ~mask) for name, mask in masks.items())
+    def disobeying(self, pool: Pool) -> int:
+        """Return how many masked weights of a pool are not zero."""
+        return sum(count_true(weight.ne(0) & ~mask) for weight, mask in self.masks_of(pool))
 
     def mask_of(self, name: str) -> Tensor | None:
         """Return the mask of a target, bool of the parameter's shape and contiguous; None where nothing was chosen yet."""
@@ -220,15 +198,21 @@ class MaskRecord:
                 result[name] = mask.expand(pool.tensor(name).shape).reshape(shapes[name]).clone()
         return result
 
-    def reached(self) -> Reached:
-        """The sparsity, counted from the masks."""
-        units = {p.name: p.count for p in self.pools}
-        pruned = {p.name: self._pruned(p) for p in self.pools}
-        weights = sum(t.parameter.numel() for t in self.targets)
-        per_pool = {n: pruned[n] / units[n] if units[n] else 0.0 for n in units}
-        return Reached(sum(pruned.values()) / max(1, sum(units.values())), self._masked() / max(1, weights), per_pool)
+    def masks_of(self, pool: Pool) -> list[tuple[Tensor, Tensor]]:
+        """Return the weights of a pool with the masks that it puts on them; none where nothing was chosen yet."""
+        keep = self.keep.get(pool.name)
+        crossed: dict[str, Tensor] = {}
+        for name, mask in () if keep is None else pool.masks(keep):  # channels may run along two dimensions of a weight
+            crossed[name] = crossed[name] & mask if name in crossed else mask
+        return [(pool.tensor(name), mask) for name, mask in crossed.items()]
 
-    def _pruned(self, pool: Pool) -> int:
+    def masks_of_targets(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the targets' weights with their masks, one for each; none where nothing was chosen yet."""
+        names = {t.name for t in self.targets}
+        return [(pool.tensor(name), mask) for name, (pool, mask) in self._merge().items() if name in names]
+
+    def pruned(self, pool: Pool) -> int:
+        """Return how many units of a pool are pruned."""
         keep = self.keep.get(pool.name)
         if keep is None:
             return 0
@@ -236,46 +220,6 @@ class MaskRecord:
         if counted is None or counted[0] is not keep:
             counted = self._counted[pool.name] = (keep, pool.count - count_true(keep))
         return counted[1]
-
-    def _masked(self) -> int:
-        """How many weights of the targets the masks set to zero."""
-        if isinstance(self.granularity, Coupled):  # channels of two pools cross in the weight between them
-            masks = self.masks()
-            return sum(masks[t.name].numel() - count_true(masks[t.name]) for t in self.targets)
-        return sum(self._masked_weights(p) for p in self.pools)
-
-    def _masked_weights(self, pool: Pool) -> int:
-        keep = self.keep.get(pool.name)
-        if keep is None:
-            return 0
-        # A mask is smaller than its weight where one decision stands for several.
-        sizes = ((pool.tensor(name).numel(), mask) for name, mask in _crossed(pool.masks(keep)).items())
-        return sum((m.numel() - count_true(m)) * (size // max(1, m.numel())) for size, m in sizes)
-
-    def report(self) -> SparsityReport:
-        """What is held, target by target, and what was left out and why."""
-        rows = tuple(self._row(p) for p in self.pools)
-        active = {p.name for p in self.active}
-        left_out = {**self.selection.left_out, **{p.name: "frozen" for p in self.pools if p.name not in active}}
-        parameters = [p.detach() for p in unwrap(self.model).parameters()]
-        total = sum(p.numel() for p in parameters)
-        zeros = total - sum(int(torch.count_nonzero(p)) for p in parameters)
-        return SparsityReport(repr(self.granularity), rows, left_out, total, zeros, self._together(rows))
-
-    def _row(self, pool: Pool) -> Row:
-        zeros = sum(_zeros(t) for t in pool.targets)
-        counts = (pool.count, self._pruned(pool), pool.weights, zeros, self._masked_weights(pool), self._disobeying(pool))
-        shape = tuple(pool.targets[0].parameter.shape) if isinstance(pool, TargetPool) else pool.shape
-        return Row(pool.name, shape, *counts)
-
-    def _together(self, rows: Sequence[Row]) -> Row:
-        """All targets as one."""
-        sums = (sum(r.units for r in rows), sum(r.pruned for r in rows))
-        weights, zeros = sum(t.parameter.numel() for t in self.targets), sum(_zeros(t) for t in self.targets)
-        merged, names = self._merge(), {t.name for t in self.targets}
-        masks = ((pool.tensor(n), mask) for n, (pool, mask) in merged.items() if n in names)
-        disobeying = sum(count_true(weight.ne(0) & ~mask) for weight, mask in masks)
-        return Row("all targets", (), *sums, weights, zeros, self._masked(), disobeying)
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
@@ -295,21 +239,7 @@ class MaskRecord:
         Raises:
             ValueError: It is of another model or granularity; what differs is named.
         """
-        if state["granularity"] != repr(self.granularity):
-            raise ValueError(f"state must be of granularity {self.granularity!r}, got {state['granularity']!r}")
-        own, theirs = {t.name: list(t.parameter.shape) for t in self.targets}, state["shapes"]
-        differences = [f"{n} is missing" for n in own if n not in theirs]
-        differences += [f"{n} is not a target here" for n in theirs if n not in own]
-        differences += [
-            f"{n} is {tuple(theirs[n])}, here {tuple(own[n])}" for n in own if list(theirs.get(n, own[n])) != own[n]
-        ]
-        if differences:
-            raise ValueError(f"state must be of the same model and targets, got one where {'; '.join(differences[:5])}")
-        units = {p.name: p.shape for p in self.pools}
-        for name, keep in state["keep"].items():
-            if keep.dtype is not torch.bool or tuple(keep.shape) != units.get(name):
-                wanted = f"bool of shape {units[name]}" if name in units else f"of {', '.join(units)}"
-                raise ValueError(f"state's keep must be {wanted}, got {name}: {keep.dtype} of shape {tuple(keep.shape)}")
+        check_masks(state, self.granularity, self.targets, self.pools)
         devices = {p.name: p.device for p in self.pools}
         devices_of_vectors = {
             name: p.tensor(name).device
@@ -321,12 +251,6 @@ class MaskRecord:
         self.trained |= set(state.get("trained", ()))  # states of earlier versions have none
 
 
-def _like_weight(pool: Pool, keep: Tensor) -> Tensor:
-    """Decisions on single weights in the weight's memory format, so that both are read in the same order."""
-    weight = pool.targets[0].parameter
-    return like(weight, keep) if isinstance(pool, TargetPool) and keep.shape == weight.shape else keep
-
-
 def _differ(before: Tensor | None, after: Tensor) -> bool:
     """Tell if decisions of equal counts differ; of two pools that are dense they do not."""
     return before is not None and not torch.equal(before, after)
@@ -334,22 +258,3 @@ def _differ(before: Tensor | None, after: Tensor) -> bool:
 
 def _or_dense(before: Tensor | None, like: Tensor) -> Tensor:
     return torch.ones((), dtype=torch.bool, device=like.device).expand(like.shape) if before is None else before
-
-
-def _crossed(masks: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """One mask for each weight: channels may run along two dimensions of it."""
-    crossed: dict[str, Tensor] = {}
-    for name, mask in masks:
-        crossed[name] = crossed[name] & mask if name in crossed else mask
-    return crossed
-
-
-def _why_pinned(target: Target, graph: ChannelGraph) -> str:
-    """Why the outputs of a target may not go."""
-    outputs = 1 if target.layout.axes[0] == {"in"} else 0
-    return graph.pinned.get((target.name, outputs), "its channels may not go")
-
-
-def _zeros(target: Target) -> int:
-    weight = target.parameter.detach()
-    return weight.numel() - int(torch.count_nonzero(weight))

@@ -12,41 +12,46 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fasterai.core import contexts, granularities, schedules
 from fasterai.core import criteria as criterion_catalogue
+from fasterai.core import schedules
 from fasterai.core.checks import check_count, check_fraction, from_catalogue, warn
 from fasterai.core.contexts import NM, Context, PerTarget
 from fasterai.core.criteria import Criterion, as_criterion
-from fasterai.core.granularities import Block, Coupled, Granularity
+from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Batch, Fit, Participant
 from fasterai.core.schedules import Schedule, as_schedule
 from fasterai.core.selection import count_true
 from fasterai.core.types import Move, Target
-from fasterai.graph.channels import channel_graph
 from fasterai.model.cuts import announce_move, follow, note_optimizer
-from fasterai.model.dataflow import watch
-from fasterai.model.inputs import arguments, batch_inputs
 from fasterai.model.names import unwrap
 from fasterai.model.targets import LayerTypes, TargetsLike, find_targets
+from fasterai.sparse.counting import count_reached, write_report
+from fasterai.sparse.goal import (
+    Sparsity,
+    check_sources,
+    find_misfit,
+    read_context,
+    read_goal,
+    read_granularity,
+    read_inputs,
+    read_rule,
+)
 from fasterai.sparse.hold import Hold
 from fasterai.sparse.pace import Pace
 from fasterai.sparse.record import MaskRecord
 from fasterai.sparse.report import Reached, SparsityReport
-from fasterai.units import rules
+from fasterai.sparse.states import FORMAT, check_state
 from fasterai.units.channels import warn_of_rounding
 from fasterai.units.choice import Goal, choose, limits_of
 from fasterai.units.evidence import NotYetError, Source
-from fasterai.units.pool import Pool, by_pool
+from fasterai.units.pool import Pool
 from fasterai.units.rules import Moment, Rule, nested
 from fasterai.units.scoring import Scorer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Sparsifier"]
-
-FORMAT = 1
-Sparsity = float | Mapping[str, float]
+__all__ = ["Sparsifier", "Sparsity"]
 
 
 class Sparsifier(Participant):
@@ -105,37 +110,31 @@ class Sparsifier(Participant):
         max_updates: int = 1000,
         rule: Rule | str = nested,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
-        if isinstance(data, tuple | Tensor):
-            raise TypeError(f"data must be a list or loader of batches, got a {type(data).__name__}; pass data=[(x, y)]")
-        if isinstance(loss, type):
-            raise TypeError(f"loss must be a function (output, target), got the class {loss.__name__}; pass {loss.__name__}()")
-        self.granularity = _granularity(granularity)
+        check_sources(model, data, loss)
+        self.granularity = read_granularity(granularity)
         if isinstance(context, Mapping):
             if sparsity is not None:
                 raise ValueError("sparsity must be given once, got a dict as context and a sparsity")
             sparsity, context = context, "local"
-        self.context = _context(context, nm)
+        self.context = read_context(context, nm)
         self.criteria = as_criterion(from_catalogue("criteria", criteria, criterion_catalogue))
         self.min_keep = check_count("min_keep", min_keep, 0)
         self.round_to = None if round_to is None else check_count("round_to", round_to)
         if self.round_to is not None and isinstance(self.context, NM):
             raise ValueError("round_to must be None for N:M, which fixes what each group keeps")
-        self.rule = _rule(rule, self.context)
+        self.rule = read_rule(rule, self.context)
         self._pace = Pace(as_schedule(from_catalogue("schedule", schedule, schedules)), check_count("max_updates", max_updates))
-        coarse = not (self.granularity.is_weight or isinstance(self.granularity, Block | Coupled))
+        coarse = self.granularity.is_coarse
         selection = find_targets(model, fits=self._misfit, coarse=coarse, targets=targets, layer_type=layer_type)
         self._record = MaskRecord(model, self.granularity, selection)
-        source = Source(data=data, loss=loss, inputs=_as_inputs(example_inputs))
-        if source.inputs is not None and isinstance(self.granularity, Coupled):
-            self._record.couple(channel_graph(model, source.inputs))
+        source = Source(data=data, loss=loss, inputs=read_inputs(example_inputs))
         self._sparsity = sparsity
-        self._goal = None if sparsity is None else self._read_sparsity(sparsity)
-        if self._goal is not None and isinstance(self._goal.context, PerTarget):
-            self._record.name(self._goal.context.sparsities)
-        if source.inputs is not None and not isinstance(self.granularity, Coupled):
-            self._record.see(watch(model, source.inputs))
+        self._goal: Goal | None = None
+        if source.inputs is not None and self._record.maker.needs_inputs:
+            self._record.look(source.inputs)
+        self._read_own_sparsity()
+        if source.inputs is not None and not self._record.maker.needs_inputs:  # what was named is not left out for them
+            self._record.look(source.inputs)
         self._scorer = Scorer(self.criteria, self.granularity, source, self.targets, self.rule.criteria)
         follow(model, self._scorer)
         self._warned = False
@@ -179,22 +178,11 @@ class Sparsifier(Participant):
         return all(self._record.keep.get(name) is keep for name, keep in move.after.items())
 
     def _misfit(self, target: Target) -> str | None:
-        if not self.granularity.fits(target.layout):
-            allowed = ", ".join(granularities.allowed(target.layout))
-            repair = "; pass Keep('out') for the outputs of any layer" if repr(self.granularity) == "filter" else ""
-            return f"granularity must be one of {allowed}, got {self.granularity!r}{repair}"
-        return self.context.fits(self.granularity.unit_shape(target.layout), target.layout)
+        return find_misfit(target, self.granularity, self.context)
 
     @property
     def _drops_outputs(self) -> bool:
         return any(self.granularity.drops_outputs(t.layout) for t in self.targets)
-
-    def _check_coupled(self) -> None:
-        if isinstance(self.granularity, Coupled) and not self._record.is_seen:
-            raise ValueError(
-                "example_inputs must be given for granularity 'coupled', got None: the channels are found by following them "
-                "through the model; a callback of fastai or Lightning has a batch for it"
-            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy follows its own model."""
@@ -205,7 +193,7 @@ class Sparsifier(Participant):
 
     def _warn_without_flow(self) -> None:
         """Say once what cannot be known without example inputs."""
-        if self._warned or self._record.is_seen or not self._drops_outputs:
+        if self._warned or self._record.maker.is_seen or not self._drops_outputs:
             return
         self._warned = True
         norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
@@ -233,7 +221,7 @@ class Sparsifier(Participant):
         goal = self._goal if sparsity is None else self._read_sparsity(sparsity)
         if goal is None:
             raise ValueError("sparsity must be given, here or to the Sparsifier")
-        self._check_coupled()
+        self._record.maker.check_seen()
         if not self._record.active:
             raise ValueError("targets must train, and all are frozen: name them with targets= to prune them all the same")
         self._warn_without_flow()
@@ -249,7 +237,7 @@ class Sparsifier(Participant):
         """
         if not isinstance(m, nn.Module):
             raise TypeError(f"m must be a module of the model, got {m!r}; for names pass sparsify_model a dict")
-        self._check_coupled()
+        self._record.maker.check_seen()
         targets = {t.name for t in self.targets if any(t.module is inner for inner in m.modules())}
         pools = [p for p in self._record.pools if p.makers & targets]
         if not pools:
@@ -270,22 +258,13 @@ class Sparsifier(Participant):
     # --- the choice --------------------------------------------------------------------------------------------------
 
     def _read_sparsity(self, sparsity: Sparsity) -> Goal:
-        """Return the context and the sparsity that it gets, checked."""
-        if not isinstance(sparsity, Mapping):
-            share = check_fraction("sparsity", sparsity)
-            self.context.check(share)
-            return Goal(self.context, share)
-        if self.context != contexts.local:
-            raise ValueError(f"sparsity must be one number for context {self.context!r}, got a dict; pass context='local'")
-        names = {id(m): n for n, m in unwrap(self.model).named_modules()}
-        readable = {}
-        for key, value in sparsity.items():
-            if isinstance(key, nn.Module) and id(key) in names:
-                key = names[id(key)]
-            elif not isinstance(key, str):
-                raise TypeError(f"sparsity's keys must be names or modules of the model, got {key!r} ({type(key).__name__})")
-            readable[key] = check_fraction(f"sparsity of {key!r}", value)
-        return Goal(PerTarget(by_pool(self._record.pools, readable, self.targets, "sparsity's keys")), 1.0)
+        return read_goal(sparsity, self.context, self.model, self._record.pools, self.targets)
+
+    def _read_own_sparsity(self) -> None:
+        """Read the constructor's sparsity; what it names is not left out."""
+        self._goal = None if self._sparsity is None else self._read_sparsity(self._sparsity)
+        if self._goal is not None and isinstance(self._goal.context, PerTarget):
+            self._record.name(self._goal.context.sparsities)
 
     def _move(
         self,
@@ -307,7 +286,7 @@ class Sparsifier(Participant):
         if move.after:
             self._scorer.note_move(pools)
             announce_move(self.model, move)
-        if limits.round_to and share == 1 and isinstance(self.granularity, Coupled):
+        if limits.round_to and share == 1 and self._record.maker.rounds_by_default:
             counts = {p.name: p.count for p in pools}
             gone = sum(k.numel() - count_true(k) for k in keeps)
             warn_of_rounding(goal.total(counts), gone, sum(counts.values()), round_to)
@@ -343,9 +322,9 @@ class Sparsifier(Participant):
             raise ValueError("sparsity must be given to the Sparsifier to train with it")
         self._record.check_trained(fit)
         note_optimizer(self.model, fit.optimizer)
-        if not self._record.is_seen and fit.batch is not None and self._drops_outputs:
-            self._watch_batch(fit)
-        self._check_coupled()
+        if not self._record.maker.is_seen and fit.batch is not None and self._drops_outputs:
+            self._look_at_batch(fit)
+        self._record.maker.check_seen()
         self._scorer.begin(fit.loss)
         self._warn_without_flow()
         self._forget_stale()
@@ -354,18 +333,11 @@ class Sparsifier(Participant):
         self._record.note_trained()
         self._parallel = _parallel(fit.model)
 
-    def _watch_batch(self, fit: Fit) -> None:
-        if isinstance(self.granularity, Coupled):
-            self._record.couple(channel_graph(self.model, batch_inputs(self.model, fit)))
+    def _look_at_batch(self, fit: Fit) -> None:
+        self._record.look_at_batch(fit)
+        if self._record.maker.needs_inputs:  # only now the targets are known
             self._scorer.retarget(self.targets)
             self._goal = self._read_sparsity(self._sparsity or 0.0)
-            return
-        try:
-            assert fit.batch is not None
-            whole = fit.model or self.model
-            self._record.see(watch(whole, arguments(whole, fit.batch), part=self.model))
-        except ValueError as error:
-            warn(f"the loop's batch does not show the data flow ({error}); pass example_inputs=")
 
     def _highest_sparsity(self) -> float:
         """Return the highest sparsity that any pool is asked for; half a unit at least is left."""
@@ -470,11 +442,11 @@ class Sparsifier(Participant):
     @property
     def sparsity(self) -> Reached:
         """What the masks hold, per target and overall; counted from the masks."""
-        return self._record.reached()
+        return count_reached(self._record)
 
     def report(self) -> SparsityReport:
         """What was reached, target by target, and what was left out and why."""
-        return self._record.report()
+        return write_report(self._record)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the sparsity of each target."""
@@ -505,55 +477,13 @@ class Sparsifier(Participant):
         Raises:
             ValueError: It is no sparsifier's state, or of another model or granularity; what differs is named.
         """
-        _check_state(state)
+        check_state(state)
         self._record.load_state_dict(state)
         self._scorer.load_state_dict(state, self.targets)
         self._pace.load_state_dict(state)
-
-
-def _granularity(granularity: Granularity | str) -> Granularity:
-    found = from_catalogue("granularity", granularity, granularities)
-    if not isinstance(found, Granularity):
-        raise TypeError(f"granularity must be a granularity or its name, got {granularity!r} ({type(granularity).__name__})")
-    return found
-
-
-def _context(context: Context | str, nm: bool) -> Context:
-    found = contexts.two_four if nm else from_catalogue("context", context, contexts)
-    if not isinstance(found, Context):
-        raise TypeError(f"context must be a context, its name or a dict, got {context!r} ({type(context).__name__})")
-    return found
-
-
-def _rule(rule: Rule | str, context: Context) -> Rule:
-    found = from_catalogue("rule", rule, rules)
-    if not isinstance(found, Rule):
-        raise TypeError(f"rule must be a rule or its name, got {rule!r} ({type(rule).__name__})")
-    if found.criteria and isinstance(context, NM):
-        raise ValueError(f"rule must be nested or free for N:M, which fixes what each group keeps, got {found!r}")
-    return found
 
 
 def _parallel(model: nn.Module | None) -> DistributedDataParallel | None:
     """What joins a model with its copies in other processes: the model itself, or what `torch.compile` has wrapped."""
     modules = () if model is None else model.modules()
     return next((m for m in modules if isinstance(m, DistributedDataParallel)), None)
-
-
-def _as_inputs(inputs: Any) -> tuple[Any, ...] | None:
-    if inputs is None:
-        return None
-    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-
-
-def _check_state(state: Mapping[str, Any]) -> None:
-    own = ("format", "granularity", "shapes", "keep", "noted", "initial", "previous", "asked", "share")
-    missing = [key for key in own if not isinstance(state, Mapping) or key not in state]
-    if missing:
-        raise ValueError(f"state must be what Sparsifier.state_dict() returned, got one without {', '.join(missing)}")
-    if state["format"] != FORMAT:
-        raise ValueError(f"state's format must be {FORMAT}, got {state['format']!r}")
-    for part in ("initial", "previous"):
-        for name, weight in state[part].items():
-            if list(weight.shape) != state["shapes"].get(name):
-                raise ValueError(f"state's {part} weights must be of its targets' shapes, got {tuple(weight.shape)} for {name}")

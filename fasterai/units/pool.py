@@ -94,6 +94,15 @@ class Pool(ABC):
         """Where its decisions are held."""
         return self.targets[0].parameter.device
 
+    @property
+    def shown_shape(self) -> tuple[int, ...]:
+        """The shape that reports show: of the parameter, or of the units where they span several."""
+        return self.shape
+
+    def laid_out(self, keep: Tensor) -> Tensor:
+        """Return decisions in the order of memory in which their masks are read."""
+        return keep
+
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
         """The weight or vector of a name as its mask sees it: detached, in its layout's view, looked up anew each time."""

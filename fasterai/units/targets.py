@@ -12,6 +12,7 @@ from torch import Tensor
 from fasterai.core.granularities import Granularity
 from fasterai.core.types import Layout, Target
 from fasterai.model.cuts import Cut, sliced
+from fasterai.model.masks import like
 from fasterai.units.partners import Partner, kept_outputs
 from fasterai.units.pool import Pool, WeightScores, at_least_float32
 
@@ -59,6 +60,13 @@ class TargetPool(Pool):
     @property
     def is_whole(self) -> bool:
         return self.granularity.is_whole(self.target.layout)
+
+    @property
+    def shown_shape(self) -> tuple[int, ...]:
+        return tuple(self.target.parameter.shape)
+
+    def laid_out(self, keep: Tensor) -> Tensor:
+        return like(self.target.parameter, keep)
 
     def tensor(self, name: str) -> Tensor:
         if name == self.name:

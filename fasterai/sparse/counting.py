@@ -1,0 +1,70 @@
+"""What a record of masks holds, counted: the sparsity, and the report target by target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fasterai.core.selection import count_true
+from fasterai.core.types import Target
+from fasterai.model.names import unwrap
+from fasterai.sparse.report import Reached, Row, SparsityReport
+from fasterai.units.pool import Pool
+
+if TYPE_CHECKING:
+    from fasterai.sparse.record import MaskRecord
+
+__all__ = ["count_reached", "write_report"]
+
+
+def count_reached(record: MaskRecord) -> Reached:
+    """Return the sparsity, counted from the masks."""
+    units = {p.name: p.count for p in record.pools}
+    pruned = {p.name: record.pruned(p) for p in record.pools}
+    weights = sum(t.parameter.numel() for t in record.targets)
+    per_pool = {n: pruned[n] / units[n] if units[n] else 0.0 for n in units}
+    return Reached(sum(pruned.values()) / max(1, sum(units.values())), _masked(record) / max(1, weights), per_pool)
+
+
+def write_report(record: MaskRecord) -> SparsityReport:
+    """Return what is held, target by target, and what was left out and why."""
+    rows = tuple(_row(record, p) for p in record.pools)
+    active = {p.name for p in record.active}
+    left_out = {**record.selection.left_out, **{p.name: "frozen" for p in record.pools if p.name not in active}}
+    parameters = [p.detach() for p in unwrap(record.model).parameters()]
+    total = sum(p.numel() for p in parameters)
+    zeros = total - sum(int(torch.count_nonzero(p)) for p in parameters)
+    return SparsityReport(repr(record.granularity), rows, left_out, total, zeros, _together(record, rows))
+
+
+def _row(record: MaskRecord, pool: Pool) -> Row:
+    zeros = sum(_zeros(t) for t in pool.targets)
+    masked = sum(_hidden(tensor, mask) for tensor, mask in record.masks_of(pool))
+    counts = (pool.count, record.pruned(pool), pool.weights, zeros, masked, record.disobeying(pool))
+    return Row(pool.name, pool.shown_shape, *counts)
+
+
+def _together(record: MaskRecord, rows: Sequence[Row]) -> Row:
+    """Return all targets as one row."""
+    sums = (sum(r.units for r in rows), sum(r.pruned for r in rows))
+    weights, zeros = sum(t.parameter.numel() for t in record.targets), sum(_zeros(t) for t in record.targets)
+    disobeying = sum(count_true(weight.ne(0) & ~mask) for weight, mask in record.masks_of_targets())
+    return Row("all targets", (), *sums, weights, zeros, _masked(record), disobeying)
+
+
+def _masked(record: MaskRecord) -> int:
+    """Return how many weights of the targets the masks set to zero; channels of two pools cross in the weight between them."""
+    return sum(_hidden(weight, mask) for weight, mask in record.masks_of_targets())
+
+
+def _hidden(tensor: Tensor, mask: Tensor) -> int:
+    """Return how many weights a mask sets to zero; it is smaller than its weight where one decision stands for several."""
+    return (mask.numel() - count_true(mask)) * (tensor.numel() // max(1, mask.numel()))
+
+
+def _zeros(target: Target) -> int:
+    weight = target.parameter.detach()
+    return weight.numel() - int(torch.count_nonzero(weight))

@@ -1,0 +1,162 @@
+"""From a granularity to pools: what example inputs have to show for it, and the units that it then makes of the targets.
+
+To add units that span several parameters: a `Maker`, registered for its granularity with `maker_of`, and its `Pool`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import singledispatch
+from typing import Any, ClassVar
+
+from torch import nn
+
+from fasterai.core.checks import warn
+from fasterai.core.granularities import Coupled, Granularity
+from fasterai.core.loop import Fit
+from fasterai.core.types import Target
+from fasterai.graph.channels import ChannelGraph, channel_graph
+from fasterai.model.dataflow import Flow, watch
+from fasterai.model.inputs import arguments, batch_inputs
+from fasterai.model.targets import Selection
+from fasterai.units.channels import channel_pools
+from fasterai.units.partners import find_partners, without_outputs
+from fasterai.units.pool import Pool
+from fasterai.units.targets import TargetPool
+
+__all__ = ["ChannelMaker", "Maker", "TargetMaker", "maker_of"]
+
+
+class Maker(ABC):
+    """Makes the pools of a granularity.
+
+    Attributes:
+        is_seen: Whether example inputs have shown all that they can.
+        needs_inputs: Whether there are no pools before example inputs have been seen.
+        rounds_by_default: Whether kept units are rounded up to a multiple although the user names none.
+    """
+
+    needs_inputs: ClassVar[bool] = False
+    rounds_by_default: ClassVar[bool] = False
+    is_seen: bool = False
+
+    @abstractmethod
+    def look(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """See what example inputs show of the model.
+
+        Raises:
+            ValueError: The model does not run on them, or cannot be followed.
+        """
+
+    @abstractmethod
+    def look_at_batch(self, model: nn.Module, fit: Fit) -> None:
+        """See what a training's first batch shows of the model, which may be a part of the one that is trained.
+
+        Raises:
+            ValueError: It does not show what there must be.
+        """
+
+    @abstractmethod
+    def make(self, model: nn.Module, selection: Selection) -> tuple[Selection, tuple[Pool, ...]]:
+        """Return the targets and their pools, by what is known so far; what is left out comes with its reason.
+
+        Raises:
+            ValueError: There is no unit that may go; why is said.
+        """
+
+    def check_seen(self) -> None:
+        """Refuse to go on without what has to be seen.
+
+        Raises:
+            ValueError: There are no pools before example inputs have been seen.
+        """
+
+
+class TargetMaker(Maker):
+    """Makes one pool of each target; inputs show norms that read a target, and targets that make the output."""
+
+    def __init__(self, granularity: Granularity) -> None:
+        self.granularity = granularity
+        self.flow: Flow | None = None
+
+    @property
+    def is_seen(self) -> bool:  # type: ignore[override]
+        return self.flow is not None
+
+    def look(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.flow = watch(model, inputs)
+
+    def look_at_batch(self, model: nn.Module, fit: Fit) -> None:
+        whole = fit.model or model
+        try:
+            assert fit.batch is not None
+            self.flow = watch(whole, arguments(whole, fit.batch), part=model)
+        except ValueError as error:
+            warn(f"the loop's batch does not show the data flow ({error}); pass example_inputs=")
+
+    def make(self, model: nn.Module, selection: Selection) -> tuple[Selection, tuple[Pool, ...]]:
+        if self.flow is not None:
+            selection = without_outputs(selection, self.granularity, self.flow)
+        partners = find_partners(model, selection, self.granularity, self.flow)
+        pools = (TargetPool(t, self.granularity, tuple(p for p in partners if p.target == t.name)) for t in selection.targets)
+        return selection, tuple(pools)
+
+
+class ChannelMaker(Maker):
+    """Makes a pool of each group of coupled channels, which inputs show."""
+
+    needs_inputs = True
+    rounds_by_default = True
+
+    def __init__(self, granularity: Coupled) -> None:
+        self.granularity = granularity
+        self.graph: ChannelGraph | None = None
+
+    def look(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.graph = channel_graph(model, inputs)
+
+    def look_at_batch(self, model: nn.Module, fit: Fit) -> None:
+        self.look(model, batch_inputs(model, fit))
+
+    def make(self, model: nn.Module, selection: Selection) -> tuple[Selection, tuple[Pool, ...]]:
+        graph, self.graph = self.graph, None  # its pools are cut with the model from now on, it is not
+        if graph is None:
+            return selection, ()
+        chosen = {t.name for t in selection.targets}
+        pools = tuple(p for p in channel_pools(model, graph, self.granularity) if p.makers & chosen)
+        if not pools:
+            why = "; ".join(f"{t.name}: {_why_pinned(t, graph)}" for t in selection.targets[:3])
+            raise ValueError(f"targets must make channels that may go, got none that do ({why})")
+        self.is_seen = True
+        weights = {t.name: t for p in pools for t in p.targets}
+        return Selection(tuple(weights.values()), _left_out(selection, weights, graph), selection.named), pools
+
+    def check_seen(self) -> None:
+        if not self.is_seen:
+            raise ValueError(
+                "example_inputs must be given for granularity 'coupled', got None: the channels are found by following them "
+                "through the model; a callback of fastai or Lightning has a batch for it"
+            )
+
+
+def _left_out(selection: Selection, weights: Sequence[str] | dict[str, Target], graph: ChannelGraph) -> dict[str, str]:
+    pinned = {t.name: _why_pinned(t, graph) for t in selection.targets if t.name not in weights}
+    return {n: why for n, why in {**selection.left_out, **pinned}.items() if n not in weights}
+
+
+def _why_pinned(target: Target, graph: ChannelGraph) -> str:
+    """Return why the outputs of a target may not go."""
+    outputs = 1 if target.layout.axes[0] == {"in"} else 0
+    return graph.pinned.get((target.name, outputs), "its channels may not go")
+
+
+@singledispatch
+def maker_of(granularity: Granularity) -> Maker:
+    """Return who makes the pools of a granularity."""
+    return TargetMaker(granularity)
+
+
+@maker_of.register
+def _(granularity: Coupled) -> Maker:
+    return ChannelMaker(granularity)
