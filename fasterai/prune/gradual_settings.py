@@ -15,7 +15,8 @@ from fasterai.core.contexts import Context
 from fasterai.core.criteria import Criterion, as_criterion
 from fasterai.core.schedules import Schedule, as_schedule
 from fasterai.model.supported import check_whole
-from fasterai.prune.pruner import OVER_PLACES, Pruner, check_context
+from fasterai.prune.goal import OVER_PLACES, check_context
+from fasterai.prune.pruner import Pruner
 from fasterai.prune.surgery.model_copies import Copies, check_copies
 
 __all__ = ["check_bare", "check_settings"]

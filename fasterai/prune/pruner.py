@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasterai.core import contexts
 from fasterai.core import criteria as criterion_catalogue
-from fasterai.core.checks import check_choice, check_count, check_fraction, from_catalogue, unknown, warn
-from fasterai.core.contexts import NM, Context, Local, PerTarget
+from fasterai.core.checks import check_choice, check_count, check_fraction, from_catalogue, warn
+from fasterai.core.contexts import Context
 from fasterai.core.criteria import Criterion, as_criterion
 from fasterai.core.granularities import Coupled
 from fasterai.core.loop import Batch
@@ -29,21 +28,19 @@ from fasterai.model.supported import check_whole
 from fasterai.model.targets import all_targets
 from fasterai.prune.check import Sound, largest_sound
 from fasterai.prune.choice.budget import Budget, fit_budget, least_left
+from fasterai.prune.goal import OVER_PLACES, Ratio, check_context, free_pools, read_layers, read_ratio
 from fasterai.prune.removal import Removal, mask_channels_, silent_channels, take_out
 from fasterai.prune.surgery.model_copies import Copies, matching_copies
 from fasterai.prune.surgery.optimizers import check_optimizer, check_trained
 from fasterai.prune.surgery.plan import cut_normed
-from fasterai.units.channels import OVER, ChannelPool, channel_pools, warn_of_rounding
+from fasterai.units.channels import channel_pools, warn_of_rounding
 from fasterai.units.choice import Goal, choose, limits_of
 from fasterai.units.evidence import Source
-from fasterai.units.pool import by_pool
 from fasterai.units.scoring import Scorer
 
-__all__ = ["Pruner", "check_context"]
+__all__ = ["Pruner"]
 
-Ratio = float | Mapping[Any, float] | Budget
 Weights = Mapping[nn.Parameter, Tensor]
-OVER_PLACES = tuple(OVER)
 
 
 class Pruner:
@@ -103,11 +100,11 @@ class Pruner:
         self.round_to = None if round_to is None else check_count("round_to", round_to)
         self.exact = exact
         self.inputs = positional(example_inputs)
-        self.ignored_layers = _names_of(model, ignored_layers or ())
+        self.ignored_layers = read_layers(model, ignored_layers or ())
         self._graph = channel_graph(model, self.inputs, exact)
-        self._pools = self._allowed(channel_pools(model, self._graph, Coupled(over_places)))
+        self._pools = free_pools(channel_pools(model, self._graph, Coupled(over_places)), self._graph, self.ignored_layers)
         self.original = {p.name: p.count for p in self._pools}
-        self._goal = self._read_ratio(pruning_ratio)
+        self._goal = read_ratio(pruning_ratio, self.context, model, self._pools)
         self.dense = copy.deepcopy(unwrap(model)) if isinstance(pruning_ratio, Budget) else None
         source = Source(data=data, loss=loss, inputs=self.inputs)
         weights = [t for t in all_targets(unwrap(model)) if t.parameter.dim() > 1]
@@ -236,33 +233,6 @@ class Pruner:
 
     # --- the choice --------------------------------------------------------------------------------------------------
 
-    def _allowed(self, pools: Sequence[ChannelPool]) -> tuple[ChannelPool, ...]:
-        """The pools whose channels no ignored layer makes."""
-        readers = self._graph.readers
-        made = [{n.rpartition(".")[0] for n, d in p.group.places if (n, d) not in readers} for p in pools]
-        allowed = tuple(p for p, names in zip(pools, made, strict=True) if not names & self.ignored_layers)
-        if pools and not allowed:
-            makers = ", ".join(sorted(p.name for p in pools)[:5])
-            raise ValueError(f"ignored_layers must leave some channels that may go, got all layers that make them ({makers})")
-        if not allowed:
-            raise ValueError("model must have channels that may go, got none; channel_graph(model, inputs).pinned says why")
-        return allowed
-
-    def _read_ratio(self, ratio: Ratio) -> Goal | None:
-        """Return what is asked for of the groups; None for a `Budget`, which is of the whole model."""
-        if isinstance(ratio, Budget):
-            return None
-        if not isinstance(ratio, Mapping):
-            return Goal(self.context, float(ratio))
-        model = unwrap(self.model)
-        names = {id(m): n for n, m in model.named_modules()}
-        named: dict[Any, float] = {names.get(id(key), key): share for key, share in ratio.items()}
-        for key in named:
-            if not isinstance(key, str):
-                got = f"{key!r} ({type(key).__name__})"
-                raise TypeError(f"pruning_ratio's keys must be names or modules of the model, got {got}")
-        return Goal(PerTarget(by_pool(self._pools, named, all_targets(model), "pruning_ratio's keys")), 1.0)
-
     def _graph_now(self) -> ChannelGraph:
         return replace(self._graph, groups=tuple(p.group for p in self._pools))
 
@@ -313,38 +283,3 @@ def _silent_first(scores: Sequence[Scores], silent: Sequence[Flags]) -> list[Sco
     below = min(float(v.min()) for v in values) - 1
     flags = [torch.as_tensor(f, device=v.device) for f, v in zip(silent, values, strict=True)]
     return [TensorScores(s.name, v.masked_fill(f, below)) for s, v, f in zip(scores, values, flags, strict=True)]
-
-
-def check_context(context: Context | str, ratio: Ratio) -> Context:
-    """The context, checked together with the ratio that it gets.
-
-    Raises:
-        TypeError: The ratio is no number, dict or `Budget`.
-        ValueError: One of them is out of range or unknown, or they do not go together.
-    """
-    if not isinstance(ratio, Budget):
-        for value in ratio.values() if isinstance(ratio, Mapping) else [ratio]:
-            if check_fraction("pruning_ratio", value) == 1:
-                raise ValueError(f"pruning_ratio must be below 1, got {value!r}: it would leave a layer without a channel")
-    found: Context = from_catalogue("context", context, contexts)
-    if isinstance(found, NM) or not isinstance(found, Context):
-        raise ValueError(f"context must be 'local', 'global', 'erk' or 'lamp', got {context!r}")
-    if isinstance(ratio, Mapping) and not isinstance(found, Local):
-        raise ValueError(f"pruning_ratio must be one number for context {found!r}, got a dict; pass context='local'")
-    return found
-
-
-def _names_of(model: nn.Module, layers: Iterable[nn.Module | str]) -> frozenset[str]:
-    """The names of layers, and of those inside them."""
-    if isinstance(layers, str | nn.Module):
-        raise TypeError(f"ignored_layers must be several modules or names, got {layers!r}; pass a list")
-    names = {id(m): n for n, m in unwrap(model).named_modules()}
-    found: set[str] = set()
-    for layer in layers:
-        name = layer if isinstance(layer, str) else names.get(id(layer))
-        if name is None or name not in names.values():
-            raise unknown(
-                "ignored_layers", str(layer)[:60], [n for n in names.values() if n], "modules of the model or their names, of"
-            )
-        found |= {n for n in names.values() if n == name or n.startswith(f"{name}.")}
-    return frozenset(found)

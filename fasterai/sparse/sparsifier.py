@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,14 +16,11 @@ from fasterai.core.checks import check_count, check_fraction, from_catalogue, wa
 from fasterai.core.contexts import NM, Context, PerTarget
 from fasterai.core.criteria import Criterion, as_criterion
 from fasterai.core.granularities import Granularity
-from fasterai.core.loop import Batch, Fit, Participant
+from fasterai.core.loop import Batch, Fit
 from fasterai.core.schedules import Schedule, as_schedule
-from fasterai.core.selection import count_true
-from fasterai.core.types import Move, Target
-from fasterai.model.cuts import announce_move, follow, note_optimizer
-from fasterai.model.names import unwrap
+from fasterai.core.types import Target
+from fasterai.model.cuts import follow, note_optimizer
 from fasterai.model.targets import LayerTypes, TargetsLike, find_targets
-from fasterai.sparse.counting import count_reached, write_report
 from fasterai.sparse.goal import (
     Sparsity,
     check_sources,
@@ -36,25 +31,24 @@ from fasterai.sparse.goal import (
     read_inputs,
     read_rule,
 )
-from fasterai.sparse.hold import Hold
+from fasterai.sparse.masked import Masked
+from fasterai.sparse.moves import move_masks, tell_of_rounding, warn_without_flow
 from fasterai.sparse.pace import Pace
 from fasterai.sparse.record import MaskRecord
-from fasterai.sparse.report import Reached, SparsityReport
 from fasterai.sparse.states import FORMAT, check_state
-from fasterai.units.channels import warn_of_rounding
-from fasterai.units.choice import Goal, choose, limits_of
+from fasterai.units.choice import Goal, limits_of
 from fasterai.units.evidence import NotYetError, Source
 from fasterai.units.pool import Pool
 from fasterai.units.rules import Moment, Rule, nested
 from fasterai.units.scoring import Scorer
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
 __all__ = ["Sparsifier", "Sparsity"]
 
 
-class Sparsifier(Participant):
+class Sparsifier(Masked):
     """Makes the weights of a model sparse, at once or over a training, and keeps them so.
 
     Nothing is added to the model: no buffer, no hook, no renamed parameter. All state is here and in `state_dict()`.
@@ -140,23 +134,9 @@ class Sparsifier(Participant):
         self._warned = False
         self._stepping = False
         self._parallel: DistributedDataParallel | None = None  # of the run under way
-        self._holds: list[Any] = []
+        self._holds = []
 
     # --- what it acts on -------------------------------------------------------------------------------------------
-
-    @property
-    def model(self) -> nn.Module:
-        """The model, wrapped or not."""
-        return self._record.model
-
-    @model.setter
-    def model(self, model: nn.Module) -> None:
-        self._record.model = model
-
-    @property
-    def targets(self) -> tuple[Target, ...]:
-        """The targets, frozen ones included."""
-        return self._record.targets
 
     @property
     def schedule(self) -> Schedule:
@@ -167,15 +147,6 @@ class Sparsifier(Participant):
     def max_updates(self) -> int:
         """How often at most the masks move in one training."""
         return self._pace.max_updates
-
-    @property
-    def moves(self) -> int:
-        """How often the masks have moved so far."""
-        return self._record.moves
-
-    def made(self, move: Move) -> bool:
-        """Tell if a move of masks, as it is announced, is one of its own."""
-        return all(self._record.keep.get(name) is keep for name, keep in move.after.items())
 
     def _misfit(self, target: Target) -> str | None:
         return find_misfit(target, self.granularity, self.context)
@@ -193,17 +164,9 @@ class Sparsifier(Participant):
 
     def _warn_without_flow(self) -> None:
         """Say once what cannot be known without example inputs."""
-        if self._warned or self._record.maker.is_seen or not self._drops_outputs:
-            return
-        self._warned = True
-        norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
-        unnamed = [t.name for t in self.targets if t.name not in self._record.selection.named]
-        if norms or len(unnamed) > 1:
-            last = f"{unnamed[-1]} is pruned like the others" if unnamed else "all were named"
-            warn(
-                f"without example_inputs it cannot be seen which target makes the model's output ({last}), nor which norm "
-                f"reads which {self.granularity!r} (none is silenced): pass example_inputs=, or name the targets with targets=",
-            )
+        if not (self._warned or self._record.maker.is_seen) and self._drops_outputs:
+            self._warned = True
+            warn_without_flow(self._record)
 
     # --- pruning at once --------------------------------------------------------------------------------------------
 
@@ -251,10 +214,6 @@ class Sparsifier(Participant):
         self._move(Goal(self.context, share), 1.0, pools, may_fall=True, round_to=round_to)
         self.apply_masks()
 
-    def apply_masks(self) -> None:
-        """Set all masked weights to zero, and the biases and norms of silent outputs."""
-        self._record.apply_()
-
     # --- the choice --------------------------------------------------------------------------------------------------
 
     def _read_sparsity(self, sparsity: Sparsity) -> Goal:
@@ -276,30 +235,16 @@ class Sparsifier(Participant):
         moment: Moment | None = None,
     ) -> None:
         """Choose what is pruned; the masks and what is noted with them change together, or not at all."""
-        if self._hides_pruned(goal.context, may_fall, moment):
-            self.apply_masks()
         round_to = self.round_to if round_to is None else check_count("round_to", round_to)
         limits = limits_of(pools, min_keep=self.min_keep, may_fall=may_fall, round_to=round_to)
-        score = partial(self._scorer, self.model, pools, self._record.keep, masks=self._record.mask_of)
-        keeps = self._agree(choose(pools, score(), goal.at(share), limits, rule=self.rule, moment=moment, grow=score))
-        move = self._record.replace({p.name: k for p, k in zip(pools, keeps, strict=True)})
-        if move.after:
-            self._scorer.note_move(pools)
-            announce_move(self.model, move)
-        if limits.round_to and share == 1 and self._record.maker.rounds_by_default:
-            counts = {p.name: p.count for p in pools}
-            gone = sum(k.numel() - count_true(k) for k in keeps)
-            warn_of_rounding(goal.total(counts), gone, sum(counts.values()), round_to)
+        scaled = goal.at(share)
+        move_masks(self._record, self._scorer, scaled, pools, limits, self.rule, moment=moment, agree=self._agree)
+        if limits.round_to and share == 1:
+            tell_of_rounding(self._record, goal, pools, round_to)
 
-    def _hides_pruned(self, context: Context, may_fall: bool, moment: Moment | None) -> bool:
-        """Tell if pruned weights, which the optimizer has moved, must be zero again before the choice."""
-        if self.rule.chooses_anew(moment):
-            return False
-        returning = may_fall or self.rule.exchanged(moment) > 0
-        return returning or context.looks_at_pruned or self._scorer.looks_at_pruned
-
-    def _agree(self, keeps: list[Tensor]) -> list[Tensor]:
-        """The same masks on every rank of a DDP run: those of the first."""
+    def _agree(self, chosen: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Return the same choice on every rank of a DDP run: that of the first."""
+        keeps = chosen()
         parallel = self._parallel or _parallel(self.model)
         if parallel is not None:
             for keep in keeps:
@@ -396,74 +341,14 @@ class Sparsifier(Participant):
         self._stepping, self._parallel = False, None
         self._scorer.end()
 
-    def hold(self, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Keep the masks in later training.
-
-        Args:
-            optimizer: A torch optimizer; after each of its steps the masks are applied.
-
-        Returns:
-            A handle whose `remove()` ends it; without an optimizer a participant for any loop's callback.
-        """
-        if optimizer is None:
-            return Hold(self._record)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; in fastai and Lightning pass "
-                "HoldCallback(sparsifier) as a callback"
-            )
-        note_optimizer(self.model, optimizer)
-        handle = optimizer.register_step_post_hook(self._hold_after_step)
-        self._holds.append(handle)
-        return handle
-
-    def _hold_after_step(self, *_: Any) -> None:
-        self.apply_masks()
-
     def finalize(self) -> None:
         """Bake the masks in for good: zeros stay in the weights, holds end, copies of weights are let go."""
-        self.apply_masks()
-        for handle in self._holds:
-            handle.remove()
-        self._holds, self._record.noted = [], {}
+        self._end_holds()
         self._scorer.forget()
 
     def reset(self) -> None:
         """Forget the masks; the weights stay as they are."""
         self._record.keep, self._record.noted, self._pace.asked = {}, {}, ()
-
-    # --- what was reached --------------------------------------------------------------------------------------------
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        """Target name -> bool tensor of the parameter's shape, True = keep; all True where nothing was chosen yet."""
-        return self._record.masks()
-
-    @property
-    def sparsity(self) -> Reached:
-        """What the masks hold, per target and overall; counted from the masks."""
-        return count_reached(self._record)
-
-    def report(self) -> SparsityReport:
-        """What was reached, target by target, and what was left out and why."""
-        return write_report(self._record)
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the sparsity of each target."""
-        return self.report().plot(ax)
-
-    def print_sparsity(self) -> None:
-        """Print the report."""
-        print(self.report())  # noqa: T201 - what it is for
-
-    def save_model(self, path: str | os.PathLike[str], model: nn.Module | None = None) -> None:
-        """Save the weights, masked, as a plain state dict for `torch.load(path, weights_only=True)`."""
-        self.apply_masks()
-        torch.save(unwrap(model or self.model).state_dict(), path)
-
-    def metrics(self) -> dict[str, float]:
-        """Return the share of units that the masks prune now, in [0, 1]."""
-        return {"sparsity": self.sparsity.overall}
 
     # --- saving and going on -----------------------------------------------------------------------------------------
 

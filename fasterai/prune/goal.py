@@ -1,0 +1,100 @@
+"""What a pruner was asked for: its arguments read and checked, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from fasterai.core import contexts
+from fasterai.core.checks import check_fraction, from_catalogue, unknown
+from fasterai.core.contexts import NM, Context, Local, PerTarget
+from fasterai.graph.channels import ChannelGraph
+from fasterai.model.names import unwrap
+from fasterai.model.targets import all_targets
+from fasterai.prune.choice.budget import Budget
+from fasterai.units.channels import OVER, ChannelPool
+from fasterai.units.choice import Goal
+from fasterai.units.pool import by_pool
+
+__all__ = ["OVER_PLACES", "Ratio", "check_context", "free_pools", "read_layers", "read_ratio"]
+
+Ratio = float | Mapping[Any, float] | Budget
+OVER_PLACES = tuple(OVER)
+
+
+def check_context(context: Context | str, ratio: Ratio) -> Context:
+    """Return the context, checked together with the ratio that it gets.
+
+    Raises:
+        TypeError: The ratio is no number, dict or `Budget`.
+        ValueError: One of them is out of range or unknown, or they do not go together.
+    """
+    if not isinstance(ratio, Budget):
+        for value in ratio.values() if isinstance(ratio, Mapping) else [ratio]:
+            if check_fraction("pruning_ratio", value) == 1:
+                raise ValueError(f"pruning_ratio must be below 1, got {value!r}: it would leave a layer without a channel")
+    found: Context = from_catalogue("context", context, contexts)
+    if isinstance(found, NM) or not isinstance(found, Context):
+        raise ValueError(f"context must be 'local', 'global', 'erk' or 'lamp', got {context!r}")
+    if isinstance(ratio, Mapping) and not isinstance(found, Local):
+        raise ValueError(f"pruning_ratio must be one number for context {found!r}, got a dict; pass context='local'")
+    return found
+
+
+def read_ratio(ratio: Ratio, context: Context, model: nn.Module, pools: Sequence[ChannelPool]) -> Goal | None:
+    """Return what is asked for of the groups; None for a `Budget`, which is of the whole model.
+
+    Raises:
+        TypeError: A key of a dict is neither a name nor a module of the model.
+        ValueError: A name matches nothing, or layers whose channels are coupled were given different shares.
+    """
+    if isinstance(ratio, Budget):
+        return None
+    if not isinstance(ratio, Mapping):
+        return Goal(context, float(ratio))
+    names = {id(m): n for n, m in unwrap(model).named_modules()}
+    named: dict[Any, float] = {names.get(id(key), key): share for key, share in ratio.items()}
+    for key in named:
+        if not isinstance(key, str):
+            got = f"{key!r} ({type(key).__name__})"
+            raise TypeError(f"pruning_ratio's keys must be names or modules of the model, got {got}")
+    return Goal(PerTarget(by_pool(pools, named, all_targets(unwrap(model)), "pruning_ratio's keys")), 1.0)
+
+
+def read_layers(model: nn.Module, layers: Iterable[nn.Module | str]) -> frozenset[str]:
+    """Return the names of layers, and of those inside them.
+
+    Raises:
+        TypeError: It is one layer instead of several.
+        ValueError: One is no module of the model.
+    """
+    if isinstance(layers, str | nn.Module):
+        raise TypeError(f"ignored_layers must be several modules or names, got {layers!r}; pass a list")
+    names = {id(m): n for n, m in unwrap(model).named_modules()}
+    found: set[str] = set()
+    for layer in layers:
+        name = layer if isinstance(layer, str) else names.get(id(layer))
+        if name is None or name not in names.values():
+            raise unknown(
+                "ignored_layers", str(layer)[:60], [n for n in names.values() if n], "modules of the model or their names, of"
+            )
+        found |= {n for n in names.values() if n == name or n.startswith(f"{name}.")}
+    return frozenset(found)
+
+
+def free_pools(pools: Sequence[ChannelPool], graph: ChannelGraph, ignored: frozenset[str]) -> tuple[ChannelPool, ...]:
+    """Return the pools whose channels no ignored layer makes.
+
+    Raises:
+        ValueError: There are none.
+    """
+    made = [{n.rpartition(".")[0] for n, d in p.group.places if (n, d) not in graph.readers} for p in pools]
+    free = tuple(p for p, names in zip(pools, made, strict=True) if not names & ignored)
+    if pools and not free:
+        makers = ", ".join(sorted(p.name for p in pools)[:5])
+        raise ValueError(f"ignored_layers must leave some channels that may go, got all layers that make them ({makers})")
+    if not free:
+        raise ValueError("model must have channels that may go, got none; channel_graph(model, inputs).pinned says why")
+    return free

@@ -1,0 +1,120 @@
+"""Masks that are held: applied now and in later training, counted, reported and saved with the weights."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fasterai.core.loop import Participant
+from fasterai.core.types import Move, Target
+from fasterai.model.cuts import note_optimizer
+from fasterai.model.names import unwrap
+from fasterai.sparse.counting import count_reached, write_report
+from fasterai.sparse.hold import Hold
+from fasterai.sparse.record import MaskRecord
+from fasterai.sparse.report import Reached, SparsityReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Masked"]
+
+
+class Masked(Participant, ABC):
+    """What can be done with the masks of a model, however they were chosen."""
+
+    _record: MaskRecord
+    _holds: list[Any]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, wrapped or not."""
+        return self._record.model
+
+    @model.setter
+    def model(self, model: nn.Module) -> None:
+        self._record.model = model
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """The targets, frozen ones included."""
+        return self._record.targets
+
+    @property
+    def moves(self) -> int:
+        """How often the masks have moved so far."""
+        return self._record.moves
+
+    def made(self, move: Move) -> bool:
+        """Tell if a move of masks, as it is announced, is one of its own."""
+        return all(self._record.keep.get(name) is keep for name, keep in move.after.items())
+
+    def apply_masks(self) -> None:
+        """Set all masked weights to zero, and the biases and norms of silent outputs."""
+        self._record.apply_()
+
+    def hold(self, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Keep the masks in later training.
+
+        Args:
+            optimizer: A torch optimizer; after each of its steps the masks are applied.
+
+        Returns:
+            A handle whose `remove()` ends it; without an optimizer a participant for any loop's callback.
+        """
+        if optimizer is None:
+            return Hold(self._record)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; in fastai and Lightning pass "
+                "HoldCallback(sparsifier) as a callback"
+            )
+        note_optimizer(self.model, optimizer)
+        handle = optimizer.register_step_post_hook(self._hold_after_step)
+        self._holds.append(handle)
+        return handle
+
+    def _hold_after_step(self, *_: Any) -> None:
+        self.apply_masks()
+
+    def _end_holds(self) -> None:
+        """Leave the zeros in the weights, and let go of optimizers and of what was noted for outputs that might return."""
+        self.apply_masks()
+        for handle in self._holds:
+            handle.remove()
+        self._holds, self._record.noted = [], {}
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Target name -> bool tensor of the parameter's shape, True = keep; all True where nothing was chosen yet."""
+        return self._record.masks()
+
+    @property
+    def sparsity(self) -> Reached:
+        """What the masks hold, per target and overall; counted from the masks."""
+        return count_reached(self._record)
+
+    def report(self) -> SparsityReport:
+        """What was reached, target by target, and what was left out and why."""
+        return write_report(self._record)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the sparsity of each target."""
+        return self.report().plot(ax)
+
+    def print_sparsity(self) -> None:
+        """Print the report."""
+        print(self.report())  # noqa: T201 - what it is for
+
+    def save_model(self, path: str | os.PathLike[str], model: nn.Module | None = None) -> None:
+        """Save the weights, masked, as a plain state dict for `torch.load(path, weights_only=True)`."""
+        self.apply_masks()
+        torch.save(unwrap(model or self.model).state_dict(), path)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the share of units that the masks prune now, in [0, 1]."""
+        return {"sparsity": self.sparsity.overall}
