@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,22 @@ REPORT = "report.json"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that an interruption leaves the old one or the new one, never a part."""
+    """Write a file so that an interruption leaves the old one or the new one, never a part.
+
+    Raises:
+        UsageError: It cannot be written: the disk is full, the folder is gone or read-only.
+    """
     part = path.with_name(path.name + ".part")
-    write(part)
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        write(part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save tells by RuntimeError that it cannot write
+        with suppress(OSError):
+            part.unlink()
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{path} cannot be written ({reason}); see that its folder is there and the disk not full") from error
 
 
 def holds_run(folder: Path) -> bool:
@@ -58,13 +68,14 @@ def file_of(folder: Path, name: str) -> Path:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder if it is not there.
+    """Make the folder if it is not there, and see that it can be written to.
 
     Raises:
-        UsageError: There is a file of that name, or it cannot be made.
+        UsageError: There is a file of that name, or it cannot be made or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UsageError(f"--output must be a folder, got {folder} ({error.strerror})") from error
 
