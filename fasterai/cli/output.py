@@ -53,7 +53,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save tells by RuntimeError that it cannot write
         with suppress(OSError):
             part.unlink()
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{path} cannot be written ({reason}); see that its folder is there and the disk not full") from error
 
 
@@ -113,15 +113,8 @@ def save_checkpoint(content: Mapping[str, Any], folder: Path) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """What an interrupted run left, on the CPU; None if there is nothing."""
-    path = folder / CHECKPOINT
-    if not path.exists():
-        return None
-    try:
-        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file can fail in any of zip, pickle and torch
-        raise UsageError(f"cannot read {path} ({type(error).__name__}); take it away to begin anew") from error
-    return found
+    """Return what an interrupted run left, on the CPU; None if there is nothing."""
+    return _load(folder / CHECKPOINT, lambda path: torch.load(path, map_location="cpu", weights_only=True))
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -151,12 +144,14 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
 
 
 def load_report(folder: Path) -> dict[str, Any] | None:
-    """The report of a complete run, None if there is none."""
-    path = folder / REPORT
+    """Return the report of a complete run, None if there is none."""
+    return _load(folder / REPORT, lambda path: json.loads(path.read_text(encoding="utf-8")))
+
+
+def _load(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"cannot read {path} ({error}); take it away to begin anew") from error
-    return found
+        return read(path)
+    except Exception as error:  # a broken file can fail in any of zip, pickle, torch and json
+        raise UsageError(f"cannot read {path} ({type(error).__name__}); take it away to begin anew") from error
