@@ -167,7 +167,7 @@ def _images_below(tops: Sequence[Path]) -> dict[Path, list[str]]:
     links, under their own names. A link to a folder above is not followed.
     """
     images: dict[Path, list[str]] = {top: [] for top in tops}
-    taken = {os.path.realpath(top.parent) for top in tops}
+    taken: set[str] = set()
     queue = [(top, str(top)) for top in sorted(tops, key=os.path.islink)]
     for top, start in queue:  # which grows
         for folder, folders, files in os.walk(start, onerror=_fail):

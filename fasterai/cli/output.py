@@ -50,11 +50,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         part.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save tells by RuntimeError that it cannot write
+    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError about positions
         with suppress(OSError):
             part.unlink()
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{path} cannot be written ({reason}); see that its folder is there and the disk not full") from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: Exception) -> UsageError:
+    reason = getattr(error, "strerror", None) or type(error).__name__
+    return UsageError(f"{path} cannot be written ({reason}); see that its folder is there and the disk not full")
 
 
 def holds_run(folder: Path) -> bool:
@@ -97,14 +101,17 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write to, which gets its name once all went well; else nothing of it is left.
 
     Raises:
-        UsageError: It cannot be made.
+        UsageError: It cannot be made or written to.
     """
     prepare_folder(folder.parent)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
-        part = Path(place) / folder.name
-        part.mkdir()
-        yield part
-        part.replace(folder)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
+            part = Path(place) / folder.name
+            part.mkdir()
+            yield part
+            part.replace(folder)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 def save_checkpoint(content: Mapping[str, Any], folder: Path) -> None:

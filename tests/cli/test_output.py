@@ -156,6 +156,9 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, full_disk: None) 
         save_weights(nn.Linear(100, 100), tmp_path / "dense.safetensors", ("a", "b"))
     assert load_checkpoint(tmp_path)["step"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    with pytest.raises(UsageError, match=r"small cannot be written \(File too large\)"), new_folder(tmp_path / "small") as part:
+        (part / "file").write_bytes(bytes(10_000))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 def test_a_folder_that_cannot_be_written_to_is_told_before_the_training() -> None:

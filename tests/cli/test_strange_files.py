@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +47,7 @@ def first_pixel(root: Path) -> list[int]:
 def test_a_link_inside_a_class_reads_nothing_twice(make_images: MakeImages, leads_to: str) -> None:
     root = make_images("data", {"a": 5, "b": 5})
     make_images("data/a", {"sub": 5})
+    shutil.copy(root / "a" / "0.png", root / "of no class.png")
     (root / "a" / "sub" / "link").symlink_to(leads_to)
     assert count(root) == (12, 3)  # 10 of a, 5 of b; a fifth of each
 
@@ -73,8 +75,9 @@ def test_validation_folders_do_not_lead_to_training_images(make_images: MakeImag
 
 
 def test_links_to_folders_elsewhere_are_followed_once(make_images: MakeImages) -> None:
-    root, far = make_images("data", {"a": 5, "b": 5}), make_images("far", {"c": 5, "d": 5})
+    root, far = make_images("data", {"a": 5, "b": 5}), make_images("far", {"c": 5, "d": 5, "e": 5})
     (far / "c" / "loop").symlink_to(far / "c")
+    (far / "c" / "up").symlink_to(far)
     (root / "c").symlink_to(far / "c")
     for name in ("one", "two"):
         (root / "a" / name).symlink_to(far / "d")
@@ -82,6 +85,13 @@ def test_links_to_folders_elsewhere_are_followed_once(make_images: MakeImages) -
     data = read_folder(root)
     assert data.classes == ("a", "b", "c")
     assert (len(data.train), len(data.valid)) == (16, 4)
+
+
+def test_a_class_that_is_a_link_to_another_one_is_refused(make_images: MakeImages) -> None:
+    root = make_images("data", {"b": 5, "c": 5})
+    (root / "a").symlink_to("b")
+    with pytest.raises(UsageError, match=r"no images in .*data/a: every sub-folder is a class with its own"):
+        read_folder(root)
 
 
 def test_a_program_of_postscript_is_not_run(make_images: MakeImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
