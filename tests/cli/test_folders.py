@@ -72,6 +72,13 @@ def test_images_lie_at_any_depth_and_hidden_files_do_not_count(make_images: Make
     assert len(data.train) + len(data.valid) == 5
 
 
+def test_files_come_before_folders_on_which_the_split_of_older_runs_depends(make_images: MakeImages) -> None:
+    root = make_images("data", {"a": 2, "a/b": 1, "a/b-c": 1, "a/b/c": 1, "d": 2})
+    paths = read_folder(root, cache_bytes=0).train.dataset.paths
+    names = ["a/0.png", "a/1.png", "a/b/0.png", "a/b/c/0.png", "a/b-c/0.png", "d/0.png", "d/1.png"]
+    assert paths == [str(root / name) for name in names]
+
+
 @pytest.mark.parametrize(("size", "expected"), [
     ((32, 32), 32), ((40, 64), 40), ((4, 9), 8), ((65, 80), 64), ((100, 80), 64), ((500, 300), 224), ((160, 128), 128),
 ])  # fmt: skip

@@ -108,7 +108,7 @@ def test_a_program_of_postscript_is_not_run(make_images: MakeImages, tmp_path: P
 
 
 RANGES = {
-    "floats in [0, 1]": (np.float32, 0.4, 102), "floats of bytes": (np.float32, 100.7, 100),
+    "floats in [0, 1]": (np.float32, 0.65, 166), "floats of bytes": (np.float32, 100.7, 100),
     "int32 of bytes": (np.int32, 100, 100),
     "uint16": (np.uint16, 40 * 256 + 9, 40), "big-endian uint16": (np.dtype(">u2"), 40 * 256 + 9, 40),
 }  # fmt: skip
