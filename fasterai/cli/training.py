@@ -17,7 +17,6 @@ from tqdm import tqdm
 from fasterai.callbacks.plain import attach
 from fasterai.cli.data import Data, Part
 from fasterai.cli.errors import UsageError
-from fasterai.core.loop import Batch
 from fasterai.sparse.sparsifier import Sparsifier
 
 __all__ = ["Recipe", "Training", "augment", "evaluate", "learning_rate", "shuffled"]
@@ -109,11 +108,12 @@ class Training:
 
     def _train_step(self, images: Tensor, labels: Tensor) -> float:
         images = augment(images, self.generator, crop=self.recipe.crop, flip=self.recipe.flip)
-        loss = F.cross_entropy(self.network(images), labels)
+        output = self.network(images)
+        loss = F.cross_entropy(output, labels)
         if not math.isfinite(loss.item()):
             raise UsageError(f"the loss became {loss.item()} in epoch {len(self.history) + 1}; pass a lower --lr")
         if self.handle is not None:  # criteria that need data read the batch
-            loss = self.handle.loop.after_loss(loss, Batch((images,), (labels,)))
+            loss = self.handle.loss(loss, images, labels, output)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe.lr, self.step / self.total_steps)
         self.optimizer.zero_grad()
