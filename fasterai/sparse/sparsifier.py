@@ -26,9 +26,11 @@ from fasterai.model.cuts import follow, note_optimizer
 from fasterai.model.dataflow import watch
 from fasterai.model.inputs import arguments, batch_inputs
 from fasterai.model.names import unwrap
+from fasterai.model.sharded import check_unflattened
 from fasterai.model.targets import LayerTypes, TargetsLike, find_targets
 from fasterai.sparse.hold import Hold
 from fasterai.sparse.pace import Pace
+from fasterai.sparse.ranks import agree, find_parallel
 from fasterai.sparse.record import MaskRecord
 from fasterai.sparse.report import Reached, SparsityReport
 from fasterai.units.channels import warn_of_rounding
@@ -74,7 +76,7 @@ class Sparsifier(Participant):
 
     Raises:
         ValueError: An argument is out of range or unknown, no target is found, a target has not got such units, or a
-            weight is parametrised.
+            weight is parametrised, sharded or no plain tensor.
         TypeError: An argument is of the wrong type.
     """
 
@@ -116,8 +118,10 @@ class Sparsifier(Participant):
             raise ValueError("round_to must be None for N:M, which fixes what each group keeps")
         self._pace = Pace(as_schedule(from_catalogue("schedule", schedule, schedules)), check_count("max_updates", max_updates))
         coarse = not (self.granularity.is_weight or isinstance(self.granularity, Block | Coupled))
+        check_unflattened(model)
         selection = find_targets(model, fits=self._misfit, coarse=coarse, targets=targets, layer_type=layer_type)
         self._record = MaskRecord(model, self.granularity, selection)
+        self._record.check_plain()
         source = Source(data=data, loss=loss, inputs=_as_inputs(example_inputs))
         if source.inputs is not None and isinstance(self.granularity, Coupled):
             self._record.couple(channel_graph(model, source.inputs))
@@ -218,6 +222,7 @@ class Sparsifier(Participant):
         plan = self._plan if sparsity is None else self._read_sparsity(sparsity)
         if plan is None:
             raise ValueError("sparsity must be given, here or to the Sparsifier")
+        self._record.check_plain()
         self._check_coupled()
         if not self._record.active:
             raise ValueError("targets must train, and all are frozen: name them with targets= to prune them all the same")
@@ -234,6 +239,7 @@ class Sparsifier(Participant):
         """
         if not isinstance(m, nn.Module):
             raise TypeError(f"m must be a module of the model, got {m!r}; for names pass sparsify_model a dict")
+        self._record.check_plain()
         self._check_coupled()
         targets = {t.name for t in self.targets if any(t.module is inner for inner in m.modules())}
         pools = [p for p in self._record.pools if p.makers & targets]
@@ -279,7 +285,6 @@ class Sparsifier(Participant):
         context, sparsity = plan
         if may_fall or context.looks_at_pruned or self._scorer.looks_at_pruned:
             self.apply_masks()  # the optimizer has moved pruned weights, too
-        scores = self._scorer(self.model, pools, self._record.keep)
         round_to = self.round_to if round_to is None else check_count("round_to", round_to)
         steps = {p.name: p.step(round_to) for p in pools}
         limits = Limits(
@@ -288,21 +293,18 @@ class Sparsifier(Participant):
             round_to=steps if max(steps.values()) > 1 else None,
             make_up=round_to is None,
         )
-        keeps = self._agree(context(scores, [p.layout for p in pools], sparsity * share, limits))
+
+        def choose() -> list[Tensor]:
+            scores = self._scorer(self.model, pools, self._record.keep)
+            return context(scores, [p.layout for p in pools], sparsity * share, limits)
+
+        keeps = agree(choose, pools, self._parallel or find_parallel(self.model), self.criteria)
         if self._record.replace({p.name: k for p, k in zip(pools, keeps, strict=True)}):
             self._scorer.note_move(pools)
         if limits.round_to and share == 1 and isinstance(self.granularity, Coupled):
             counts = {p.name: p.count for p in pools}
             gone = sum(k.numel() - count_true(k) for k in keeps)
             warn_of_rounding(context.total(counts, sparsity), gone, sum(counts.values()), round_to)
-
-    def _agree(self, keeps: list[Tensor]) -> list[Tensor]:
-        """The same masks on every rank of a DDP run: those of the first."""
-        parallel = self._parallel or _parallel(self.model)
-        if parallel is not None:
-            for keep in keeps:
-                torch.distributed.broadcast(keep.view(torch.uint8), group_src=0, group=parallel.process_group)
-        return keeps
 
     def _forget_stale(self) -> None:
         if self._record.forget_stale():
@@ -329,7 +331,7 @@ class Sparsifier(Participant):
         self._pace.start(fit.total_steps, self._highest_sparsity())
         self._record.trained = set()
         self._record.note_trained()
-        self._parallel = _parallel(fit.model)
+        self._parallel = find_parallel(fit.model)
 
     def _watch_batch(self, fit: Fit) -> None:
         if isinstance(self.granularity, Coupled):
@@ -412,7 +414,12 @@ class Sparsifier(Participant):
 
         Returns:
             A handle whose `remove()` ends it; without an optimizer a participant for any loop's callback.
+
+        Raises:
+            TypeError: `optimizer` is none of torch's.
+            ValueError: A weight has been sharded, or is no plain tensor.
         """
+        self._record.check_plain()
         if optimizer is None:
             return Hold(self._record)
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -421,7 +428,7 @@ class Sparsifier(Participant):
                 "HoldCallback(sparsifier) as a callback"
             )
         note_optimizer(self.model, optimizer)
-        handle = optimizer.register_step_post_hook(self._hold_after_step)
+        handle = optimizer.register_step_post_hook(torch.compiler.disable(self._hold_after_step))  # type: ignore[no-untyped-call]
         self._holds.append(handle)
         return handle
 
@@ -503,12 +510,6 @@ def _context(context: Context | str, nm: bool) -> Context:
     if not isinstance(found, Context):
         raise TypeError(f"context must be a context, its name or a dict, got {context!r} ({type(context).__name__})")
     return found
-
-
-def _parallel(model: nn.Module | None) -> DistributedDataParallel | None:
-    """What joins a model with its copies in other processes: the model itself, or what `torch.compile` has wrapped."""
-    modules = () if model is None else model.modules()
-    return next((m for m in modules if isinstance(m, DistributedDataParallel)), None)
 
 
 def _as_inputs(inputs: Any) -> tuple[Any, ...] | None:

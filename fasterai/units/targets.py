@@ -11,6 +11,7 @@ from torch import Tensor
 from fasterai.core.granularities import Granularity
 from fasterai.core.types import Layout, Target
 from fasterai.model.cuts import Cut, sliced
+from fasterai.model.sharded import Place
 from fasterai.units.partners import Partner, kept_outputs
 from fasterai.units.pool import Pool, WeightScores
 
@@ -38,6 +39,10 @@ class TargetPool(Pool):
     @property
     def targets(self) -> tuple[Target, ...]:  # type: ignore[override]
         return (self.target,)
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        return (self.target, *self.partners)
 
     @property
     def makers(self) -> frozenset[str]:  # type: ignore[override]
