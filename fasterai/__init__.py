@@ -13,7 +13,8 @@ import torch as _torch  # noqa: F401 - what everything here works on
 if TYPE_CHECKING:
     from fasterai.callbacks.plain import attach
     from fasterai.core.criteria import Criterion
-    from fasterai.core.granularities import Block, Keep
+    from fasterai.core.granularities import Block as Block
+    from fasterai.core.granularities import Keep
     from fasterai.core.schedules import Schedule
     from fasterai.model.layouts import register_axes
     from fasterai.sparse.sparsifier import Sparsifier
@@ -32,8 +33,8 @@ _HOMES = {
     "register_axes": "fasterai.model.layouts",
 }
 
+# `Block` is torch's as well, and any network's own: `from fasterai import Block`, and no part of the star import.
 __all__ = [
-    "Block",
     "Criterion",
     "Keep",
     "LotteryTicket",
@@ -47,8 +48,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'fasterai' has no attribute {name!r}; it has {', '.join(__all__)}")
+    raise AttributeError(f"module 'fasterai' has no attribute {name!r}; it has {', '.join(_HOMES)}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return sorted([*_HOMES, "__version__"])

@@ -1,24 +1,27 @@
-"""For notebooks: `from fasterai.analyze.all import *`. Re-exports only."""
+"""For notebooks: `import fasterai.analyze.all as analyze`, then `analyze.cost(model, x)`. Re-exports only.
 
-from fasterai.analyze.comparison import Comparison, compare
-from fasterai.analyze.cost import Cost, cost
-from fasterai.analyze.latency import Latency, LatencyComparison, compare_latency, latency
-from fasterai.analyze.sensitivity import Sensitivity, sensitivity
+`cost`, `compare`, `latency` are words that a notebook has uses of its own for. So `from fasterai.analyze.all import *` gives
+this module by the name `analyze`, with the criteria and schedules; `from fasterai.analyze.all import cost` works too.
+"""
+
+from fasterai.analyze import all as analyze  # noqa: PLW0406 - the star brings this module by its name
+from fasterai.analyze.comparison import Comparison as Comparison
+from fasterai.analyze.comparison import compare as compare
+from fasterai.analyze.cost import Cost as Cost
+from fasterai.analyze.cost import cost as cost
+from fasterai.analyze.latency import Latency as Latency
+from fasterai.analyze.latency import LatencyComparison as LatencyComparison
+from fasterai.analyze.latency import compare_latency as compare_latency
+from fasterai.analyze.latency import latency as latency
+from fasterai.analyze.sensitivity import Sensitivity as Sensitivity
+from fasterai.analyze.sensitivity import sensitivity as sensitivity
 from fasterai.core import all as _core
 from fasterai.core.all import *
+from fasterai.core.contexts import *
+from fasterai.core.criteria import *
+from fasterai.core.schedules import *
+from fasterai.familiar import *
 from fasterai.sparse.sparsifier import Sparsifier
 
-__all__ = [
-    *_core.__all__,
-    "Comparison",
-    "Cost",
-    "Latency",
-    "LatencyComparison",
-    "Sensitivity",
-    "Sparsifier",
-    "compare",
-    "compare_latency",
-    "cost",
-    "latency",
-    "sensitivity",
-]
+__all__ = ["Sparsifier", "analyze"]
+__all__ += _core.__all__

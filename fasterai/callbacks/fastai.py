@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         self.loop = Loop([])
         self._has_begun = self._is_stepping = self._was_cut = False
         self._relays: list[Callback] = []
+        self._resumed: Mapping[str, Any] | None = None
 
     @property
     def learn(self) -> Any:
@@ -121,6 +122,9 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
             steps_per_epoch=learn.n_iter,
         )
         self.loop.start(fit)
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            self.loop.load_state_dict(resumed)
         self._relay()
         follow(learn.model, self)
         self._has_begun, self._was_cut = True, False
@@ -190,6 +194,16 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         if self.learn is not None:
             self.learn.remove_cbs([one for one in relays if one in self.learn.cbs])
         self.loop.end(completed)
+
+    # --- saving and going on -----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step and the participants' states, to be saved beside `learn.save`."""
+        return dict(self._resumed) if self._resumed is not None else self.loop.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Note a saved state, which the next fit takes over: `learn.load(...)`, `learn.fit(n, start_epoch=k, cbs=callback)`."""
+        self._resumed = state
 
     # --- smaller models ----------------------------------------------------------------------------------------------
 

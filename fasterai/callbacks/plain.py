@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
@@ -30,8 +31,8 @@ class Handle:
         self._is_stepping = False
         self._has_seen = {"loss": False, "gradients": False}
         self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),  # type: ignore[no-untyped-call]
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),  # type: ignore[no-untyped-call]
         ]
 
     def loss(self, loss: Tensor, inputs: Any = (), targets: Any = (), outputs: Any = None) -> Tensor:
@@ -160,7 +161,7 @@ def _as_tuple(x: Any) -> tuple[Any, ...]:
 
 def _end_earlier_runs(optimizer: torch.optim.Optimizer) -> None:
     for hook in [*optimizer._optimizer_step_pre_hooks.values()]:
-        earlier = getattr(hook, "__self__", None)
+        earlier = getattr(inspect.unwrap(hook), "__self__", None)
         if isinstance(earlier, Handle):
             step, total = earlier.loop.step, earlier.loop.total_steps
             warn(f"an earlier run was still attached to this optimizer, at step {step} of {total}: it ends here")

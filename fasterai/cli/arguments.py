@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -73,15 +74,23 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _path(text: str) -> Path:
+    if os.fsencode(text).decode(errors="replace") != text:  # it could be neither printed nor written to the report
+        raise argparse.ArgumentTypeError(f"must be UTF-8, got {text!r}")
+    return Path(text)
+
+
 def _add_demo(demo: argparse.ArgumentParser) -> None:
-    demo.add_argument("-o", "--output", type=Path, default=Path("fasterai-demo"), help="folder to write (default: %(default)s)")
+    demo.add_argument(
+        "-o", "--output", type=_path, default=Path("fasterai-demo"), help="folder to write (default: %(default)s)"
+    )
     demo.add_argument("--seed", type=int, default=0, help="of the split, the start and the order (default: %(default)s)")
 
 
 def _add_sparsify(sparsify: argparse.ArgumentParser) -> None:
     add = sparsify.add_argument
-    add("data", type=Path, metavar="DATA", help="a folder with one sub-folder of images a class")
-    add("-o", "--output", type=Path, default=Path("run"), help="folder to write (default: %(default)s)")
+    add("data", type=_path, metavar="DATA", help="a folder with one sub-folder of images a class")
+    add("-o", "--output", type=_path, default=Path("run"), help="folder to write (default: %(default)s)")
     axes = sparsify.add_argument_group("sparsity")
     axes.add_argument("--sparsity", type=float, default=0.9, help="share to prune, in [0, 1] (default: %(default)s)")
     axes.add_argument("--granularity", default="weight", help="which weights share one decision (default: %(default)s)")
@@ -111,9 +120,9 @@ def _add_sparsify(sparsify: argparse.ArgumentParser) -> None:
 
 def _add_prune(prune: argparse.ArgumentParser) -> None:
     add = prune.add_argument
-    add("weights", type=Path, metavar="WEIGHTS", help="a state dict: of torch.save, or safetensors")
+    add("weights", type=_path, metavar="WEIGHTS", help="a state dict: of torch.save, or safetensors")
     add("--arch", required=True, help="the classifier of torchvision.models that the weights are of")
-    add("-o", "--output", type=Path, default=Path("small"), help="folder to write, not there yet (default: %(default)s)")
+    add("-o", "--output", type=_path, default=Path("small"), help="folder to write, not there yet (default: %(default)s)")
     add("--onnx", action="store_true", help="write small.onnx as well")
     add("--device", default="auto", help="cpu, cuda, mps, ... (default: %(default)s)")
     axes = prune.add_argument_group("what goes")
@@ -131,7 +140,7 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
     images.add_argument("--batch", type=int, default=1, help="images that it is checked and timed on (default: %(default)s)")
     images.add_argument("--image-size", type=int, metavar="N", help="side of the square (default: 224, or as for sparsify)")
     images.add_argument(
-        "--data", type=Path, help="a folder as for sparsify: accuracy on its validation part, and criteria's data"
+        "--data", type=_path, help="a folder as for sparsify: accuracy on its validation part, and criteria's data"
     )
     images.add_argument("--seed", type=int, default=0, help="of the split of the data (default: %(default)s)")
     images.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out instead of stopping")

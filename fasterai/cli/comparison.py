@@ -121,8 +121,7 @@ def make_sparsifier(network: nn.Module, job: Job) -> Sparsifier:
     Raises:
         UsageError: The axes do not go with each other or with the network.
     """
-    pixels, _ = job.data.train.batch(torch.arange(min(2, len(job.data.train))))
-    inputs = job.data.normalize(pixels.to(job.recipe.device))
+    inputs = job.data.examples(2, job.recipe.device)
     with told_as_usage():
         return Sparsifier(network, **job.axes, loss=nn.functional.cross_entropy, example_inputs=inputs)
 

@@ -1,56 +1,19 @@
-"""Labelled images: what the training reads, whatever they come from."""
+"""L8. Labelled images: what the training reads, whatever they come from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset, TensorDataset
+from torchvision.transforms.v2.functional import normalize
 
-__all__ = ["Data", "Held", "Images", "Part", "digits", "image_statistics", "split_each_class"]
+__all__ = ["Data", "Part", "byte_sums", "digits", "image_statistics", "split_each_class"]
 
-
-class Images(Protocol):
-    """Images by number."""
-
-    def take(self, rows: Tensor) -> Tensor:
-        """The images of these rows, uint8 `(B, C, N, N)`."""
-        ...
-
-
-@dataclass(frozen=True)
-class Held:
-    """Images in memory, uint8 `(rows, C, N, N)`."""
-
-    pixels: Tensor
-
-    def take(self, rows: Tensor) -> Tensor:
-        """The images of these rows."""
-        return self.pixels[rows]
-
-
-@dataclass(frozen=True)
-class Part:
-    """The training or the validation part.
-
-    Attributes:
-        images: All images.
-        rows: Which of them belong to this part, int64 `(n,)`.
-        labels: Their classes, int64 `(n,)`.
-    """
-
-    images: Images
-    rows: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def batch(self, picks: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and labels of some of the part: picks from 0 to its length."""
-        return self.images.take(self.rows[picks]), self.labels[picks]
+#: Part of a data set that a list of numbers picks a batch of: images, uint8 `(B, C, N, N)`, and classes, int64 `(B,)`.
+Part = Subset[tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -79,14 +42,20 @@ class Data:
     skipped: Mapping[str, str] = field(default_factory=dict)
     fingerprint: str = ""
 
-    def normalize(self, pixels: Tensor) -> Tensor:
-        """Bytes to floats of mean 0 and deviation 1 over the training part."""
-        shape = (1, -1, 1, 1)
-        mean, std = (torch.tensor(x, device=pixels.device).view(shape) for x in (self.mean, self.std))
-        return (pixels.float() / 255 - mean) / std
+    def batches(self, part: Part, picks: Iterable[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give normalised images and their classes, a batch for each tensor of numbers from 0 to the part's length."""
+        for numbers in picks:
+            pixels, labels = part[numbers.tolist()]
+            # not `to_dtype`, which multiplies by 1/255: one bit else, and a resumed run would not be the same
+            images = normalize(pixels.to(device).float() / 255, list(self.mean), list(self.std))
+            yield images, labels.to(device)
+
+    def examples(self, count: int, device: torch.device) -> Tensor:
+        """Return the first training images, normalised, repeated where there are too few."""
+        return next(self.batches(self.train, [torch.arange(count) % len(self.train)], device))[0]
 
     def summary(self) -> dict[str, object]:
-        """Plain data for the report."""
+        """Return plain data for the report."""
         return {
             "classes": list(self.classes),
             "training_images": len(self.train),
@@ -99,60 +68,53 @@ class Data:
         }
 
 
-def split_each_class(labels: Sequence[int], share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows for training and for validation: the same share of every class, at least one image on both sides.
+def split_each_class(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split rows into training and validation: the same share of every class, at least one image on both sides.
 
     Args:
-        labels: The class of each row; every class has two rows at least.
+        labels: The class of each row, int64 `(n,)`; every class has two rows at least.
         share: How much of each class goes to validation, in (0, 1).
         seed: Of the choice.
 
     Returns:
         Two int64 tensors, in rising order.
     """
-    all_labels = torch.as_tensor(labels)
     generator = torch.Generator().manual_seed(seed)
-    train, valid = [], []
-    for label in torch.unique(all_labels):
-        rows = torch.nonzero(all_labels == label).flatten()
-        rows = rows[torch.randperm(len(rows), generator=generator)]
+    is_valid = torch.zeros(len(labels), dtype=torch.bool)
+    for label in torch.unique(labels):
+        rows = torch.nonzero(labels == label).flatten()
         count = min(max(1, round(share * len(rows))), len(rows) - 1)
-        valid.append(rows[:count])
-        train.append(rows[count:])
-    return torch.cat(train).sort().values, torch.cat(valid).sort().values
+        is_valid[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
+    return torch.nonzero(~is_valid).flatten(), torch.nonzero(is_valid).flatten()
 
 
-def image_statistics(sums: Tensor, squares: Tensor, pixel_count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation per channel, of values in [0, 1].
+def byte_sums(pixels: Tensor) -> Tensor:
+    """Return the sum of the bytes and the sum of their squares, exact, for each image and channel, float64 `(B, 2, C)`."""
+    values = pixels.flatten(2).double()
+    return torch.stack([values.sum(2), values.square().sum(2)], 1)
+
+
+def image_statistics(sums: Tensor, pixel_count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and deviation per channel, of values in [0, 1].
 
     Args:
-        sums: Sum of the bytes of each image and channel, float64 `(n, C)`.
-        squares: Sum of their squares, the same shape.
+        sums: The images' `byte_sums`, float64 `(n, 2, C)`.
         pixel_count: Pixels in an image.
     """
-    total = sums.shape[0] * pixel_count
-    mean = sums.sum(0) / total
-    variance = (squares.sum(0) / total - mean.square()).clamp(min=1.0)  # a constant channel must not divide by zero
-    return tuple((mean / 255).tolist()), tuple((variance.sqrt() / 255).tolist())
+    mean, square = sums.sum(0) / (len(sums) * pixel_count)
+    std = (square - mean.square()).clamp(min=1.0).sqrt()  # a constant channel must not divide by zero
+    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
 
 
 def digits(seed: int) -> Data:
-    """The 1,797 handwritten digits of 8x8 pixels that scikit-learn bundles; a fifth of each class for testing."""
+    """Return the 1,797 handwritten digits of 8x8 pixels that scikit-learn bundles; a fifth of each class for testing."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
     pixels = (torch.as_tensor(found.images)[:, None] * (255 / 16)).round().to(torch.uint8)
     labels = torch.as_tensor(found.target)
-    train, valid = split_each_class(labels.tolist(), 0.2, seed)
-    values = pixels[train].double()
-    mean, std = image_statistics(values.sum((2, 3)), values.square().sum((2, 3)), 64)
-    held = Held(pixels)
-    return Data(
-        Part(held, train, labels[train]),
-        Part(held, valid, labels[valid]),
-        tuple(str(name) for name in found.target_names),
-        mean,
-        std,
-        image_size=8,
-        validation="a fifth of each class",
-    )
+    train, valid = split_each_class(labels, 0.2, seed)
+    images, classes = TensorDataset(pixels, labels), tuple(str(name) for name in found.target_names)
+    parts = Subset(images, train.tolist()), Subset(images, valid.tolist())
+    mean, std = image_statistics(byte_sums(pixels[train]), 64)
+    return Data(*parts, classes, mean, std, image_size=8, validation="a fifth of each class")

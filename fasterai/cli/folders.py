@@ -1,51 +1,78 @@
-"""Folders of images with one sub-folder a class."""
+"""L8. Folders of images with one sub-folder a class.
+
+The walk is not torchvision's `ImageFolder`, which follows links in circles without end and takes hidden folders for classes.
+"""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import Dataset, Subset, TensorDataset
+from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
-from fasterai.cli.data import Data, Held, Images, Part, image_statistics, split_each_class
+from fasterai.cli.data import Data, byte_sums, image_statistics, split_each_class
 from fasterai.cli.errors import UsageError
 
-__all__ = ["read_folder"]
+__all__ = ["read_data", "read_folder"]
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+#: Formats that are opened, whatever a file is called; for some others, such as PostScript, Pillow starts a program.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "AVIF")
 VALIDATION_NAMES = ("valid", "val", "test")
 CACHE_BYTES = 2 << 30
-CHUNK = 256
+CHUNK = 64
 SHARE = 0.2
 
 
 @dataclass(frozen=True)
-class _File:
-    path: Path
-    label: int
-
-
-@dataclass(frozen=True)
-class _Decoded:
+class _Decoded(Dataset[tuple[Tensor, ...]]):
     """Images that are decoded whenever they are asked for."""
 
-    files: tuple[_File, ...]
+    paths: Sequence[str]
+    labels: Tensor
     size: int
     workers: int
 
-    def take(self, rows: Tensor) -> Tensor:
-        paths = [self.files[row].path for row in rows.tolist()]
-        return torch.stack([_checked(path, found) for path, found in zip(paths, _decode_all(paths, self), strict=True)])
+    def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        images = []
+        for row, found in zip(rows, self.decode(rows), strict=True):
+            if isinstance(found, str):
+                raise UsageError(f"image {self.paths[row]} was readable and is not any more ({found})")
+            images.append(found)
+        return torch.stack(images), self.labels[rows]
+
+    def decode(self, rows: Sequence[int]) -> list[Tensor | str]:
+        """Return each image, uint8 `(3, size, size)`, or why it cannot be read."""
+        paths = [self.paths[row] for row in rows]
+        if not self.workers:
+            return [_decode(path, self.size) for path in paths]
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(_decode, paths, repeat(self.size)))
+
+
+def read_data(arguments: argparse.Namespace) -> Data:
+    """Read the folder that a command's arguments name, as they say."""
+    return read_folder(
+        arguments.data,
+        image_size=arguments.image_size,
+        seed=arguments.seed,
+        skip_unreadable=arguments.skip_unreadable,
+        workers=arguments.workers,
+    )
 
 
 def read_folder(
@@ -71,51 +98,37 @@ def read_folder(
         UsageError: The folder has no images, less than two classes, or an unreadable image.
     """
     train_root, valid_root = _find_parts(root)
-    classes = _class_folders(train_root)
-    train_files = _list_files(train_root, classes)
-    valid_files = [] if valid_root is None else _list_validation(valid_root, classes)
-    files = tuple(train_files + valid_files)
-    size = image_size or _default_size(train_files)
-    images, sums, squares, failures = _read(_Decoded(files, size, workers), cache_bytes)
-    if failures and not skip_unreadable:
-        path, reason = next(iter(failures.items()))
-        more = f" and {len(failures) - 1} more" if len(failures) > 1 else ""
+    classes = _sub_folders(train_root)
+    paths, labels, train_count = _list_images(train_root, valid_root, classes)
+    size = image_size or _default_size(paths[:train_count])
+    images, sums, failures = _read(_Decoded(paths, labels, size, workers), cache_bytes)
+    skipped = {_shown(paths[row]): reason for row, reason in failures.items()}
+    if skipped and not skip_unreadable:
+        path, reason = next(iter(skipped.items()))
+        more = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
         raise UsageError(f"unreadable image {path} ({reason}){more}; pass --skip-unreadable to leave such files out")
-    readable = torch.tensor([str(file.path) not in failures for file in files])
-    labels = torch.tensor([file.label for file in files])
-    is_train = torch.arange(len(files)) < len(train_files)
-    _check_counts(labels[is_train & readable], classes, 2 if valid_root is None else 1)
+    rows = torch.tensor([row for row in range(len(paths)) if row not in failures], dtype=torch.int64)
+    train, valid = rows[rows < train_count], rows[rows >= train_count]
+    _check_counts(labels[train], classes, 2 if valid_root is None else 1)
     if valid_root is None:
-        rows = torch.nonzero(readable).flatten()
-        train, valid = (rows[picks] for picks in split_each_class(labels[rows].tolist(), SHARE, seed))
-    else:
-        train, valid = (torch.nonzero(readable & side).flatten() for side in (is_train, ~is_train))
-        if not len(valid):
-            raise UsageError(f"no readable images in {valid_root}")
-    mean, std = image_statistics(sums[train], squares[train], size * size)
-    return Data(
-        Part(images, train, labels[train]),
-        Part(images, valid, labels[valid]),
-        tuple(classes),
-        mean,
-        std,
-        image_size=size,
-        validation="a fifth of each class" if valid_root is None else f"folder {valid_root.name}/",
-        skipped=failures,
-        fingerprint=_fingerprint(root, files),
-    )
+        train, valid = (rows[picks] for picks in split_each_class(labels[rows], SHARE, seed))
+    elif not len(valid):
+        raise UsageError(f"no readable images in {valid_root}")
+    mean, std = image_statistics(sums[train], size * size)
+    validation = "a fifth of each class" if valid_root is None else f"folder {valid_root.name}/"
+    parts = Subset(images, train.tolist()), Subset(images, valid.tolist())
+    return Data(*parts, tuple(classes), mean, std, size, validation, skipped, _fingerprint(root, paths))
 
 
 def _find_parts(root: Path) -> tuple[Path, Path | None]:
-    """The folder of the training classes, and that of the validation classes if there is one."""
-    if not root.exists():
-        raise UsageError(f"DATA must be a folder of images, got {root}, which does not exist")
+    """Find the folder of the training classes, and that of the validation classes if there is one."""
     if not root.is_dir():
-        raise UsageError(f"DATA must be a folder of images, got {root}, which is a file")
+        problem = "is a file" if root.exists() else "does not exist"
+        raise UsageError(f"DATA must be a folder of images, got {root}, which {problem}")
     train = root / "train"
-    if train.is_dir() and _sub_folders(train):  # else it is a class called train
+    if _sub_folders(train):  # else it is a class called train
         for name in VALIDATION_NAMES:
-            if (root / name).is_dir() and _sub_folders(root / name):
+            if _sub_folders(root / name):
                 return train, root / name
         if _sub_folders(root) == ["train"]:
             return train, None
@@ -123,50 +136,55 @@ def _find_parts(root: Path) -> tuple[Path, Path | None]:
 
 
 def _sub_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    return _visible(name for name in os.listdir(folder) if (folder / name).is_dir()) if folder.is_dir() else []
 
 
-def _class_folders(root: Path) -> list[str]:
-    names = _sub_folders(root)
-    empty = _empty(root, names)
-    if len(empty) == len(names):
-        raise UsageError(f"no images in {root}: DATA must hold one sub-folder of images ({', '.join(EXTENSIONS)}) a class")
-    _check_filled(root, empty)
-    if len(names) < 2:
-        raise UsageError(f"DATA must hold at least two classes, got only {names[0]!r} in {root}")
-    return names
+def _visible(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if not name.startswith("."))
 
 
-def _empty(root: Path, names: Sequence[str]) -> list[str]:
-    return [name for name in names if next(_images_below(root / name), None) is None]
+def _list_images(train: Path, valid: Path | None, classes: Sequence[str]) -> tuple[list[str], Tensor, int]:
+    """Find the images of all classes: paths, labels, and how many of them are for training, which come first."""
+    roots = [train] if valid is None else [train, valid]
+    images = _images_below([root / name for root in roots for name in _sub_folders(root)])
+    if not any(images[train / name] for name in classes):
+        raise UsageError(f"no images in {train}: DATA must hold one sub-folder of images ({', '.join(EXTENSIONS)}) a class")
+    for folder, found in images.items():
+        if folder.name not in classes:
+            raise UsageError(f"{valid} must hold classes of the training part, got {folder.name!r}, which is none of them")
+        if not found:
+            raise UsageError(f"no images in {folder}: every sub-folder is a class with its own; take it away or fill it")
+    if len(classes) < 2:
+        raise UsageError(f"DATA must hold at least two classes, got only {classes[0]!r} in {train}")
+    labels = [label for folder, found in images.items() for label in [classes.index(folder.name)] * len(found)]
+    return list(chain(*images.values())), torch.tensor(labels), sum(len(images[train / name]) for name in classes)
 
 
-def _check_filled(root: Path, empty: Sequence[str]) -> None:
-    if empty:
-        raise UsageError(f"no images in {root / empty[0]}: every sub-folder is a class; take it away or fill it")
+def _images_below(tops: Sequence[Path]) -> dict[Path, list[str]]:
+    """Find the images of class folders, at any depth and through links.
+
+    Links may lead in circles and into other classes, so each real folder is read once: first all that can be had without
+    links, under their own names. A link to a folder above is not followed.
+    """
+    images: dict[Path, list[str]] = {top: [] for top in tops}
+    taken: set[str] = set()
+    queue = [(top, str(top)) for top in sorted(tops, key=os.path.islink)]
+    for top, start in queue:  # which grows
+        for folder, folders, files in os.walk(start, onerror=_fail):
+            real = os.path.realpath(folder)
+            if real in taken:
+                folders.clear()
+                continue
+            taken.add(real)
+            folders[:] = _visible(folders)
+            images[top] += [os.path.join(folder, name) for name in _visible(files) if name.lower().endswith(EXTENSIONS)]
+            links = (path for name in folders if os.path.islink(path := os.path.join(folder, name)))
+            queue += [(top, link) for link in links if not Path(real).is_relative_to(os.path.realpath(link))]
+    return {top: sorted(found, key=lambda path: (path.split(os.sep)[:-1], path)) for top, found in images.items()}
 
 
-def _images_below(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                yield Path(parent) / name
-
-
-def _list_files(root: Path, classes: Sequence[str]) -> list[_File]:
-    return [_File(path, label) for label, name in enumerate(classes) for path in _images_below(root / name)]
-
-
-def _list_validation(root: Path, classes: Sequence[str]) -> list[_File]:
-    strangers = sorted(set(_sub_folders(root)) - set(classes))
-    if strangers:
-        raise UsageError(f"{root} must hold classes of the training part, got {strangers[0]!r}, which is none of them")
-    files = _list_files(root, classes)
-    if not files:
-        raise UsageError(f"no images in {root}")
-    _check_filled(root, _empty(root, _sub_folders(root)))
-    return files
+def _fail(error: OSError) -> NoReturn:
+    raise error
 
 
 def _check_counts(labels: Tensor, classes: Sequence[str], minimum: int) -> None:
@@ -175,71 +193,84 @@ def _check_counts(labels: Tensor, classes: Sequence[str], minimum: int) -> None:
             raise UsageError(f"class {name!r} must hold at least {minimum} readable images, got {count}")
 
 
-def _default_size(files: Sequence[_File]) -> int:
-    """The first image's shorter side; above 64 a multiple of 32, at most 224."""
-    for file in files:
+def _default_size(paths: Sequence[str]) -> int:
+    """Return the first image's shorter side; above 64 a multiple of 32, at most 224."""
+    for path in paths:
         try:
-            with Image.open(file.path) as image:
+            with _open(path) as image:
                 side = min(image.size)
         except Exception:  # the reading that follows names the file
             continue
         return max(8, side) if side <= 64 else min(224, side // 32 * 32)
-    raise UsageError(f"none of the {len(files)} training images is readable, such as {files[0].path}")
+    raise UsageError(f"none of the {len(paths)} training images is readable, such as {_shown(paths[0])}")
 
 
-def _read(source: _Decoded, cache_bytes: int) -> tuple[Images, Tensor, Tensor, dict[str, str]]:
-    """Decode every file once: the images, sums and sums of squares per image and channel, and path -> why it failed."""
-    files, size = source.files, source.size
-    fits = len(files) * 3 * size * size <= cache_bytes
-    pixels = torch.zeros((len(files) if fits else 0, 3, size, size), dtype=torch.uint8)
-    sums, squares = torch.zeros((2, len(files), 3), dtype=torch.float64)
-    failures: dict[str, str] = {}
-    with tqdm(total=len(files), desc="reading images", unit="", file=sys.stderr, disable=None, leave=False) as bar:
-        for start in range(0, len(files), CHUNK):
-            paths = [file.path for file in files[start : start + CHUNK]]
-            for row, found in enumerate(_decode_all(paths, source), start):
-                if isinstance(found, str):
-                    failures[str(files[row].path)] = found
-                    continue
-                values = found.double()
-                sums[row], squares[row] = values.sum((1, 2)), values.square().sum((1, 2))
+def _read(source: _Decoded, cache_bytes: int) -> tuple[Dataset[tuple[Tensor, ...]], Tensor, dict[int, str]]:
+    """Decode every file once: the images, their `byte_sums`, and row -> why it failed."""
+    count, size = len(source.paths), source.size
+    fits = count * 3 * size * size <= cache_bytes
+    pixels = torch.zeros((count if fits else 0, 3, size, size), dtype=torch.uint8)
+    sums = torch.zeros((count, 2, 3), dtype=torch.float64)
+    failures: dict[int, str] = {}
+    with tqdm(total=count, desc="reading images", unit="", file=sys.stderr, disable=None, leave=False) as bar:
+        for rows in torch.split(torch.arange(count), CHUNK):
+            found = dict(zip(rows.tolist(), source.decode(rows.tolist()), strict=True))
+            failures |= {row: reason for row, reason in found.items() if isinstance(reason, str)}
+            images = {row: image for row, image in found.items() if isinstance(image, Tensor)}
+            if images:
+                batch = torch.stack(list(images.values()))
+                sums[list(images)] = byte_sums(batch)
                 if fits:
-                    pixels[row] = found
-            bar.update(len(paths))
-    return Held(pixels) if fits else source, sums, squares, failures
+                    pixels[list(images)] = batch
+            bar.update(len(rows))
+    return TensorDataset(pixels, source.labels) if fits else source, sums, failures
 
 
-def _decode_all(paths: Sequence[Path], source: _Decoded) -> list[Tensor | str]:
-    if not source.workers:
-        return [_decode(path, source.size) for path in paths]
-    with ThreadPoolExecutor(source.workers) as pool:
-        return list(pool.map(lambda path: _decode(path, source.size), paths))
-
-
-def _decode(path: Path, size: int) -> Tensor | str:
-    """The image, uint8 `(3, size, size)`, or why it cannot be read."""
+def _decode(path: str, size: int) -> Tensor | str:
+    """Return the image, uint8 `(3, size, size)`, or why it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             square = ImageOps.fit(_as_rgb(image), (size, size), Image.Resampling.BILINEAR)
-            pixels: NDArray[np.uint8] = np.array(square)
+            pixels: Tensor = pil_to_tensor(square)
     except Exception as error:  # decoders raise whatever they like on broken files
-        return " ".join(str(error).replace(f"{str(path)!r}", "").split()) or type(error).__name__
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+        return " ".join(str(error).replace(repr(path), "").split()) or type(error).__name__
+    return pixels
+
+
+def _open(path: str) -> Image.Image:
+    if _shown(path) != path:
+        raise ValueError("its name is not UTF-8; rename it")
+    if not os.path.isfile(path):  # a pipe would be waited for without end
+        raise ValueError("no regular file")
+    known = Image.registered_extensions().values()  # an older Pillow has no AVIF
+    return Image.open(path, formats=[name for name in FORMATS if name in known])
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):  # Pillow clips 16 bits to 8 instead of scaling them
-        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    if upright.mode[0] in "IF":  # Pillow clips 16 and 32 bits to 8 instead of scaling them
+        upright = Image.fromarray(_as_bytes(np.asarray(upright), upright.mode))
     return upright.convert("RGB")
 
 
-def _checked(path: Path, found: Tensor | str) -> Tensor:
-    if isinstance(found, str):
-        raise UsageError(f"image {path} was readable and is not any more ({found})")
-    return found
+def _as_bytes(values: np.ndarray, mode: str) -> np.ndarray:
+    """Scale 16 bits, and floats in [0, 1]; 32 bits have no other range that all agree on than that of bytes."""
+    low, high = values.min(), values.max()
+    if mode.startswith("I;16"):
+        values = values >> 8
+    elif not 0 <= low <= high <= 255:
+        raise ValueError(f"its values of 32 bits lie from {low} to {high}, not in [0, 255]; save it with 8 or 16 bits")
+    elif mode == "F" and high <= 1:
+        values = np.rint(values * 255)
+    return values.astype(np.uint8)
 
 
-def _fingerprint(root: Path, files: Sequence[_File]) -> str:
-    lines = (f"{file.path.relative_to(root).as_posix()} {file.path.stat().st_size}" for file in files)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def _shown(path: str) -> str:
+    """Return a path that can be printed and written, whatever bytes it has."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def _fingerprint(root: Path, paths: Sequence[str]) -> str:
+    sizes = (os.path.getsize(path) if os.path.isfile(path) else 0 for path in paths)
+    lines = (f"{Path(path).relative_to(root).as_posix()} {size}" for path, size in zip(paths, sizes, strict=True))
+    return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()

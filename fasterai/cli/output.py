@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,26 @@ REPORT = "report.json"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that an interruption leaves the old one or the new one, never a part."""
+    """Write a file so that an interruption leaves the old one or the new one, never a part.
+
+    Raises:
+        UsageError: It cannot be written: the disk is full, the folder is gone or read-only.
+    """
     part = path.with_name(path.name + ".part")
-    write(part)
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        write(part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError about positions
+        with suppress(OSError):
+            part.unlink()
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: Exception) -> UsageError:
+    reason = getattr(error, "strerror", None) or type(error).__name__
+    return UsageError(f"{path} cannot be written ({reason}); see that its folder is there and the disk not full")
 
 
 def holds_run(folder: Path) -> bool:
@@ -58,13 +72,14 @@ def file_of(folder: Path, name: str) -> Path:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder if it is not there.
+    """Make the folder if it is not there, and see that it can be written to.
 
     Raises:
-        UsageError: There is a file of that name, or it cannot be made.
+        UsageError: There is a file of that name, or it cannot be made or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UsageError(f"--output must be a folder, got {folder} ({error.strerror})") from error
 
@@ -86,14 +101,17 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write to, which gets its name once all went well; else nothing of it is left.
 
     Raises:
-        UsageError: It cannot be made.
+        UsageError: It cannot be made or written to.
     """
     prepare_folder(folder.parent)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
-        part = Path(place) / folder.name
-        part.mkdir()
-        yield part
-        part.replace(folder)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
+            part = Path(place) / folder.name
+            part.mkdir()
+            yield part
+            part.replace(folder)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 def save_checkpoint(content: Mapping[str, Any], folder: Path) -> None:
@@ -102,15 +120,8 @@ def save_checkpoint(content: Mapping[str, Any], folder: Path) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """What an interrupted run left, on the CPU; None if there is nothing."""
-    path = folder / CHECKPOINT
-    if not path.exists():
-        return None
-    try:
-        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file can fail in any of zip, pickle and torch
-        raise UsageError(f"cannot read {path} ({type(error).__name__}); take it away to begin anew") from error
-    return found
+    """Return what an interrupted run left, on the CPU; None if there is nothing."""
+    return _load(folder / CHECKPOINT, lambda path: torch.load(path, map_location="cpu", weights_only=True))
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -140,12 +151,14 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
 
 
 def load_report(folder: Path) -> dict[str, Any] | None:
-    """The report of a complete run, None if there is none."""
-    path = folder / REPORT
+    """Return the report of a complete run, None if there is none."""
+    return _load(folder / REPORT, lambda path: json.loads(path.read_text(encoding="utf-8")))
+
+
+def _load(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"cannot read {path} ({error}); take it away to begin anew") from error
-    return found
+        return read(path)
+    except Exception as error:  # a broken file can fail in any of zip, pickle, torch and json
+        raise UsageError(f"cannot read {path} ({type(error).__name__}); take it away to begin anew") from error

@@ -15,7 +15,7 @@ from fasterai.cli.arguments import check_prune_arguments, read_budget
 from fasterai.cli.comparison import versions
 from fasterai.cli.data import Data
 from fasterai.cli.errors import UsageError, told_as_usage
-from fasterai.cli.folders import read_folder
+from fasterai.cli.folders import read_data
 from fasterai.cli.networks import check_runs, choose_device, how_to_make
 from fasterai.cli.output import SMALL, check_new_folder, file_of, new_folder, write_report
 from fasterai.cli.pictures import write_removal
@@ -79,26 +79,16 @@ def run(arguments: argparse.Namespace) -> int:
 def _make_job(arguments: argparse.Namespace) -> _Job:
     device = choose_device(arguments.device)
     weights = read_weights(arguments.weights)
-    data = None if arguments.data is None else _read_data(arguments)
+    data = None if arguments.data is None else read_data(arguments)
     image_size = arguments.image_size or IMAGE_SIZE if data is None else data.image_size
     network, classes, left_out = load_classifier(arguments.arch, weights, image_size)
     _check_classes(weights, classes, data)
     _check_layers(network, arguments)
-    inputs = _inputs(data, arguments.batch, image_size).to(device)
+    inputs = _noise(arguments.batch, image_size).to(device) if data is None else data.examples(arguments.batch, device)
     check_runs(network.to(device), inputs, arguments.arch, training=False)
     notes = [f"left out, for they serve training alone: {', '.join(sorted({n.split('.')[0] for n in left_out}))}"]
     recipe = Recipe(1, BATCH_SIZE, 1.0, arguments.seed, device)
     return _Job(network, inputs, image_size, classes, data, recipe, tuple(notes if left_out else ()))
-
-
-def _read_data(arguments: argparse.Namespace) -> Data:
-    return read_folder(
-        arguments.data,
-        image_size=arguments.image_size,
-        seed=arguments.seed,
-        skip_unreadable=arguments.skip_unreadable,
-        workers=arguments.workers,
-    )
 
 
 def _check_classes(weights: Weights, count: int, data: Data | None) -> None:
@@ -119,11 +109,8 @@ def _check_layers(network: nn.Module, arguments: argparse.Namespace) -> None:
             raise UsageError(f"--ignore must be layers of {arguments.arch}, got {layer!r}; such as {', '.join(close)}")
 
 
-def _inputs(data: Data | None, count: int, image_size: int) -> Tensor:
-    """Training images, repeated where there are too few, or noise."""
-    if data is None:
-        return torch.randn((count, 3, image_size, image_size), generator=torch.Generator().manual_seed(0))
-    return data.normalize(data.train.batch(torch.arange(count) % len(data.train))[0])
+def _noise(count: int, side: int) -> Tensor:
+    return torch.randn((count, 3, side, side), generator=torch.Generator().manual_seed(0))
 
 
 def _accuracy(job: _Job) -> float | None:
@@ -153,8 +140,7 @@ def _batches(job: _Job) -> list[tuple[Tensor, Tensor]] | None:
     if job.data is None:
         return None
     order = torch.randperm(len(job.data.train), generator=torch.Generator().manual_seed(job.recipe.seed))
-    batches = (job.data.train.batch(picks) for picks in torch.split(order, BATCH_SIZE)[:BATCHES])
-    return [(job.data.normalize(x.to(job.recipe.device)), y.to(job.recipe.device)) for x, y in batches]
+    return list(job.data.batches(job.data.train, torch.split(order, BATCH_SIZE)[:BATCHES], job.recipe.device))
 
 
 def _write(folder: Path, arguments: argparse.Namespace, job: _Job, removal: Removal, accuracy: dict[str, Any]) -> None:

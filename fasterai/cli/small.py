@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fasterai.analyze.comparison import Comparison, compare
@@ -43,7 +42,7 @@ def make_small(networks: Mapping[str, nn.Module], data: Data, recipe: Recipe, fo
         What the report says of it; if there is no small network, why not.
     """
     small = copy.deepcopy(networks["sparse"])
-    inputs = data.normalize(data.train.batch(torch.arange(min(EXAMPLES, len(data.train))))[0].to(recipe.device))
+    inputs = data.examples(EXAMPLES, recipe.device)
     try:
         removal = remove(small, inputs, measure=False)
     except ValueError as error:  # a training that went well is not to fail for it

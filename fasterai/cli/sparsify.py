@@ -13,7 +13,7 @@ from fasterai.cli.arguments import check_arguments
 from fasterai.cli.comparison import Job, compare, finished_report, make_sparsifier
 from fasterai.cli.data import Data
 from fasterai.cli.errors import UsageError
-from fasterai.cli.folders import read_folder
+from fasterai.cli.folders import read_data
 from fasterai.cli.networks import check_runs, choose_device, make_classifier
 from fasterai.cli.output import holds_run, prepare_folder
 from fasterai.cli.tables import result_table
@@ -32,14 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     if holds_run(folder) and not arguments.resume:
         raise UsageError(f"--output must not hold a run, got {folder}; pass --resume to go on with it, or another folder")
     device = choose_device(arguments.device)
-    data = read_folder(
-        arguments.data,
-        image_size=arguments.image_size,
-        seed=arguments.seed,
-        skip_unreadable=arguments.skip_unreadable,
-        workers=arguments.workers,
-    )
-    job = _make_job(arguments, data, device)
+    job = _make_job(arguments, read_data(arguments), device)
     report = finished_report(folder, job.arguments) if arguments.resume else None
     if report is None:
         prepare_folder(folder)
@@ -62,8 +55,7 @@ def _make_job(arguments: argparse.Namespace, data: Data, device: torch.device) -
     known = _known(arguments, data)
     job = Job("sparsify", known, make, axes, data, recipe, arguments.output, not arguments.no_dense)
     network = make().to(device)
-    pixels, _ = data.train.batch(torch.arange(2))
-    check_runs(network, data.normalize(pixels.to(device)), arguments.arch)
+    check_runs(network, data.examples(2, device), arguments.arch)
     make_sparsifier(network, job)
     return job
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from tqdm import tqdm
 from fasterai.callbacks.plain import attach
 from fasterai.cli.data import Data, Part
 from fasterai.cli.errors import UsageError
-from fasterai.core.loop import Batch
 from fasterai.sparse.sparsifier import Sparsifier
 
 __all__ = ["Recipe", "Training", "augment", "evaluate", "learning_rate", "shuffled"]
@@ -102,18 +101,19 @@ class Training:
         total = 0.0
         batches = shuffled(len(self.data.train), self.recipe.batch_size, self.generator)
         title = f"{self.name} {len(self.history) + 1}/{self.recipe.epochs}"
-        for picks in tqdm(batches, desc=title, unit="step", file=sys.stderr, disable=None, leave=False):
-            total += self._train_step(picks) * len(picks)
+        steps = tqdm(batches, desc=title, unit="step", file=sys.stderr, disable=None, leave=False)
+        for images, labels in self.data.batches(self.data.train, steps, self.recipe.device):
+            total += self._train_step(images, labels) * len(labels)
         return total / len(self.data.train)
 
-    def _train_step(self, picks: Tensor) -> float:
-        pixels, labels = (x.to(self.recipe.device) for x in self.data.train.batch(picks))
-        images = augment(self.data.normalize(pixels), self.generator, crop=self.recipe.crop, flip=self.recipe.flip)
-        loss = F.cross_entropy(self.network(images), labels)
+    def _train_step(self, images: Tensor, labels: Tensor) -> float:
+        images = augment(images, self.generator, crop=self.recipe.crop, flip=self.recipe.flip)
+        output = self.network(images)
+        loss = F.cross_entropy(output, labels)
         if not math.isfinite(loss.item()):
             raise UsageError(f"the loss became {loss.item()} in epoch {len(self.history) + 1}; pass a lower --lr")
         if self.handle is not None:  # criteria that need data read the batch
-            loss = self.handle.loop.after_loss(loss, Batch((images,), (labels,)))
+            loss = self.handle.loss(loss, images, labels, output)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe.lr, self.step / self.total_steps)
         self.optimizer.zero_grad()
@@ -215,13 +215,8 @@ def evaluate(network: nn.Module, data: Data, part: Part, recipe: Recipe) -> tupl
     """Accuracy in [0, 1], and the mean loss per image."""
     network.eval()
     correct, loss = 0, 0.0
-    for picks in _in_order(len(part), recipe.batch_size):
-        pixels, labels = (x.to(recipe.device) for x in part.batch(picks))
-        output = network(data.normalize(pixels))
+    for images, labels in data.batches(part, torch.split(torch.arange(len(part)), recipe.batch_size), recipe.device):
+        output = network(images)
         correct += int((output.argmax(1) == labels).sum())
         loss += float(F.cross_entropy(output, labels, reduction="sum"))
     return correct / len(part), loss / len(part)
-
-
-def _in_order(count: int, batch_size: int) -> Iterator[Tensor]:
-    yield from torch.split(torch.arange(count), batch_size)

@@ -55,15 +55,24 @@ class Joined:
         if isinstance(self._optimizer, torch.optim.Optimizer):
             self._hooks.append(self._optimizer.register_state_dict_post_hook(self._without))
             self._hooks.append(self._optimizer.register_load_state_dict_pre_hook(self._with))
+        else:  # fastai's has no hooks
+            self._optimizer.state_dict, self._optimizer.load_state_dict = self._fastai_without, self._fastai_load
+            for p in self.parameters:
+                self._optimizer.state.setdefault(p, {})
 
     def leave(self) -> None:
         """Take the parameters and their state out of the optimizer."""
         for hook in self._hooks:
             hook.remove()
-        mine = {id(p) for p in self.parameters}
-        self._group[:] = [p for p in self._group if id(p) not in mine]
+        for name in ("state_dict", "load_state_dict"):
+            vars(self._optimizer).pop(name, None)
+        self._withdraw()
         for p in self.parameters:
             self._optimizer.state.pop(p, None)
+
+    def _withdraw(self) -> None:
+        mine = {id(p) for p in self.parameters}
+        self._group[:] = [p for p in self._group if id(p) not in mine]
 
     def clear_gradients(self) -> None:
         """Forget the gradients: loops that clear those of the model alone do not know of these."""
@@ -93,6 +102,21 @@ class Joined:
         gone = set(last["params"][len(kept) :])
         states = {k: v for k, v in state["state"].items() if k not in gone}
         return {**state, "state": states, "param_groups": [*groups, {**last, "params": kept}]}
+
+    def _fastai_without(self) -> dict[str, Any]:
+        """Return what fastai's optimizer saves, less these parameters, which come last."""
+        state: dict[str, Any] = type(self._optimizer).state_dict(self._optimizer)
+        return {**state, "state": state["state"][: -len(self.parameters)]}
+
+    def _fastai_load(self, state: Mapping[str, Any]) -> None:
+        """Let fastai's optimizer load a state that does not know these parameters, which stay as they are."""
+        own = {p: self._optimizer.state[p] for p in self.parameters}
+        self._withdraw()
+        try:
+            type(self._optimizer).load_state_dict(self._optimizer, state)
+        finally:
+            self._group.extend(self.parameters)
+            self._optimizer.state.update(own)
 
     def _with(self, _: Any, state: dict[str, Any]) -> dict[str, Any] | None:
         """Return what the optimizer loads, with these parameters as they are now."""

@@ -50,6 +50,27 @@ class Batch:
     keywords: Mapping[str, Any] = field(default_factory=dict)
     outputs: Any = None
 
+    @property
+    def logits(self) -> Tensor:
+        """The outputs as one tensor: themselves, their `logits`, or the first tensor of a tuple.
+
+        Raises:
+            ValueError: There is no such tensor.
+        """
+        found = self.outputs
+        if isinstance(found, Mapping):
+            found = found.get("logits")
+        elif isinstance(found, tuple | list):
+            found = next((x for x in found if isinstance(x, Tensor)), None)
+        if not isinstance(found, Tensor):
+            raise ValueError(f"outputs must be a tensor, or have one of logits, got {type(self.outputs).__name__}")
+        return found
+
+    @property
+    def labels(self) -> Any:
+        """The first of the targets, or the keyword `labels`; None if there is neither."""
+        return self.targets[0] if self.targets else self.keywords.get("labels")
+
 
 @dataclass(frozen=True)
 class Fit:

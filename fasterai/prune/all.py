@@ -1,38 +1,29 @@
-"""For notebooks: `from fasterai.prune.all import *`. Re-exports only; the callbacks are fastai's, where that is installed."""
+"""For notebooks: `from fasterai.prune.all import *`. Re-exports only; the callbacks are fastai's, where that is installed.
+
+What calls return (`ChannelGraph`, `Group`, `Plan`, `Removal`) is importable by name, and no part of the star.
+"""
 
 import importlib.util
 
 from fasterai.callbacks.plain import attach
 from fasterai.core import all as _core
 from fasterai.core.all import *
-from fasterai.graph.channels import ChannelGraph, Group, channel_graph
+from fasterai.core.contexts import *
+from fasterai.core.criteria import *
+from fasterai.core.schedules import *
+from fasterai.familiar import *
+from fasterai.graph.channels import ChannelGraph as ChannelGraph
+from fasterai.graph.channels import Group as Group
+from fasterai.graph.channels import channel_graph
 from fasterai.prune.choice.budget import Budget, fit_budget
 from fasterai.prune.gradual import GradualPruner
 from fasterai.prune.pruner import Pruner
-from fasterai.prune.removal import Removal, remove
+from fasterai.prune.removal import Removal as Removal
+from fasterai.prune.removal import remove
 from fasterai.prune.small_files import load_small, save_small
 from fasterai.prune.surgery.operate import apply_plan_
-from fasterai.prune.surgery.plan import Plan
+from fasterai.prune.surgery.plan import Plan as Plan
 from fasterai.sparse.sparsifier import Sparsifier
-
-__all__ = [
-    *_core.__all__,
-    "Budget",
-    "ChannelGraph",
-    "GradualPruner",
-    "Group",
-    "Plan",
-    "Pruner",
-    "Removal",
-    "Sparsifier",
-    "apply_plan_",
-    "attach",
-    "channel_graph",
-    "fit_budget",
-    "load_small",
-    "remove",
-    "save_small",
-]
 
 if importlib.util.find_spec("fastai") is not None:
     from fasterai.callbacks.fastai import HoldCallback, ParticipantCallback, PruneCallback, SparsifyCallback
@@ -45,4 +36,21 @@ else:
         SparsifyCallback,
     )
 
-__all__ += ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
+__all__ = [
+    "Budget",
+    "GradualPruner",
+    "HoldCallback",
+    "ParticipantCallback",
+    "PruneCallback",
+    "Pruner",
+    "Sparsifier",
+    "SparsifyCallback",
+    "apply_plan_",
+    "attach",
+    "channel_graph",
+    "fit_budget",
+    "load_small",
+    "remove",
+    "save_small",
+]
+__all__ += _core.__all__

@@ -1,14 +1,16 @@
-"""For notebooks: `from fasterai.sparse.all import *`. Re-exports only; the callback is fastai's, where that is installed."""
+"""For notebooks: `from fasterai.sparse.all import *`. Re-exports only; the callbacks are fastai's, where that is installed."""
 
 import importlib.util
 
 from fasterai.callbacks.plain import attach
 from fasterai.core import all as _core
 from fasterai.core.all import *
+from fasterai.core.contexts import *
+from fasterai.core.criteria import *
+from fasterai.core.schedules import *
+from fasterai.familiar import *
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.sparse.tickets import LotteryTicket
-
-__all__ = [*_core.__all__, "LotteryTicket", "Sparsifier", "attach"]
 
 if importlib.util.find_spec("fastai") is not None:
     from fasterai.callbacks.fastai import HoldCallback, ParticipantCallback, SparsifyCallback
@@ -20,4 +22,5 @@ else:
         SparsifyCallback,
     )
 
-__all__ += ["HoldCallback", "ParticipantCallback", "SparsifyCallback"]
+__all__ = ["HoldCallback", "LotteryTicket", "ParticipantCallback", "Sparsifier", "SparsifyCallback", "attach"]
+__all__ += _core.__all__

@@ -20,7 +20,7 @@ class Hold(Participant):
         """Take up a run.
 
         Raises:
-            ValueError: The run trains another model.
+            ValueError: The run trains another model, or a weight is no plain tensor any more, as a sharded one is.
         """
         self.record.check_trained(fit)
         note_optimizer(self.record.model, fit.optimizer)

@@ -65,7 +65,12 @@ class Masked(Participant, ABC):
 
         Returns:
             A handle whose `remove()` ends it; without an optimizer a participant for any loop's callback.
+
+        Raises:
+            TypeError: `optimizer` is none of torch's.
+            ValueError: A weight has been sharded, or is no plain tensor.
         """
+        self._record.check_plain()
         if optimizer is None:
             return Hold(self._record)
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -74,7 +79,7 @@ class Masked(Participant, ABC):
                 "HoldCallback(sparsifier) as a callback"
             )
         note_optimizer(self.model, optimizer)
-        handle = optimizer.register_step_post_hook(self._hold_after_step)
+        handle = optimizer.register_step_post_hook(torch.compiler.disable(self._hold_after_step))  # type: ignore[no-untyped-call]
         self._holds.append(handle)
         return handle
 

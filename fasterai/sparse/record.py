@@ -16,6 +16,7 @@ from fasterai.core.types import Move, Target
 from fasterai.model.cuts import Cut, follow, sliced
 from fasterai.model.masks import apply_masks_
 from fasterai.model.names import unwrap
+from fasterai.model.sharded import check_plain
 from fasterai.model.targets import Selection, all_targets
 from fasterai.sparse.states import check_masks
 from fasterai.units.making import maker_of
@@ -111,12 +112,21 @@ class MaskRecord:
         self.__dict__.update({**made, **state})
         follow(self.model, self)
 
+    def check_plain(self) -> None:
+        """Refuse weights that masks cannot be multiplied into.
+
+        Raises:
+            ValueError: One is sharded, or no plain tensor; it is named.
+        """
+        check_plain([place for pool in self.pools for place in pool.places] or self.targets, self.selection.named)
+
     def check_trained(self, fit: Fit) -> None:
         """Refuse a run whose optimizer trains another model.
 
         Raises:
-            ValueError: No target is among the optimizer's parameters.
+            ValueError: No target is among the optimizer's parameters, or one is no plain tensor.
         """
+        self.check_plain()
         groups = [group for one in fit.optimizers for group in getattr(one, "param_groups", ())]
         trained = {id(p) for group in groups for p in group["params"]}
         if trained and not any(id(t.parameter) in trained for t in self.targets):
@@ -142,7 +152,12 @@ class MaskRecord:
         return Move({n: _or_dense(before.get(n), held[n]) for n in moved}, {n: held[n] for n in moved})
 
     def apply_(self) -> None:
-        """Set all masked weights to zero, and the biases and norms of silent outputs."""
+        """Set all masked weights to zero, and the biases and norms of silent outputs.
+
+        Raises:
+            ValueError: A weight that is masked is no plain tensor any more. Nothing is changed then.
+        """
+        check_plain(place for pool in self.pools if pool.name in self.keep for place in pool.places)
         apply_masks_(self._pairs())
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,6 +20,7 @@ from fasterai.core.loop import Batch, Fit
 from fasterai.core.schedules import Schedule, as_schedule
 from fasterai.core.types import Target
 from fasterai.model.cuts import follow, note_optimizer
+from fasterai.model.sharded import check_unflattened
 from fasterai.model.targets import LayerTypes, TargetsLike, find_targets
 from fasterai.sparse.goal import (
     Sparsity,
@@ -34,6 +35,7 @@ from fasterai.sparse.goal import (
 from fasterai.sparse.masked import Masked
 from fasterai.sparse.moves import move_masks, tell_of_rounding, warn_without_flow
 from fasterai.sparse.pace import Pace
+from fasterai.sparse.ranks import agree, find_parallel
 from fasterai.sparse.record import MaskRecord
 from fasterai.sparse.states import FORMAT, check_state
 from fasterai.units.choice import Goal, limits_of
@@ -80,7 +82,7 @@ class Sparsifier(Masked):
 
     Raises:
         ValueError: An argument is out of range or unknown, no target is found, a target has not got such units, or a
-            weight is parametrised.
+            weight is parametrised, sharded or no plain tensor.
         TypeError: An argument is of the wrong type.
     """
 
@@ -118,9 +120,11 @@ class Sparsifier(Masked):
             raise ValueError("round_to must be None for N:M, which fixes what each group keeps")
         self.rule = read_rule(rule, self.context)
         self._pace = Pace(as_schedule(from_catalogue("schedule", schedule, schedules)), check_count("max_updates", max_updates))
+        check_unflattened(model)
         coarse = self.granularity.is_coarse
         selection = find_targets(model, fits=self._misfit, coarse=coarse, targets=targets, layer_type=layer_type)
         self._record = MaskRecord(model, self.granularity, selection)
+        self._record.check_plain()
         source = Source(data=data, loss=loss, inputs=read_inputs(example_inputs))
         self._sparsity = sparsity
         self._goal: Goal | None = None
@@ -184,6 +188,7 @@ class Sparsifier(Masked):
         goal = self._goal if sparsity is None else self._read_sparsity(sparsity)
         if goal is None:
             raise ValueError("sparsity must be given, here or to the Sparsifier")
+        self._record.check_plain()
         self._record.maker.check_seen()
         if not self._record.active:
             raise ValueError("targets must train, and all are frozen: name them with targets= to prune them all the same")
@@ -200,6 +205,7 @@ class Sparsifier(Masked):
         """
         if not isinstance(m, nn.Module):
             raise TypeError(f"m must be a module of the model, got {m!r}; for names pass sparsify_model a dict")
+        self._record.check_plain()
         self._record.maker.check_seen()
         targets = {t.name for t in self.targets if any(t.module is inner for inner in m.modules())}
         pools = [p for p in self._record.pools if p.makers & targets]
@@ -237,19 +243,15 @@ class Sparsifier(Masked):
         """Choose what is pruned; the masks and what is noted with them change together, or not at all."""
         round_to = self.round_to if round_to is None else check_count("round_to", round_to)
         limits = limits_of(pools, min_keep=self.min_keep, may_fall=may_fall, round_to=round_to)
-        scaled = goal.at(share)
-        move_masks(self._record, self._scorer, scaled, pools, limits, self.rule, moment=moment, agree=self._agree)
+        together = partial(
+            agree,
+            pools=pools,
+            parallel=self._parallel or find_parallel(self.model),
+            criteria=(self.criteria, *self.rule.criteria),
+        )
+        move_masks(self._record, self._scorer, goal.at(share), pools, limits, self.rule, moment=moment, agree=together)
         if limits.round_to and share == 1:
             tell_of_rounding(self._record, goal, pools, round_to)
-
-    def _agree(self, chosen: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Return the same choice on every rank of a DDP run: that of the first."""
-        keeps = chosen()
-        parallel = self._parallel or _parallel(self.model)
-        if parallel is not None:
-            for keep in keeps:
-                torch.distributed.broadcast(keep.view(torch.uint8), group_src=0, group=parallel.process_group)
-        return keeps
 
     def _forget_stale(self) -> None:
         if self._record.forget_stale():
@@ -276,7 +278,7 @@ class Sparsifier(Masked):
         self._pace.start(fit.total_steps, self._highest_sparsity())
         self._record.trained = set()
         self._record.note_trained()
-        self._parallel = _parallel(fit.model)
+        self._parallel = find_parallel(fit.model)
 
     def _look_at_batch(self, fit: Fit) -> None:
         self._record.look_at_batch(fit)
@@ -366,9 +368,3 @@ class Sparsifier(Masked):
         self._record.load_state_dict(state)
         self._scorer.load_state_dict(state, self.targets)
         self._pace.load_state_dict(state)
-
-
-def _parallel(model: nn.Module | None) -> DistributedDataParallel | None:
-    """What joins a model with its copies in other processes: the model itself, or what `torch.compile` has wrapped."""
-    modules = () if model is None else model.modules()
-    return next((m for m in modules if isinstance(m, DistributedDataParallel)), None)

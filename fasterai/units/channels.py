@@ -17,6 +17,7 @@ from fasterai.core.types import Layout, Target
 from fasterai.graph.channels import ChannelGraph, Group
 from fasterai.model.cuts import Cut
 from fasterai.model.names import unwrap
+from fasterai.model.sharded import Place
 from fasterai.model.targets import all_targets
 from fasterai.units.pool import Pool, WeightScores, at_least_float32
 
@@ -54,6 +55,10 @@ class ChannelPool(Pool):
     group: Group
     granularity: Coupled
     parameters: Mapping[str, Target] = field(repr=False)
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        return tuple(self.parameters.values())
 
     @property
     def trains(self) -> bool:

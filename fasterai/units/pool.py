@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fasterai.core.types import Layout, Target
 from fasterai.model.cuts import Cut
+from fasterai.model.sharded import Place
 from fasterai.model.targets import resolve
 
 __all__ = ["Pool", "WeightScores", "at_least_float32", "by_pool"]
@@ -69,6 +70,11 @@ class Pool(ABC):
     def count(self) -> int:
         """How many units there are."""
         return math.prod(self.shape)
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Where the parameters are held that its masks are multiplied into."""
+        return self.targets
 
     @property
     def trains(self) -> bool:

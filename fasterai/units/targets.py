@@ -13,6 +13,7 @@ from fasterai.core.granularities import Granularity
 from fasterai.core.types import Layout, Target
 from fasterai.model.cuts import Cut, sliced
 from fasterai.model.masks import like
+from fasterai.model.sharded import Place
 from fasterai.units.partners import Partner, kept_outputs
 from fasterai.units.pool import Pool, WeightScores, at_least_float32
 
@@ -40,6 +41,10 @@ class TargetPool(Pool):
     @property
     def targets(self) -> tuple[Target, ...]:  # type: ignore[override]
         return (self.target,)
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        return (self.target, *self.partners)
 
     @property
     def makers(self) -> frozenset[str]:  # type: ignore[override]

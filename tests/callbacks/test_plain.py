@@ -428,3 +428,45 @@ def test_a_run_that_is_still_attached_ends_when_another_begins():
         attach(optimizer, Sparsifier(model, "weight", sparsity=0.5), total_steps=1)
     optimizer.step()
     assert not first.loop.running
+
+
+# --- compiled steps -----------------------------------------------------------------------------------------------------
+
+
+def compiled_step(model, optimizer):
+    take = torch.compile(optimizer.step, backend="eager")
+
+    def train(batch):
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        take()
+
+    return train
+
+
+def compiled_training(model, optimizer):
+    return torch.compile(lambda batch: step(model, optimizer, batch), backend="eager")
+
+
+@pytest.mark.parametrize("compiled", [compiled_step, compiled_training])
+def test_a_compiled_step_is_followed_like_any_other(compiled):
+    def run(make):
+        torch._dynamo.reset()
+        model, sparsifier = linear(0.5)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        take = make(model, optimizer)
+        take(batches(1)[0])  # what is compiled before the run takes part in it too
+        found = []
+        with attach(optimizer, sparsifier, total_steps=5):
+            for batch in batches(5):
+                take(batch)
+                found.append(zeros(model))
+        take(batches(1)[0])
+        return found, zeros(model), model
+
+    found, after, model = run(compiled)
+    assert found == [[6, 4], [12, 8], [18, 12], [24, 16], [30, 20]]  # of 60 and 40 weights, a tenth more at each step
+    assert sum(after) < 50  # nothing is held once the run is over
+    plain = run(lambda model, optimizer: lambda batch: step(model, optimizer, batch))[2]
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import Subset, TensorDataset
 
 from fasterai.cli import comparison, pictures, training
 from fasterai.cli.comparison import Job, compare, finished_report
-from fasterai.cli.data import Data, Held, Part
+from fasterai.cli.data import Data
 from fasterai.cli.errors import UsageError
 from fasterai.cli.training import Recipe
 
@@ -27,10 +28,9 @@ def make_network() -> nn.Module:
 def make_job(folder: Path, criteria: str = "large_final", sparsity: float = 0.9, **changes: Any) -> Job:
     folder.mkdir(exist_ok=True)
     pixels = torch.randint(0, 256, (26, 3, 8, 8), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
-    labels, rows, held = torch.arange(26) % 2, torch.arange(26), Held(pixels)
-    data = Data(
-        Part(held, rows[:20], labels[:20]), Part(held, rows[20:], labels[20:]), ("a", "b"), (0.5,) * 3, (0.3,) * 3, 8, "six"
-    )
+    images = TensorDataset(pixels, torch.arange(26) % 2)
+    parts = Subset(images, range(20)), Subset(images, range(20, 26))
+    data = Data(*parts, ("a", "b"), (0.5,) * 3, (0.3,) * 3, 8, "six")
     axes = {
         "sparsity": sparsity,
         "granularity": "weight",

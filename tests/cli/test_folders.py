@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import TensorDataset
 
-from fasterai.cli.data import Held
 from fasterai.cli.errors import UsageError
 from fasterai.cli.folders import read_folder
 
@@ -17,15 +17,19 @@ MakeImages = Callable[..., Path]
 
 
 def all_images(part) -> torch.Tensor:
-    return part.batch(torch.arange(len(part)))[0]
+    return part[list(range(len(part)))][0]
+
+
+def labels_of(part) -> torch.Tensor:
+    return part[list(range(len(part)))][1]
 
 
 def test_without_parts_a_fifth_of_each_class_is_kept(make_images: MakeImages) -> None:
     data = read_folder(make_images("data", {"cat": 10, "ant": 5}))
     assert data.classes == ("ant", "cat")
     assert (len(data.train), len(data.valid)) == (12, 3)
-    assert torch.bincount(data.valid.labels).tolist() == [1, 2]
-    assert not set(data.train.rows.tolist()) & set(data.valid.rows.tolist())
+    assert torch.bincount(labels_of(data.valid)).tolist() == [1, 2]
+    assert not set(data.train.indices) & set(data.valid.indices)
 
 
 @pytest.mark.parametrize(("names", "expected"), [
@@ -54,7 +58,7 @@ def test_a_class_may_be_called_train(make_images: MakeImages) -> None:
 def test_labels_are_the_training_classes_where_validation_lacks_one(make_images: MakeImages) -> None:
     root = make_images("data/train", {"a": 1, "b": 1, "c": 1}).parent
     make_images("data/valid", {"c": 2})
-    assert read_folder(root).valid.labels.tolist() == [2, 2]
+    assert labels_of(read_folder(root).valid).tolist() == [2, 2]
 
 
 def test_images_lie_at_any_depth_and_hidden_files_do_not_count(make_images: MakeImages) -> None:
@@ -66,6 +70,13 @@ def test_images_lie_at_any_depth_and_hidden_files_do_not_count(make_images: Make
     data = read_folder(root)
     assert data.classes == ("a", "b")
     assert len(data.train) + len(data.valid) == 5
+
+
+def test_files_come_before_folders_on_which_the_split_of_older_runs_depends(make_images: MakeImages) -> None:
+    root = make_images("data", {"a": 2, "a/b": 1, "a/b-c": 1, "a/b/c": 1, "d": 2})
+    paths = read_folder(root, cache_bytes=0).train.dataset.paths
+    names = ["a/0.png", "a/1.png", "a/b/0.png", "a/b/c/0.png", "a/b-c/0.png", "d/0.png", "d/1.png"]
+    assert paths == [str(root / name) for name in names]
 
 
 @pytest.mark.parametrize(("size", "expected"), [
@@ -92,7 +103,7 @@ def test_wide_images_are_cut_in_the_middle(make_images: MakeImages) -> None:
     Image.fromarray(wide).save(root / "b" / "0.png")
     Image.fromarray(wide).save(root / "b" / "1.png")
     data = read_folder(root)
-    assert bool((all_images(data.train)[data.train.labels == 1] == 200).all())
+    assert bool((all_images(data.train)[labels_of(data.train) == 1] == 200).all())
 
 
 GRAY = np.full((8, 8), 100, dtype=np.uint8)
@@ -126,11 +137,11 @@ def test_photographs_are_turned_upright(make_images: MakeImages) -> None:
 def test_images_that_do_not_fit_are_decoded_each_time(make_images: MakeImages, workers: int) -> None:
     root = make_images("data", {"a": 5, "b": 5})
     held, decoded = read_folder(root), read_folder(root, cache_bytes=10 * 3 * 64 - 1, workers=workers)
-    assert isinstance(held.train.images, Held)
-    assert not isinstance(decoded.train.images, Held)
+    assert isinstance(held.train.dataset, TensorDataset)
+    assert not isinstance(decoded.train.dataset, TensorDataset)
     assert torch.equal(all_images(held.train), all_images(decoded.train))
     assert (held.mean, held.std) == (decoded.mean, decoded.std)
-    assert isinstance(read_folder(root, cache_bytes=10 * 3 * 64).train.images, Held)
+    assert isinstance(read_folder(root, cache_bytes=10 * 3 * 64).train.dataset, TensorDataset)
 
 
 def test_statistics_are_of_the_training_part(make_images: MakeImages) -> None:
@@ -161,7 +172,7 @@ def test_an_unreadable_image_stops_the_reading_and_is_named(make_images: MakeIma
     data = read_folder(root, cache_bytes=cache_bytes, skip_unreadable=True)
     assert list(data.skipped) == [str(broken)]
     assert len(data.train) + len(data.valid) == 5
-    assert 4 not in [*data.train.rows.tolist(), *data.valid.rows.tolist()]
+    assert 4 not in [*data.train.indices, *data.valid.indices]
 
 
 def test_more_than_one_unreadable_image_is_counted(make_images: MakeImages) -> None:

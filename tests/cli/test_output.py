@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -110,3 +113,54 @@ def test_a_new_folder_may_be_empty_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"--output must be a folder, got .*file, which is a file"):
         check_new_folder(tmp_path / "file")
+
+
+def take_away(folder: Path) -> None:
+    folder.rmdir()
+
+
+def put_a_file(folder: Path) -> None:
+    folder.rmdir()
+    folder.write_text("")
+
+
+@pytest.mark.parametrize("spoil", [take_away, put_a_file])
+@pytest.mark.parametrize("write", [
+    lambda folder: save_checkpoint({"weights": torch.ones(2)}, folder), lambda folder: write_report({}, folder),
+    lambda folder: save_weights(nn.Linear(2, 2), folder / "dense.safetensors", ("a", "b")),
+], ids=["checkpoint", "report", "weights"])  # fmt: skip
+def test_what_cannot_be_written_is_named(tmp_path: Path, spoil, write) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    spoil(folder)
+    with pytest.raises(UsageError, match=rf"{folder}/\w+\.\w+ cannot be written \(.*\); see that its folder is there"):
+        write(folder)
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file may be larger than 4 KiB, which a full disk tells in the same way."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, full_disk: None) -> None:
+    save_checkpoint({"step": 1}, tmp_path)
+    with pytest.raises(UsageError, match=r"checkpoint\.pt cannot be written"):
+        save_checkpoint({"step": 2, "weights": torch.ones(10_000)}, tmp_path)
+    with pytest.raises(UsageError, match=r"dense\.safetensors cannot be written \(File too large\)"):
+        save_weights(nn.Linear(100, 100), tmp_path / "dense.safetensors", ("a", "b"))
+    assert load_checkpoint(tmp_path)["step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    with pytest.raises(UsageError, match=r"small cannot be written \(File too large\)"), new_folder(tmp_path / "small") as part:
+        (part / "file").write_bytes(bytes(10_000))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_training() -> None:
+    with pytest.raises(UsageError, match=r"--output must be a folder.*, got /proc/self/fdinfo"):
+        prepare_folder(Path("/proc/self/fdinfo"))

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Subset, TensorDataset
 
-from fasterai.cli.data import Data, Held, Part
+from fasterai.cli.data import Data
 from fasterai.cli.errors import UsageError
 from fasterai.cli.training import Recipe, Training, augment, evaluate, learning_rate, shuffled
 from fasterai.sparse.sparsifier import Sparsifier
@@ -72,12 +73,10 @@ class Says(nn.Module):
 
 
 def tiny_data(labels: list[int], pixels: torch.Tensor, valid: int) -> Data:
-    rows, targets = torch.arange(len(labels)), torch.tensor(labels)
-    held = Held(pixels)
-    train = Part(held, rows[:-valid], targets[:-valid])
+    images, rows = TensorDataset(pixels, torch.tensor(labels)), range(len(labels))
     return Data(
-        train,
-        Part(held, rows[-valid:], targets[-valid:]),
+        Subset(images, rows[:-valid]),
+        Subset(images, rows[-valid:]),
         ("a", "b", "c"),
         (0.0,) * pixels.shape[1],
         (1.0,) * pixels.shape[1],

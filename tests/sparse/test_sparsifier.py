@@ -1413,45 +1413,38 @@ def test_what_the_optimizer_did_to_pruned_weights_has_no_say_in_the_next_choice(
     assert all(torch.equal(a, b) for a, b in zip(masks(0.0).values(), masks(100.0).values(), strict=True))
 
 
-# --- several processes --------------------------------------------------------------------------------------------------
+# --- compiled steps -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def process_group():
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_hold_follows_a_compiled_step(whole):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))
+    sparsifier = Sparsifier(model, "weight")
+    sparsifier.sparsify_model(0.5)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    handle = sparsifier.hold(optimizer)
+    take = optimizer.step if whole else torch.compile(optimizer.step, backend="eager")
+
+    def train():
+        optimizer.zero_grad()
+        model(torch.ones(3, 6)).square().mean().backward()
+        take()
+
+    before = model[0].bias.detach().clone()
+    train = torch.compile(train, backend="eager") if whole else train
+    for _ in range(3):
+        train()
+        assert sparsifier.report().together.disobeying == 0
+        assert int((model[0].weight == 0).sum()) == 30
+    assert not torch.equal(model[0].bias, before)
+    handle.remove()
+    train()
+    assert sparsifier.report().together.disobeying > 0
 
 
-@pytest.mark.parametrize(
-    ("sparsified", "trained"),
-    [
-        (lambda ddp: ddp, lambda ddp: None),
-        (torch.compile, lambda ddp: None),
-        (lambda ddp: ddp.module, lambda ddp: ddp),
-        (lambda ddp: ddp.module[0], lambda ddp: ddp),
-        (lambda ddp: ddp.module[0], torch.compile),
-    ],
-)
-def test_the_decisions_are_those_of_the_first_process(monkeypatch, process_group, sparsified, trained):
-    ddp = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 1, bias=False)))
-    decided = torch.tensor([[True, False, True, False]])
-
-    def broadcast(tensor, group_src, group):
-        assert (group_src, group) == (0, ddp.process_group)
-        tensor.copy_(decided)
-
-    monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
-    sparsifier = Sparsifier(sparsified(ddp), "weight", sparsity=0.5, schedule="lin")
-    for _ in range(2):  # what belongs to a run ends with it
-        sparsifier.on_fit_start(Fit(1, trained(ddp)))
-        sparsifier.after_step(1.0)
-        sparsifier.on_fit_end(completed=True)
-        assert torch.equal(next(iter(sparsifier.masks.values())), decided)
-        sparsifier.reset()
-        decided = ~decided
-    assert sparsifier._parallel is None
+# --- earlier versions --------------------------------------------------------------------------------------------------
 
 
 def test_a_pickle_of_an_earlier_version_goes_on():

@@ -1,0 +1,136 @@
+"""Parameters that join an optimizer for a time."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from fastai.optimizer import Adam as FastaiAdam
+from fastai.optimizer import OptimWrapper
+from torch import nn
+from torch.distributed.optim import PostLocalSGDOptimizer
+
+from fasterai.core.joined import Joined, innermost
+
+
+def layer() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(3, 2)
+
+
+def step(optimizer, model, extra) -> None:
+    (model(torch.ones(1, 3)).sum() + extra.square().sum()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, 0.1),
+    "two groups": lambda p: torch.optim.AdamW([{"params": p[:1], "lr": 0.01}, {"params": p[1:]}], 0.1),
+    "fastai": lambda p: FastaiAdam(p, 0.1),
+    "fastai's wrapper": lambda p: OptimWrapper(p, torch.optim.Adam, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_it_trains_with_the_optimizer_and_leaves_nothing(make):
+    model, extra = layer(), nn.Parameter(torch.ones(2))
+    optimizer = make(list(model.parameters()))
+    before = [list(group["params"]) for group in optimizer.param_groups]
+    joined = Joined(optimizer, [extra])
+    step(optimizer, model, extra)
+    assert (extra < 1).all()
+    joined.leave()
+    after = [list(group["params"]) for group in optimizer.param_groups]
+    assert [[id(p) for p in group] for group in before] == [[id(p) for p in group] for group in after]
+    assert extra not in innermost(optimizer).state
+    step(optimizer, model, extra)
+    alone, bare = layer(), None
+    bare = make(list(alone.parameters()))
+    for _ in range(2):
+        step(bare, alone, torch.zeros(1))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), alone.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_optimizers_file_is_the_same_as_without_it(make):
+    model, alone, extra = layer(), layer(), nn.Parameter(torch.ones(2))
+    optimizer, bare = make(list(model.parameters())), make(list(alone.parameters()))
+    joined = Joined(optimizer, [extra])
+    step(optimizer, model, extra)
+    step(bare, alone, torch.zeros(1))
+    saved, plain = optimizer.state_dict(), bare.state_dict()
+    assert len(saved["state"]) == len(plain["state"]) == 2
+    bare.load_state_dict(copy.deepcopy(saved))  # goes into one that knows nothing of it
+    value = extra.detach().clone()
+    optimizer.load_state_dict(copy.deepcopy(plain))  # and the other way round: its own state stays
+    step(optimizer, model, extra)
+    assert (extra < value).all()
+    joined.leave()
+
+
+def test_its_own_state_goes_on():
+    finals = []
+    for resumes in (False, True):
+        model, extra = layer(), nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.Adam(model.parameters(), 0.1)
+        joined = Joined(optimizer, [extra])
+        for i in range(4):
+            if resumes and i == 2:
+                state, value = joined.state_dict(), extra.detach().clone()
+                joined.leave()
+                extra = nn.Parameter(value)
+                joined = Joined(optimizer, [extra])
+                joined.load_state_dict(state)
+            step(optimizer, model, extra)
+        finals.append(extra.detach())
+    assert torch.equal(*finals)
+
+
+def test_every_schedule_of_the_rate_goes_on():
+    for make in (
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=5),
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda i: 0.5**i),
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
+    ):
+        model, extra = layer(), nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        rate = make(optimizer)
+        joined = Joined(optimizer, [extra])
+        for _ in range(3):
+            step(optimizer, model, extra)
+            rate.step()
+        joined.leave()
+
+
+def test_bad_parameters_and_optimizers_are_refused():
+    model = layer()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"parameters to train must be new to the optimizer, got one of shape \(2, 3\) twice"):
+        Joined(optimizer, [model.weight])
+    assert len(optimizer.param_groups[0]["params"]) == 2
+    with pytest.raises(TypeError, match="optimizer must have param_groups for further parameters, got object"):
+        Joined(object(), [nn.Parameter(torch.ones(1))])
+    joined = Joined(optimizer, [nn.Parameter(torch.ones(1))])
+    with pytest.raises(ValueError, match="state must be of 1 joined parameters, got 2"):
+        joined.load_state_dict({"states": [{}, {}]})
+
+
+def test_wrappers_are_looked_through():
+    optimizer = torch.optim.SGD(layer().parameters(), 0.1)
+
+    class Outer:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+        def step(self):
+            self.optimizer.step()
+
+    assert innermost(Outer(Outer(optimizer))) is optimizer
+    assert innermost(optimizer) is optimizer
+    wrapped = PostLocalSGDOptimizer.__new__(PostLocalSGDOptimizer)
+    wrapped.optim = optimizer
+    assert innermost(wrapped) is optimizer
+    assert innermost(None) is None
