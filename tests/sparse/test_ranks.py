@@ -23,6 +23,7 @@ from fasterai.core.criteria import Criterion, Random
 from fasterai.core.loop import Fit, Loop
 from fasterai.sparse.ranks import _is_users
 from fasterai.sparse.sparsifier import Sparsifier
+from fasterai.units.rules import DropAndGrow
 
 X = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
 
@@ -396,13 +397,31 @@ def test_the_group_is_that_of_ddp_and_the_default_one_of_a_bare_model(one_proces
     assert sparsifier._parallel is None
 
 
+def test_what_grows_by_data_is_agreed_on_as_well(one_process, monkeypatch):
+    groups = []
+    monkeypatch.setattr(distributed, "broadcast", lambda message, group_src, group: groups.append(group))
+    monkeypatch.setattr(distributed, "get_world_size", lambda group: 2)
+    ddp = DistributedDataParallel(nn.Sequential(nn.Linear(4, 1, bias=False)))
+    for rule, sends in (("nested", False), (DropAndGrow(), True), (DropAndGrow(grow="random"), False)):
+        Sparsifier(ddp, "weight", rule=rule).sparsify_model(0.5)
+        assert bool(groups) == sends
+        groups.clear()
+
+
 @pytest.mark.parametrize("criterion", [getattr(criteria, name) for name in criteria.__all__])
 def test_the_catalogue_is_alike_where_it_reads_weights_alone(criterion):
     assert not _is_users(criterion)
 
 
 @pytest.mark.parametrize(
-    ("criterion", "users"), [(Random(3), False), (criteria.large_final.using(reducer="sum"), False), (torch.rand_like, True)]
+    ("criterion", "users"),
+    [
+        (Random(3), False),
+        (criteria.large_final.using(reducer="sum"), False),
+        (torch.rand_like, True),
+        (criteria.large_final.using(normalizer=torch.sqrt), True),
+        (criteria.large_final.using(unit_rule=lambda scores, weights: scores), True),
+    ],
 )
 def test_a_function_of_the_users_may_draw_numbers(criterion, users):
     made = Sparsifier(net(), criteria=criterion).criteria

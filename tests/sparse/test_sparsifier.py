@@ -19,7 +19,8 @@ from fasterai.core.criteria import Criterion
 from fasterai.core.granularities import Keep
 from fasterai.core.loop import Batch, Fit
 from fasterai.core.schedules import OneShot, Piecewise
-from fasterai.sparse.sparsifier import Hold, Sparsifier
+from fasterai.sparse.hold import Hold
+from fasterai.sparse.sparsifier import Sparsifier
 
 pytestmark = pytest.mark.filterwarnings("ignore:all scores of", "ignore:without example_inputs")
 

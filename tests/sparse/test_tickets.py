@@ -12,6 +12,7 @@ from torch import nn
 from fasterai.callbacks.plain import attach
 from fasterai.core.loop import Fit, Loop
 from fasterai.core.schedules import Iterative, OneShot
+from fasterai.model.cuts import follow
 from fasterai.prune.removal import remove
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.sparse.tickets import LotteryTicket
@@ -278,6 +279,22 @@ def test_moves_of_another_sparsifier_of_the_model_do_not_rewind():
     assert other.moves == follows.moves == 1
     assert not any(torch.equal(raw, torch.ones(8)) for raw in seen[:3]), "the other's masks moved at the second step"
     assert torch.equal(seen[3], torch.ones(8)), "its own at the last"
+
+
+def test_a_move_of_another_sparsifier_of_the_same_targets_is_not_its_own():
+    model = net()
+    moves = []
+
+    class Listener:
+        def after_move(self, move):
+            moves.append(move)
+
+    listener = Listener()
+    follow(model, listener)
+    first, second = (sparsifier_of(model, targets="first.weight") for _ in range(2))
+    first.sparsify_model(0.25)
+    second.sparsify_model(0.5)
+    assert [(first.made(move), second.made(move)) for move in moves] == [(True, False), (False, True)]
 
 
 def test_a_move_between_two_steps_rewinds_at_the_next_step():

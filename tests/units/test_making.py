@@ -83,7 +83,7 @@ def test_a_batch_that_shows_nothing_is_a_warning_for_targets_and_an_error_for_ch
     with pytest.warns(UserWarning, match="the loop's batch does not show the data flow"):
         maker.look_at_batch(model, fit)
     assert not maker.is_seen
-    with pytest.raises(ValueError, match=""):
+    with pytest.raises(ValueError, match="example_inputs must be"):
         maker_of(Coupled()).look_at_batch(model, fit)
 
 

@@ -252,6 +252,11 @@ def test_a_rule_sees_the_units_and_their_weights():
     assert found["weight"].tolist() == [[6.0], [2.0]]
 
 
+def test_a_rule_on_single_weights():
+    found = scores_of(linear([[1, 3], [5, 7]]), large_final.using(unit_rule=lambda s, w: s * w[:, 0]), weight)
+    assert found["weight"].tolist() == [[1.0, 9.0], [25.0, 49.0]]
+
+
 def test_a_rule_comes_before_the_normaliser():
     criterion = large_final.using(reducer="sum", normalizer="sum", unit_rule=lambda s, w: s + 4)
     # Sums 4 and 12, by the rule 8 and 16.
