@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fasterai.core.granularities import Block, Coupled, Granularity, Keep, filter, weight
-from fasterai.core.loop import Batch, Fit
+from fasterai.core.loop import Batch, Fit, Loop
 from fasterai.model.targets import find_targets
 from fasterai.sparse.record import MaskRecord
 from fasterai.sparse.sparsifier import Sparsifier
@@ -93,6 +93,19 @@ def test_a_record_asks_its_granularitys_maker():
     assert record.pools == ()
     record.look((X,))
     assert [p.name for p in record.pools] == ["0.weight", "3.weight"]
+
+
+def test_a_runs_first_batch_shows_what_sparsities_and_earlier_weights_are_of():
+    model = net()
+    sparsifier = Sparsifier(model, "coupled", criteria="movement", sparsity={"3": 0.4}, targets=["0", "3"], round_to=1)
+    loop = Loop([sparsifier])
+    loop.start(Fit(1, model, torch.optim.SGD(model.parameters(), 0.1), batch=Batch((X,))))
+    assert [t.name for t in sparsifier.targets] == ["0.weight", "3.weight", "5.weight"], "the last reads what the others make"
+    assert set(sparsifier.state_dict()["initial"]) == {"0.weight", "3.weight", "5.weight"}
+    loop.before_step()
+    loop.after_step()
+    loop.end(completed=True)
+    assert dict(sparsifier.sparsity) == {"0.weight": 0.0, "3.weight": 0.4}
 
 
 def test_a_further_granularity_is_one_more_maker():
