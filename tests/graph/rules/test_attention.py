@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.prune.rules.cases import Case, goes_as_it_says, stands_in_the_program
+from tests.graph.rules.cases import Case, goes_as_it_says, stands_in_the_program
 from torch import Tensor, nn
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.prune.rules.cases import Case, aten, beside, both, convs, goes_as_it_says, linears, stands_in_the_program
+from tests.graph.rules.cases import Case, aten, beside, both, convs, goes_as_it_says, linears, stands_in_the_program
 from torch import Tensor, nn
 
 

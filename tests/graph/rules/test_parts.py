@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.prune.rules.cases import (
+from tests.graph.rules.cases import (
     Case,
     aten,
     beside,

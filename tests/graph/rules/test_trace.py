@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.prune.rules.cases import Case, both, convs, goes_as_it_says, linears, one
+from tests.graph.rules.cases import Case, both, convs, goes_as_it_says, linears, one
 from torch import Tensor, nn
 
 from fasterai.graph.channels import channel_graph
 from fasterai.graph.labels import FIXED
 from fasterai.graph.rules import RULES, Trace, Value, rule
-from tests.prune.rules import (
+from tests.graph.rules import (
     test_attention,
     test_consumers,
     test_elementwise,

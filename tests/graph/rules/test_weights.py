@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.prune.rules.cases import (
+from tests.graph.rules.cases import (
     Case,
     aten,
     both,
