@@ -681,6 +681,24 @@ def test_a_second_run_starts_clean_when_other_weights_were_loaded():
     assert float(magnitudes[kept].min()) >= float(magnitudes[~kept].max())
 
 
+def test_masks_that_are_dropped_within_a_run_come_back_at_the_next_update():
+    """It asks for as many units as the last one: 1 of 4 at shares 0.4 and 0.5, which else would mean that nothing moves."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    other = {name: torch.ones_like(x) for name, x in model.state_dict().items()}
+    sparsifier = Sparsifier(model, "weight", "local", sparsity=0.5, schedule="lin", targets=["0", "1"])
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    batch = torch.ones(1, 2), torch.zeros(1, dtype=torch.long)
+    with attach(optimizer, sparsifier, total_steps=10):
+        for _ in range(4):
+            step(model, optimizer, *batch)
+        assert pruned(sparsifier) == {"0.weight": 1, "1.weight": 1}
+        model.load_state_dict(other)
+        sparsifier.sparsify_layer(model[1], 0.25)
+        assert pruned(sparsifier) == {"0.weight": 0, "1.weight": 1}
+        step(model, optimizer, *batch)
+        assert pruned(sparsifier) == {"0.weight": 1, "1.weight": 1}
+
+
 def test_a_run_that_fails_leaves_a_usable_model_and_the_next_starts_clean():
     model = cnn()
     keys = list(model.state_dict())

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
 from tests.graph.rules.cases import Case, around, aten, both, goes_as_it_says, linears, stands_in_the_program
 
 UNARY = (

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch.nn.functional as F
+
 from tests.graph.rules.cases import Case, aten, convs, goes_as_it_says, on_images, over_channels, stands_in_the_program
 
 CASES = [

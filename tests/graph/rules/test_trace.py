@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.graph.rules.cases import Case, both, convs, goes_as_it_says, linears, one
 from torch import Tensor, nn
 
 from fasterai.graph.channels import channel_graph
@@ -22,6 +21,7 @@ from tests.graph.rules import (
     test_spatial,
     test_weights,
 )
+from tests.graph.rules.cases import Case, both, convs, goes_as_it_says, linears, one
 
 
 def written(m: Any, x: Tensor) -> Tensor:
