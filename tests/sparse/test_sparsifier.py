@@ -20,6 +20,7 @@ from fasterai.core.granularities import Keep
 from fasterai.core.loop import Batch, Fit
 from fasterai.core.schedules import OneShot, Piecewise
 from fasterai.sparse.sparsifier import Hold, Sparsifier
+from tests.networks import Crossed
 
 pytestmark = pytest.mark.filterwarnings("ignore:all scores of", "ignore:without example_inputs")
 
@@ -827,22 +828,8 @@ def test_a_parametrised_weight_is_refused_by_name(wrap, named):
 # --- partners by data flow ---------------------------------------------------------------------------------------------
 
 
-class Crossed(nn.Module):
-    """Registered as conv1, conv2, norm1, norm2; conv1 is read by norm2 and conv2 by norm1."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(4, 8, 3, bias=False), nn.Conv2d(8, 6, 3, bias=False)
-        self.norm1, self.norm2 = nn.BatchNorm2d(6), nn.BatchNorm2d(8)
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x):
-        x = F.relu(self.norm2(self.conv1(x)))
-        return self.head(F.relu(self.norm1(self.conv2(x))).mean((2, 3)))
-
-
 def test_norms_are_found_by_data_flow_and_not_by_registration():
-    model = Crossed()
+    model = Crossed(width=6)
     with torch.no_grad():
         for norm in (model.norm1, model.norm2):
             norm.bias.fill_(1.0)

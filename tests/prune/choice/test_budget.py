@@ -23,6 +23,7 @@ from fasterai.prune.choice.budget import Budget, fit_budget, least_left
 from fasterai.prune.choice.cost_left import macs_left, parameters_left
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.plan import make_plan
+from tests.networks import perceptron
 
 Choose = Callable[[float], list[np.ndarray]]
 X = torch.zeros(1, 4)
@@ -30,7 +31,7 @@ X = torch.zeros(1, 4)
 
 def mlp() -> nn.Module:
     """8 x (4 + 1 + 2) + 2 = 58 parameters, 8 x (4 + 2) = 48 MACs; a hidden channel is 7 and 6 of them."""
-    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    return perceptron(4, 8, 2)
 
 
 def chooser(graph: ChannelGraph, context: str = "local", round_to: int = 1, seed: int = 0) -> Choose:
