@@ -99,6 +99,20 @@ def test_optimizers_are_known_by_model_part_and_whole():
     assert noted_optimizers(model) == []
 
 
+def test_what_has_no_state_or_cannot_be_noted_without_being_kept_alive_is_not_noted():
+    class Slotted:
+        __slots__ = ("state",)
+
+        def __init__(self):
+            self.state = {}
+
+    class Stateless: ...
+
+    model, others = nest(), [Slotted(), Stateless()]
+    note_optimizer(model, others)
+    assert noted_optimizers(model) == []
+
+
 def test_a_tied_parameter_is_heard_of_under_the_name_that_it_has_there():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
