@@ -29,6 +29,35 @@ class Crossed(nn.Module):
         return self.last(F.silu(self.norm1(self.conv2(F.silu(self.norm2(self.conv1(x)))))))
 
 
+class Residual(nn.Module):
+    """`stem` and `branch.3` make the same channels, as they are added; `branch.0` makes channels of its own."""
+
+    def __init__(self, width: int = 6, inner: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.branch = nn.Sequential(
+            nn.Conv2d(width, inner, 3, padding=1, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(),
+            nn.Conv2d(inner, width, 1),
+        )
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sigmoid(self.stem(x))
+        return self.head((x + self.branch(x)).mean((2, 3)))
+
+
+def residual(width: int = 6, inner: int = 4) -> Residual:
+    """A `Residual` for pictures of three channels, whose norm is not the one that it starts with."""
+    torch.manual_seed(0)
+    model = Residual(width, inner)
+    with torch.no_grad():
+        model.branch[1].weight.uniform_(0.5, 1.5)
+        model.branch[1].bias.uniform_(-0.5, 0.5)
+    return model
+
+
 class Branching(nn.Module):
     """Its code asks for a value of its input, which torch.export cannot follow."""
 
