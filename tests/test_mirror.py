@@ -12,7 +12,10 @@ PACKAGE = TESTS.parent / "fasterai"
 #: What no single source file stands for.
 OTHERS = {
     "callbacks/test_coupled.py": "coupled channels in each of the loops",
+    "callbacks/test_events.py": "the table of events in each of the loops",
+    "callbacks/test_own_method.py": "a method of one's own, as the page has it",
     "callbacks/test_sparsify_and_prune.py": "two methods in one training",
+    "cli/test_strange_files.py": "what lies in folders of images besides images, in each of the commands",
     "prune/test_zoo.py": "networks of other libraries",
     "test_docs.py": "code of the pages",
     "test_import.py": "the package as a whole",
