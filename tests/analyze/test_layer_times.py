@@ -9,6 +9,7 @@ from torch.nn.modules import module as hooks
 
 from fasterai.analyze import layer_times as subject
 from fasterai.analyze.layer_times import LayerTiming, layer_times, layer_timings, quartiles
+from tests.networks import Failing
 
 NOW = [0.0]
 
@@ -69,13 +70,8 @@ def test_wrapped_models_have_the_names_of_their_own():
     assert set(layer_times(model, (torch.zeros(1, 2),))) == {"", "0"}
 
 
-class Fails(nn.Module):
-    def forward(self, x):
-        raise RuntimeError("not today")
-
-
 def test_no_hook_is_left():
-    model = nn.Sequential(nn.Linear(2, 2), Fails())
+    model = nn.Sequential(nn.Linear(2, 2), Failing())
     with pytest.raises(RuntimeError, match="not today"):
         layer_times(model, (torch.zeros(1, 2),))
     assert not hooks._global_forward_hooks

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import warnings
 from dataclasses import FrozenInstanceError
 from fractions import Fraction
 
@@ -166,6 +167,12 @@ def test_everything_at_once_leaves_min_keep_of_each(context):
     with pytest.warns(UserWarning, match="min_keep=1 of each target stay"):
         found = context(pool([A], [B]), [matrix(1, 4)] * 2, 1.0)
     assert [k.int().tolist() for k in found] == [[[1, 0, 0, 0]], [[1, 0, 0, 0]]]
+
+
+@pytest.mark.parametrize("context", [local, global_, erk, lamp])
+def test_as_many_as_min_keep_lets_go_are_no_reason_to_warn(context):
+    with warnings.catch_warnings(action="error"):
+        assert counts(context, pool(A, A), 0.75, min_keep=1) == [3, 3]
 
 
 @pytest.mark.parametrize("context", [local, global_, erk, lamp])
@@ -466,6 +473,17 @@ def test_others_make_up_for_what_rounding_keeps(context):
     assert all(n % 8 == 0 for n in (*plain, *made_up))
     assert sum(made_up) in range(102 - 7, 102 + 1)
     assert sum(plain) <= sum(made_up)
+
+
+def test_what_is_made_up_is_as_much_as_was_asked_for():
+    """Kept counts are even, or all. Of the three lowest, 1 and 2 leave three of b: one comes back, and 4 goes for it.
+
+    With 5 as well, b would lose three.
+    """
+    a, b, c = [4.0, 13.0, 14.0], [1.0, 2.0, 5.0, 9.0, 10.0], [3.0, 11.0, 12.0]
+    found = [choose(global_, pool(a, b, c), 3 / 11, round_to=2, make_up=m) for m in (False, True)]
+    assert found[0] == [[1, 1, 1], [0, 1, 1, 1, 1], [0, 1, 1]]
+    assert found[1] == [[0, 1, 1], [0, 1, 1, 1, 1], [0, 1, 1]]
 
 
 def test_a_target_by_itself_has_nothing_to_make_up_with():

@@ -112,6 +112,21 @@ def test_what_is_pruned_stays_pruned_while_the_number_rises():
     assert keep_highest([scores], 2, Limits())[0].tolist() == [False, False, True, True]
 
 
+@pytest.mark.parametrize(("min_keep", "low"), [(2, [0, 0, 1, 1]), (3, [0, 1, 1, 1])])
+def test_the_last_of_the_pruned_come_back_where_more_are_to_stay_than_are_left(min_keep, low):
+    """Earlier masks left one of four: what comes back is settled by position, as all pruned units rank alike."""
+    pool = [
+        TensorScores("low", torch.tensor([9.0, 8.0, 7.0, 6.0]), torch.tensor([False, False, False, True])),
+        TensorScores("high", torch.arange(10.0, 18.0)),
+    ]
+    with pytest.warns(UserWarning, match="but for min_keep no unit of low would stay"):
+        found = keep_highest(pool, 5, Limits(min_keep=min_keep))
+    gone = 5 - low.count(0)
+    assert [keep.int().tolist() for keep in found] == [low, [0] * gone + [1] * (8 - gone)]
+    others = selection._select_on_device(pool, 5, Mark.PRUNED_FIRST, [min_keep] * 2)
+    assert all(map(torch.equal, found, others))
+
+
 def test_the_best_of_the_pruned_come_back_while_it_falls():
     scores = TensorScores("a", torch.tensor([9.0, 1.0, 2.0, 0.0]), torch.tensor([False, False, False, True]))
     assert keep_highest([scores], 1, Limits())[0].tolist() == [True, False, True, True]

@@ -99,6 +99,35 @@ def test_optimizers_are_known_by_model_part_and_whole():
     assert noted_optimizers(model) == []
 
 
+def test_buffers_and_every_name_of_a_tied_weight_are_heard_of():
+    model, heard = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)), Heard()
+    model[2].weight = model[0].weight
+    follow(model, heard)
+    announce(model, {("1.running_mean", 0): np.array([0]), ("0.weight", 1): np.array([2])})
+    assert heard.cuts == [{("0.weight", 1): [2], ("2.weight", 1): [2], ("1.running_mean", 0): [0]}]
+
+
+def test_optimizers_may_stand_in_a_tuple():
+    model = nest()
+    both = torch.optim.SGD(model[0].parameters(), 0.1), torch.optim.SGD(model[1].parameters(), 0.1)
+    note_optimizer(model, both)
+    assert {id(one) for one in noted_optimizers(model)} == {id(one) for one in both}
+
+
+def test_what_has_no_state_or_cannot_be_noted_without_being_kept_alive_is_not_noted():
+    class Slotted:
+        __slots__ = ("state",)
+
+        def __init__(self):
+            self.state = {}
+
+    class Stateless: ...
+
+    model, others = nest(), [Slotted(), Stateless()]
+    note_optimizer(model, others)
+    assert noted_optimizers(model) == []
+
+
 def test_a_tied_parameter_is_heard_of_under_the_name_that_it_has_there():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight

@@ -20,6 +20,7 @@ from fasterai.core.granularities import Keep
 from fasterai.core.loop import Batch, Fit
 from fasterai.core.schedules import OneShot, Piecewise
 from fasterai.sparse.sparsifier import Hold, Sparsifier
+from tests.networks import Crossed
 
 pytestmark = pytest.mark.filterwarnings("ignore:all scores of", "ignore:without example_inputs")
 
@@ -681,6 +682,24 @@ def test_a_second_run_starts_clean_when_other_weights_were_loaded():
     assert float(magnitudes[kept].min()) >= float(magnitudes[~kept].max())
 
 
+def test_masks_that_are_dropped_within_a_run_come_back_at_the_next_update():
+    """It asks for as many units as the last one: 1 of 4 at shares 0.4 and 0.5, which else would mean that nothing moves."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    other = {name: torch.ones_like(x) for name, x in model.state_dict().items()}
+    sparsifier = Sparsifier(model, "weight", "local", sparsity=0.5, schedule="lin", targets=["0", "1"])
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    batch = torch.ones(1, 2), torch.zeros(1, dtype=torch.long)
+    with attach(optimizer, sparsifier, total_steps=10):
+        for _ in range(4):
+            step(model, optimizer, *batch)
+        assert pruned(sparsifier) == {"0.weight": 1, "1.weight": 1}
+        model.load_state_dict(other)
+        sparsifier.sparsify_layer(model[1], 0.25)
+        assert pruned(sparsifier) == {"0.weight": 0, "1.weight": 1}
+        step(model, optimizer, *batch)
+        assert pruned(sparsifier) == {"0.weight": 1, "1.weight": 1}
+
+
 def test_a_run_that_fails_leaves_a_usable_model_and_the_next_starts_clean():
     model = cnn()
     keys = list(model.state_dict())
@@ -809,22 +828,8 @@ def test_a_parametrised_weight_is_refused_by_name(wrap, named):
 # --- partners by data flow ---------------------------------------------------------------------------------------------
 
 
-class Crossed(nn.Module):
-    """Registered as conv1, conv2, norm1, norm2; conv1 is read by norm2 and conv2 by norm1."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(4, 8, 3, bias=False), nn.Conv2d(8, 6, 3, bias=False)
-        self.norm1, self.norm2 = nn.BatchNorm2d(6), nn.BatchNorm2d(8)
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x):
-        x = F.relu(self.norm2(self.conv1(x)))
-        return self.head(F.relu(self.norm1(self.conv2(x))).mean((2, 3)))
-
-
 def test_norms_are_found_by_data_flow_and_not_by_registration():
-    model = Crossed()
+    model = Crossed(width=6)
     with torch.no_grad():
         for norm in (model.norm1, model.norm2):
             norm.bias.fill_(1.0)

@@ -164,6 +164,14 @@ def test_synaptic_flow_by_hand():
     assert found["0.weight"].tolist() == [[5.0, 5.0], [6.0, 6.0]]
     assert found["2.weight"].tolist() == [[3.0, 7.0]]
     assert model[0].weight.tolist() == [[1.0, -2.0], [-3.0, 4.0]]
+    # The shape is all that is needed of the loop's batch.
+    assert gather("synaptic_flow", model, Source(batch=Batch((X[0, 0, :, :2],))))["2.weight"].tolist() == [[3.0, 7.0]]
+
+
+def test_synaptic_flow_is_that_of_evaluation():
+    """In training, dropout lets through nothing, or ten times as much."""
+    model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Dropout(0.9)).train()
+    assert gather("synaptic_flow", model, Source(inputs=(torch.ones(1, 2),)))["0.weight"].tolist() == [[1.0, 1.0]]
 
 
 class Structured(nn.Module):
@@ -263,8 +271,10 @@ def test_norms_of_packed_attention_and_a_named_refusal_where_inputs_cannot_be_wa
     x = torch.randn(2, 3, 4)
     found = gather("activation", model, Source(data=[((x, x, x),)]), "in_proj_weight")["in_proj_weight"]
     torch.testing.assert_close(found.expand(12, 4)[0], norms(x, -1))
-    with pytest.raises(ValueError, match=r"whose inputs can be watched, got in_proj_weight; leave it out with targets="):
-        gather("activation", model, Source(data=[((x, x + 1, x),)]), "in_proj_weight")
+    y = x + 1
+    for query, key, value in ((x, y, x), (x, x, y), (y, x, x)):
+        with pytest.raises(ValueError, match=r"whose inputs can be watched, got in_proj_weight; leave it out with targets="):
+            gather("activation", model, Source(data=[((query, key, value),)]), "in_proj_weight")
     with pytest.raises(ValueError, match=r"whose inputs can be watched, got out_proj\.weight"):
         gather("activation", model, Source(data=[((x, x, x),)]), "out_proj")
 
@@ -347,6 +357,14 @@ def test_gradients_of_a_weight_that_is_frozen_may_come_later():
     model.requires_grad_(False)
     with pytest.raises(NotYetError, match="weight has none"):
         gather("gradient", model, Source(), "weight")
+
+
+def test_gradients_that_are_missing_of_a_weight_that_trains_will_not_come_with_those_of_a_frozen_one():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"0\.weight has none") as missing:
+        gather("gradient", model, Source(), "0.weight", "1.weight")
+    assert not isinstance(missing.value, NotYetError)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("activation_max", [3.0, 4.0]), ("activation_mean", [2.0, 2.0])])

@@ -172,7 +172,8 @@ def _sizes(
         held = [*module._parameters.items(), *module._buffers.items()]
         own = {a: names[id(t)] for a, t in held if t is not None and names[id(t)] in plan.shapes}
         if isinstance(module, nn.MultiheadAttention | SlimMultiheadAttention):
-            lost = heads.get(f"{dot}in_proj_weight") or heads.get(f"{dot}q_proj_weight")
+            made = (*heads.get(f"{dot}in_proj_weight", ()), *heads.get(f"{dot}q_proj_weight", ()))
+            lost = [width for width in made if width.dim == 0]  # what it reads may come in several indices each, too
             reads_less = any((f"{dot}{which}_proj_weight", 1) in plan.keep for which in ("in", "q", "k", "v"))
             if lost or reads_less:  # torch's own insists on heads that fill the width that it reads
                 slim[name] = lost[0].channels[1] if lost else module.num_heads
@@ -232,8 +233,9 @@ def _bare_sizes(module: nn.Module, plan: Plan, goes_with: Sequence[tuple[Place, 
 
 @dataclass(frozen=True)
 class _Width:
-    """Channels of several indices each along one dimension of a weight, as heads are."""
+    """Channels of several indices each along a dimension of a weight, as heads are: how many before and after."""
 
+    dim: int
     channels: tuple[int, int]
     sizes: tuple[int, int]
 
@@ -245,7 +247,7 @@ def _heads(plan: Plan, graph: ChannelGraph, kept: Sequence[Flags]) -> dict[str, 
         for (name, d), indices in group.places.items():
             if indices.shape[1] > 1 and not keep.all():
                 sizes = plan.shapes[name][d], plan.shape_after(name)[d]
-                found.setdefault(name, []).append(_Width((group.channels, int(keep.sum())), sizes))
+                found.setdefault(name, []).append(_Width(d, (group.channels, int(keep.sum())), sizes))
     return found
 
 

@@ -16,13 +16,14 @@ from fasterai.prune.choice import cost_left as shares
 from fasterai.prune.choice.cost_left import macs_left, parameters_left, time_left
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.plan import make_plan
+from tests.networks import perceptron
 
 X = torch.zeros(1, 4)
 
 
 def mlp() -> nn.Module:
     """8 x (4 + 1 + 2) + 2 = 58 parameters, 8 x (4 + 2) = 48 MACs; a hidden channel is 7 and 6 of them."""
-    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    return perceptron(4, 8, 2)
 
 
 def some_of(graph: ChannelGraph, seed: int = 0) -> list[np.ndarray]:
