@@ -20,7 +20,7 @@ from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention, encode
 
 __all__ = ["load_small", "save_small"]
 
-FORMAT = "fasterai-small-1"
+SMALL_FORMAT = "fasterai-small-1"
 SIZES = (
     *("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels", "num_groups"),
     *("normalized_shape", "embedding_dim", "num_parameters", "input_size", "hidden_size", *HEADS, *WIDTHS, *STREAMS),
@@ -52,7 +52,7 @@ def save_small(path: str | os.PathLike[str], model: nn.Module) -> None:
         raise ValueError(f"model must hold its weights, got {empty[0]} on the meta device")
     tensors = _untied({n: t.detach().contiguous() for n, t in inner.state_dict().items()})
     entries = {"sizes": _sizes(inner), "slim": _slim(inner), "traits": _traits(inner), "dense": dense_shapes(inner)}
-    header = {"format": FORMAT} | {key: json.dumps(value) for key, value in entries.items()}
+    header = {"format": SMALL_FORMAT} | {key: json.dumps(value) for key, value in entries.items()}
     target = Path(path)
     part = target.with_name(target.name + ".part")
     try:
@@ -81,7 +81,7 @@ def load_small(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise ValueError(f"path must be a file that save_small wrote, got {path}: {error}") from error
-    if header.get("format") != FORMAT:
+    if header.get("format") != SMALL_FORMAT:
         raise ValueError(f"path must be a file that save_small wrote, got {path}, which is not one")
     inner = check_whole(model)
     slim, all_sizes = json.loads(header["slim"]), json.loads(header["sizes"])

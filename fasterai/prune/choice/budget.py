@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fasterai.analyze.latency import batch_of
 from fasterai.core.checks import check_count
 from fasterai.graph.channels import ChannelGraph
 from fasterai.graph.labels import Flags
+from fasterai.model.inputs import batch_of
 from fasterai.model.running import copies
 from fasterai.prune.choice.cost_left import Share, macs_left, parameters_left, time_left
 
