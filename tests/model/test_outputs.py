@@ -40,7 +40,9 @@ def test_empty_and_zero_outputs_are_the_same():
 
 def test_whole_numbers_of_a_fold_are_the_same():
     check_same([torch.tensor([3, 9])], [torch.tensor([3, 9])], "fold", "it")
-    with pytest.raises(ValueError, match="it must agree with the model exactly, got a difference of 1 in output 0 at a scale of 9"):
+    with pytest.raises(
+        ValueError, match="it must agree with the model exactly, got a difference of 1 in output 0 at a scale of 9"
+    ):
         check_same([torch.tensor([3, 9])], [torch.tensor([2, 9])], "fold", "it")
     check_same([torch.tensor([3, 90_000])], [torch.tensor([3, 90_001])], "onnx", "it")
 
@@ -48,7 +50,9 @@ def test_whole_numbers_of_a_fold_are_the_same():
 def test_the_output_that_differs_is_counted_from_the_first():
     same = torch.ones(2, dtype=torch.float64)
     check_same([same, same], [same, same + 9e-13], "fold", "it")
-    with pytest.raises(ValueError, match=r"to 1e-12 of the outputs' scale, got a difference of 2e-12 in output 1 at a scale of 1"):
+    with pytest.raises(
+        ValueError, match=r"to 1e-12 of the outputs' scale, got a difference of 2e-12 in output 1 at a scale of 1"
+    ):
         check_same([same, same], [same, same + 2e-12], "fold", "it")
 
 
