@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import nn
 
-from fasterai.model import targets
 from fasterai.model.names import own_tensors, plain_name, unwrap, walk_parameters, walk_tensors
 
 
@@ -53,5 +54,6 @@ def test_wrappers_add_nothing_to_a_name():
     assert [name for name, *_ in walk_tensors(model)] == names == ["0.weight", "0.bias", "1.0.weight", "1.0.bias"]
 
 
-def test_they_are_found_where_they_were():
-    assert (targets.unwrap, targets.plain_name, targets.walk_parameters) == (unwrap, plain_name, walk_parameters)
+def test_they_are_found_under_their_old_path():
+    old = importlib.import_module("fasterai.core.targets")
+    assert (old.unwrap, old.plain_name, old.walk_parameters) == (unwrap, plain_name, walk_parameters)

@@ -5,9 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from tests.graph.rules.cases import (
+from tests.prune.rules.cases import (
     Case,
     aten,
     beside,
@@ -18,6 +16,7 @@ from tests.graph.rules.cases import (
     over_channels,
     stands_in_the_program,
 )
+from torch import Tensor, nn
 
 
 def gated(parts: Any) -> Tensor:
