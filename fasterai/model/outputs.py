@@ -65,7 +65,7 @@ def movement(before: Tensor, after: Tensor) -> Movement:
     if not differs.any():
         return Movement(0.0, float(size.max()))
     largest = torch.maximum(size, b.abs()).where(differs, 0).max()
-    is_filler = (size == size.max()) & ~differs & (size > FILLER * largest)
+    is_filler = (size == size.max()) & (size > FILLER * largest)
     scale = float(size.where(~is_filler, 0).max() if is_filler.sum() > 1 else size.max())
     return Movement(float((a - b).abs().where(differs, 0).max()), scale)
 

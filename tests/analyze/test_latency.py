@@ -138,6 +138,24 @@ def test_a_quick_model_is_measured_for_as_long_as_asked_and_no_longer():
     assert found[1].blocks >= module.TURNS
 
 
+def test_blocks_fill_the_time_of_every_turn(monkeypatch):
+    """On a clock that the model alone moves on: one second a pass, and three in each of fifteen turns."""
+    now, calls = [0.0], []
+
+    class Takes(nn.Module):
+        def forward(self, x):
+            calls.append(len(x))
+            now[0] += 1.0
+            return x
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    found = latency(Takes(), X, batch_sizes=(1,), min_run_time=45.0)
+    assert (found[1].blocks, found[1].median, found[1].iqr) == (45, 1.0, 0.0)
+    assert found[1].layers[""].passes == module.LAYER_TURNS
+    # two rounds of three to warm up, and in each turn one that does not count
+    assert len(calls) == 6 + 15 * (1 + 3) + module.LAYER_TURNS
+
+
 def test_there_are_enough_turns():
     assert module.TURNS >= 5
 
