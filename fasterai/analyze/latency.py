@@ -28,7 +28,7 @@ __all__ = ["NOISE", "Latency", "LatencyComparison", "Timing", "batch_of", "compa
 TURNS = 15
 #: In how many of them each layer is timed as well, and in how many passes of a quick model in each.
 LAYER_TURNS, LAYER_PASSES = 5, 4
-WARM_UP = 3
+WARM_UP = 6
 #: Seconds of a block of a model quicker than that: long against the clock and the loop around the calls.
 BLOCK = 0.005
 
@@ -117,8 +117,10 @@ def _take_turns(
     passes: dict[str, list[dict[str, float]]] = {name: [] for name in models}
 
     def turn(name: str) -> list[float]:
-        model, count, times = models[name], counts[name], list[float]()
-        seconds_per_pass(model, inputs)  # the other models' weights are in the cache
+        model, times = models[name], list[float]()
+        # A pass that is not counted: the other models' weights are in the cache. The fastest tells how many make a block.
+        fastest[name] = min(fastest[name], seconds_per_pass(model, inputs))
+        count = passes_in(BLOCK, fastest[name])
         while not times or count * sum(times) < min_run_time / TURNS:
             times.append(seconds_per_pass(model, inputs, count))
         at_once = min(count, LAYER_PASSES)
@@ -127,23 +129,22 @@ def _take_turns(
         return times
 
     with on_threads(threads):
-        counts = {name: _passes_in_a_block(model, inputs) for name, model in models.items()}
+        fastest = {name: _warm_up(model, inputs) for name, model in models.items()}
         runs = {name: partial(turn, name) for name in models}
         blocks = by_turns(runs, lambda found, _: all(len(turns) >= TURNS for turns in found.values()))
     return blocks, passes
 
 
-def _passes_in_a_block(model: nn.Module, inputs: tuple[Any, ...]) -> int:
-    """Warm a model up, and return how many of its passes make a block.
+def _warm_up(model: nn.Module, inputs: tuple[Any, ...]) -> float:
+    """Run a model for the first times, and return the seconds of its fastest pass.
 
     Raises:
         ValueError: It does not run on the inputs.
     """
     try:
-        seconds_per_pass(model, inputs, WARM_UP)
+        return min(seconds_per_pass(model, inputs) for _ in range(WARM_UP))
     except Exception as error:
         raise ValueError(f"example_inputs must be arguments that the models run on, got an error: {error}") from error
-    return passes_in(BLOCK, seconds_per_pass(model, inputs, WARM_UP))
 
 
 @contextmanager

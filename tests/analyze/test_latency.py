@@ -152,8 +152,23 @@ def test_blocks_fill_the_time_of_every_turn(monkeypatch):
     found = latency(Takes(), X, batch_sizes=(1,), min_run_time=45.0)
     assert (found[1].blocks, found[1].median, found[1].iqr) == (45, 1.0, 0.0)
     assert found[1].layers[""].passes == module.LAYER_TURNS
-    # two rounds of three to warm up, and in each turn one that does not count
+    # six to warm up, and in each turn one that does not count
     assert len(calls) == 6 + 15 * (1 + 3) + module.LAYER_TURNS
+
+
+def test_a_slow_start_makes_no_small_blocks(monkeypatch):
+    """All but one of the first passes take a second, as on a busy machine; a block is five of a millisecond all the same."""
+    now, calls = [0.0], []
+
+    class Takes(nn.Module):
+        def forward(self, x):
+            calls.append(len(x))
+            now[0] += 1.0 if len(calls) < 6 else 0.001
+            return x
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    latency(Takes(), X, batch_sizes=(1,), min_run_time=1e-6)
+    assert len(calls) == 6 + 15 * (1 + 5) + module.LAYER_TURNS * module.LAYER_PASSES
 
 
 def test_there_are_enough_turns():
