@@ -1,4 +1,4 @@
-"""How long a forward pass takes on this machine: measured, never computed from counts."""
+"""The measurement of latency: the time of a forward pass on this machine, never computed from counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model's score falls as one target at a time is pruned, and how much of each target may go therefore."""
+"""The measurement of sensitivity: a model's score with one target at a time pruned."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def load_small(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
 
 def _sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Module name -> the numbers that it keeps of its own size."""
+    """Collect the numbers that modules keep of their own size, by name."""
     found = {}
     for name, module in model.named_modules():
         own = {a: v for a in SIZES if isinstance(v := vars(module).get(a), int | tuple) and not isinstance(v, bool)}
@@ -127,7 +127,7 @@ def _slim(model: nn.Module) -> dict[str, int]:
 
 
 def _untied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tied tensors once, under their first name."""
+    """Keep tied tensors once, under their first name."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
@@ -138,7 +138,7 @@ def _untied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _traits(model: nn.Module) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Module name -> its class and what it was built with, less the sizes; of the model itself only if it is one of torch's.
+    """Collect the class of each module and its settings, less the sizes; of the model itself only if it is one of torch's.
 
     In a model of one's own, training leaves counters and scores.
     """
