@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules import module as hooks
 
 from fasterai.analyze import layer_times as subject
-from fasterai.analyze.layer_times import LayerTiming, layer_times, layer_timings, quartiles
+from fasterai.analyze.layer_times import LayerTiming, layer_times, layer_timings
 from tests.networks import Failing
 
 NOW = [0.0]
@@ -110,4 +110,3 @@ def test_on_accelerators_nothing_waits_inside_the_pass(monkeypatch):
 def test_medians_and_spreads_over_the_passes():
     passes = [{"a": 1.0, "b": 1.0}, {"a": 2.0, "b": 1.0}, {"a": 9.0}]
     assert layer_timings(passes) == {"a": LayerTiming(2.0, 4.0, 3), "b": LayerTiming(1.0, 0.5, 3)}
-    assert quartiles([4.0, 0.0, 1.0, 2.0, 3.0]) == (1.0, 3.0)

@@ -185,7 +185,7 @@ def test_time_is_that_of_undisturbed_passes_in_turns(monkeypatch: pytest.MonkeyP
         round_ = (len(calls) - 1) // 2 - shares.WARM_UP
         return (1.0 if small else 4.0) * (1 if round_ % 7 in ((1, 4) if small else (2, 5)) else 10.0 + 90 * small)
 
-    monkeypatch.setattr(shares, "_seconds", seconds)
+    monkeypatch.setattr(shares, "seconds_per_pass", seconds)
     torch.set_num_threads(2)
     try:
         left = time_left(model, channel_graph(model, (X,)), (X,), model)(first(2, 8))
