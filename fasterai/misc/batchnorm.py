@@ -21,8 +21,8 @@ from fasterai.core.checks import warn
 from fasterai.model.inputs import as_tuple
 from fasterai.model.layouts import read_module
 from fasterai.model.names import unwrap
+from fasterai.model.norms import read_folds
 from fasterai.model.outputs import check_same
-from fasterai.model.readings import Reading, trace_norms, watch_norms
 from fasterai.model.running import evaluating, undisturbed
 
 __all__ = ["BN_Folder", "FoldReport", "find_folds", "fold_batchnorms"]
@@ -114,11 +114,9 @@ def _find(model: nn.Module, inputs: tuple[Any, ...] | None) -> tuple[FoldReport,
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return FoldReport(), _run(copy.deepcopy(model), inputs) if inputs is not None else None
     probe = copy.deepcopy(model).eval()
-    readings: list[Reading]
     with undisturbed(probe), _full_precision():
-        readings, output = (trace_norms(probe), None) if inputs is None else watch_norms(probe, copy.deepcopy(inputs))
-    folded = {r.norm: r.layer for r in readings if r.layer is not None}
-    return FoldReport(folded, {r.norm: r.why for r in readings if r.layer is None}), output
+        folded, left, output = read_folds(probe, copy.deepcopy(inputs))
+    return FoldReport(folded, left), output
 
 
 def _run(probe: nn.Module, inputs: tuple[Any, ...]) -> Any:

@@ -15,9 +15,9 @@ from fasterai.core.selection import count_true
 from fasterai.core.types import Target
 from fasterai.graph.channels import ChannelGraph
 from fasterai.model.cuts import Cut, follow, sliced
-from fasterai.model.dataflow import Flow
 from fasterai.model.masks import apply_masks_, like
 from fasterai.model.names import unwrap
+from fasterai.model.norms import Flow
 from fasterai.model.sharded import check_plain
 from fasterai.model.targets import Selection, all_targets
 from fasterai.sparse.report import Reached, Row, SparsityReport

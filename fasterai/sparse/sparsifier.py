@@ -23,9 +23,9 @@ from fasterai.core.selection import count_true
 from fasterai.core.types import Limits, Target
 from fasterai.graph.channels import channel_graph
 from fasterai.model.cuts import follow, note_optimizer
-from fasterai.model.dataflow import watch
 from fasterai.model.inputs import arguments, batch_inputs
 from fasterai.model.names import unwrap
+from fasterai.model.norms import watch
 from fasterai.model.sharded import check_unflattened
 from fasterai.model.targets import LayerTypes, TargetsLike, find_targets
 from fasterai.sparse.hold import Hold

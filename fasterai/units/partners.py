@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fasterai.core.checks import warn
 from fasterai.core.granularities import Granularity
 from fasterai.core.types import Target
-from fasterai.model.dataflow import Flow
 from fasterai.model.names import unwrap, walk_parameters
+from fasterai.model.norms import Flow
 from fasterai.model.targets import Selection
 
 __all__ = ["Partner", "find_partners", "kept_outputs", "revive_", "without_outputs"]

@@ -373,3 +373,47 @@ def test_other_statistics_of_the_inputs_are_of_the_magnitude(name, expected):
     target = find_targets(model, fits=lambda _: None, coarse=False).targets
     data = [torch.tensor([[-1.0, 4.0]]), torch.tensor([[3.0, 0.0]])]
     assert GATHERERS[name](model, target, Source(data=data))["weight"].flatten().tolist() == expected
+
+
+class TwoNames(nn.Module):
+    """A layer that is registered twice, and one that shares its weight: Linear(4, 4) `stem` and `layers.0`, `last`."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.layers = nn.ModuleList([self.stem])
+        self.last = nn.Linear(4, 4)
+        self.last.weight = self.stem.weight
+
+    def forward(self, x):
+        return self.last(self.layers[0](x))
+
+
+@pytest.mark.parametrize("what", GATHERERS)
+def test_a_layer_under_two_names_keeps_its_parameters(what):
+    model = TwoNames()
+    model(torch.ones(3, 4)).sum().backward()
+    before = dict(model.named_parameters(remove_duplicate=False))
+    source = Source(data=[(torch.ones(3, 4), Y[:3])], loss=F.cross_entropy, inputs=(torch.ones(3, 4),))
+    gather(what, model, source, "stem.weight")
+    after = {name: model.get_parameter(name) for name in before}
+    assert all(after[name] is parameter for name, parameter in before.items())
+
+
+def test_gradients_through_a_layer_under_two_names_and_a_shared_weight_are_those_of_backward():
+    torch.manual_seed(0)
+    model, x = TwoNames(), torch.randn(3, 4)
+    found = gather("gradient", model, Source(data=[(x, Y[:3])], loss=F.cross_entropy), "stem.weight")
+    F.cross_entropy(model(x), Y[:3]).backward()
+    torch.testing.assert_close(found["stem.weight"], model.stem.weight.grad)
+
+
+def test_synaptic_flow_counts_both_uses_of_a_shared_weight():
+    """R = sum |W| (|W| 1) in each output, biases zero, W of ones: each of 16 weights has 4 paths in either place."""
+    model = TwoNames()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0 if parameter.dim() > 1 else 0.0)
+    found = gather("synaptic_flow", model, Source(inputs=(torch.zeros(2, 4),)), "stem.weight")
+    # R = sum_i sum_j W_ij sum_k W_jk; dR/dW_ij = sum_k W_jk (as the last) + sum_k W_ki (as the first) = 4 + 4
+    assert found["stem.weight"].tolist() == [[8.0] * 4] * 4
