@@ -220,7 +220,7 @@ def from_calls(probe: nn.Module, inputs: tuple[Any, ...], held: Mapping[int, Ste
     """Run a model once in its present mode; what its forward pass changes stays changed. Return its output, too."""
     calls = _Calls(probe, held)
     try:
-        with ExitStack() as stack, torch.no_grad():
+        with torch.no_grad(), ExitStack() as stack:
             for norm in (module for module in probe.modules() if isinstance(module, _BatchNorm)):
                 stack.enter_context(norm.register_forward_pre_hook(calls.enter))
             stack.enter_context(calls)

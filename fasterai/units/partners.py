@@ -58,7 +58,8 @@ def find_partners(model: nn.Module, selection: Selection, granularity: Granulari
             prefix = target.module_name
             found.append(Partner(f"{prefix}.{bias}" if prefix else bias, target.name, target.module, bias))
         for norm in flow.norms.get(target.name, ()) if flow else ():
-            found += [Partner(name, target.name, *places[name]) for name in norm if name in places]
+            vectors = [Partner(name, target.name, *places[name]) for name in norm if name in places]
+            found += [v for v in vectors if v.parameter.shape == (outputs,)]  # a norm may read a part of the outputs
     return tuple(found)
 
 

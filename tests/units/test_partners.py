@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fasterai.core.granularities import Keep, filter, kernel, layer
-from fasterai.model.dataflow import Flow, watch
+from fasterai.model.norms import Flow, watch
 from fasterai.model.targets import Selection, find_targets
 from fasterai.units.partners import find_partners, kept_outputs, revive_, without_outputs
 
@@ -130,3 +130,21 @@ def test_partners_are_noted_when_outputs_go_and_given_back_when_they_return():
     assert scale.parameter.tolist() == [2.0, 13.0, 14.0, 0.0, 16.0, 17.0, 18.0, 19.0]
     revive_(iter([("1.weight", scale.parameter, back, everything)]), noted)
     assert scale.parameter.tolist() == [2.0, 13.0, 14.0, 5.0, 16.0, 17.0, 18.0, 19.0]
+
+
+class Sliced(nn.Module):
+    """The first four of eight filters, and a norm of four."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(torch.conv2d(x, self.conv.weight[:4])).relu()
+
+
+def test_a_norm_of_a_part_of_the_outputs_is_no_partner():
+    model = Sliced()
+    flow = watch(model, (X,))
+    assert dict(flow.norms) == {"conv.weight": (("norm.weight", "norm.bias"),)}
+    assert partners(model, filter, flow) == ()
