@@ -35,7 +35,7 @@ def read_norms(steps: Iterable[Step]) -> Iterator[tuple[Step, Step]]:
     for step in steps:
         # Autograd and scripts have other names for batch norms: `native_batch_norm`, `cudnn_batch_norm`.
         if "batch_norm" in step.operation or step.operation in ("instance_norm", "group_norm", "layer_norm"):
-            yield step, step.arguments[0] or Step()
+            yield step, (step.arguments and step.arguments[0]) or Step()
 
 
 def _held(step: Step | None) -> Step | None:
