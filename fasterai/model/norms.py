@@ -87,11 +87,9 @@ def watch(model: nn.Module, inputs: tuple[Any, ...], part: nn.Module | None = No
     sources: dict[tuple[str | None, str | None], set[str | None]] = {}
     for norm, source in read_norms(steps):
         scale, shift = _names(norm.arguments[1:3])
-        weights = _weights(source)
-        # A norm that reads anything but one weight's output belongs to none.
-        sources.setdefault((scale, shift), set()).update(weights if len(weights) == 1 else [None])
+        sources.setdefault((scale, shift), set()).update(_weights(source) or [None])
     norms: dict[str, tuple[tuple[str | None, str | None], ...]] = {}
-    for names, (weight, *others) in sources.items():
+    for names, (weight, *others) in sources.items():  # a norm that reads anything but one weight's output belongs to none
         if weight is not None and not others and names != (None, None):
             norms[weight] = (*norms.get(weight, ()), names)
     return Flow(norms, frozenset(_outputs(steps)))

@@ -112,6 +112,28 @@ FLOWS = {
         lambda: Net(lambda m, x: torch.sigmoid(m.c1(x) * 2 + 1), c1=conv()),
         Flow({}, frozenset({"c1.weight"})),
     ),
+    "an output that is scaled by a parameter of its own": (
+        lambda: Net(lambda m, x: m.c1(x) * m.scale.weight.view(1, 8, 1, 1), c1=conv(), scale=nn.Linear(1, 8)),
+        Flow({}, frozenset({"c1.weight"})),
+    ),
+    "a weight shown in another shape": (
+        lambda: Net(lambda m, x: m.n(F.conv2d(x, m.c1.weight.flatten(1).view(8, 4, 3, 3))), c1=conv(), n=nn.BatchNorm2d(8)),
+        Flow({"c1.weight": norm_of("n")}, frozenset({"c1.weight"})),
+    ),
+    "a weight worked out": (
+        lambda: Net(lambda m, x: m.n(F.conv2d(x, m.c1.weight - 1)), c1=conv(), n=nn.BatchNorm2d(8)),
+        Flow({}, frozenset()),
+    ),
+    "an output that is cast before its norm": (
+        lambda: Net(lambda m, x: m.n(m.c1(x).double().float()), c1=conv(), n=nn.BatchNorm2d(8)),
+        Flow({"c1.weight": norm_of("n")}, frozenset({"c1.weight"})),
+    ),
+    "two weights in one operation": (
+        lambda: Net(
+            lambda m, x: m.n(m.c1.weight[:, :, 0, 0] @ m.c2.weight[:4, :, 0, 0]), c1=conv(), c2=conv(), n=nn.BatchNorm1d(4)
+        ),
+        Flow({}, frozenset({"c1.weight", "c2.weight"})),
+    ),
     "two outputs in a dict": (
         lambda: Net(lambda m, x: {"a": [m.c2(y := m.c1(x))], "b": m.c3(y)}, c1=conv(), c2=conv(8, 2), c3=conv(8, 3)),
         Flow({}, frozenset({"c2.weight", "c3.weight"})),
