@@ -201,7 +201,7 @@ class MaskRecord:
     ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         for pool in self.pools:
             if pool.name in after:
-                old = before.get(pool.name, torch.ones_like(after[pool.name]))
+                old = before[pool.name] if pool.name in before else torch.ones_like(after[pool.name])
                 for (name, new), (_, was) in zip(pool.vectors(after[pool.name]), pool.vectors(old), strict=True):
                     yield name, pool.tensor(name), was, new
 
