@@ -8,17 +8,16 @@ By hand: 12 units, the k = 5 lowest go.
 
     place      0    1    2    3    4    5    6    7    8    9   10   11
     score     .9   .2   .5   .4   .8   .1   .4   .7   .4   .6   .3   .5
-    sample    .9             .4             .4             .6            every third: .4 .4 .6 .9
-    bracket   the k-th lowest is at 5/12 of the scores, so in the sample about at 5/12 * 4 = 1.7; with a margin of 1
-              to each side between the sample's lowest and its third: low = .4, high = .6
-    > low      x         x         x              x         x         x   6 units, so 6 are at most .4, and 5 <= 6: the k-th
-                                                                          lowest is not inside, the bracket misled
-    below .4   .2 .1 .3: 3 units; at .4 there are 3 more. 3 < 5 <= 6, so the threshold is .4 itself, and of the three ties
-               the first 5 - 3 = 2 by position go: places 3 and 6. Kept: 0 2 4 7 8 9 11.
 
-Had the bracket been low = .3, high = .5, then > .3 are 9 units, so 3 are at most .3 and rank 5 - 3 = 2 of those inside is
-looked for. Inside are .4 .4 .4 at places 3 6 8: the second of them is the threshold .4, none inside lies below it, and the
-first two go. The same choice: a bracket decides about the time that is taken, never about the result.
+    bracket   (.3, .5), from a sample
+    > .3       x         x    x    x         x    x    x    x         x    9 units, so that 12 - 9 = 3 are at most .3
+    < .5                      x              x         x                   of these: .4 .4 .4; only they are partitioned
+    rank      5 - 3 = 2: the second lowest inside is the threshold, .4; no score inside is below it, so the first 2 ties go
+    kept       x         x         x              x    x    x         x    places 0 2 4 7 8 9 11
+
+A bracket that misses decides about the time alone. With (.4, .6) 6 units are above .4 and 6 at most .4, so the fifth lowest is
+not inside. 3 units are below .4 and 3 at it: 3 < 5 <= 6, so the threshold is .4 itself, and 5 - 3 = 2 ties go. Were it not,
+a wider bracket would follow, and at last all scores. Scores that many units share, zeros say, come to an end in the same way.
 """
 
 from __future__ import annotations
@@ -105,8 +104,8 @@ def _sample(pool: Sequence[Scores], mark: Mark) -> Array:
     step = max(1, round(count ** (1 / 3)))
     while math.gcd(step, 210) > 1:  # weights repeat by kernel size and by channels: a step of 9 would see one corner only
         step -= 1
-    parts = (parts for _, *parts in _parts(pool, mark, step))
-    sample = np.concatenate([part.copy() if can_go is None else part[can_go] for part, can_go in parts])
+    parts = [part.copy() if can_go is None else part[can_go] for _, part, can_go in _parts(pool, mark, step)]
+    sample: Array = np.concatenate(parts)
     sample.sort()
     return sample
 

@@ -29,6 +29,8 @@ __all__ = [
     "warn_of_min_keep",
 ]
 
+CHUNK = 1 << 22  # of ties that are counted at once, in 8 bytes each
+
 
 def keep_highest(pool: Sequence[Scores], prune: int, limits: Limits) -> list[Tensor]:
     """Which units stay when the `prune` lowest of a pool go.
@@ -131,29 +133,33 @@ def _select(pool: Sequence[Scores], prune: int, mark: Mark) -> tuple[list[Tensor
 
 
 def _select_on_device(pool: Sequence[Scores], prune: int, mark: Mark, floors: Sequence[int]) -> list[Tensor]:
-    """The same choice with torch's operations; one synchronisation, for the check of the scores."""
-    flats = [(s.tensor().flatten().clone(), s, floor) for s, floor in zip(pool, floors, strict=True)]
-    if not bool(torch.stack([torch.isfinite(flat).all() for flat, _, _ in flats]).all()):
-        raise not_finite(next(s.name for flat, s, _ in flats if not torch.isfinite(flat).all()))
-    for flat, s, floor in flats:
+    """Make the same choice with torch's operations: one synchronisation, for the check; with one copy of the scores."""
+    sizes = [s.count for s in pool]
+    scores = torch.cat([s.tensor().flatten() for s in pool])
+    # The extremes carry NaN; isfinite would make an array of magnitudes.
+    if len(scores) and not bool(torch.isfinite(torch.stack(scores.aminmax())).all()):
+        raise not_finite(next(s.name for s in pool if not torch.isfinite(s.tensor()).all()))
+    for flat, s, floor in zip(torch.split(scores, sizes), pool, floors, strict=True):
         if s.keep is not None and mark is Mark.PRUNED_FIRST:
             flat.masked_fill_(~s.keep.reshape(-1), -torch.inf)
         elif s.keep is not None and mark is Mark.KEPT_LAST:
             flat.masked_fill_(s.keep.reshape(-1), torch.finfo(flat.dtype).max)  # below what a floor protects
         if floor:
-            flat[_last_to_go(flat, floor)] = torch.inf
-    scores = torch.cat([flat for flat, _, _ in flats])
-    keep = torch.ones_like(scores, dtype=torch.bool)
-    if prune:
-        threshold = scores.kthvalue(prune).values
-        ties = scores == threshold
-        spare = prune - (scores < threshold).sum()
-        keep = (scores > threshold) | (ties & (ties.cumsum(0) > spare))
-    parts = torch.split(keep, [s.count for s in pool])
-    return [part.view(s.shape).clone() for part, s in zip(parts, pool, strict=True)]
+            flat.masked_fill_(_highest(flat, floor), torch.inf)
+    keep = _highest(scores, len(scores) - prune)
+    return [part.view(s.shape).clone() for part, s in zip(torch.split(keep, sizes), pool, strict=True)]
 
 
-def _last_to_go(flat: Tensor, count: int) -> Tensor:
-    """Where the `count` units are that would go last: the highest scores, the last by position among equals."""
-    order = torch.sort(flat, stable=True).indices
-    return order[-count:]
+def _highest(flat: Tensor, count: int) -> Tensor:
+    """Return which are the `count` highest, the last by position among equals; `flat` is not changed."""
+    if not 0 < count < len(flat):
+        return torch.full_like(flat, count > 0, dtype=torch.bool)
+    threshold = flat.kthvalue(len(flat) - count + 1).values
+    ties = flat == threshold
+    found = flat > threshold
+    spare = ties.sum() - (count - found.sum())  # of the ties that go
+    for part in ties.split(CHUNK):
+        counts = part.cumsum(0)
+        part &= counts > spare
+        spare = spare - counts[-1]
+    return found.logical_or_(ties)

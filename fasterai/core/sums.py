@@ -1,8 +1,8 @@
 """Sums of scores over dimensions, on a CPU: in one pass, in pieces that fit into the cache, in an order of its own.
 
-Equal units sum up to equal scores wherever they are, and a weight scores the same in every memory format: each sum is made of
-the same additions in the same order. Dimensions of a kernel are short, so they are summed by adding up slices, `x[:, 0] + x[:, 1]
-+ ...`: a reduction along a dimension of 3 spends nine tenths of its time on starting anew.
+Equal units sum up to equal scores wherever they are, and a unit scores the same in every memory format: each sum is made of the
+same additions in the same order. Dimensions of a kernel are short, so they are summed by adding up slices, `x[:, 0] + x[:, 1] +
+...`: a reduction along a dimension of 3 spends nine tenths of its time on starting anew.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def _runs(dims: Sequence[int]) -> list[tuple[int, int]]:
 def _sum_middle(x: Array) -> Array:
     """Return the sums `(n, after)` of an array `(n, length, after)` over its middle."""
     _, length, after = x.shape
+    sums: Array = np.empty((len(x), after), x.dtype)
     if after > SHORT:
-        return x.sum(1)
-    sums = np.empty((len(x), after), x.dtype)
+        return np.add.reduce(x, axis=1, out=sums)
     for j in range(after):
         if length > SHORT:
             np.add.reduce(x[:, :, j], axis=1, out=sums[:, j])
