@@ -158,7 +158,7 @@ def _highest(flat: Tensor, count: int) -> Tensor:
     ties = flat == threshold
     found = flat > threshold
     spare = ties.sum() - (count - found.sum())  # of the ties that go
-    for part in ties.split(CHUNK):
+    for part in torch.split(ties, CHUNK):
         counts = part.cumsum(0)
         part &= counts > spare
         spare = spare - counts[-1]

@@ -81,10 +81,10 @@ def _sum_middle(x: Array) -> Array:
     if after > SHORT:
         return np.add.reduce(x, axis=1, out=sums)
     for j in range(after):
-        if length > SHORT:
+        if length > SHORT or length == 1:
             np.add.reduce(x[:, :, j], axis=1, out=sums[:, j])
         else:
-            np.copyto(sums[:, j], x[:, 0, j])
-            for i in range(1, length):
+            np.add(x[:, 0, j], x[:, 1, j], out=sums[:, j])
+            for i in range(2, length):
                 np.add(sums[:, j], x[:, i, j], out=sums[:, j])
     return sums
