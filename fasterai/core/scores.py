@@ -73,6 +73,11 @@ class Scores(ABC):
         """True if no score is below 0."""
         return False
 
+    @property
+    def is_strided(self) -> bool:
+        """True if scores some places apart cost no more than neighbours."""
+        return False
+
     def marked(self, where: slice, mark: Mark, scratch: Array, check: bool = False) -> tuple[Array, Array | None]:
         """Return the scores of some units, and which of them can go: those that are kept so far, while the number rises.
 
@@ -164,12 +169,20 @@ class EvidenceScores(Scores):
     def nonnegative(self) -> bool:
         return self.criterion.nonnegative
 
+    @property
+    def is_strided(self) -> bool:
+        return self.criterion.ufunc is not None and self.evidence.weight.dtype is torch.float32
+
+    @cached_property
+    def _weights(self) -> Array:
+        flat: Array = self.evidence.weight.view(-1).numpy()
+        return flat
+
     def part(self, where: slice, scratch: Array) -> Array:
-        weight, ufunc = self.evidence.weight, self.criterion.ufunc
         part: Array
-        if ufunc is not None and weight.dtype is torch.float32:
-            weights = weight.view(-1).numpy()[where]
-            part = ufunc(weights, out=scratch[: weights.size])
+        if self.criterion.ufunc is not None and self.is_strided:
+            weights = self._weights[where]
+            part = self.criterion.ufunc(weights, out=scratch[: weights.size])
         else:
             part = self.criterion(self.evidence.map(lambda x: x.view(-1)[where])).numpy()
         return part

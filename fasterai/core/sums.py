@@ -34,23 +34,40 @@ def sum_parts(scores: Scores, dims: Sequence[int]) -> Tensor:
         return torch.zeros(sizes, dtype=scores.tensor().dtype)
     # Leading dimensions that stay are one; a leading one that goes is added up piece by piece.
     lead = 1 if 0 in dims else next(d for d in range(len(shape)) if d in dims)
-    outer, inner = math.prod(shape[:lead]), shape[lead:]
+    outer, inner, dims = math.prod(shape[:lead]), shape[lead:], [d - lead + 1 for d in dims]
     size = math.prod(inner)
     step = max(1, PIECE // size)
     scratch = np.empty(min(step, outer) * size, np.float32)
-    found: list[Array] = []
-    for start in range(0, outer, step):
-        end = min(outer, start + step)
-        part = scores.part(slice(start * size, end * size), scratch).reshape(end - start, *inner)
-        if 0 in dims:
-            part = part.sum(0, keepdims=True)
-            found = [found[0] + part if found else part]
-        else:
-            found.append(_sum(part, [d - lead + 1 for d in dims]))
-    total = found[0] if 0 in dims else np.concatenate(found)
-    if 0 in dims:
-        total = _sum(total, dims[1:])
-    return torch.from_numpy(np.ascontiguousarray(total)).view(sizes)
+    pieces = [(start, min(outer, start + step)) for start in range(0, outer, step)]
+    if dims[0] == 0:
+        total = sum(_read(scores, piece, inner, scratch).sum(0, keepdims=True) for piece in pieces)
+        found = [_sum(total, dims[1:])]
+    elif scores.is_strided and size <= SHORT and len(_runs(dims)) == 1:
+        length = math.prod(inner[: len(dims)])
+        found = [_sum_strided(scores, piece, length, size // length, scratch) for piece in pieces]
+    else:
+        found = [_sum(_read(scores, piece, inner, scratch), dims) for piece in pieces]
+    return torch.from_numpy(np.concatenate(found)).view(sizes)
+
+
+def _read(scores: Scores, piece: tuple[int, int], inner: Sequence[int], scratch: Array) -> Array:
+    size = math.prod(inner)
+    return scores.part(slice(piece[0] * size, piece[1] * size), scratch).reshape(-1, *inner)
+
+
+def _sum_strided(scores: Scores, piece: tuple[int, int], length: int, after: int, scratch: Array) -> Array:
+    """Return the sums `(n, after)` of scores `(n, length, after)` over their middle, each slice worked out as it is added."""
+    start, end = piece
+    size = length * after
+    sums: Array = np.empty((end - start, after), np.float32)
+    for j in range(after):
+        for i in range(length):
+            part = scores.part(slice(start * size + i * after + j, end * size, size), scratch)
+            if i:
+                np.add(sums[:, j], part, out=sums[:, j])
+            else:
+                sums[:, j] = part
+    return sums
 
 
 def _sum(x: Array, dims: Sequence[int]) -> Array:
