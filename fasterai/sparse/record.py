@@ -165,10 +165,9 @@ class MaskRecord:
         held = {n: _like_weight(by_name[n], k) for n, k in chosen.items()}
         after = {**self.keep, **held}
         revive_(self._vectors(self.keep, after), self.noted)
-        counts = {n: self._pruned(by_name[n]) for n in held}
-        self.keep = after
-        # Choices are nested, so that equal counts are equal masks.
-        moved = any(self._pruned(by_name[n]) != count for n, count in counts.items())
+        before, self.keep = self.keep, after
+        # Choices are nested, so that equal counts are equal masks. Mostly the first pool tells, so that few masks are counted.
+        moved = any((count_true(before[n]) if n in before else by_name[n].count) != count_true(k) for n, k in held.items())
         self.moves += moved
         return moved
 
@@ -201,7 +200,7 @@ class MaskRecord:
     ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         for pool in self.pools:
             if pool.name in after:
-                old = before.get(pool.name, torch.ones_like(after[pool.name]))
+                old = before[pool.name] if pool.name in before else torch.ones_like(after[pool.name])
                 for (name, new), (_, was) in zip(pool.vectors(after[pool.name]), pool.vectors(old), strict=True):
                     yield name, pool.tensor(name), was, new
 

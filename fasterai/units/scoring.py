@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.core.criteria import Criterion
-from fasterai.core.granularities import Granularity
+from fasterai.core.granularities import Coupled, Granularity
 from fasterai.core.loop import Batch
 from fasterai.core.selection import EvidenceScores, Scores, TensorScores
 from fasterai.core.types import Evidence, Target
@@ -43,7 +43,8 @@ class Scorer:
     @property
     def looks_at_pruned(self) -> bool:
         """Whether the weights of pruned units have a say in the scores of others."""
-        return not (self._alone and self.criterion.needs <= {"initial"})
+        apart = self.criterion.elementwise and self.criterion.normalizer is None and not isinstance(self.granularity, Coupled)
+        return not (apart and self.criterion.needs <= {"initial"})
 
     def begin(self, loss: Callable[..., Tensor] | None) -> None:
         """Take over a loop's loss for the time of a run, unless the user gave one."""
@@ -91,18 +92,16 @@ class Scorer:
             own: dict[str, Any] = {need: known[need][target.name] for need in self.criterion.needs}
             return Evidence(target.name, target.parameter.detach(), **own)
 
-        by_weight = WeightScores(lambda t: self.criterion(evidence(t)), self.criterion.reducer)
-        return [self._each_weight(p, evidence, keep.get(p.name)) or self._units(p, by_weight, keep.get(p.name)) for p in pools]
+        def by_part(target: Target, so_far: Tensor | None = None) -> Scores | None:
+            """The scores of a target's weights, worked out where they are read; None if that cannot be done."""
+            found = evidence(target)
+            if not self.criterion.elementwise or found.weight.device.type != "cpu" or not _is_dense(found):
+                return None
+            return EvidenceScores(target.name, found.map(lambda x: x.view(target.layout.shape)), self.criterion, so_far)
 
-    def _each_weight(self, pool: Pool, evidence: Callable[[Target], Evidence], so_far: Tensor | None) -> Scores | None:
-        """Scores that are worked out where they are read, if that can be done."""
-        if not self._alone:
-            return None
-        (target,) = pool.targets
-        found = evidence(target)
-        if found.weight.device.type != "cpu" or not _is_dense(found):
-            return None
-        return EvidenceScores(pool.name, found.map(lambda x: x.view(target.layout.shape)), self.criterion, so_far)
+        by_weight = WeightScores(lambda t: self.criterion(evidence(t)), self.criterion.reducer, by_part)
+        each = [by_part(p.targets[0], keep.get(p.name)) if self._alone else None for p in pools]
+        return [weights or self._units(p, by_weight, keep.get(p.name)) for p, weights in zip(pools, each, strict=True)]
 
     def _units(self, pool: Pool, by_weight: WeightScores, so_far: Tensor | None) -> Scores:
         scores = pool.on_one_scale(pool.score(by_weight), so_far)

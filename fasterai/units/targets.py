@@ -70,7 +70,10 @@ class TargetPool(Pool):
         return next(p.parameter for p in self.partners if p.name == name).detach()
 
     def score(self, scores: WeightScores) -> Tensor:
-        return self.granularity.reduce(scores.of(self.target), self.target.layout, scores.reducer)
+        by_part = scores.by_part(self.target)
+        if by_part is None:
+            return self.granularity.reduce(scores.of(self.target), self.target.layout, scores.reducer)
+        return self.granularity.reduce_parts(by_part, self.target.layout, scores.reducer)
 
     def masks(self, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield self.target.name, self.granularity.expand(keep, self.target.layout)

@@ -29,7 +29,7 @@ from fasterai.core.contexts import (
     local,
     two_four,
 )
-from fasterai.core.selection import TensorScores
+from fasterai.core.selection import TensorScores, keep_highest
 from fasterai.core.types import Layout, Limits
 
 pytestmark = pytest.mark.filterwarnings("ignore:all scores of:UserWarning", "ignore:.*units were to go:UserWarning")
@@ -343,6 +343,45 @@ def test_lamp_by_hand_with_ties():
     scores = pool([1, 2, 3], [2, 2])
     assert choose(lamp, scores, 0.4) == [[0, 0, 1], [1, 1]]
     assert choose(lamp, scores, 0.6) == [[0, 0, 1], [0, 1]]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_lamp_chooses_by_its_scores(data):
+    """By count it chooses as by place: with ties in and between targets, zeros, masks before, rising and falling."""
+    element = st.sampled_from([0.0, 0.0, 0.5, 1.0, 1.0, 2.0]) if data.draw(st.booleans()) else st.floats(0, 5, width=32)
+    if data.draw(st.booleans()):
+        element = st.one_of(element, st.floats(-2, 2, width=32))
+    pool, by_place = [], []
+    for i, n in enumerate(data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=4))):
+        values = torch.tensor(data.draw(st.lists(element, min_size=n, max_size=n)))
+        keep = torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n))) if data.draw(st.booleans()) else None
+        values = values if keep is None or data.draw(st.booleans()) else values * keep
+        pool.append(TensorScores(f"t{i}", values, keep))
+        by_place.append(TensorScores(f"t{i}", lamp_scores(values), keep))
+    sparsity = data.draw(st.floats(0, 1))
+    limits = Limits(min_keep=data.draw(st.integers(0, 2)), may_fall=data.draw(st.booleans()))
+    prune = round(sparsity * sum(s.count for s in pool))
+    with warnings.catch_warnings(action="ignore"):
+        found = lamp.select(pool, layouts(pool), sparsity, limits)
+        wanted = keep_highest(by_place, prune, limits)
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_lamp_sorts_where_it_can(monkeypatch):
+    monkeypatch.setattr(contexts, "lamp_scores", None)
+    weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(0)).abs()
+    keep = lamp([TensorScores("a", weight)], layouts(pool(A)), 0.5)[0]
+    assert lamp([TensorScores("a", weight * keep, keep)], layouts(pool(A)), 0.75)[0].sum() == 150
+    for refused in (TensorScores("a", weight, keep), TensorScores("a", -weight)):  # pruned ones that score, and negative ones
+        with pytest.raises(TypeError):
+            lamp([refused], layouts(pool(A)), 0.75)
+
+
+def test_lamp_refuses_nan_by_name():
+    bad = TensorScores("bad", torch.tensor([1.0, math.nan, 2.0]))
+    with pytest.raises(ValueError, match="scores must be finite, got NaN or infinity for bad"):
+        lamp([TensorScores("good", torch.ones(3)), bad], layouts(pool(A, B)), 0.5)
 
 
 @settings(deadline=None)

@@ -336,6 +336,44 @@ def test_masked_weights_are_zero_in_any_precision(dtype):
     assert {p.dtype for p in model.parameters()} == {dtype}
 
 
+@pytest.mark.parametrize(
+    "granularity", ["row", "column", "channel", "vertical_slice", "shared_kernel", "shared_weight", "filter"]
+)
+@pytest.mark.parametrize("context", ["local", "global", "lamp"])
+def test_equal_units_tie_in_every_memory_format(granularity, context):
+    """All filters of a layer are one filter, so their scores tie, and the first go: not a bit may depend on where they lie."""
+    found = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(5, 40, 3), nn.Conv2d(40, 70, 3)).to(memory_format=memory_format)
+        with torch.no_grad():
+            for layer in model:
+                layer.weight.copy_(layer.weight[:1].expand_as(layer.weight))
+        sparsifier = Sparsifier(model, granularity, context)
+        sparsifier.sparsify_model(0.5)
+        assert_masked_are_zero(model, sparsifier)
+        found.append(sparsifier.masks)
+    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+    if granularity == "filter" and context == "local":
+        assert found[0]["1.weight"][:, 0, 0, 0].tolist() == [False] * 35 + [True] * 35
+
+
+@pytest.mark.parametrize("granularity", ["weight", "kernel", "row", "filter", "shared_weight"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name_while_masks_move(granularity, bad):
+    model = cnn()
+    sparsifier = Sparsifier(model, granularity, "global")
+    sparsifier.sparsify_model(0.25)
+    name = sparsifier.targets[1].name
+    kept = sparsifier.masks[name].nonzero()[0]
+    with torch.no_grad():
+        sparsifier.targets[1].parameter[tuple(kept)] = bad
+    before = sparsifier.masks
+    with pytest.raises(ValueError, match=f"scores must be finite, got NaN or infinity for {name}"):
+        sparsifier.sparsify_model(0.5)
+    assert all(torch.equal(before[n], mask) for n, mask in sparsifier.masks.items())
+
+
 @pytest.mark.parametrize("granularity", ["weight", "filter", "kernel"])
 def test_channels_last_weights_are_masked_alike(granularity):
     plain, other = cnn(), cnn()
