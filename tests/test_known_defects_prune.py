@@ -32,6 +32,7 @@ from fasterai.prune.gradual import GradualPruner
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import remove
 from fasterai.sparse.sparsifier import Sparsifier
+from tests.networks import perceptron
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -243,7 +244,7 @@ def learner(path, model: nn.Module | None = None, data: torch.Tensor | None = No
 
 
 def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+    return perceptron(6, 16, 4)
 
 
 class Widths(Callback):

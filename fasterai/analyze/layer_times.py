@@ -1,4 +1,4 @@
-"""How long each layer's own part of a forward pass takes, between marks set around every module."""
+"""The time of each layer's own part of a forward pass, between marks set around every module."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fasterai.analyze.counting import followed
+from fasterai.analyze.timing import quartiles
 from fasterai.model.names import unwrap
 from fasterai.model.running import device_of, wait_for
 
@@ -21,12 +22,12 @@ __all__ = ["LayerTiming", "layer_times", "layer_timings", "quartiles"]
 
 @dataclass(frozen=True)
 class LayerTiming:
-    """How long one module's own part of a forward pass took; what its submodules took stands with them.
+    """The time of one module's own part of a forward pass; that of its submodules stands with them.
 
     Attributes:
         median: Seconds, the median over the passes.
         iqr: Seconds between the first and the third quartile of the passes.
-        passes: How many passes were measured.
+        passes: The number of measured passes.
     """
 
     median: float
@@ -35,7 +36,7 @@ class LayerTiming:
 
 
 def layer_times(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, float]:
-    """Run a model once: name of a module -> seconds of its own part, of all its calls.
+    """Run a model once, and return name of a module -> seconds of its own part, of all its calls.
 
     A mark is set, by torch's global hooks, where a module begins and where it ends; the time between two marks belongs to the
     module under way. On accelerators marks are events on the stream, and the pass waits for nothing. Each mark takes some
@@ -73,7 +74,7 @@ def layer_times(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, float]:
 
 
 def layer_timings(passes: Sequence[Mapping[str, float]]) -> dict[str, LayerTiming]:
-    """The median and the spread of each layer over several passes; one that a pass did not reach took no time there."""
+    """Return the median and the spread of each layer over several passes; one that a pass did not reach took no time there."""
     timings = {}
     for name in dict.fromkeys(name for one in passes for name in one):
         times = [one.get(name, 0.0) for one in passes]
@@ -82,18 +83,12 @@ def layer_timings(passes: Sequence[Mapping[str, float]]) -> dict[str, LayerTimin
     return timings
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """The first and the third, of at least two values."""
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return first, third
-
-
 def _is_compiled(model: nn.Module) -> bool:
     return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
 
 
 def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
-    """How to set a mark, and the seconds between two, once the device is done."""
+    """Return a function that sets a mark, and one for the seconds between two marks, once the device is done."""
     if device.type == "cpu":
         return time.perf_counter, lambda start, end: end - start
     stream = torch.accelerator.current_stream(device)

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from fasterai.core.checks import check_count, check_fraction
-from fasterai.core.selection import Scores, TensorScores, count_true, keep_highest, round_kept, warn_of_min_keep
+from fasterai.core.lamp import lamp_scores, sorted_lamp
+from fasterai.core.scores import Scores, TensorScores, count_true
+from fasterai.core.selection import keep_highest, round_kept, warn_of_min_keep
 from fasterai.core.types import Layout, Limits
 
 # `global` is a Python keyword, so the value is `global_`; its name, as text, is "global".
@@ -229,22 +231,16 @@ class LAMP(Context):
     looks_at_pruned: ClassVar[bool] = True
 
     def select(self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits) -> list[Tensor]:
+        prune = round(sparsity * sum(s.count for s in scores))
+        ranked = [found for s in scores if (found := sorted_lamp(s)) is not None]
+        if len(ranked) == len(scores):
+            gone = [s.count - count_true(keep) for s, keep in zip(scores, keep_highest(ranked, prune, limits), strict=True)]
+            more = [n - s.pruned for n, s in zip(gone, scores, strict=True)]
+            if min(more, default=0) >= 0 or max(more) <= 0:
+                with warnings.catch_warnings(action="ignore"):  # of ties in one target: the choice over all has warned
+                    return [keep_highest([s], n, limits)[0] for s, n in zip(scores, gone, strict=True)]
         adapted = [TensorScores(s.name, lamp_scores(s.tensor()), s.keep) for s in scores]
-        return keep_highest(adapted, round(sparsity * sum(s.count for s in scores)), limits)
-
-
-def lamp_scores(scores: Tensor) -> Tensor:
-    """LAMP scores of one target, same shape, in float64; equals score the same."""
-    flat = scores.reshape(-1).double()
-    if not flat.numel():
-        return flat.view(scores.shape)
-    squares = (flat - flat.min().clamp(max=0)).square()
-    ordered, order = torch.sort(squares)
-    # NaN has no place in the order: it stays NaN, which the choice then refuses by the target's name.
-    place = torch.searchsorted(ordered, ordered).clamp(max=flat.numel() - 1)
-    remaining = ordered.flip(0).cumsum(0).flip(0)[place]
-    adapted = torch.where(ordered == 0, ordered, ordered / remaining)
-    return torch.empty_like(flat).scatter_(0, order, adapted).view(scores.shape)
+        return keep_highest(adapted, prune, limits)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ To add one: a frozen value below, its name in `__all__`, a row in `tests/core/te
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fasterai.core.checks import check_choice, check_count
+from fasterai.core.scores import Scores, TensorScores
+from fasterai.core.sums import sum_parts
 from fasterai.core.types import Layout
 
 __all__ = [
@@ -65,6 +68,10 @@ class Granularity(ABC):
             Scores of shape `unit_shape(layout)`.
         """
 
+    def reduce_parts(self, scores: Scores, layout: Layout, reducer: str = "mean") -> Tensor:
+        """Return what `reduce` does, of scores in the layout's view that are worked out where they are read."""
+        return self.reduce(scores.tensor(), layout, reducer)
+
     @abstractmethod
     def expand(self, keep: Tensor, layout: Layout) -> Tensor:
         """A mask that broadcasts against `parameter.view(layout.shape)`.
@@ -91,6 +98,11 @@ class Granularity(ABC):
     def is_coarse(self) -> bool:
         """Whether units are so large that by default only the main layers are pruned."""
         return not self.is_weight
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether a weight may belong to two units, as one between two groups of coupled channels does."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -122,13 +134,26 @@ class Keep(Granularity):
         kept = self.kept(layout)
         return tuple(n if names & kept else 1 for n, names in zip(layout.shape, layout.axes, strict=True))
 
-    def reduce(self, scores: Tensor, layout: Layout, reducer: str = "mean") -> Tensor:
+    def _summed(self, layout: Layout) -> list[int]:
+        """The dimensions that share a decision."""
         kept = self.kept(layout)
-        dims = [i for i, names in enumerate(layout.axes) if not names & kept]
+        return [i for i, names in enumerate(layout.axes) if not names & kept]
+
+    def reduce(self, scores: Tensor, layout: Layout, reducer: str = "mean") -> Tensor:
+        dims = self._summed(layout)
         scores = scores.reshape(layout.shape)
         if not dims:
             return scores
+        if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64) and not scores.requires_grad:
+            return self.reduce_parts(TensorScores("", scores), layout, reducer)
         return scores.mean(dims, keepdim=True) if reducer == "mean" else scores.sum(dims, keepdim=True)
+
+    def reduce_parts(self, scores: Scores, layout: Layout, reducer: str = "mean") -> Tensor:
+        dims = self._summed(layout)
+        if not dims:
+            return scores.tensor()
+        sums = sum_parts(scores, dims)
+        return sums.div_(math.prod(layout.shape[d] for d in dims)) if reducer == "mean" else sums
 
     def expand(self, keep: Tensor, layout: Layout) -> Tensor:
         return keep
@@ -203,6 +228,10 @@ class Coupled(Keep):
     @property
     def is_coarse(self) -> bool:
         return False
+
+    @property
+    def shares_weights(self) -> bool:
+        return True
 
     def __repr__(self) -> str:
         if self.relative:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.core.checks import check_choice, check_count
-from fasterai.export.checking import as_inputs, check_same, model_outputs, require, with_batch, written
+from fasterai.export.checking import as_inputs, model_outputs, require, written
+from fasterai.model.inputs import batch_of
 from fasterai.model.names import unwrap
+from fasterai.model.outputs import check_same
 from fasterai.model.running import evaluating, undisturbed
 
 __all__ = ["ONNXModel", "export_onnx", "verify_onnx"]
 
-#: Largest difference from the model's outputs, as a share of their largest magnitude.
-TOLERANCE = 1e-4
 #: A single ONNX file holds less than 2 GiB; larger weights go into a file beside it.
 SINGLE_FILE = 2**31 - 2**26
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -48,7 +48,7 @@ def export_onnx(
         opset_version: The version of ONNX's operators.
         quantize: Must be False: quantisation is not part of this library.
         optimize: Let the exporter fold constants and remove what is not used.
-        dynamic_batch: Whether the file runs on any batch size, which is checked with another one than the sample's.
+        dynamic_batch: True for a file that runs on any batch size, which is checked with another one than the sample's.
         input_names: Names of the inputs in the file.
         output_names: Names of the outputs in the file.
 
@@ -67,17 +67,18 @@ def export_onnx(
     model, inputs = unwrap(model), as_inputs(sample)
     expected = model_outputs(model, inputs)
     if dynamic_batch:
-        other = with_batch(inputs, _batch_size(inputs) + 1)
+        size = _batch_size(inputs)
+        other = batch_of(inputs, size + 1, size)
         expected_of_other = _of_another_batch(model, other)
     with written(output_path) as place:
         # Some versions of the exporter take a batch of one for a constant.
-        traced = with_batch(inputs, max(2, _batch_size(inputs))) if dynamic_batch else inputs
+        traced = batch_of(inputs, max(2, size), size) if dynamic_batch else inputs
         options = {"opset_version": opset_version, "optimize": optimize}
         names = {"input_names": _names(input_names), "output_names": _names(output_names)}
         _write(model, traced, place, dynamic_batch, **options, **names)
         _check_opset(place, opset_version)
         exported = ONNXModel(place)
-        check_same(expected, exported.outputs(inputs), TOLERANCE, "the ONNX file")
+        check_same(expected, exported.outputs(inputs), "onnx", "the ONNX file")
         if dynamic_batch:
             _check_other_batch(exported, other, expected_of_other)
     return Path(output_path)
@@ -90,7 +91,7 @@ def _names(names: Sequence[str] | None) -> list[str] | None:
 
 
 def _batch_size(inputs: tuple[Any, ...]) -> int:
-    """The size of dimension 0, which all tensors of the sample share.
+    """Return the size of dimension 0, which all tensors of the sample share.
 
     Raises:
         ValueError: They do not.
@@ -111,15 +112,15 @@ def _of_another_batch(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]
 
 
 def _check_other_batch(exported: ONNXModel, inputs: tuple[Any, ...], expected: list[Tensor]) -> None:
-    """A branch on the batch size is written for the size at hand, without a word from the exporter."""
+    """Check a file on another batch: the exporter writes a branch on the batch size for the size at hand, without a word."""
     try:
-        check_same(expected, exported.outputs(inputs), TOLERANCE, "the ONNX file")
+        check_same(expected, exported.outputs(inputs), "onnx", "the ONNX file")
     except ValueError as error:
         raise ValueError(f"dynamic_batch must be False for a model that depends on its batch size: {error}") from error
 
 
 def _check_opset(place: Path, asked: int) -> None:
-    """The exporter keeps its own version, with no more than a log line, where it cannot convert."""
+    """Check the version of a file: the exporter keeps its own, with no more than a log line, where it cannot convert."""
     opsets = require("onnx").load(str(place), load_external_data=False).opset_import
     got = next(opset.version for opset in opsets if opset.domain in ("", "ai.onnx"))
     if got != asked:
@@ -181,7 +182,7 @@ class ONNXModel:
             raise ValueError(f"path must be an ONNX file that onnxruntime reads, got {str(path)!r}: {error}") from error
 
     def outputs(self, inputs: tuple[Any, ...]) -> list[Tensor]:
-        """All outputs, as a flat list.
+        """Run the file, and return all outputs as a flat list.
 
         Raises:
             ValueError: The number of inputs is not that of the file.
@@ -198,7 +199,7 @@ class ONNXModel:
         return [torch.from_numpy(np.asarray(y, order="C")) for y in outputs]
 
     def __call__(self, *inputs: Any) -> Any:
-        """One output as a tensor, several as a tuple; inputs are tensors or arrays."""
+        """Return one output as a tensor, several as a tuple; inputs are tensors or arrays."""
         outputs = self.outputs(inputs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -211,7 +212,7 @@ class ONNXModel:
 def verify_onnx(
     model: nn.Module, onnx_path: str | os.PathLike[str], sample: Any, rtol: float = 1e-3, atol: float = 1e-5
 ) -> bool:
-    """Whether a file computes what a model computes in eval mode: `|difference| <= atol + rtol * |model's output|`, everywhere.
+    """Tell whether a file computes what a model computes in eval mode: `|difference| <= atol + rtol * |model's output|`.
 
     Raises:
         ImportError: The extra `export` is not installed.

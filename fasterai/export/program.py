@@ -1,4 +1,4 @@
-"""L4. `torch.export` programs: a file that torch runs without the model's source, compared with the model on the spot."""
+"""`torch.export` programs: a file that torch runs without the model's source, compared with the model on the spot."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fasterai.export.checking import as_inputs, check_same, model_outputs, written
+from fasterai.export.checking import as_inputs, model_outputs, written
 from fasterai.model.names import unwrap
+from fasterai.model.outputs import check_same
 from fasterai.model.running import evaluating, undisturbed
 
 __all__ = ["export_program"]
-
-#: Largest difference from the model's outputs, as a share of their largest magnitude.
-TOLERANCE = 1e-5
 
 
 def export_program(model: nn.Module, sample: Any, path: str | os.PathLike[str]) -> Path:
@@ -46,7 +44,7 @@ def export_program(model: nn.Module, sample: Any, path: str | os.PathLike[str]) 
                 raise ValueError(f"model must be exportable by torch.export, got an error: {error}") from error
         with torch.no_grad():
             loaded = torch.export.load(place).module()(*inputs)
-        check_same(expected, [x for x in tree_leaves(loaded) if isinstance(x, torch.Tensor)], TOLERANCE, "the program")
+        check_same(expected, [x for x in tree_leaves(loaded) if isinstance(x, torch.Tensor)], "program", "the program")
     return Path(path)
 
 

@@ -16,22 +16,15 @@ from torch.utils._pytree import tree_map
 
 from fasterai.graph.exported import Exported, exported
 from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim
-from fasterai.graph.norms import Norm, norms_behind
 from fasterai.graph.rules import RULES, Trace, Value, unknown
+from fasterai.model.dataflow import VIEWS
 from fasterai.model.inputs import positional
 from fasterai.model.names import plain_name, unwrap
+from fasterai.model.norms import Norm, norms_behind
 from fasterai.model.supported import check_model, recomputed
 
 __all__ = ["ChannelGraph", "Group", "channel_graph"]
 
-#: Operations that show a weight or parts of it as they stand, in another shape: what is zero in it stays zero.
-VIEWS = frozenset(
-    (
-        *("permute", "transpose", "swapaxes", "swapdims", "t", "mT", "numpy_T", "movedim", "view", "reshape", "flatten"),
-        *("unflatten", "unsqueeze", "squeeze", "expand", "repeat", "alias", "detach", "to", "_to_copy", "clone", "contiguous"),
-        *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "slice", "select", "dropout"),
-    )
-)
 #: Modules that know the size of what they normalise, also where they have no parameters.
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 Place = tuple[str, int]  # a parameter's or buffer's name, and one of its dimensions
@@ -211,7 +204,7 @@ def _apply(trace: Trace, node: Any, values: dict[Any, Any]) -> Any:
         values[node.args[0]] = result
     if found is None:
         return result
-    shown = arguments[0] if name in VIEWS and isinstance(arguments[0], Value) else None
+    shown = arguments[0] if name.lstrip("_") in VIEWS and isinstance(arguments[0], Value) else None
     return [_seen(v, shown) for v in result] if isinstance(result, list) else _seen(result, shown)
 
 

@@ -18,20 +18,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten
 
 from fasterai.core.checks import warn
+from fasterai.model.inputs import as_tuple
 from fasterai.model.layouts import read_module
 from fasterai.model.names import unwrap
-from fasterai.model.readings import Reading, trace_norms, watch_norms
+from fasterai.model.norms import read_folds
+from fasterai.model.outputs import check_same
 from fasterai.model.running import evaluating, undisturbed
 
 __all__ = ["BN_Folder", "FoldReport", "find_folds", "fold_batchnorms"]
 
-#: Largest difference of the outputs that a fold may make, as a share of their largest magnitude.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What can be folded, or was.
+    """The batch norms that can be folded, or were.
 
     Attributes:
         folded: Norm name -> name of the layer that takes it up.
@@ -48,7 +47,7 @@ class FoldReport:
 
 
 def find_folds(model: nn.Module, example_inputs: Any = None) -> FoldReport:
-    """Which batch norms `fold_batchnorms` would fold, which not, and why; the model stays as it is.
+    """Find the batch norms that `fold_batchnorms` would fold, and those that it would not and why; the model stays unchanged.
 
     Args:
         model: The model, wrapped or not.
@@ -58,11 +57,11 @@ def find_folds(model: nn.Module, example_inputs: Any = None) -> FoldReport:
     Raises:
         ValueError: The model does not run on the inputs; or there are none and it cannot be followed without.
     """
-    return _find(_inner(model), _as_inputs(example_inputs))[0]
+    return _find(_inner(model), None if example_inputs is None else as_tuple(example_inputs))[0]
 
 
 def fold_batchnorms(model: nn.Module, example_inputs: Any = None) -> nn.Module:
-    """A new model with every batch norm folded into the layer that it alone reads, where that is exact.
+    """Return a new model with every batch norm folded into the layer that it alone reads, where that is exact.
 
     Layers are convolutions, transposed convolutions and linear layers; a folded norm becomes `nn.Identity`. All others
     stay (`find_folds` says why). It computes what the model computes in eval mode, which is checked on the spot.
@@ -90,8 +89,8 @@ class BN_Folder:  # noqa: N801 - its familiar name
         self.report = FoldReport()
 
     def fold(self, model: nn.Module, example_inputs: Any = None) -> nn.Module:
-        """See `fold_batchnorms`."""
-        model, inputs = _inner(model), _as_inputs(example_inputs)
+        """Fold as `fold_batchnorms` does, and keep the report."""
+        model, inputs = _inner(model), None if example_inputs is None else as_tuple(example_inputs)
         report, before = _find(model, inputs)
         if report.left and not report.folded:
             warn(f"no batch norm can be folded: {'; '.join(f'{n}: {why}' for n, why in report.left.items())}")
@@ -110,22 +109,14 @@ def _inner(model: nn.Module) -> nn.Module:
     return unwrap(model)
 
 
-def _as_inputs(inputs: Any) -> tuple[Any, ...] | None:
-    if inputs is None:
-        return None
-    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-
-
 def _find(model: nn.Module, inputs: tuple[Any, ...] | None) -> tuple[FoldReport, Any]:
-    """The report, and the model's output on the inputs if there are any."""
+    """Make the report, and the model's output on the inputs if there are any."""
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return FoldReport(), _run(copy.deepcopy(model), inputs) if inputs is not None else None
     probe = copy.deepcopy(model).eval()
-    readings: list[Reading]
     with undisturbed(probe), _full_precision():
-        readings, output = (trace_norms(probe), None) if inputs is None else watch_norms(probe, copy.deepcopy(inputs))
-    folded = {r.norm: r.layer for r in readings if r.layer is not None}
-    return FoldReport(folded, {r.norm: r.why for r in readings if r.layer is None}), output
+        folded, left, output = read_folds(probe, copy.deepcopy(inputs))
+    return FoldReport(folded, left), output
 
 
 def _run(probe: nn.Module, inputs: tuple[Any, ...]) -> Any:
@@ -140,7 +131,7 @@ def _run(probe: nn.Module, inputs: tuple[Any, ...]) -> Any:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """No TF32 on CUDA: its ten bits make a difference of their own."""
+    """Switch off TF32 on CUDA for a while: its ten bits make a difference of their own."""
     full: object
     # The older switches raise where a user has set the newer ones, which torch has since 2.9.
     if hasattr(torch.backends.cudnn, "conv"):
@@ -204,7 +195,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _check_layer(name: str, layer: nn.Module, norm: nn.Module, folded: nn.Module) -> None:
-    """The folded convolution computes on random inputs what layer and norm compute."""
+    """Check that a folded convolution computes on random inputs what layer and norm compute."""
     assert isinstance(layer, nn.modules.conv._ConvNd)
     weight = layer.weight
     padding = [0] * len(layer.kernel_size) if isinstance(layer.padding, str) else layer.padding
@@ -218,25 +209,16 @@ def _check_layer(name: str, layer: nn.Module, norm: nn.Module, folded: nn.Module
 
 
 def _check_outputs(before: Any, after: Any) -> None:
-    """Outputs agree to the rounding of their type.
+    """Refuse outputs that differ by more than the rounding of their type.
 
     Raises:
-        ValueError: They do not; nothing has been changed then.
+        ValueError: They do; nothing has been changed then.
     """
     (old, structure), (new, now) = tree_flatten(before), tree_flatten(after)
     if structure != now:
         raise ValueError("the folded model must give outputs of the same structure as before; nothing was changed")
-    for a, b in zip(old, new, strict=True):
-        if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
-            scale = a.abs().max().double().item()
-            moved = (a.double() - b.double()).abs().max().item()
-            allowed = TOLERANCE.get(a.dtype, 5e-2)
-            if not moved <= allowed * scale:
-                raise ValueError(
-                    f"the folded model's outputs must agree to {allowed:g} of their scale, got a difference of {moved:.3g} "
-                    f"at a scale of {scale:.3g}; nothing was changed"
-                )
-        elif isinstance(a, Tensor) and not torch.equal(a, b):
-            raise ValueError(
-                "the folded model must give the same whole-number outputs as before, got others; nothing was changed"
-            )
+    expected, got = ([x for x in one if isinstance(x, Tensor)] for one in (old, new))
+    try:
+        check_same(expected, got, "fold", "the folded model")
+    except ValueError as error:
+        raise ValueError(f"{error}; nothing was changed") from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -11,12 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.core.types import Move
-from fasterai.model.names import plain_name, unwrap
+from fasterai.model.names import unwrap, walk_tensors
 
-__all__ = ["Cut", "announce", "announce_move", "follow", "note_optimizer", "noted_optimizers", "sliced"]
+__all__ = [
+    "Cut",
+    "announce",
+    "announce_move",
+    "check_trains",
+    "follow",
+    "kept_slices",
+    "note_optimizer",
+    "noted_optimizers",
+    "sliced",
+]
 
 #: Parameter or buffer name and dimension -> the indices that stay, where not all do.
 Cut = Mapping[tuple[str, int], np.ndarray[Any, np.dtype[np.int64]]]
+
+#: Number of dimensions -> the memory format of images.
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 _followers: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
@@ -63,43 +77,81 @@ def announce_move(model: nn.Module, move: Move) -> None:
 
 
 def _parts(model: nn.Module, cut: Cut) -> list[tuple[Any, Cut]]:
-    """The followers that a cut of a model concerns, and how it is called there."""
+    """Find the followers that a cut of a model concerns, and the cut by the names that its tensors have there."""
     dims: dict[int, dict[int, Any]] = {}
-    own = dict(_tensors(model))
+    own = {name: tensor for name, _, _, tensor in walk_tensors(unwrap(model))}
     for (name, d), kept in cut.items():
         if name in own:
             dims.setdefault(id(own[name]), {})[d] = kept
     parts: list[tuple[Any, Cut]] = []
     for followed, followers in list(_followers.items()) if dims else ():
-        part = {(name, d): kept for name, tensor in _tensors(followed) for d, kept in dims.get(id(tensor), {}).items()}
+        held = ((name, dims.get(id(tensor), {})) for name, _, _, tensor in walk_tensors(unwrap(followed)))
+        part = {(name, d): kept for name, found in held for d, kept in found.items()}
         parts += [(follower, part) for follower in followers] if part else []
     return parts
 
 
 def note_optimizer(model: nn.Module, optimizer: Any) -> None:
-    """Remember who trains a model, or several in a list, so that a later removal cuts its state alike; nobody is kept alive."""
+    """Remember an optimizer of a model, or several in a list, whose state a later removal cuts alike; none is kept alive."""
     for one in optimizer if isinstance(optimizer, list | tuple) else [optimizer]:
         if hasattr(one, "state") and hasattr(one, "__weakref__"):
             _optimizers.setdefault(unwrap(model), WeakSet()).add(one)
 
 
 def noted_optimizers(model: nn.Module) -> list[Any]:
-    """Who was noted for a model, or for another that shares parameters with it, as a part does, and what it is a part of."""
+    """List the optimizers noted for a model, or for another that shares parameters with it, as a part does or its whole."""
     own = {id(p) for p in unwrap(model).parameters()}
     related = [m for m in list(_optimizers) if any(id(p) in own for p in m.parameters())]
     return [one for m in related for one in _optimizers[m]]
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters and buffers of a model, tied ones under each of their names."""
-    for found in (unwrap(model).named_parameters, unwrap(model).named_buffers):
-        for name, tensor in found(remove_duplicate=False):
-            yield plain_name(name), tensor
+def check_trains(optimizer: Any, parameters: Iterable[Tensor], whole: str, parts: str) -> None:
+    """Refuse an optimizer, or several in a list, that trains none of some parameters.
+
+    Args:
+        optimizer: The optimizer; one without `param_groups` says nothing of what it trains, and passes.
+        parameters: The parameters, one of which it has to hold.
+        whole: The model's description in the message.
+        parts: The parameters' description there.
+
+    Raises:
+        ValueError: It trains others only.
+    """
+    several = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
+    trained = {id(p) for one in several for group in getattr(one, "param_groups", ()) for p in group["params"]}
+    if trained and not any(id(p) in trained for p in parameters):
+        raise ValueError(
+            f"optimizer must train {whole}, got one that holds none of {parts}: make the optimizer anew after the model"
+        )
 
 
 def sliced(tensor: Tensor, cut: Cut, name: str) -> Tensor:
-    """What stays of a tensor of a parameter's shape; the same tensor if all does."""
-    for d in range(tensor.dim()):
-        if (name, d) in cut:
-            tensor = tensor.index_select(d, torch.as_tensor(cut[name, d], device=tensor.device))
-    return tensor
+    """Return what stays of a tensor of a parameter's shape after a cut; the same tensor if all does."""
+    return kept_slices(tensor, {d: cut[name, d] for d in range(tensor.dim()) if (name, d) in cut})
+
+
+def kept_slices(tensor: Tensor, kept: Mapping[int, Any]) -> Tensor:
+    """Return what stays of a tensor, in its memory format and without gradient; the same tensor if all does.
+
+    Args:
+        tensor: The tensor; not changed.
+        kept: Dimension -> the indices that stay along it.
+    """
+    if not kept:
+        return tensor
+    result = tensor.detach()
+    for d, indices in kept.items():
+        result = result.index_select(d, torch.as_tensor(indices, device=tensor.device))
+    layout = CHANNELS_LAST.get(tensor.dim())
+    if layout is not None and tensor.stride() == _channels_last_strides(tensor.shape) != _contiguous_strides(tensor.shape):
+        result = torch.empty_like(result, memory_format=layout).copy_(result)
+    return result
+
+
+def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+
+
+def _channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    n, *kernel, c = _contiguous_strides((shape[0], *shape[2:], shape[1]))
+    return n, c, *kernel

@@ -1,158 +1,274 @@
-"""Which batch norm belongs to which weight, and which weights make the outputs: read off autograd's graph.
+"""A forward pass as steps: which operation reads what. Norms and outputs are read off them in `norms.py`.
 
-One forward pass in eval mode with the given inputs; what depends on what then stands in the graph, whatever the order in which
-layers were registered, and functional calls are seen as well. The model's parameters, buffers, modes and the random
-generators stay as they are.
+Steps come from three places, since none shows everything:
+
+- autograd's graph of one run shows what changes in place, through views too, and the inside of attention; it misses what is
+  read without a gradient;
+- the functions that one run calls show all readers, of buffers and of detached tensors too, and what the model keeps;
+  attention is a single call;
+- a torch.fx graph, of a symbolic trace or of an export, needs no run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fasterai.model.names import plain_name, unwrap
 from fasterai.model.running import evaluating, undisturbed
 
-__all__ = ["Flow", "watch"]
+__all__ = ["HELD", "LAYERS", "LAYER_TYPES", "VIEWS", "Step", "from_autograd", "from_calls", "from_graph", "from_symbols"]
+__all__ += ["held_by", "leaves", "own_tensors"]
 
-# Operations that may read a parameter of two or more dimensions without mixing channels.
-ELEMENTWISE = ("Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Where", "Copy", "ToCopy", "Expand", "Cat", "Stack")
-# Operations that hand a parameter on unchanged but for its shape and type; any other reads it.
-VIEWS = (
-    *("Alias", "AsStrided", "Clone", "Copy", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Split", "SplitWithSizes"),
-    *("Squeeze", "T", "ToCopy", "Transpose", "Unbind", "Unflatten", "UnsafeSplit", "UnsafeView", "Unsqueeze", "View"),
+HELD = "held"
+LAYER_TYPES = (nn.modules.conv._ConvNd, nn.Linear)
+#: The functions that these call.
+LAYERS = frozenset({"linear", *(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3))})
+#: Operations that show a tensor or parts of it as they stand, in another shape or type, so that zeros in it stay zeros; their
+#: names without leading underscores.
+VIEWS = frozenset(
+    (
+        *("alias", "as_strided", "chunk", "clone", "contiguous", "copy", "detach", "dropout", "expand", "flatten", "mT"),
+        *("movedim", "numpy_T", "permute", "repeat", "reshape", "reshape_alias", "select", "slice", "split", "squeeze"),
+        *("split_with_sizes", "swapaxes", "swapdims", "t", "tensor_split", "to", "to_copy", "transpose", "unbind"),
+        *("unflatten", "unsafe_split", "unsafe_view", "unsqueeze", "view"),
+    )
+)
+# What a tensor can be asked without its values being read.
+METADATA = frozenset(
+    (
+        *("__len__", "device", "dim", "dtype", "element_size", "get_device", "is_complex", "is_contiguous", "is_cpu"),
+        *("is_cuda", "is_floating_point", "is_leaf", "is_meta", "is_quantized", "is_sparse", "layout", "ndim", "nelement"),
+        *("ndimension", "numel", "requires_grad", "shape", "size", "storage_offset", "stride"),
+    )
 )
 
 
-@dataclass(frozen=True)
-class Flow:
-    """What the graph shows.
+@dataclass(eq=False)
+class Step:
+    """An operation of a forward pass, an input of the model, or one of the model's own tensors.
 
     Attributes:
-        norms: Weight name -> (scale, shift) names of the batch norms that read that weight's output and nothing else.
-        outputs: Names of the weights between which and an output no other weight stands.
+        operation: Its name, such as `conv2d`; "" of an input, `HELD` of a parameter or buffer.
+        arguments: The steps whose results it reads, in order; None for one left out.
+        name: The parameter or buffer, or the layer or batch norm that it is a call of; None if of none.
+        dims: How many dimensions its result has, None if that is not known.
+        readers: The operations that read its result, less in steps from autograd.
+        stays: Whether its result outlives the forward pass, as an output or kept by the model.
     """
 
-    norms: Mapping[str, tuple[tuple[str | None, str | None], ...]]
-    outputs: frozenset[str]
+    operation: str = ""
+    arguments: tuple[Step | None, ...] = ()
+    name: str | None = None
+    dims: int | None = None
+    readers: list[str] = field(default_factory=list)
+    stays: bool = False
+
+    def __post_init__(self) -> None:
+        for argument in self.arguments:
+            if argument is not None:
+                argument.readers.append(self.operation)
+
+
+def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The parameters and buffers of a module itself, by attribute."""
+    own = chain(module._parameters.items(), module._buffers.items())
+    return [(name, tensor) for name, tensor in own if tensor is not None]
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers in each of their places, by name; a module that goes by several names is one place."""
+    for prefix, module in model.named_modules():
+        yield from ((f"{prefix}.{name}" if prefix else name, tensor) for name, tensor in own_tensors(module))
+
+
+def held_by(model: nn.Module) -> dict[int, Step]:
+    """All parameters and buffers of a model, by identity and under their first names."""
+    return {id(x): Step(HELD, name=name, dims=x.dim()) for name, x in reversed(list(_places(model)))}
 
 
 def leaves(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters as fresh leaves that share their memory, and copies of the buffers."""
-    parameters = {n: p.detach() for n, p in model.named_parameters()}
-    result = {n: p.requires_grad_() if p.is_floating_point() else p for n, p in parameters.items()}
-    return result | {n: b.clone() for n, b in model.named_buffers()}
+    """Stand-ins for each place, for `functional_call(..., tie_weights=False)`: what is shared has one stand-in.
 
-
-def watch(model: nn.Module, inputs: tuple[Any, ...], part: nn.Module | None = None) -> Flow:
-    """Run the model once and read the graph.
-
-    Args:
-        model: The model, wrapped or not.
-        inputs: Its positional arguments, on its device.
-        part: A module of the model: its parameters go by their names in it, all others by names that nothing else has.
-
-    Raises:
-        ValueError: The model does not run on these inputs, or its outputs depend on no parameter.
+    Parameters are fresh leaves that share their memory, buffers are copies.
     """
+    held: dict[int, Tensor] = {}
+    for _, tensor in _places(model):
+        stand = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.clone()
+        is_trained = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+        held.setdefault(id(tensor), stand.requires_grad_() if is_trained else stand)
+    return {name: held[id(tensor)] for name, tensor in _places(model)}
+
+
+def from_autograd(model: nn.Module, inputs: tuple[Any, ...], part: nn.Module | None = None) -> list[Step]:
+    """Run the model once in eval mode, on stand-ins for its tensors; `norms.watch` explains the arguments."""
     model = unwrap(model)
-    held = leaves(model)
+    stands = leaves(model)
     with undisturbed(model), evaluating(model), torch.enable_grad():
         try:
-            output = torch.func.functional_call(model, held, inputs)
+            output = torch.func.functional_call(model, stands, inputs, tie_weights=False)
         except Exception as error:
             raise ValueError(f"example_inputs must be arguments that the model runs on, got an error: {error}") from error
-    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-    roots = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    roots = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
     if not roots:
         raise ValueError("example_inputs must give outputs that depend on the parameters, got outputs without a graph")
     inner = unwrap(part) if part is not None else model
     own = {id(parameter): plain_name(name) for name, parameter in inner.named_parameters()}
-    names = {id(held[n]): own.get(id(p), f"outside of the part: {n}") for n, p in model.named_parameters()}
-    return Flow(_norms(roots, names), frozenset(_outputs(roots, names)))
+    names = {id(stands[n]): (own.get(id(p), f"outside of the part: {n}"), p.dim()) for n, p in model.named_parameters()}
+    steps = _backwards(roots, {i: Step(HELD, name=name, dims=dims) for i, (name, dims) in names.items()})
+    for root in roots:
+        steps[root].stays = True
+    return list(steps.values())
 
 
-def _parameter(node: Any) -> Tensor | None:
-    """The parameter that a node hands on unchanged but for its shape and type, None if it is no such node."""
-    for _ in range(8):
-        if node is None:
-            return None
-        if hasattr(node, "variable"):
-            variable: Tensor = node.variable
-            return variable
-        following = [n for n, _ in node.next_functions if n is not None]
-        if len(following) != 1 or _operation(node) not in VIEWS:
-            return None
-        node = following[0]
-    return None
-
-
-def _operation(node: Any) -> str:
-    """The operation's name, without the number of its overload."""
-    name: str = node.name()
-    return name.rstrip("0123456789").removesuffix("Backward")
-
-
-def _weights(node: Any, names: Mapping[int, str]) -> list[str]:
-    """The names of the weights that an operation mixes channels with."""
-    if _operation(node) in ELEMENTWISE:
-        return []
-    read = [p for n, _ in node.next_functions if (p := _parameter(n)) is not None and p.dim() > 1]
-    return [names[id(p)] for p in read if id(p) in names]
-
-
-def _inputs(node: Any) -> list[Any]:
-    return [n for n, _ in node.next_functions if n is not None and _parameter(n) is None]
-
-
-def _outputs(roots: list[Any], names: Mapping[int, str]) -> set[str]:
-    """The first weights on every way back from the outputs."""
-    found: set[str] = set()
-    seen, stack = set(roots), list(roots)
+def _backwards(roots: list[Any], held: Mapping[int, Step]) -> dict[Any, Step]:
+    """The nodes of autograd's graph as steps."""
+    steps: dict[Any, Step] = {}
+    stack = list(roots)
     while stack:
         node = stack.pop()
-        weights = _weights(node, names)
-        found.update(weights)
-        following = [] if weights else [n for n in _inputs(node) if n not in seen]
-        seen.update(following)
-        stack += following
-    return found
+        if node not in steps:
+            steps[node] = held.get(id(getattr(node, "variable", None))) or Step(_derived(node))
+            stack += [n for n, _ in node.next_functions if n is not None]
+    for node, step in steps.items():
+        step.arguments = tuple(steps.get(n) for n, _ in node.next_functions)
+    return steps
 
 
-def _norms(roots: list[Any], names: Mapping[int, str]) -> dict[str, tuple[tuple[str | None, str | None], ...]]:
-    """Which batch norms read which weight's output."""
-    readers: dict[tuple[str | None, str | None], set[str]] = {}
-    seen, stack = set(roots), list(roots)
-    while stack:
-        node = stack.pop()
-        following = [n for n, _ in node.next_functions if n is not None and n not in seen]
-        seen.update(following)
-        stack += following
-        if "BatchNorm" in node.name():
-            scale, shift = (_name(n, names) for n, _ in node.next_functions[1:3])
-            source = _skip_casts(node.next_functions[0][0])
-            weights = _weights(source, names) if source is not None else []
-            # A norm that reads anything but one weight's output belongs to none.
-            readers.setdefault((scale, shift), set()).update(weights if len(weights) == 1 else [""])
-    norms: dict[str, tuple[tuple[str | None, str | None], ...]] = {}
-    for norm, sources in readers.items():
-        if len(sources) == 1 and "" not in sources and norm != (None, None):
-            (source,) = sources
-            norms[source] = (*norms.get(source, ()), norm)
-    return norms
+def _derived(node: Any) -> str:
+    """The operation that a node is the derivative of: `split_with_sizes` of `SplitWithSizesBackward0`."""
+    name = re.sub(r"Backwards?\d*$", "", node.name().rpartition("::")[2])
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
-def _name(node: Any, names: Mapping[int, str]) -> str | None:
-    parameter = _parameter(node)
-    return None if parameter is None else names.get(id(parameter))
+class _Calls(TorchFunctionMode):
+    """Notes each call of a function as a step; holds no tensor that the model lets go."""
+
+    def __init__(self, model: nn.Module, held: Mapping[int, Step]) -> None:
+        super().__init__()
+        self.held, self.names = held, {module: name for name, module in model.named_modules()}
+        layers = [m for m in reversed(self.names) if isinstance(m, LAYER_TYPES)]
+        parts = [[self.held[id(p)] for n, p in own_tensors(m) if n in ("weight", "bias")] for m in layers]
+        self.layers = {tuple(part): self.names[m] for part, m in zip(parts, layers, strict=True)}
+        self.steps: list[Step] = []
+        self.made: MutableMapping[Tensor, Step] = WeakTensorKeyDictionary()
+        self.norm: str | None = None
+        self.under_way = 0
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        self.under_way += 1
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.under_way -= 1
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = self.run(func, args, kwargs)
+        name = getattr(func, "__name__", str(func))
+        name = getattr(func.__self__, "__name__", name) if name == "__get__" else name
+        if name not in METADATA:
+            self.note(name, (args, kwargs), result)
+        return result
+
+    def note(self, operation: str, read: Any, result: Any) -> None:
+        """Add a step that read some tensors and made others; a tensor that nothing made is an input."""
+        arguments = tuple(self.held.get(id(x)) or self.made.setdefault(x, Step()) for x in _tensors(read))
+        step = Step(operation, arguments, self.layers.get(arguments[1:]) if operation in LAYERS else None)
+        if operation == "batch_norm":
+            step.name, self.norm = self.norm, None
+        self.steps.append(step)
+        for tensor in _tensors(result):
+            self.made[tensor], step.dims = step, tensor.dim()
+
+    def enter(self, norm: nn.Module, _: Any) -> None:
+        """Note as a hook that the next batch norm is that of a module."""
+        self.norm = self.names[norm]
 
 
-def _skip_casts(node: Any) -> Any:
-    while node is not None and node.name().startswith("ToCopy"):
-        node = node.next_functions[0][0]
-    return node
+class _Unseen(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes what no function call shows: the operations of a compiled script."""
+
+    def __init__(self, calls: _Calls) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls = calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = self.calls.run(func, args, kwargs)  # which is one of torch's own functions as well
+        if not self.calls.under_way:
+            self.calls.note(str(func), (args, kwargs), result)
+        return result
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def from_calls(probe: nn.Module, inputs: tuple[Any, ...], held: Mapping[int, Step]) -> tuple[list[Step], Any]:
+    """Run a model once in its present mode; what its forward pass changes stays changed. Return its output, too."""
+    calls = _Calls(probe, held)
+    try:
+        with torch.no_grad(), ExitStack() as stack:
+            for norm in (module for module in probe.modules() if isinstance(module, _BatchNorm)):
+                stack.enter_context(norm.register_forward_pre_hook(calls.enter))
+            stack.enter_context(calls)
+            stack.enter_context(_Unseen(calls))
+            output = probe(*inputs)
+    except Exception as error:
+        raise ValueError(f"example_inputs must be arguments that the model runs on, got an error: {error}") from error
+    for step in calls.made.values():  # whatever still lives: the outputs, and what the model keeps
+        step.stays = True
+    return calls.steps, output
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (*LAYER_TYPES, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
+
+
+def from_symbols(probe: nn.Module, held: Mapping[int, Step]) -> list[Step]:
+    """Follow a model's forward pass symbolically, in its present mode and for all inputs at once."""
+    try:
+        graph = _Tracer().trace(probe)
+    except Exception as error:
+        raise ValueError(
+            "example_inputs must be given for a model whose forward pass cannot be followed without them, got None "
+            f"(a tensor or tuple that the model runs on; tracing says: {str(error).splitlines()[0]})"
+        ) from error
+    tensors = {node: id(attrgetter(str(node.target))(probe)) for node in graph.nodes if node.op == "get_attr"}
+    modules = {n: (m, [held[id(x)] for _, x in own_tensors(m)]) for n, m in probe.named_modules()}
+    return from_graph(graph, {node: held[i] for node, i in tensors.items() if i in held}, modules)
+
+
+def from_graph(
+    graph: fx.Graph, held: Mapping[fx.Node, Step], modules: Mapping[str, tuple[nn.Module, list[Step]]] | None = None
+) -> list[Step]:
+    """Read a torch.fx graph, with the nodes that stand for tensors, and the modules that are called, with their tensors."""
+    made = dict(held)
+    for node in graph.nodes:
+        if node in held:
+            continue
+        asked = node.args[1] if node.target is getattr else node.target
+        name, operation, own = None, str(getattr(asked, "__name__", asked)).partition(".")[0], list[Step]()
+        if node.op == "placeholder":
+            operation = ""
+        elif node.op == "call_module":
+            name = str(node.target)
+            module, own = (modules or {})[name]
+            operation = "batch_norm" if isinstance(module, _BatchNorm) else type(module).__name__
+        read = [] if operation in METADATA else tree_leaves((node.args, node.kwargs))
+        arguments = [made.get(a) if isinstance(a, fx.Node) else None for a in read if a is None or isinstance(a, fx.Node)]
+        made[node] = Step(operation, (*arguments, *own), name)
+    return list(made.values())

@@ -1,4 +1,4 @@
-"""Example inputs of a model from the batches of its training."""
+"""Example inputs of a model: as a tuple of arguments, from the batches of its training, and in batches of another size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fasterai.core.loop import Batch, Fit
 from fasterai.model.names import unwrap
 from fasterai.model.running import evaluating, undisturbed
 
-__all__ = ["arguments", "as_batch", "batch_inputs", "few_samples", "positional"]
+__all__ = ["arguments", "as_batch", "as_tuple", "batch_inputs", "batch_of", "few_samples", "positional"]
 
 SAMPLES = 2  # enough to follow the operations, and to compare outputs
 
@@ -57,7 +57,7 @@ def arguments(model: nn.Module, batch: Batch) -> tuple[Any, ...]:
 
 
 def batch_inputs(model: nn.Module, fit: Fit) -> tuple[Any, ...]:
-    """A few samples of the loop's batch, as the model gets them.
+    """Take a few samples of the loop's batch, as the model gets them.
 
     Raises:
         ValueError: The loop shows no batch, or the model does not run on it.
@@ -84,9 +84,8 @@ def batch_inputs(model: nn.Module, fit: Fit) -> tuple[Any, ...]:
 
 
 def few_samples(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The first samples of a batch: plain tensors, copies."""
-    first = next((x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()), None)
-    count = 0 if first is None else len(first)
+    """Take the first samples of a batch: plain tensors, copies."""
+    count = _sample_count(inputs)
 
     def cut(x: Any) -> Any:
         if not isinstance(x, Tensor):
@@ -97,12 +96,48 @@ def few_samples(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(tree_map(cut, x) for x in inputs)
 
 
+def batch_of(inputs: tuple[Any, ...], size: int | None, samples: int | None = None) -> tuple[Any, ...]:
+    """Repeat the samples of inputs in turn, or cut them, to a batch of another size.
+
+    Args:
+        inputs: Positional arguments; tensors with as many rows as there are samples are batches, all else stays.
+        size: The number of samples to have; None leaves the inputs as they are.
+        samples: The number of samples that there are; the rows of the first tensor if it is left out.
+
+    Raises:
+        ValueError: There is no tensor with a sample.
+    """
+    if size is None:
+        return inputs
+    samples = _sample_count(inputs) if samples is None else samples
+    if not samples:
+        raise ValueError("example_inputs must hold a tensor with at least one sample to make batches of; pass batch_sizes=None")
+
+    def resized(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.dim() or len(x) != samples:
+            return x
+        return x[torch.arange(size, device=x.device) % samples]
+
+    result: tuple[Any, ...] = tree_map(resized, inputs)
+    return result
+
+
+def _sample_count(inputs: tuple[Any, ...]) -> int:
+    """Count the rows of the first tensor that has any dimension; 0 without one."""
+    return next((len(x) for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()), 0)
+
+
 def positional(example_inputs: Any) -> tuple[Any, ...]:
-    """Example inputs as positional arguments: a tuple or list as it is, anything else alone.
+    """Return example inputs as positional arguments, or refuse None.
 
     Raises:
         ValueError: There are none.
     """
     if example_inputs is None:
         raise ValueError("example_inputs must be a tensor, or a tuple of what the model takes, got None")
+    return as_tuple(example_inputs)
+
+
+def as_tuple(example_inputs: Any) -> tuple[Any, ...]:
+    """Return example inputs as positional arguments: a tuple or list as it is, anything else alone."""
     return tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)

@@ -45,7 +45,7 @@ class Selection:
 
 
 def all_targets(model: nn.Module) -> list[Target]:
-    """Every parameter that could be a target, tied ones once, under their first name."""
+    """List every parameter that could be a target, tied ones once, under their first name."""
     found: dict[int, Target] = {}
     for name, module, attribute, parameter in walk_parameters(model):
         if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -66,7 +66,7 @@ def all_targets(model: nn.Module) -> list[Target]:
 
 
 def _check_parametrised(model: nn.Module) -> dict[str, str]:
-    """Module name -> what recomputes its weight from other parameters, so that a mask on the weight would be lost."""
+    """Find the modules whose weight is recomputed from other parameters, so that masks on it would be lost: name -> by what."""
     result = {}
     for name, module in model.named_modules():
         if nn.utils.parametrize.is_parametrized(module):
@@ -79,7 +79,7 @@ def _check_parametrised(model: nn.Module) -> dict[str, str]:
 
 
 def match(pattern: str, target: Target) -> int:
-    """How well a name fits a target: 0 not at all, then glob, container, module, parameter (the closest).
+    """Rate how well a name fits a target: 0 not at all, then glob, container, module, parameter (the closest).
 
     A name is a parameter's (`layer1.0.conv1.weight`), a module's (`layer1.0.conv1`), that of a container of modules
     (`layer1`), or a glob over parameters or modules (`layer*.conv1`).
@@ -99,7 +99,7 @@ def match(pattern: str, target: Target) -> int:
 
 
 def resolve(values: Mapping[str, float], targets: Sequence[Target], argument: str) -> dict[str, float]:
-    """Values per name or glob as values per target name: the closest name counts, of equals the later one.
+    """Turn values per name or glob into values per target name: the closest name counts, of equals the later one.
 
     Raises:
         ValueError: A name matches no target; the known ones are listed. Or a tied parameter gets two values.
@@ -131,12 +131,12 @@ def find_targets(
     targets: TargetsLike | None = None,
     layer_type: LayerTypes | None = None,
 ) -> Selection:
-    """Which parameters are pruned.
+    """Find the parameters that are to be pruned.
 
     Args:
         model: The model, wrapped or not.
-        fits: Why a parameter cannot be a target at this granularity, None if it can.
-        coarse: Whether units are coarser than weights, blocks or N:M groups; the default then is the convolutions, or, in a
+        fits: Parameter -> why it cannot be a target at this granularity, None if it can.
+        coarse: True where units are coarser than weights, blocks or N:M groups; the default then is the convolutions, or, in a
             model without any, the linear and attention weights.
         targets: Names, globs, or a predicate of (name, parameter); default by kind.
         layer_type: Module classes whose known parameters are the targets.

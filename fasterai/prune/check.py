@@ -1,4 +1,4 @@
-"""Whether the outputs stay when channels go: tried on the model itself, and taken back, for as many channels as may go."""
+"""The check of a removal: channels are taken out of the model itself, outputs compared, and all is put back."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fasterai.graph.channels import ChannelGraph
 from fasterai.graph.labels import Array, Flags
 from fasterai.model.names import unwrap
+from fasterai.model.outputs import movement, tolerance
 from fasterai.model.running import at_rest, copies, without_fast_path
 from fasterai.model.supported import check_inputs, said
 from fasterai.prune.probes import probes
@@ -26,26 +27,20 @@ from fasterai.prune.surgery.plan import make_plan
 
 __all__ = ["Sound", "largest_sound"]
 
-#: How far an output may move, as a share of the outputs' scale: rounding in another order of summation, no more.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 #: After so many trial runs without one that goes well, the channels of a group are not tried any further.
 GIVE_UP = 15
-#: Up to so far a movement may be rounding after all: numbers that cancel lose that much. In half precision they lose all.
-ROUNDING = {torch.float64: 0.0, torch.float32: 1e-2}
-#: What stays the same and is so many times as large as all that moves may be a filler.
-FILLER = 1e3
 
 
 @dataclass
 class Sound:
-    """What may be taken out.
+    """The channels that may be taken out.
 
     Attributes:
         kept: For each group the channels to keep.
         refused: Group's name -> why silent channels of it stay.
-        stayed: Group's name -> which of them.
-        difference: How far the outputs move at most, as a share of their scale.
-        streams: Whether models' own numbers of the size of a stream have to follow (`make_plan`).
+        stayed: Group's name -> its silent channels that stay.
+        difference: The largest change of an output, as a share of the outputs' scale.
+        streams: True where models' own numbers of the size of a stream have to follow (`make_plan`).
     """
 
     kept: list[Flags]
@@ -57,7 +52,7 @@ class Sound:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """What came of a trial: how far the outputs moved; why it will not do; whether fewer channels might."""
+    """The result of a trial: how far the outputs moved, why it fails, and True where it is the structure that fails."""
 
     moved: float
     reason: str | None = None
@@ -67,7 +62,7 @@ class _Verdict:
 def largest_sound(
     model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags], inputs: tuple[Any, ...], *, exact: bool = True
 ) -> Sound:
-    """The channels without which all goes well, out of those that are not to be kept.
+    """Find the most channels without which all goes well, among those that are not to be kept.
 
     What fails is tried in halves: halves of the groups, then, where the outputs move, halves of the channels of one group.
     That takes about `2 log2(n)` trial runs for each channel of n that may not go, and at most `8 (1 + log2(n))` a group.
@@ -77,7 +72,7 @@ def largest_sound(
         graph: Its channel graph.
         kept: For each group a bool array over its channels; at least one of each group stays.
         inputs: Positional arguments of the model.
-        exact: Whether the outputs have to stay; if not, channels are put back only where the model fails without them.
+        exact: True if the outputs have to stay the same; if not, channels are put back only where the model fails without them.
 
     Raises:
         ValueError: The model does not run on the inputs, or returns no tensors.
@@ -123,7 +118,7 @@ def _search(
 
 
 def _in_float64(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) -> _Trials | None:
-    """Trials on a copy in float64, where what is silent and what is rounding are told apart; None where that does not run."""
+    """Make trials on a copy in float64, which tells rounding from what is not silent; None where that does not run."""
     if all(p.dtype is torch.float64 for p in unwrap(model).parameters()):
         return None
     widened = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
@@ -135,6 +130,7 @@ def _in_float64(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) 
 
 
 def _at_least_one(keep: Flags) -> Flags:
+    """Keep the last channel of a group that would lose all."""
     if keep.any():
         return keep
     result = keep.copy()
@@ -143,7 +139,7 @@ def _at_least_one(keep: Flags) -> Flags:
 
 
 def _largest_part(trials: _Trials, sound: Sound, i: int, keep: Flags, whole: _Verdict) -> None:
-    """Take of one group what may go; the largest pieces that are not decided are tried first."""
+    """Take of one group the channels that may go; the largest undecided pieces are tried first."""
     assert whole.reason is not None
     name, silent = trials.graph.groups[i].name, np.flatnonzero(~keep)
     refused = {}
@@ -168,7 +164,7 @@ def _largest_part(trials: _Trials, sound: Sound, i: int, keep: Flags, whole: _Ve
 
 
 def _halves(channels: Array) -> list[tuple[int, int, Array]]:
-    """Both halves, in the order in which they are tried."""
+    """Split channels in two halves, in the order in which they are tried."""
     middle = len(channels) // 2
     return [(-len(half), int(half[0]), half) for half in (channels[:middle], channels[middle:])]
 
@@ -188,10 +184,10 @@ class _Trials:
     """The model run on probes, before and after channels have gone.
 
     Attributes:
-        streams: Whether models' own widths follow: from the first time on that the model runs only if they do.
-        is_float64: Whether all outputs that could move are in float64.
-        asks_float64: Whether a movement that may be rounding is decided on a copy in float64.
-        rounding: Up to so far a movement may be rounding.
+        streams: True where models' own widths follow: from the first time on that the model runs only if they do.
+        is_float64: True where all outputs that could move are in float64.
+        asks_float64: True where a movement that may be rounding is decided on a copy in float64.
+        rounding: The largest movement that may be rounding.
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], exact: bool) -> None:
@@ -204,8 +200,8 @@ class _Trials:
         self._probes = [(probe, found) for probe, found in runs if not isinstance(found, Exception) and not _has_nan(found)]
         self._probes = self._probes or [(probe, found) for probe, found in runs[:1] if not isinstance(found, Exception)]
         dtypes = [x.dtype for x in self._probes[0][1] if x.is_floating_point()] if self._probes else []
-        self._limit = TOLERANCE.get(dtypes[0], 1e-2) if dtypes else 0.0
-        self.rounding = ROUNDING.get(dtypes[0], 1.0) if dtypes else 0.0
+        self._limit = tolerance("removal", dtypes[0]) if dtypes else 0.0
+        self.rounding = tolerance("doubtful", dtypes[0]) if dtypes else 0.0
         self.is_float64 = bool(dtypes) and all(dtype is torch.float64 for dtype in dtypes)
 
     def run(self, kept: Sequence[Flags]) -> _Verdict:
@@ -246,7 +242,7 @@ class _Trials:
                 return _Verdict(0.0, f"the model fails without them: {said(found)}", True)
             if [x.shape for x in found] != [x.shape for x in wanted]:
                 return _Verdict(math.inf, "an output would get another shape", True)
-            worst = max([worst, *(_moved(a, b) for a, b in zip(wanted, found, strict=True))])
+            worst = max([worst, *(movement(a, b).share for a, b in zip(wanted, found, strict=True))])
         if worst <= self._limit or (not self._exact and worst < math.inf):
             return _Verdict(worst)
         if worst == math.inf:
@@ -255,7 +251,7 @@ class _Trials:
 
 
 def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor] | Exception:
-    """The tensors among the outputs, or what the model raises."""
+    """Run a model, and return the tensors among its outputs, or what it raises."""
     with at_rest(unwrap(model)), without_fast_path():
         try:
             output = unwrap(model)(*copies(inputs))
@@ -266,21 +262,3 @@ def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor] | Except
 
 def _has_nan(outputs: Sequence[Tensor]) -> bool:
     return any(bool(x.isnan().any()) for x in outputs)
-
-
-def _moved(before: Tensor, after: Tensor) -> float:
-    """The largest difference as a share of the scale; infinite where one of them is no number.
-
-    A number that stands several times, stays the same, and is far larger than all that differs has no say: a filler for what
-    is masked would hide all else.
-    """
-    if before.numel() == 0 or torch.equal(before, after):
-        return 0.0
-    a, b = (x if x.is_floating_point() or x.is_complex() else x.double() for x in (before, after))
-    differs = a != b  # equal infinities, as in masked scores, are equal; a NaN equals nothing
-    size = a.abs().where(a.isfinite(), 0)
-    largest = torch.maximum(size, b.abs()).where(differs, 0).max()
-    is_filler = (size == size.max()) & ~differs & (size > FILLER * largest)
-    scale = float(size.where(~is_filler, 0).max() if is_filler.sum() > 1 else size.max())
-    difference = float((a - b).abs().where(differs, 0).max()) / max(scale, 1e-30)
-    return math.inf if math.isnan(difference) else difference

@@ -27,7 +27,7 @@ from fasterai.prune.surgery.model_copies import Copies, matching_copies
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.optimizers import check_optimizer, check_trained
 from fasterai.prune.surgery.plan import Plan
-from fasterai.prune.surgery.replay import FORMAT, Shapes, read_state, replay, shapes_of
+from fasterai.prune.surgery.replay import GRADUAL_FORMAT, Shapes, read_state, replay, shapes_of
 from fasterai.units.evidence import GATHERERS, NotYetError
 
 __all__ = ["GradualPruner"]
@@ -236,7 +236,7 @@ class GradualPruner(Participant):
     def state_dict(self) -> dict[str, Any]:
         """What was taken out so far, how far the schedule was followed, and what the criterion remembers."""
         return {
-            "format": FORMAT,
+            "format": GRADUAL_FORMAT,
             "plans": [plan.to_dict() for plan in self.plans],
             "shapes": {name: list(shape) for name, shape in shapes_of(self.model).items()},
             "channels": {name: list(counts) for name, counts in self.channels.items()},

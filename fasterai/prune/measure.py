@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from torch import nn
 
 from fasterai.analyze.comparison import Comparison
 from fasterai.analyze.cost import cost
-from fasterai.analyze.latency import Latency, LatencyComparison, timing_of
-from fasterai.analyze.layer_times import layer_times, quartiles
+from fasterai.analyze.latency_report import Latency, LatencyComparison, against_first, timing_of
+from fasterai.analyze.layer_times import layer_times
+from fasterai.analyze.timing import by_turns, passes_in, quartiles, seconds_per_pass
 from fasterai.model.names import unwrap
-from fasterai.model.running import at_rest, copies, device_name, device_of, wait_for
+from fasterai.model.running import at_rest, copies, device_name
 from fasterai.model.supported import said
 from fasterai.prune.surgery.operate import Surgery
 
@@ -36,9 +36,9 @@ class Measurement:
     """The dense and the small model side by side, or why there are no figures.
 
     Attributes:
-        comparison: What they cost, and how fast they are; None if it was not measured.
-        inputs: What they were run on.
-        why_not: Why there are no figures.
+        comparison: Their cost and their speed; None if they were not measured.
+        inputs: A description of the inputs that they were run on.
+        why_not: The reason why there are no figures.
     """
 
     comparison: Comparison | None = None
@@ -55,9 +55,9 @@ def measured(model: nn.Module, surgery: Surgery, inputs: tuple[Any, ...], descri
 
     Args:
         model: The model, small already.
-        surgery: That made it small.
+        surgery: The surgery that made it small.
         inputs: Positional arguments.
-        description: What they are.
+        description: A description of the inputs.
     """
     model = unwrap(model)
     try:
@@ -70,48 +70,37 @@ def measured(model: nn.Module, surgery: Surgery, inputs: tuple[Any, ...], descri
 
 
 def _timed(model: nn.Module, surgery: Surgery, inputs: tuple[Any, ...]) -> LatencyComparison:
-    """The times of both states, by turns."""
+    """Time both states of a model in turns."""
     states: dict[str, Callable[[], AbstractContextManager[None]]] = {DENSE: surgery.undone, SMALL: nullcontext}
-    times: dict[str, list[float]] = {name: [] for name in states}
     passes: dict[str, list[dict[str, float]]] = {name: [] for name in states}
     counts: dict[str, int] = {}
-    start = time.perf_counter()
-    while not _is_enough(times, time.perf_counter() - start):
-        for name in sorted(states, reverse=bool(len(times[SMALL]) % 2)):
-            with states[name](), at_rest(model):
-                if name not in counts:
-                    _block(model, inputs, 1)
-                    counts[name] = max(1, min(100, round(BLOCK / _block(model, inputs, 1))))
-                if counts[name] > 1:
-                    _block(model, inputs, 1)  # the other's weights are in the cache
-                times[name].append(_block(model, inputs, counts[name]))
-                if len(passes[name]) < LAYER_TURNS:
-                    passes[name].append(layer_times(model, inputs))
-    ratios = [a / b for a, b in zip(times[DENSE], times[SMALL], strict=True)]
-    by_name = {DENSE: [1.0] * len(ratios), SMALL: ratios}
-    models = {
-        name: Latency((timing_of(None, values, passes[name]),), device_name(model, inputs), torch.get_num_threads(), False)
-        for name, values in times.items()
-    }
+
+    def turn(name: str) -> float:
+        with states[name](), at_rest(model):
+            if name not in counts:
+                seconds_per_pass(model, inputs)
+                counts[name] = passes_in(BLOCK, seconds_per_pass(model, inputs))
+            if counts[name] > 1:
+                seconds_per_pass(model, inputs)  # the other's weights are in the cache
+            seconds = seconds_per_pass(model, inputs, counts[name])
+            if len(passes[name]) < LAYER_TURNS:
+                passes[name].append(layer_times(model, inputs))
+        return seconds
+
+    times = by_turns({name: partial(turn, name) for name in states}, _is_enough)
+    ratios = against_first(times)
+    device, threads = device_name(model, inputs), torch.get_num_threads()
     return LatencyComparison(
-        models, {n: (statistics.median(r),) for n, r in by_name.items()}, {n: (quartiles(r),) for n, r in by_name.items()}
+        {name: Latency((timing_of(None, values, passes[name]),), device, threads, False) for name, values in times.items()},
+        {name: (ratio,) for name, (ratio, _) in ratios.items()},
+        {name: (spread,) for name, (_, spread) in ratios.items()},
     )
 
 
 def _is_enough(times: Mapping[str, Sequence[float]], seconds: float) -> bool:
+    """Tell whether the ratio of the times has settled, or the time for it is up."""
     turns = len(times[SMALL])
     if turns < FEWEST:
         return False
     first, third = quartiles([a / b for a, b in zip(times[DENSE], times[SMALL], strict=True)])
     return turns >= MOST or seconds >= BUDGET or third - first <= SETTLED * first
-
-
-def _block(model: nn.Module, inputs: tuple[Any, ...], count: int) -> float:
-    """Seconds of a forward pass, over so many."""
-    device = device_of(model, inputs)
-    wait_for(device)
-    start = time.perf_counter()
-    for _ in range(count):
-        model(*inputs)
-    wait_for(device)
-    return (time.perf_counter() - start) / count

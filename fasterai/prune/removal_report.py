@@ -1,4 +1,4 @@
-"""What a removal took out, what it kept and why, and what it brought: as data, table and picture."""
+"""The report of a removal: the channels that went, those that had to stay and why, and the gain, as data, table and picture."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from fasterai.analyze.comparison import Comparison
 from fasterai.analyze.layers import LayerComparison
-from fasterai.display import short, short_bytes, short_time, table
+from fasterai.display import counted, short, short_bytes, short_time, table
 from fasterai.prune.measure import DENSE, SMALL, Measurement
+from fasterai.prune.removal_picture import GroupBar, ShareBar, draw
 from fasterai.prune.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -27,18 +28,18 @@ FIGURES = (("parameters", "parameters", short), ("MACs", "macs", short), ("file"
 
 @dataclass(frozen=True)
 class Removal:
-    """What was taken out, what was not, and what it brought; `print` shows it, `plot` draws it.
+    """The channels that were removed, those that were not, and the gain; `print` shows it, `plot` draws it.
 
     Attributes:
-        plan: What was done; it can be replayed on a fresh model or a copy (`apply_plan_`).
+        plan: The plan that was carried out; it can be replayed on a fresh model or a copy (`apply_plan_`).
         removed: Group's name -> (channels before, channels after), for groups that lost some.
         refused: Group's name -> why silent channels of it stayed.
         pinned: Name of a parameter's dimension -> why none of it may go.
-        difference: How far the outputs moved at most, as a share of their scale.
+        difference: The largest change of an output, as a share of the outputs' scale.
         parameters: (before, after).
-        stayed: Group's name -> which of its silent channels stayed.
+        stayed: Group's name -> its silent channels that stayed.
         groups: Group's name -> (channels before, channels after), for all that could lose some.
-        exact: Whether the outputs had to stay.
+        exact: True where the outputs had to stay the same.
         measurement: Size, MACs and time of the dense and the small model, or why there are none.
     """
 
@@ -59,7 +60,7 @@ class Removal:
         return self.measurement.comparison
 
     def layers(self) -> LayerComparison:
-        """The dense and the small model layer by layer.
+        """Compare the dense and the small model layer by layer.
 
         Raises:
             ValueError: They were not measured.
@@ -69,7 +70,7 @@ class Removal:
         return self.comparison.layers()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON; the plan has a `to_dict` of its own."""
+        """Return plain data, ready for JSON; the plan has a `to_dict` of its own."""
         return {
             "removed": {name: list(counts) for name, counts in self.removed.items()},
             "refused": dict(self.refused),
@@ -103,14 +104,14 @@ class Removal:
         return moved if self.exact else f"{moved}, as was allowed (exact=False)"
 
     def _figures(self) -> Iterator[str]:
-        """The table, and what it says and does not say."""
+        """Write the table, and the conditions that it holds under."""
         comparison = self.comparison
         if comparison is None:
             yield from [f"not measured: {self.measurement.why_not}"] if self.removed else []
             return
         dense = comparison.costs[DENSE]
         yield ""
-        yield from table(["", DENSE, "masked", SMALL], list(_rows(comparison)))
+        yield from _table(comparison)
         yield (
             f"masked: {1 - dense.nonzero / max(1, dense.parameters):.1%} of the parameters are zero; a mask changes no shape, "
             f"so that all else is as dense, and was not measured again"
@@ -121,47 +122,68 @@ class Removal:
 
     def plot(self) -> Figure:
         """Draw what is left of size, MACs and time, and what is left of each group of channels."""
-        from fasterai.prune.removal_picture import draw
+        groups = [
+            GroupBar(name, before, after, len(self.stayed.get(name, ())), name in self.refused)
+            for name, (before, after) in self.groups.items()
+        ]
+        return draw(self._shares(), self._caption(), groups)
 
-        return draw(self)
+    def _shares(self) -> list[ShareBar]:
+        if self.comparison is not None:
+            return list(_rows(self.comparison))
+        before, after = self.parameters
+        return [ShareBar("parameters", after / max(1, before), short(before), short(after))]
+
+    def _caption(self) -> str:
+        lines = [f"outputs moved by at most {self.difference:.0e} of their scale"]
+        if self.comparison is not None and self.comparison.latency is not None:
+            one = self.comparison.latency.models[SMALL]
+            lines.append(f"time on {self.measurement.inputs}, {one.device}, {counted(one.threads, 'thread')},")
+            lines.append(f"{one.timings[0].blocks} turns; the line is the middle half")
+            lines.append("a mask alone leaves all of it as dense")
+        return "\n".join(lines)
 
 
-def _rows(comparison: Comparison) -> Iterator[list[str]]:
+def _rows(comparison: Comparison) -> Iterator[ShareBar]:
     dense, small = comparison.costs[DENSE], comparison.costs[SMALL]
     for label, name, write in FIGURES:
-        share = f" ({comparison.share(SMALL, name):.1%})"
-        yield [label, write(getattr(dense, name)), AS_DENSE, write(getattr(small, name)) + share]
-        if label == "parameters":
-            yield ["not zero", "", write(dense.nonzero), write(small.nonzero)]
+        yield ShareBar(label, comparison.share(SMALL, name), write(getattr(dense, name)), write(getattr(small, name)))
     if comparison.latency is not None:
-        times = {name: one.timings[0].median for name, one in comparison.latency.models.items()}
-        share = f" ({1 / comparison.latency.ratios[SMALL][0]:.1%})"
-        yield ["time", short_time(times[DENSE]), AS_DENSE, short_time(times[SMALL]) + share]
+        times = [short_time(comparison.latency.models[name].timings[0].median) for name in (DENSE, SMALL)]
+        low, high = comparison.latency.quartiles[SMALL][0]
+        yield ShareBar("time", 1 / comparison.latency.ratios[SMALL][0], times[0], times[1], (1 / high, 1 / low))
+
+
+def _table(comparison: Comparison) -> list[str]:
+    """Lay out the figures of the dense, the masked and the small model."""
+    body = [[label, dense, AS_DENSE, f"{small} ({share:.1%})"] for label, share, dense, small, _ in _rows(comparison)]
+    nonzero = [short(comparison.costs[name].nonzero) for name in (DENSE, SMALL)]
+    body.insert(1, ["not zero", "", *nonzero])
+    return table(["", DENSE, "masked", SMALL], body)
 
 
 def _timing(comparison: Comparison, inputs: str) -> Iterator[str]:
-    """Under which conditions the times were measured, and how sure they are."""
+    """Say under which conditions the times were measured, and how sure they are."""
     if comparison.latency is None:
         return
     one, (first, third) = comparison.latency.models[SMALL], comparison.latency.quartiles[SMALL][0]
-    threads = f"{one.threads} thread{'s' if one.threads > 1 else ''}"
     ratio = comparison.latency.ratios[SMALL][0]
     verdict = "no faster within the spread" if comparison.latency.is_same(SMALL) else f"{ratio:.2f}x as fast"
     yield (
-        f"time: a forward pass on {inputs}, {one.device}, {threads}, median of {one.timings[0].blocks} turns; "
-        f"{verdict} (half of the turns: {first:.2f}x to {third:.2f}x)"
+        f"time: a forward pass on {inputs}, {one.device}, {counted(one.threads, 'thread')}, median of {one.timings[0].blocks} "
+        f"turns; {verdict} (half of the turns: {first:.2f}x to {third:.2f}x)"
     )
 
 
 def _listed(lines: Sequence[str], what: str) -> list[str]:
-    """Lines, and how many more there are."""
+    """Cut long lists of lines, and say how many more there are."""
     if len(lines) <= MOST_LINES:
         return list(lines)
     return [*lines[: MOST_LINES - 1], f"and {len(lines) - MOST_LINES + 1} more: {len(lines)} {what} in all"]
 
 
 def _reasons(pinned: Sequence[str]) -> list[str]:
-    """Why dimensions can never go, the most frequent reasons first, without the numbers of the operations."""
+    """List why dimensions can never go, the most frequent reasons first, without the numbers of the operations."""
     counts = Counter(re.sub(r"(?<=[a-z])_\d+\b", "", why) for why in pinned)
     lines = [f"  {count} because {why}" for why, count in counts.most_common(MOST_REASONS)]
     rest = len(pinned) - sum(count for _, count in counts.most_common(MOST_REASONS))

@@ -20,7 +20,7 @@ from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention, encode
 
 __all__ = ["load_small", "save_small"]
 
-FORMAT = "fasterai-small-1"
+SMALL_FORMAT = "fasterai-small-1"
 SIZES = (
     *("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels", "num_groups"),
     *("normalized_shape", "embedding_dim", "num_parameters", "input_size", "hidden_size", *HEADS, *WIDTHS, *STREAMS),
@@ -52,7 +52,7 @@ def save_small(path: str | os.PathLike[str], model: nn.Module) -> None:
         raise ValueError(f"model must hold its weights, got {empty[0]} on the meta device")
     tensors = _untied({n: t.detach().contiguous() for n, t in inner.state_dict().items()})
     entries = {"sizes": _sizes(inner), "slim": _slim(inner), "traits": _traits(inner), "dense": dense_shapes(inner)}
-    header = {"format": FORMAT} | {key: json.dumps(value) for key, value in entries.items()}
+    header = {"format": SMALL_FORMAT} | {key: json.dumps(value) for key, value in entries.items()}
     target = Path(path)
     part = target.with_name(target.name + ".part")
     try:
@@ -81,7 +81,7 @@ def load_small(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise ValueError(f"path must be a file that save_small wrote, got {path}: {error}") from error
-    if header.get("format") != FORMAT:
+    if header.get("format") != SMALL_FORMAT:
         raise ValueError(f"path must be a file that save_small wrote, got {path}, which is not one")
     inner = check_whole(model)
     slim, all_sizes = json.loads(header["slim"]), json.loads(header["sizes"])
@@ -113,7 +113,7 @@ def load_small(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
 
 def _sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Module name -> the numbers that it keeps of its own size."""
+    """Collect the numbers that modules keep of their own size, by name."""
     found = {}
     for name, module in model.named_modules():
         own = {a: v for a in SIZES if isinstance(v := vars(module).get(a), int | tuple) and not isinstance(v, bool)}
@@ -127,7 +127,7 @@ def _slim(model: nn.Module) -> dict[str, int]:
 
 
 def _untied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tied tensors once, under their first name."""
+    """Keep tied tensors once, under their first name."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
@@ -138,7 +138,7 @@ def _untied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _traits(model: nn.Module) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Module name -> its class and what it was built with, less the sizes; of the model itself only if it is one of torch's.
+    """Collect the class of each module and its settings, less the sizes; of the model itself only if it is one of torch's.
 
     In a model of one's own, training leaves counters and scores.
     """

@@ -26,6 +26,8 @@ from fasterai.units.pool import Pool
 
 __all__ = ["MaskRecord"]
 
+PIECE = 1 << 16  # decisions compared at once
+
 
 class MaskRecord:
     """The decisions per unit of a model's targets, and what follows from them.
@@ -53,7 +55,6 @@ class MaskRecord:
         self.trained: set[str] = set()
         self._merged: dict[str, tuple[Pool, Tensor]] = {}
         self._merged_of: Mapping[str, Tensor] | None = None  # the decisions that the merged masks are of
-        self._counted: dict[str, tuple[Tensor, int]] = {}  # decisions -> how many prune, which is asked for at every move
         self.selection, self.pools = self.maker.make(model, selection)
         follow(model, self)
 
@@ -105,7 +106,6 @@ class MaskRecord:
         self.keep = {p.name: p.cut_keep(self.keep[p.name], cut, after[p.name]) for p in before if p.name in self.keep}
         self.noted = {n: sliced(values, cut, n) for n, values in self.noted.items()}
         self.selection = replace(self.selection, targets=tuple(fresh[t.name] for t in self.targets if t.name in fresh))
-        self._counted = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy follows its own model."""
@@ -146,9 +146,8 @@ class MaskRecord:
         held = {n: by_name[n].laid_out(k) for n, k in chosen.items()}
         after = {**self.keep, **held}
         revive_(self._vectors(self.keep, after), self.noted)
-        before, counts = self.keep, {n: self.pruned(by_name[n]) for n in held}
-        self.keep = after
-        moved = [n for n, count in counts.items() if self.pruned(by_name[n]) != count or _differ(before.get(n), held[n])]
+        before, self.keep = self.keep, after
+        moved = [n for n, keep in held.items() if _differ(before.get(n), keep)]
         self.moves += bool(moved)
         return Move({n: _or_dense(before.get(n), held[n]) for n in moved}, {n: held[n] for n in moved})
 
@@ -181,7 +180,7 @@ class MaskRecord:
     ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         for pool in self.pools:
             if pool.name in after:
-                old = before.get(pool.name, torch.ones_like(after[pool.name]))
+                old = before[pool.name] if pool.name in before else torch.ones_like(after[pool.name])
                 for (name, new), (_, was) in zip(pool.vectors(after[pool.name]), pool.vectors(old), strict=True):
                     yield name, pool.tensor(name), was, new
 
@@ -230,12 +229,7 @@ class MaskRecord:
     def pruned(self, pool: Pool) -> int:
         """Return how many units of a pool are pruned."""
         keep = self.keep.get(pool.name)
-        if keep is None:
-            return 0
-        counted = self._counted.get(pool.name)
-        if counted is None or counted[0] is not keep:
-            counted = self._counted[pool.name] = (keep, pool.count - count_true(keep))
-        return counted[1]
+        return 0 if keep is None else pool.count - count_true(keep)
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
@@ -268,12 +262,13 @@ class MaskRecord:
 
 
 def _differ(before: Tensor | None, after: Tensor) -> bool:
-    """Tell if decisions of equal counts differ; of two pools that are dense they do not."""
+    """Tell if decisions differ, None being those of a dense pool; on a CPU they are read up to the first difference."""
     if before is None:
-        return False
-    if before.device.type == "cpu":  # numpy compares bytes three times as fast
-        return not np.array_equal(before.numpy(), after.numpy())
-    return not torch.equal(before, after)
+        return not bool(after.all())
+    if after.device.type != "cpu" or before.stride() != after.stride():
+        return not torch.equal(before, after)
+    old, new = before.numpy().ravel("K"), after.numpy().ravel("K")
+    return any(not np.array_equal(old[i : i + PIECE], new[i : i + PIECE]) for i in range(0, new.size, PIECE))
 
 
 def _or_dense(before: Tensor | None, like: Tensor) -> Tensor:

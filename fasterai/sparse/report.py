@@ -1,10 +1,12 @@
-"""What a sparsifier reached: data with a table and a picture."""
+"""The sparsity that a sparsifier reached, as data, table and picture."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+from fasterai.display import QUIET, SERIES, dress, new_axes, table, units_word
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,12 +53,12 @@ class Row:
     Attributes:
         name: Its name.
         shape: The parameter's shape.
-        units: How many units it has at the granularity.
-        pruned: How many of them the masks prune.
-        weights: How many weights it has.
-        zeros: How many of them are zero now, counted in the weights.
-        masked: How many of them the masks set to zero.
-        disobeying: How many of the masked ones are not zero now.
+        units: The number of its units at the granularity.
+        pruned: The number of units that the masks prune.
+        weights: The number of its weights.
+        zeros: The number of weights that are zero now.
+        masked: The number of weights that the masks set to zero.
+        disobeying: The number of masked weights that are not zero now.
     """
 
     name: str
@@ -70,20 +72,20 @@ class Row:
 
     @property
     def sparsity(self) -> float:
-        """Pruned units over units, in [0, 1]."""
+        """The share of its units that is pruned, in [0, 1]."""
         return self.pruned / self.units if self.units else 0.0
 
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """What the masks hold, target by target; `print` shows it as a table.
+    """The sparsity that the masks hold, target by target; `print` shows it as a table.
 
     Attributes:
-        granularity: What a unit is.
+        granularity: The granularity, which says what a unit is.
         rows: The targets.
         left_out: Parameter name -> why it is no target.
-        parameters: How many parameters the model has.
-        zeros: How many of them are zero.
+        parameters: The number of the model's parameters.
+        zeros: The number of parameters that are zero.
         together: All targets as one; coupled channels cross in the weights between them, which then count once.
     """
 
@@ -95,15 +97,11 @@ class SparsityReport:
     together: Row
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return plain data, ready for JSON."""
         return asdict(self) | {"left_out": dict(self.left_out)}
 
-    @property
-    def _units(self) -> str:
-        return "channels" if self.granularity.lower().startswith("coupled") else f"{self.granularity}s"
-
     def __str__(self) -> str:
-        header = ("target", "shape", self._units, "pruned", "sparsity", "zeros")
+        header = ("target", "shape", units_word(self.granularity), "pruned", "sparsity", "zeros")
         body = [
             (r.name, "x".join(map(str, r.shape)), f"{r.units:,}", f"{r.pruned:,}", f"{r.sparsity:.2%}", f"{r.zeros:,}")
             for r in self.rows
@@ -112,13 +110,7 @@ class SparsityReport:
         body.append(("all targets", "", f"{whole.units:,}", f"{whole.pruned:,}", f"{whole.sparsity:.2%}", f"{whole.zeros:,}"))
         share = f"{self.zeros / self.parameters if self.parameters else 0.0:.2%}"
         body.append(("whole model", "", f"{self.parameters:,} weights", "", share, f"{self.zeros:,}"))
-        widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-        lines = [
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
-            for r in (header, *body)
-        ]
-        lines.insert(1, "-" * len(lines[0]))
-        lines.insert(-2, lines[1])
+        lines = table(header, body, left=2, foot=2)
         lines += [f"left out: {name} ({why})" for name, why in self.left_out.items()]
         if whole.disobeying:
             lines.append(
@@ -126,7 +118,7 @@ class SparsityReport:
                 "without the masks being held; the sparsity above is that of the masks, not of the model."
             )
         lines.append("Masked weights are zero; a mask alone makes a network neither smaller nor faster.")
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(lines)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the sparsity of each target, with the whole as a line.
@@ -134,14 +126,12 @@ class SparsityReport:
         Args:
             ax: Where to draw; a new figure if it is left out.
         """
-        import matplotlib.pyplot as plt
-
-        axes = ax or plt.subplots(figsize=(7, max(2.0, 0.25 * len(self.rows) + 1)), layout="constrained")[1]
-        names = [r.name for r in self.rows]
-        axes.barh(names, [r.sparsity for r in self.rows], color="#4c72b0")
+        axes = new_axes(7.0, max(2.0, 0.25 * len(self.rows) + 1)) if ax is None else ax
+        axes.barh([r.name for r in self.rows], [r.sparsity for r in self.rows], color=SERIES[3])
         overall = self.together.sparsity
-        axes.axvline(overall, color="#c44e52", linestyle="--", label=f"all targets: {overall:.1%}")
-        axes.set(xlim=(0, 1), xlabel=f"sparsity (share of {self._units} pruned)")
+        axes.axvline(overall, color=SERIES[2], linestyle="--", label=f"all targets: {overall:.1%}")
+        axes.set(xlim=(0, 1), xlabel=f"sparsity (share of {units_word(self.granularity)} pruned)")
         axes.invert_yaxis()
-        axes.legend(loc="lower right")
+        dress(axes, "Sparsity of each target", grid="x")
+        axes.legend(loc="lower right", labelcolor=QUIET)
         return axes

@@ -119,13 +119,14 @@ def synaptic_flow(model: nn.Module, targets: Sequence[Target], source: Source) -
     if not all(map(_is_floats, inputs)):
         raise ValueError("example_inputs must be tensors of floats for synflow, which feeds ones of their shape")
     model = unwrap(model)
-    held = {n: x.abs().double() if x.is_floating_point() else x for n, x in leaves(model).items()}
-    trained = {n for n, p in model.named_parameters() if p.is_floating_point()}
-    held = {n: x.detach().requires_grad_(n in trained) for n, x in held.items()}
+    given = leaves(model)
+    wide = {id(x): x.detach().abs().double() if x.is_floating_point() else x for x in given.values()}
+    held = {n: wide[id(x)].requires_grad_(x.requires_grad) for n, x in given.items()}
     ones = tuple(torch.ones_like(x[:1], dtype=torch.float64) for x in inputs)
     weights = _held_targets(model, held, targets)
     with undisturbed(model), evaluating(model), torch.enable_grad():
-        outputs = [x.sum() for x in tree_leaves(torch.func.functional_call(model, held, ones)) if _is_floats(x)]
+        returned = torch.func.functional_call(model, held, ones, tie_weights=False)
+        outputs = [x.sum() for x in tree_leaves(returned) if _is_floats(x)]
         if not outputs:
             raise ValueError("model must return tensors of floats for synflow, which adds them up, got none")
         found = torch.autograd.grad(torch.stack(outputs).sum(), list(weights.values()), allow_unused=True)
@@ -241,7 +242,7 @@ def _differentiate(
     held = leaves(model)
     weights = _held_targets(model, held, targets)
     with undisturbed(model), torch.enable_grad():
-        value = loss(torch.func.functional_call(model, held, arguments(model, batch)), *batch.targets)
+        value = loss(torch.func.functional_call(model, held, arguments(model, batch), tie_weights=False), *batch.targets)
         found = torch.autograd.grad(value, list(weights.values()), create_graph=create_graph, allow_unused=True)
     return {n: torch.zeros_like(weights[n]) if g is None else g for n, g in zip(weights, found, strict=True)}, weights
 

@@ -17,8 +17,8 @@ from fasterai.core.granularities import Coupled, Granularity
 from fasterai.core.loop import Fit
 from fasterai.core.types import Target
 from fasterai.graph.channels import ChannelGraph, channel_graph
-from fasterai.model.dataflow import Flow, watch
 from fasterai.model.inputs import arguments, batch_inputs
+from fasterai.model.norms import Flow, watch
 from fasterai.model.targets import Selection
 from fasterai.units.channels import channel_pools
 from fasterai.units.partners import find_partners, without_outputs

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fasterai.core.checks import warn
 from fasterai.core.granularities import Granularity
 from fasterai.core.types import Target
-from fasterai.model.dataflow import Flow
 from fasterai.model.names import unwrap, walk_parameters
+from fasterai.model.norms import Flow
 from fasterai.model.targets import Selection
 
 __all__ = ["Partner", "find_partners", "kept_outputs", "revive_", "without_outputs"]
@@ -58,7 +58,8 @@ def find_partners(model: nn.Module, selection: Selection, granularity: Granulari
             prefix = target.module_name
             found.append(Partner(f"{prefix}.{bias}" if prefix else bias, target.name, target.module, bias))
         for norm in flow.norms.get(target.name, ()) if flow else ():
-            found += [Partner(name, target.name, *places[name]) for name in norm if name in places]
+            vectors = [Partner(name, target.name, *places[name]) for name in norm if name in places]
+            found += [v for v in vectors if v.parameter.shape == (outputs,)]  # a norm may read a part of the outputs
     return tuple(found)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fasterai.core.scores import Scores
 from fasterai.core.types import Layout, Target
 from fasterai.model.cuts import Cut
 from fasterai.model.sharded import Place
@@ -26,11 +27,18 @@ class WeightScores:
     Args:
         score: Target -> scores of the shape of its weight.
         reducer: `mean` or `sum` over the weights of a unit.
+        by_part: Target -> its scores in the layout's view, worked out where they are read; None if that cannot be done.
     """
 
-    def __init__(self, score: Callable[[Target], Tensor], reducer: str) -> None:
+    def __init__(
+        self,
+        score: Callable[[Target], Tensor],
+        reducer: str,
+        by_part: Callable[[Target], Scores | None] = lambda target: None,
+    ) -> None:
         self.of = score
         self.reducer = reducer
+        self.by_part = by_part
         self._along: dict[tuple[str, int], Tensor] = {}
 
     def along(self, target: Target, dim: int) -> Tensor:

@@ -64,7 +64,8 @@ class Scorer:
     @property
     def looks_at_pruned(self) -> bool:
         """Whether the weights of pruned units have a say in the scores of others."""
-        return not (self._is_alone(self.criterion) and self.criterion.needs <= {"initial"})
+        apart = self.criterion.elementwise and self.criterion.normalizer is None and self.criterion.unit_rule is None
+        return not (apart and not self.granularity.shares_weights and self.criterion.needs <= {"initial"})
 
     def begin(self, loss: Callable[..., Tensor] | None) -> None:
         """Take over a loop's loss for the time of a run, unless the user gave one."""
@@ -131,21 +132,16 @@ class Scorer:
                 **{need: known[need][target.name] for need in by.evidence_names},  # type: ignore[arg-type]
             )
 
-        by_weight = WeightScores(lambda t: by(evidence(t)), by.reducer)
-        so_far = [(p, keep.get(p.name)) for p in pools]
-        return [self._each_weight(p, by, evidence, held) or self._units(p, by, by_weight, held) for p, held in so_far]
+        def by_part(target: Target, so_far: Tensor | None = None) -> Scores | None:
+            """The scores of a target's weights, worked out where they are read; None if that cannot be done."""
+            found = replace(evidence(target), layout=None)
+            if not by.elementwise or found.weight.device.type != "cpu" or not _is_dense(found):
+                return None
+            return EvidenceScores(target.name, found.map(lambda x: x.view(target.layout.shape)), by, so_far)
 
-    def _each_weight(
-        self, pool: Pool, by: Criterion, evidence: Callable[[Target], Evidence], so_far: Tensor | None
-    ) -> Scores | None:
-        """Return scores that are worked out where they are read; None if that cannot be done."""
-        if not self._is_alone(by):
-            return None
-        (target,) = pool.targets
-        found = replace(evidence(target), layout=None)
-        if found.weight.device.type != "cpu" or not _is_dense(found):
-            return None
-        return EvidenceScores(pool.name, found.map(lambda x: x.view(target.layout.shape)), by, so_far)
+        by_weight = WeightScores(lambda t: by(evidence(t)), by.reducer, by_part)
+        each = [by_part(p.targets[0], keep.get(p.name)) if self._is_alone(by) else None for p in pools]
+        return [weights or self._units(p, by, by_weight, keep.get(p.name)) for p, weights in zip(pools, each, strict=True)]
 
     def _units(self, pool: Pool, by: Criterion, by_weight: WeightScores, so_far: Tensor | None) -> Scores:
         scores = pool.score(by_weight)

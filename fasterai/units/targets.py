@@ -79,7 +79,10 @@ class TargetPool(Pool):
         return next(p.parameter for p in self.partners if p.name == name).detach()
 
     def score(self, scores: WeightScores) -> Tensor:
-        return self.granularity.reduce(scores.of(self.target), self.target.layout, scores.reducer)
+        by_part = scores.by_part(self.target)
+        if by_part is None:
+            return self.granularity.reduce(scores.of(self.target), self.target.layout, scores.reducer)
+        return self.granularity.reduce_parts(by_part, self.target.layout, scores.reducer)
 
     def vectors_of_units(self) -> Tensor:
         weight, shape = at_least_float32(self.tensor(self.name)), self.layout.shape

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules import module as hooks
 
 from fasterai.analyze.counting import count, rules
+from tests.networks import Failing
 
 
 class Function(nn.Module):
@@ -233,18 +234,13 @@ def test_a_rule_of_the_users_own_counts():
     assert (tallies[""].macs, uncounted) == (4, ())
 
 
-class Fails(nn.Module):
-    def forward(self, x):
-        raise RuntimeError("not today")
-
-
 @pytest.mark.parametrize("enabled", [True, False])
-@pytest.mark.parametrize("model", [nn.Identity(), Fails()])
+@pytest.mark.parametrize("model", [nn.Identity(), Failing()])
 def test_no_global_hook_and_no_setting_is_left(model, enabled):
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(enabled)
     try:
-        if isinstance(model, Fails):
+        if isinstance(model, Failing):
             with pytest.raises(RuntimeError, match="not today"):
                 count(model, (zeros(1),))
         else:

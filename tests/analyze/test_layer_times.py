@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.modules import module as hooks
 
 from fasterai.analyze import layer_times as subject
-from fasterai.analyze.layer_times import LayerTiming, layer_times, layer_timings, quartiles
+from fasterai.analyze.layer_times import LayerTiming, layer_times, layer_timings
+from tests.networks import Failing
 
 NOW = [0.0]
 
@@ -69,13 +70,8 @@ def test_wrapped_models_have_the_names_of_their_own():
     assert set(layer_times(model, (torch.zeros(1, 2),))) == {"", "0"}
 
 
-class Fails(nn.Module):
-    def forward(self, x):
-        raise RuntimeError("not today")
-
-
 def test_no_hook_is_left():
-    model = nn.Sequential(nn.Linear(2, 2), Fails())
+    model = nn.Sequential(nn.Linear(2, 2), Failing())
     with pytest.raises(RuntimeError, match="not today"):
         layer_times(model, (torch.zeros(1, 2),))
     assert not hooks._global_forward_hooks
@@ -114,4 +110,3 @@ def test_on_accelerators_nothing_waits_inside_the_pass(monkeypatch):
 def test_medians_and_spreads_over_the_passes():
     passes = [{"a": 1.0, "b": 1.0}, {"a": 2.0, "b": 1.0}, {"a": 9.0}]
     assert layer_timings(passes) == {"a": LayerTiming(2.0, 4.0, 3), "b": LayerTiming(1.0, 0.5, 3)}
-    assert quartiles([4.0, 0.0, 1.0, 2.0, 3.0]) == (1.0, 3.0)

@@ -1,13 +1,15 @@
 """How much sparsifying costs, as ratios within one run on one thread: `python tests/benchmarks/sparsify.py [--quick]`.
 
-Four tables: moving global masks of single weights against numpy's partition and torch's kthvalue; applying masks against a
-multiplication by float masks; memory held beyond the model; a one-cycle training against a dense one.
+Five tables: a move, and moves at every step; moving global masks of single weights against numpy's partition and torch's
+kthvalue; applying masks against a multiplication by float masks; memory held beyond the model; a one-cycle training against a
+dense one. `--moves` prints the first alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import statistics
 import time
 import warnings
@@ -19,6 +21,7 @@ import torchvision
 from torch import Tensor, nn
 
 from fasterai.callbacks.plain import attach
+from fasterai.core import granularities
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.units.choice import Goal
 
@@ -26,15 +29,20 @@ SEED = 0
 Timed = dict[str, Callable[[], object]]
 
 
-def medians(candidates: Timed, repeats: int, prepare: Callable[[], object] = lambda: None) -> dict[str, float]:
+def medians(
+    candidates: Timed,
+    repeats: int,
+    prepare: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Median milliseconds of each candidate; they take turns, so that a noisy moment meets all of them."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, run in candidates.items():
             prepare()
-            start = time.perf_counter()
+            start = clock()
             run()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (clock() - start))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -52,6 +60,60 @@ def creeping() -> Iterator[float]:
     while True:
         sparsity += 0.001
         yield sparsity
+
+
+def moves(repeats: int) -> None:
+    """A move (score, choose exactly, expand, apply) against reading all weights once and applying the masks.
+
+    Times are of the processor, which on a shared machine vary less than those of the clock.
+    """
+    print("\na move, and moves at every step: resnet18 convolutions, large_final, processor ms (median)")
+    print(f"{'granularity':24}{'context':>9}{'move':>8}{'read once':>11}{'apply':>8}{'ratio':>8}")
+    names = [name for name in granularities.__all__ if name != "coupled"]  # which several parameters share
+    for granularity, context in itertools.product(names, ("local", "global", "erk", "lamp")):
+        torch.manual_seed(SEED)
+        model = torchvision.models.resnet18(weights=None)
+        sparsifier = Sparsifier(model, granularity, context, layer_type=nn.Conv2d)
+        weights = [t.parameter.detach() for t in sparsifier.targets]
+        noise = [1e-5 * torch.randn(w.shape) for w in weights]
+        sparsities = creeping()
+
+        def optimizer_moves(weights: list[Tensor] = weights, noise: list[Tensor] = noise) -> None:
+            for w, n in zip(weights, noise, strict=True):
+                w.add_(n)
+
+        def move(s: Sparsifier = sparsifier, sparsities: Iterator[float] = sparsities) -> None:
+            s._move((s.context, next(sparsities)), 1.0, s._record.active, may_fall=False)
+            s.apply_masks()
+
+        def read(weights: list[Tensor] = weights) -> list[Tensor]:
+            return [w.abs().mean() for w in weights]
+
+        with warnings.catch_warnings(action="ignore"):  # that there are no example inputs; of targets without any unit
+            sparsifier.sparsify_model(0.3)
+            candidates: Timed = {"move": move, "read": read, "apply": sparsifier.apply_masks}
+            few = max(3, repeats // 5) if context == "lamp" else repeats
+            t = medians(candidates, few, optimizer_moves, time.process_time)
+        ratio = t["move"] / (t["read"] + t["apply"])
+        print(f"{granularity:24}{context:>9}{t['move']:8.1f}{t['read']:11.1f}{t['apply']:8.1f}{ratio:7.2f}x")
+
+
+def moves_at_every_step(rounds: int, total_steps: int = 40) -> None:
+    """Trainings of 40 steps in which the masks move at every step, against the dense one; steps in turns."""
+    print(f"\n{total_steps} steps of resnet18, batch 32 of 32x32, global, masks move at every step; processor ms a step")
+    print(f"{'granularity':24}{'dense':>8}{'sparse':>8}{'ratio':>8}")
+    for granularity in ("weight", "kernel", "filter", "row"):
+        spent = {"dense": 0.0, "sparse": 0.0}
+        for _ in range(rounds):
+            torch.manual_seed(SEED)
+            runs = {name: _stepper(granularity if name == "sparse" else None, total_steps, "lin") for name in spent}
+            for i, (name, run) in itertools.product(range(total_steps), runs.items()):
+                with warnings.catch_warnings(action="ignore"):  # of targets without any unit
+                    start = time.process_time()
+                    run(i, 1)
+                    spent[name] += 1e3 * (time.process_time() - start)
+        dense, sparse = (milliseconds / (rounds * total_steps) for milliseconds in spent.values())
+        print(f"{granularity:24}{dense:8.1f}{sparse:8.1f}{sparse / dense:7.3f}x")
 
 
 def move_masks(repeats: int) -> None:
@@ -164,7 +226,7 @@ def train(granularity: str, stretch: int, rounds: int, total_steps: int = 4000) 
     print("stretch by stretch: " + " ".join(f"{r:.3f}" for r in ratios) + f"; median {statistics.median(ratios):.3f}x")
 
 
-def _stepper(granularity: str | None, total_steps: int) -> Callable[[int, int], None]:
+def _stepper(granularity: str | None, total_steps: int, schedule: str = "one_cycle") -> Callable[[int, int], None]:
     model = torchvision.models.resnet18(weights=None, num_classes=10).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     loss = nn.CrossEntropyLoss()
@@ -173,7 +235,7 @@ def _stepper(granularity: str | None, total_steps: int) -> Callable[[int, int], 
     if granularity is not None:
         sparsity = 0.5 if granularity == "coupled" else 0.9
         sparsifier = Sparsifier(
-            model, granularity, "global", "large_final", sparsity=sparsity, schedule="one_cycle", example_inputs=x
+            model, granularity, "global", "large_final", sparsity=sparsity, schedule=schedule, example_inputs=x
         )
         handle = attach(optimizer, sparsifier, total_steps=total_steps)
 
@@ -194,9 +256,15 @@ def main() -> None:
     """Print all tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer repeats, to see that it runs")
-    quick = parser.parse_args().quick
+    parser.add_argument("--moves", action="store_true", help="the first table alone")
+    arguments = parser.parse_args()
+    quick = arguments.quick
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, numpy {np.__version__}, one thread")
+    moves(repeats=3 if quick else 15)
+    moves_at_every_step(rounds=1 if quick else 3)
+    if arguments.moves:
+        return
     move_masks(repeats=3 if quick else 21)
     apply_masks(repeats=3 if quick else 41)
     memory()

@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 from fasterai.callbacks.fastai import PruneCallback
 from fasterai.core.criteria import large_final
 from fasterai.core.schedules import OneShot, lin, one_cycle
+from tests.networks import perceptron
 
 BATCHES = 4  # of 8 items each, in an epoch
 
@@ -42,9 +43,7 @@ def dls() -> DataLoaders:
     return DataLoaders(*loaders, device="cpu")
 
 
-def net(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))
+net = partial(perceptron, 6, 10, 4)
 
 
 def body_and_head(model: nn.Module) -> list[list[nn.Parameter]]:
@@ -239,7 +238,7 @@ def test_two_fits_do_not_compound(tmp_path):
 def test_another_model_is_counted_from_itself(tmp_path):
     learn, callback = learner(tmp_path), prune()
     learn.fit(1, cbs=callback)
-    learn.model = net(1)
+    learn.model = net(seed=1)
     learn.opt = None
     learn.fit(1, cbs=callback)
     assert shapes(learn.model) == HALF

@@ -232,13 +232,40 @@ def test_the_position_is_the_one_after_the_step_and_gradients_are_there(tmp_path
     assert notes.seen == [(when, p) for p in (0.25, 0.5, 0.75, 1.0) for when in ("before", "after")]
 
 
-def test_a_participant_that_changes_the_loss_is_refused(tmp_path):
-    class Doubles(Participant):
-        def after_loss(self, loss, batch):
-            return loss * 2
+class Doubles(Participant):
+    def after_loss(self, loss, batch):
+        return loss * 2
 
-    with pytest.raises(RuntimeError, match="Lightning's callbacks cannot change the loss"):
-        trainer(tmp_path, ParticipantCallback(Doubles())).fit(Net(), loader())
+
+def test_a_participant_changes_the_loss_and_nothing_is_left_on_the_module(tmp_path):
+    class Slow(Net):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.05)
+
+    class Fast(Net):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    doubled, plain = Slow(), Fast()
+    trainer(tmp_path, ParticipantCallback(Doubles()), accumulate_grad_batches=2).fit(doubled, loader())
+    trainer(tmp_path, accumulate_grad_batches=2).fit(plain, loader())
+    for a, b in zip(doubled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert not {"training_step", "configure_gradient_clipping"} & vars(doubled).keys()
+
+
+def test_manual_optimization_lets_nobody_change_the_loss(tmp_path):
+    class Manual(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            self.optimizers().step()
+
+    with pytest.raises(ValueError, match="automatic_optimization must be True for Doubles, which changes the loss, got False"):
+        trainer(tmp_path, ParticipantCallback(Doubles()), max_steps=2).fit(Manual(), loader())
 
 
 def test_two_participants_in_one_callback(tmp_path):

@@ -1,5 +1,6 @@
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from fasterai.callbacks.plain import Handle, attach
 from fasterai.core.loop import Participant
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.sparse.tickets import LotteryTicket
+from tests.networks import perceptron
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -19,9 +21,7 @@ OPTIMIZERS = {
 }
 
 
-def small(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))
+small = partial(perceptron, 6, 10, 4)
 
 
 def batches(n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -20,6 +20,7 @@ from fasterai.callbacks.plain import attach
 from fasterai.core.schedules import OneShot, lin
 from fasterai.prune.gradual import GradualPruner
 from fasterai.sparse.sparsifier import Sparsifier
+from tests.networks import perceptron
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -45,8 +46,7 @@ def data() -> TensorDataset:
 
 
 def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 4))
+    return perceptron(6, 10, 8, 4)
 
 
 def conv_net() -> nn.Sequential:

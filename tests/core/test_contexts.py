@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import warnings
 from dataclasses import FrozenInstanceError
 from fractions import Fraction
 
@@ -28,7 +29,7 @@ from fasterai.core.contexts import (
     local,
     two_four,
 )
-from fasterai.core.selection import TensorScores
+from fasterai.core.selection import TensorScores, keep_highest
 from fasterai.core.types import Layout, Limits
 
 pytestmark = pytest.mark.filterwarnings("ignore:all scores of:UserWarning", "ignore:.*units were to go:UserWarning")
@@ -166,6 +167,12 @@ def test_everything_at_once_leaves_min_keep_of_each(context):
     with pytest.warns(UserWarning, match="min_keep=1 of each target stay"):
         found = context(pool([A], [B]), [matrix(1, 4)] * 2, 1.0)
     assert [k.int().tolist() for k in found] == [[[1, 0, 0, 0]], [[1, 0, 0, 0]]]
+
+
+@pytest.mark.parametrize("context", [local, global_, erk, lamp])
+def test_as_many_as_min_keep_lets_go_are_no_reason_to_warn(context):
+    with warnings.catch_warnings(action="error"):
+        assert counts(context, pool(A, A), 0.75, min_keep=1) == [3, 3]
 
 
 @pytest.mark.parametrize("context", [local, global_, erk, lamp])
@@ -338,6 +345,45 @@ def test_lamp_by_hand_with_ties():
     assert choose(lamp, scores, 0.6) == [[0, 0, 1], [0, 1]]
 
 
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_lamp_chooses_by_its_scores(data):
+    """By count it chooses as by place: with ties in and between targets, zeros, masks before, rising and falling."""
+    element = st.sampled_from([0.0, 0.0, 0.5, 1.0, 1.0, 2.0]) if data.draw(st.booleans()) else st.floats(0, 5, width=32)
+    if data.draw(st.booleans()):
+        element = st.one_of(element, st.floats(-2, 2, width=32))
+    pool, by_place = [], []
+    for i, n in enumerate(data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=4))):
+        values = torch.tensor(data.draw(st.lists(element, min_size=n, max_size=n)))
+        keep = torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n))) if data.draw(st.booleans()) else None
+        values = values if keep is None or data.draw(st.booleans()) else values * keep
+        pool.append(TensorScores(f"t{i}", values, keep))
+        by_place.append(TensorScores(f"t{i}", lamp_scores(values), keep))
+    sparsity = data.draw(st.floats(0, 1))
+    limits = Limits(min_keep=data.draw(st.integers(0, 2)), may_fall=data.draw(st.booleans()))
+    prune = round(sparsity * sum(s.count for s in pool))
+    with warnings.catch_warnings(action="ignore"):
+        found = lamp.select(pool, layouts(pool), sparsity, limits)
+        wanted = keep_highest(by_place, prune, limits)
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_lamp_sorts_where_it_can(monkeypatch):
+    monkeypatch.setattr(contexts, "lamp_scores", None)
+    weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(0)).abs()
+    keep = lamp([TensorScores("a", weight)], layouts(pool(A)), 0.5)[0]
+    assert lamp([TensorScores("a", weight * keep, keep)], layouts(pool(A)), 0.75)[0].sum() == 150
+    for refused in (TensorScores("a", weight, keep), TensorScores("a", -weight)):  # pruned ones that score, and negative ones
+        with pytest.raises(TypeError):
+            lamp([refused], layouts(pool(A)), 0.75)
+
+
+def test_lamp_refuses_nan_by_name():
+    bad = TensorScores("bad", torch.tensor([1.0, math.nan, 2.0]))
+    with pytest.raises(ValueError, match="scores must be finite, got NaN or infinity for bad"):
+        lamp([TensorScores("good", torch.ones(3)), bad], layouts(pool(A, B)), 0.5)
+
+
 @settings(deadline=None)
 @given(st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=30))
 def test_lamp_scores_against_the_definition(scores):
@@ -466,6 +512,17 @@ def test_others_make_up_for_what_rounding_keeps(context):
     assert all(n % 8 == 0 for n in (*plain, *made_up))
     assert sum(made_up) in range(102 - 7, 102 + 1)
     assert sum(plain) <= sum(made_up)
+
+
+def test_what_is_made_up_is_as_much_as_was_asked_for():
+    """Kept counts are even, or all. Of the three lowest, 1 and 2 leave three of b: one comes back, and 4 goes for it.
+
+    With 5 as well, b would lose three.
+    """
+    a, b, c = [4.0, 13.0, 14.0], [1.0, 2.0, 5.0, 9.0, 10.0], [3.0, 11.0, 12.0]
+    found = [choose(global_, pool(a, b, c), 3 / 11, round_to=2, make_up=m) for m in (False, True)]
+    assert found[0] == [[1, 1, 1], [0, 1, 1, 1, 1], [0, 1, 1]]
+    assert found[1] == [[0, 1, 1], [0, 1, 1, 1, 1], [0, 1, 1]]
 
 
 def test_a_target_by_itself_has_nothing_to_make_up_with():

@@ -178,6 +178,17 @@ def test_gaussian_is_the_distribution_function_of_the_standardised():
     assert NORMALIZERS["gaussian"](torch.tensor([1.0, 2.0, 5.0])).tolist() == pytest.approx(wanted, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("sum", [0.125, 0.25, 0.625]), ("mean", [0.375, 0.75, 1.875]), ("max", [1.0, 2.0, 5.0])]
+)
+def test_negative_scores_are_divided_by_what_they_add_up_to(name, wanted):
+    """A negative scale is one to divide by: sum -8, mean -8 / 3, and the highest is -1."""
+    normalized = criteria.small_final.using(normalizer=name)
+    unit_scores = normalized(Evidence("w", torch.tensor([1.0, -2.0, 5.0])))
+    assert unit_scores.tolist() == [-1.0, -2.0, -5.0]
+    assert normalized.normalize(unit_scores).tolist() == pytest.approx(wanted)
+
+
 def test_every_normaliser_has_a_case():
     assert set(NORMALIZERS) == {*OF_1_2_5, "gaussian"}
     assert REDUCERS == ("mean", "sum")

@@ -12,7 +12,7 @@ from torch import nn
 
 from fasterai.core import granularities
 from fasterai.core.checks import from_catalogue
-from fasterai.core.granularities import Block, Keep, allowed
+from fasterai.core.granularities import Block, Coupled, Keep, allowed
 from fasterai.core.types import Layout
 from fasterai.model.layouts import by_dimensions, read_module
 
@@ -156,6 +156,7 @@ def test_matrices_have_four_of_the_sixteen(name):
 def test_allowed_lists_what_fits():
     assert allowed(layout_of(nn.Linear(4, 8))) == ["column", "layer", "row", "weight"]
     assert sorted(allowed(layout_of(nn.Conv3d(4, 8, 3)))) == sorted(set(CASES) - {"coupled"})
+    assert allowed(by_dimensions((8,))) == ["layer", "row", "weight"]  # outputs alone: no columns
 
 
 # --- keep ---
@@ -373,6 +374,24 @@ def test_entries_are_frozen_values_with_their_name(name):
     assert granularity.is_weight == (name == "weight")
     with pytest.raises(FrozenInstanceError):
         granularity.axes = frozenset()
+
+
+@pytest.mark.parametrize(
+    ("granularity", "text"),
+    [
+        (Coupled(), "coupled"),
+        (Coupled("mean"), "Coupled('mean')"),
+        (Coupled("max"), "Coupled('max')"),
+        (Coupled(relative=False), "Coupled('sum', relative=False)"),
+        (Coupled("mean", relative=False), "Coupled('mean', relative=False)"),
+        (Keep("width", "out"), "Keep('out', 'width')"),
+        (Block(2, 4), "Block(rows=2, columns=4)"),
+    ],
+)
+def test_a_granularity_is_written_as_it_is_made(granularity, text):
+    """A saved state says by it which granularity it is of."""
+    assert repr(granularity) == text
+    assert eval(text, {"coupled": granularities.coupled, "Coupled": Coupled, "Keep": Keep, "Block": Block}) == granularity
 
 
 def test_entries_differ_from_each_other():

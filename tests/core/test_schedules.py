@@ -191,6 +191,9 @@ def test_an_empty_window_is_a_jump():
         (lambda: Iterative(n_steps=2.5), TypeError, "n_steps must be a whole number"),
         (lambda: OneCycle(alpha=0), ValueError, "got alpha=0, beta=6.0"),
         (lambda: OneCycle(alpha=math.nan), ValueError, "got alpha=nan, beta=6.0"),
+        (lambda: OneCycle(alpha=501), ValueError, "got alpha=501, beta=6.0"),
+        (lambda: OneCycle(beta=501), ValueError, "got alpha=14.0, beta=501"),
+        (lambda: OneCycle(beta=-501), ValueError, "got alpha=14.0, beta=-501"),
     ],
 )
 def test_settings_are_checked(make, error, message):
@@ -213,6 +216,11 @@ def test_piecewise_rests_before_its_first_and_after_its_last_point():
     level = Piecewise(((0.3, 0.5), (0.6, 0.2)))
     assert [level(0.0), level(0.29), level(0.45), level(0.6), level(1.0)] == pytest.approx([0.5, 0.5, 0.35, 0.2, 0.2])
     assert {Piecewise([(0.5, 0.7)])(p) for p in TENTHS} == {0.7}
+
+
+def test_a_jump_at_the_first_point_counts_from_there_on():
+    jump = Piecewise(((0.3, 0.1), (0.3, 0.5), (1.0, 0.5)))
+    assert [jump(0.29), jump(0.3), jump(0.31)] == [0.1, 0.5, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -290,6 +298,11 @@ def test_a_list_of_schedules_is_one_after_the_other():
     assert [phases(p) for p in (0.0, 0.1, 0.3, 0.55, 0.6, 0.8, 1.0)] == pytest.approx([0, 0, 0.2, 0.4, 0.4, 0.925, 1])
 
 
+def test_the_next_schedule_begins_where_its_window_does():
+    phases = as_schedule([Schedule(sched_lin, 0.0, 0.5, 0.0, 0.4), Schedule(sched_lin, 0.5, 1.0, 0.6, 1.0)])
+    assert [phases(0.49), phases(0.5)] == pytest.approx([0.392, 0.6])
+
+
 def test_a_plain_function_of_the_position_is_a_schedule():
     schedule = as_schedule(halves)
     assert [schedule(p) for p in (0.0, 0.5, 1.0)] == [0.0, 0.25, 0.5]
@@ -321,6 +334,11 @@ def test_plot_refuses_percent_and_single_points():
 def test_a_function_of_start_end_and_position_is_a_schedule_too():
     assert as_schedule(sched_agp)(0.5) == 0.875
     assert as_schedule(lambda start, end, pos: start + pos * (end - start))(0.25) == 0.25
+
+
+def test_what_a_function_has_a_default_for_is_not_asked_of_a_loop():
+    assert as_schedule(lambda start, end, pos, power=2: start + pos**power * (end - start))(0.5) == 0.25
+    assert as_schedule(lambda pos, low=0.5, high=1.0: low + pos * (high - low))(0.5) == 0.75
 
 
 def test_what_a_schedule_returns_is_never_taken_for_a_percentage():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from fasterai.core import criteria, selection
+from fasterai.core import criteria, partition, selection
 from fasterai.core.selection import EvidenceScores, Mark, TensorScores, count_true, keep_highest, round_kept
 from fasterai.core.types import Evidence, Limits
 
@@ -20,8 +23,8 @@ torch.set_num_threads(1)
 @pytest.fixture
 def small_parts(monkeypatch):
     """Parts and samples so small that pools of a few units take every way that large ones take."""
-    monkeypatch.setattr(selection, "PIECE", 8)
-    monkeypatch.setattr(selection, "SAMPLE", 4)
+    monkeypatch.setattr(partition, "PIECE", 8)
+    monkeypatch.setattr(partition, "SMALL", 4)
 
 
 def oracle(values, keeps, prune, min_keep=1, may_fall=True):
@@ -112,6 +115,21 @@ def test_what_is_pruned_stays_pruned_while_the_number_rises():
     assert keep_highest([scores], 2, Limits())[0].tolist() == [False, False, True, True]
 
 
+@pytest.mark.parametrize(("min_keep", "low"), [(2, [0, 0, 1, 1]), (3, [0, 1, 1, 1])])
+def test_the_last_of_the_pruned_come_back_where_more_are_to_stay_than_are_left(min_keep, low):
+    """Earlier masks left one of four: what comes back is settled by position, as all pruned units rank alike."""
+    pool = [
+        TensorScores("low", torch.tensor([9.0, 8.0, 7.0, 6.0]), torch.tensor([False, False, False, True])),
+        TensorScores("high", torch.arange(10.0, 18.0)),
+    ]
+    with pytest.warns(UserWarning, match="but for min_keep no unit of low would stay"):
+        found = keep_highest(pool, 5, Limits(min_keep=min_keep))
+    gone = 5 - low.count(0)
+    assert [keep.int().tolist() for keep in found] == [low, [0] * gone + [1] * (8 - gone)]
+    others = selection._select_on_device(pool, 5, Mark.PRUNED_FIRST, [min_keep] * 2)
+    assert all(map(torch.equal, found, others))
+
+
 def test_the_best_of_the_pruned_come_back_while_it_falls():
     scores = TensorScores("a", torch.tensor([9.0, 1.0, 2.0, 0.0]), torch.tensor([False, False, False, True]))
     assert keep_highest([scores], 1, Limits())[0].tolist() == [True, False, True, True]
@@ -127,7 +145,7 @@ def test_the_same_number_again_gives_the_same_masks_in_new_tensors():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("size", [4, 3 * selection.SAMPLE])
+@pytest.mark.parametrize("size", [4, 3 * partition.SMALL])
 def test_scores_that_are_not_finite_name_their_target(bad, size):
     values = torch.rand(size)
     values[2] = bad
@@ -227,12 +245,15 @@ class TestAgainstTheOracle:
         assert all((a == b).all() for a, b in zip(before, values, strict=True))
 
 
+STEP = 43  # of the sample of so many scores: the greatest below their cube root, 44, that is prime to 2, 3, 5 and 7
+
+
 def large(kind):
-    """More than twice the sample, so that the threshold is bracketed first."""
+    """Many scores, so that the threshold is bracketed first."""
     rng = np.random.default_rng(0)
-    n = 2 * selection.SAMPLE + 20_001
+    n = 85_537
     normal = rng.standard_normal(n).astype(np.float32)
-    alternating = np.where(np.arange(n) % 2 == 0, normal, 1000 + normal).astype(np.float32)
+    alternating = np.where(np.arange(n) % STEP == 0, normal, 1000 + normal).astype(np.float32)
     return {
         "normal": normal,
         "constant": np.full(n, 0.25, np.float32),
@@ -241,13 +262,13 @@ def large(kind):
         "two values": (normal > 0.3).astype(np.float32),
         "sorted": np.sort(normal),
         "falling": np.sort(normal)[::-1].copy(),
-        "seen only half": alternating,  # a sample of every second score sees the low half alone
+        "seen only low": alternating,  # the sample sees the lowest scores alone
         "double": rng.standard_normal(n),
     }[kind]
 
 
 @pytest.mark.parametrize(
-    "kind", ["normal", "constant", "half zeros", "heavy ties", "two values", "sorted", "falling", "seen only half", "double"]
+    "kind", ["normal", "constant", "half zeros", "heavy ties", "two values", "sorted", "falling", "seen only low", "double"]
 )
 @pytest.mark.parametrize("share", [0.00001, 0.5, 0.9])
 def test_large_pools_against_the_oracle(kind, share):
@@ -261,17 +282,10 @@ def test_large_pools_against_the_oracle(kind, share):
         assert_same(choose(moved, first, later), oracle(moved, first, later))
 
 
-def test_large_pools_take_the_bracket(monkeypatch):
-    asked = []
-    bracket = selection._bracket
-    monkeypatch.setattr(selection, "_bracket", lambda *args: asked.append(args[1]) or bracket(*args))
-    choose([large("normal")], [None], 100)
-    choose([large("normal")[: 2 * selection.SAMPLE]], [None], 100)
-    assert len(asked) == 1
-
-
 @pytest.mark.parametrize("kind", ["normal", "half zeros", "heavy ties", "constant"])
-def test_the_way_of_other_devices_with_large_pools(kind):
+@pytest.mark.parametrize("chunk", [1000, 1 << 22])
+def test_the_way_of_other_devices_with_large_pools(kind, chunk, monkeypatch):
+    monkeypatch.setattr(selection, "CHUNK", chunk)
     values = torch.from_numpy(large(kind))
     pool = [TensorScores("a", values[:50_000]), TensorScores("b", values[50_000:])]
     prune = values.numel() // 3
@@ -280,6 +294,40 @@ def test_the_way_of_other_devices_with_large_pools(kind):
         wanted = selection._select_with_floors(pool, prune, Mark.NONE, [1, 1])
     found = selection._select_on_device(pool, prune, Mark.NONE, [1, 1])
     assert all(map(torch.equal, found, wanted))
+
+
+class Live(TorchDispatchMode):
+    """Follows how many bytes of tensors that operations made are alive, and the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in known:
+                size = x.untyped_storage().nbytes()
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(x.untyped_storage(), self.free, size)
+        return result
+
+    def free(self, size):
+        self.now -= size
+
+
+@pytest.mark.parametrize("mark", [Mark.NONE, Mark.PRUNED_FIRST, Mark.KEPT_LAST])
+def test_other_devices_hold_twice_the_scores_at_most(mark, monkeypatch):
+    monkeypatch.setattr(selection, "CHUNK", 1000)
+    values = torch.from_numpy(large("normal"))
+    keep = values > -0.5
+    pool = [TensorScores(f"t{i}", v, k) for i, (v, k) in enumerate(zip(values.split(30_000), keep.split(30_000), strict=True))]
+    prune = values.numel() // (10 if mark is Mark.KEPT_LAST else 2)
+    with Live() as live:
+        selection._select_on_device(pool, prune, mark, [1] * len(pool))
+    assert values.nbytes < live.peak <= 2 * values.nbytes
 
 
 # --- scores that are worked out part by part ---

@@ -11,6 +11,7 @@ from torch import nn
 
 from fasterai.export import onnx as exporting
 from fasterai.export.onnx import ONNXModel, export_onnx, verify_onnx
+from tests.networks import Branching, Counting
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -147,7 +148,7 @@ def test_a_fixed_batch(tmp_path):
     assert ONNXModel(path)(torch.ones(2, 3)).tolist() == [[2.0] * 3] * 2
 
 
-class Branching(nn.Module):
+class OtherForTwo(nn.Module):
     """Runs on any batch, and computes another thing for two."""
 
     def forward(self, x):
@@ -158,36 +159,21 @@ def test_a_batch_size_that_decides_is_noticed(tmp_path):
     with pytest.raises(
         ValueError, match="dynamic_batch must be False for a model that depends on its batch size: inputs must be"
     ):
-        export_onnx(Branching(), torch.randn(2, 3), tmp_path / "m.onnx")
+        export_onnx(OtherForTwo(), torch.randn(2, 3), tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
-
-
-class Noisy(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return x * self.calls
 
 
 def test_a_file_that_disagrees_is_not_left_behind(tmp_path):
     path = tmp_path / "m.onnx"
     path.write_text("an older file")
     with pytest.raises(ValueError, match=r"the ONNX file must agree with the model to 0\.0001 of the outputs' scale"):
-        export_onnx(Noisy(), torch.randn(2, 3), path, dynamic_batch=False)
+        export_onnx(Counting(), torch.randn(2, 3), path, dynamic_batch=False)
     assert path.read_text() == "an older file"
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
-class DataDependent(nn.Module):
-    def forward(self, x):
-        return x if x.sum() > 0 else -x
-
-
 def test_a_model_that_cannot_be_exported_is_named_and_keeps_its_mode(tmp_path):
-    model = DataDependent()
+    model = Branching(nn.Identity())
     with pytest.raises(ValueError, match="model must be exportable to ONNX, got an error"):
         export_onnx(model, torch.randn(2, 3), tmp_path / "m.onnx")
     assert model.training

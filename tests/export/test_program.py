@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fasterai.export.program import export_program
+from tests.networks import Branching, Counting
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -50,16 +51,6 @@ def test_several_inputs_and_outputs(tmp_path):
     assert torch.equal(loaded(a, b)["best"], (a - b).argmax(1))
 
 
-class Counting(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return x * self.calls
-
-
 def test_a_program_that_disagrees_is_not_left_behind(tmp_path):
     path = tmp_path / "m.pt2"
     path.write_text("an older file")
@@ -69,13 +60,8 @@ def test_a_program_that_disagrees_is_not_left_behind(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt2"]
 
 
-class DataDependent(nn.Module):
-    def forward(self, x):
-        return x if x.sum() > 0 else -x
-
-
 def test_a_model_that_cannot_be_exported_is_named_and_keeps_its_mode(tmp_path):
-    model = DataDependent()
+    model = Branching(nn.Identity())
     with pytest.raises(ValueError, match=r"model must be exportable by torch\.export, got an error"):
         export_program(model, X, tmp_path / "m.pt2")
     assert model.training

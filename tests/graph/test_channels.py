@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fasterai.graph.channels import channel_graph
 from fasterai.prune.pruner import Pruner
+from tests.networks import Branching
 
 IMAGES = torch.randn(2, 3, 8, 8)
 
@@ -194,20 +195,11 @@ def test_the_model_and_the_random_numbers_stay_as_they_were() -> None:
     assert torch.backends.mha.get_fastpath_enabled() == fast
 
 
-class Branching(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a(x) if x.sum() > 0 else x
-
-
 def test_a_model_that_cannot_be_exported_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"model must be one that torch.export can read on example_inputs, got .*data-dependent"
     ):
-        channel_graph(Branching(), (torch.randn(2, 3),))
+        channel_graph(Branching(nn.Linear(3, 3)), (torch.randn(2, 3),))
     assert torch.backends.mha.get_fastpath_enabled()
 
 

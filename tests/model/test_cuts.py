@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fasterai.model.cuts import announce, follow, note_optimizer, noted_optimizers, sliced
+from fasterai.model.cuts import announce, check_trains, follow, kept_slices, note_optimizer, noted_optimizers, sliced
 
 CUT = {("0.weight", 0): np.array([0, 2]), ("1.inner.weight", 1): np.array([1])}
 
@@ -85,6 +85,36 @@ def test_sliced_takes_what_stays_of_each_dimension():
     assert sliced(x, cut, "u") is x
 
 
+@pytest.mark.parametrize("shape", [(4, 6, 3, 3), (4, 6, 1, 1), (4, 6, 2, 3, 3), (4, 1, 3, 3)])
+@pytest.mark.parametrize("is_last", [True, False])
+def test_the_memory_format_stays(shape, is_last):
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}[len(shape)] if is_last else torch.contiguous_format
+    tensor = torch.randn(shape).to(memory_format=layout)
+    small = kept_slices(tensor, {0: np.array([0, 2])})
+    assert torch.equal(small, tensor[[0, 2]])
+    assert small.stride() == torch.empty(2, *shape[1:]).to(memory_format=layout).stride()
+    assert torch.equal(sliced(tensor, {("w", 0): np.array([0, 2])}, "w"), small)
+
+
+def test_what_stays_carries_no_gradient():
+    tensor = torch.ones(3, requires_grad=True)
+    assert not kept_slices(tensor * 2, {0: [1]}).requires_grad
+    assert kept_slices(tensor, {}) is tensor
+
+
+def test_an_optimizer_that_trains_none_of_the_parameters_is_refused():
+    own, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    trains_own, trains_other = (torch.optim.SGD(m.parameters(), 0.1) for m in (own, other))
+    with pytest.raises(
+        ValueError, match="optimizer must train the net, got one that holds none of its weights: make the optimizer anew"
+    ):
+        check_trains(trains_other, own.parameters(), "the net", "its weights")
+    with pytest.raises(ValueError, match="optimizer must train the net"):
+        check_trains([trains_other, None], own.parameters(), "the net", "its weights")
+    for allowed in (trains_own, [trains_other, trains_own], None, object(), []):
+        check_trains(allowed, own.parameters(), "the net", "its weights")
+
+
 def test_optimizers_are_known_by_model_part_and_whole():
     model = nest()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -96,6 +126,35 @@ def test_optimizers_are_known_by_model_part_and_whole():
     assert noted_optimizers(nest()) == []
     del optimizer
     gc.collect()
+    assert noted_optimizers(model) == []
+
+
+def test_buffers_and_every_name_of_a_tied_weight_are_heard_of():
+    model, heard = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)), Heard()
+    model[2].weight = model[0].weight
+    follow(model, heard)
+    announce(model, {("1.running_mean", 0): np.array([0]), ("0.weight", 1): np.array([2])})
+    assert heard.cuts == [{("0.weight", 1): [2], ("2.weight", 1): [2], ("1.running_mean", 0): [0]}]
+
+
+def test_optimizers_may_stand_in_a_tuple():
+    model = nest()
+    both = torch.optim.SGD(model[0].parameters(), 0.1), torch.optim.SGD(model[1].parameters(), 0.1)
+    note_optimizer(model, both)
+    assert {id(one) for one in noted_optimizers(model)} == {id(one) for one in both}
+
+
+def test_what_has_no_state_or_cannot_be_noted_without_being_kept_alive_is_not_noted():
+    class Slotted:
+        __slots__ = ("state",)
+
+        def __init__(self):
+            self.state = {}
+
+    class Stateless: ...
+
+    model, others = nest(), [Slotted(), Stateless()]
+    note_optimizer(model, others)
     assert noted_optimizers(model) == []
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from fasterai.core.loop import Batch, Fit
-from fasterai.model.inputs import batch_inputs, few_samples
+from fasterai.model.inputs import as_tuple, batch_inputs, batch_of, few_samples, positional
 
 
 class Image(torch.Tensor):
@@ -71,3 +71,36 @@ def test_a_wrapped_model_is_the_whole():
     model = nn.Linear(3, 5)
     (inputs,) = batch_inputs(model, Fit(1, nn.DataParallel(model), batch=Batch((torch.ones(4, 3),))))
     assert inputs.shape == (2, 3)
+
+
+def test_inputs_are_a_tuple():
+    x = torch.zeros(1)
+    for given in (x, (x,), [x]):
+        assert as_tuple(given) == positional(given) == (x,)
+    assert as_tuple({"a": 1}) == ({"a": 1},)
+    assert as_tuple(None) == (None,)
+    with pytest.raises(ValueError, match="example_inputs must be a tensor, or a tuple of what the model takes, got None"):
+        positional(None)
+
+
+def test_another_batch_repeats_the_samples_in_turn():
+    x, flag = torch.tensor([[1.0], [2.0]]), torch.tensor(3)
+    got = batch_of((x, flag, None), 3)
+    assert got[0].tolist() == [[1.0], [2.0], [1.0]]
+    assert got[1] is flag
+    assert got[2] is None
+    assert batch_of((x,), 1)[0].tolist() == [[1.0]]
+    assert batch_of((x,), None)[0] is x
+
+
+def test_batches_are_what_has_a_row_for_each_sample():
+    table, x = torch.arange(3), torch.tensor([1, 2])
+    assert [t.tolist() for t in batch_of((table, x), 4)] == [[0, 1, 2, 0], [1, 2]]  # by the first tensor
+    assert [t.tolist() for t in batch_of((table, x), 4, 2)] == [[0, 1, 2], [1, 2, 1, 2]]
+    assert batch_of(({"a": x},), 3)[0]["a"].tolist() == [1, 2, 1]
+
+
+@pytest.mark.parametrize("inputs", [(), ("text",), (torch.tensor(1.0),), (torch.zeros(0, 3),)])
+def test_batches_of_nothing_are_refused(inputs):
+    with pytest.raises(ValueError, match="example_inputs must hold a tensor with at least one sample to make batches of"):
+        batch_of(inputs, 3)

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 
+from fasterai.model import masks
 from fasterai.model.masks import PIECE, apply_masks_, like
 
 
@@ -36,6 +40,33 @@ def test_masks_that_broadcast(mask_shape, dtype):
     wanted = masked(tensor, mask)
     apply_masks_([(tensor, mask)])
     assert torch.equal(tensor, wanted)
+
+
+SHARED = [(5, 4, 3, 3), (6, 70, 2, 3), (3, 2, 5, 2, 2), (7, 1, 3, 3), (1, 5, 3, 3), (9, 130), (2, 3, 4, 3, 3), (3, 0, 2, 2)]
+
+
+@pytest.mark.parametrize("piece", [40, PIECE])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("shape", SHARED)
+def test_decisions_that_several_weights_share(shape, piece, last, monkeypatch):
+    """Every way to share: each dimension kept or not, spread by a pattern, in pieces, or by torch."""
+    monkeypatch.setattr(masks, "PIECE", piece)
+    for kept in itertools.product([False, True], repeat=len(shape)):
+        tensor = torch.randn(shape)
+        tensor = tensor.to(memory_format=torch.channels_last) if last and len(shape) == 4 else tensor
+        mask = torch.rand([n if stays else 1 for n, stays in zip(shape, kept, strict=True)]) > 0.5
+        wanted = masked(tensor, mask)
+        apply_masks_([(tensor, mask)])
+        assert torch.equal(tensor, wanted), kept
+
+
+def test_what_a_shared_decision_keeps_is_untouched_bit_for_bit():
+    weight = torch.tensor([1e-45, -3.4e38, 1e-40, -0.0, 5.0, math.pi, 1e-30, 2.0, 3.0]).expand(4, 2, 9).clone().view(4, 2, 3, 3)
+    for shape in ((4, 2, 3, 1), (4, 2, 1, 3), (4, 1, 3, 3), (1, 1, 3, 3), (4, 2, 1, 1)):
+        tensor, mask = weight.clone(), torch.rand(shape) > 0.3
+        apply_masks_([(tensor, mask)])
+        assert torch.equal(tensor.view(torch.int32)[mask.expand_as(tensor)], weight.view(torch.int32)[mask.expand_as(tensor)])
+        assert (tensor[~mask.expand_as(tensor)] == 0).all()
 
 
 @pytest.mark.parametrize("size", [PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + 5])

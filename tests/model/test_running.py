@@ -112,3 +112,19 @@ def test_copies_share_no_memory_and_keep_the_format():
 def test_models_without_values_are_refused(model, error, message):
     with pytest.raises(error, match=message):
         check_model(model, "net", holds_values=True)
+
+
+def test_modes_and_generators_come_back_after_an_error() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.ReLU().eval())
+    state = torch.get_rng_state()
+
+    def fail() -> None:
+        with undisturbed(model), evaluating(model):
+            assert not model[0].training
+            torch.rand(3)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in model.modules()] == [True, True, False]

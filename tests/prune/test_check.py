@@ -109,6 +109,12 @@ def test_many_bad_channels_cost_no_more_than_the_bound(monkeypatch: pytest.Monke
     assert "were not tried alone, after 64 trial runs" in removal.refused["a.weight"]
 
 
+def test_the_last_channel_of_a_group_stays_where_all_are_to_go() -> None:
+    net, x = shifted(8, range(8), ()), X.double()
+    graph = channel_graph(net, (x,))
+    assert [kept.tolist() for kept in largest_sound(net, graph, [np.zeros(8, np.bool_)], (x,)).kept] == [[False] * 7 + [True]]
+
+
 class HardCoded(nn.Module):
     """A size in its code, so that nothing of the group can go."""
 
@@ -289,6 +295,28 @@ def test_a_huge_filler_hides_no_movement(outside: float) -> None:
     removal = remove(net, (X.double(), torch.tensor([True, False, False, True])), measure=False)
     assert removal.removed == {}
     assert "the outputs would move by" in removal.refused["a.weight"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "difference"),
+    [
+        ([4.0, 2.0], [4.0, 1.0], 0.25),
+        ([4.0, 2.0], [4.0, 8.0], 1.5),
+        ([1e6, 2.0], [1e6, 1.0], 1e-6),  # once: it is an output, not a filler
+        ([1e6, 1e6, 2.0], [1e6, 1e6, 1.0], 0.5),
+        ([-1e6, -1e6, 2.0], [-1e6, -1e6, 1.0], 0.5),
+        ([1e6, 1e6, 2.0], [1e6, 0.0, 2.0], 1.0),  # one of the two moves, the other stands once
+        ([2000.0, 2000.0, 2.0], [2000.0, 2000.0, 1.0], 1 / 2000),  # not more than 1,000 times as large
+        ([2001.0, 2001.0, 2.0], [2001.0, 2001.0, 1.0], 0.5),
+        ([math.inf, 2.0], [math.inf, 1.0], 0.5),
+        ([3.0, 2.0], [3.0, math.nan], math.inf),
+        ([math.nan, 2.0], [math.nan, 2.0], math.inf),
+        ([], [], 0.0),
+    ],
+)
+def test_how_far_outputs_move_as_a_share_of_their_scale(before: list[float], after: list[float], difference: float) -> None:
+    found = check._moved(torch.tensor(before, dtype=torch.float64), torch.tensor(after, dtype=torch.float64))
+    assert found == pytest.approx(difference, rel=1e-12)
 
 
 def test_masks_that_the_inputs_leave_empty_are_tried_filled() -> None:

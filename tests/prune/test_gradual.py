@@ -16,6 +16,7 @@ from fasterai.model.cuts import note_optimizer
 from fasterai.prune.choice.budget import Budget
 from fasterai.prune.gradual import GradualPruner
 from fasterai.sparse.sparsifier import Sparsifier
+from tests.networks import Branching, perceptron
 
 STEPS = 4
 
@@ -29,13 +30,11 @@ def _one_thread():
 
 
 def net(hidden: int = 10, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, hidden), nn.ReLU(), nn.Linear(hidden, 4))
+    return perceptron(6, hidden, 4, seed=seed)
 
 
-def deep(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 4))
+def deep() -> nn.Sequential:
+    return perceptron(6, 10, 6, 4)
 
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
@@ -411,17 +410,8 @@ def test_a_loop_without_a_batch_needs_inputs():
         attach(adam(model), gradual(model, example_inputs=None), total_steps=4)
 
 
-class Branching(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = net()
-
-    def forward(self, x):
-        return self.net(x) if x.sum() > 0 else self.net(-x)
-
-
 def test_a_model_that_cannot_be_followed_is_refused_before_the_first_step():
-    model = Branching()
+    model = Branching(net())
     with pytest.raises(ValueError, match=r"model must be one that torch\.export can read"):
         attach(adam(model), gradual(model), total_steps=4)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fasterai.graph.channels import channel_graph
 from fasterai.model.cuts import note_optimizer
 from fasterai.prune.check import largest_sound
+from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import mask_channels_, remove, silent_channels, take_out
 from fasterai.sparse.sparsifier import Sparsifier
 
@@ -661,3 +662,76 @@ def test_a_weight_that_makes_and_reads_has_to_be_zero_for_silence(gone: tuple[in
     assert flags.nonzero()[0].tolist() == list(gone)
     if gone:
         assert list(remove(net, x, measure=False).removed.values()) == [(8, 5)]
+
+
+# --- layers that are heard through a norm alone ---
+
+IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+class BehindNorm(nn.Module):
+    """Four channels through a norm, which the readers read; `direct` ones read them in front of it."""
+
+    def __init__(self, norm: nn.Module, *, direct: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.norm, self.b, self.direct = nn.Conv2d(3, 4, 1), norm, nn.Conv2d(4, 2, 1), direct
+        with torch.no_grad():
+            for tensor in [*self.norm.parameters(), *self.norm.buffers()]:
+                if tensor.is_floating_point():
+                    tensor.uniform_(0.5, 1.5)
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        z = self.norm(y)
+        return self.b((z + y if self.direct else z).relu())
+
+
+@torch.no_grad()
+def silence(net: Any, *names: str, channels: tuple[int, ...] = (1, 3)) -> Any:
+    for name in names:
+        net.get_parameter(name).data[list(channels)] = 0
+    return net
+
+
+def silent(net: nn.Module) -> list[int]:
+    (flags,) = silent_channels(net, channel_graph(net, (IMAGES,)))
+    return [int(i) for i in flags.nonzero()[0]]
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True), nn.GroupNorm(4, 4)], ids=str)
+def test_channels_whose_scale_and_shift_are_zero_are_silent(norm: nn.Module) -> None:
+    net = silence(BehindNorm(norm), "norm.weight", "norm.bias")
+    assert silent(net) == [1, 3]
+    wanted = net(IMAGES)
+    assert remove(net, IMAGES, measure=False).removed == {"a.weight": (4, 2)}
+    torch.testing.assert_close(net(IMAGES), wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("names", [("norm.weight",), ("norm.bias",)])
+def test_either_alone_is_not_enough(names: tuple[str, ...]) -> None:
+    assert silent(silence(BehindNorm(nn.BatchNorm2d(4)), *names)) == []
+
+
+def test_what_is_read_in_front_of_the_norm_as_well_is_not_silent() -> None:
+    assert silent(silence(BehindNorm(nn.BatchNorm2d(4), direct=True), "norm.weight", "norm.bias")) == []
+
+
+def test_a_pruner_takes_them_first() -> None:
+    net = silence(BehindNorm(nn.BatchNorm2d(4)), "norm.weight", "norm.bias")
+    with torch.no_grad():
+        net.a.weight[[1, 3]] *= 100
+    wanted = net(IMAGES)
+    Pruner(net, 0.5, "local", "large_final", example_inputs=IMAGES).prune_model(measure=False)
+    torch.testing.assert_close(net(IMAGES), wanted, rtol=0, atol=1e-12)
+
+
+def test_rows_zeroed_by_hand_in_front_of_a_fresh_norm_are_silent() -> None:
+    net = silence(BehindNorm(nn.BatchNorm2d(4)), "a.weight", "a.bias", "norm.bias")
+    assert silent(net) == []  # its running mean is not zero: the norm makes something of nothing
+    net.norm.running_mean[[1, 3]] = 0
+    assert silent(net) == [1, 3]
+    assert silent(silence(BehindNorm(nn.InstanceNorm2d(4, affine=True)), "a.weight", "a.bias", "norm.bias")) == [1, 3]
+    # a group norm takes zeros together with other channels, and does not leave them zero
+    assert silent(silence(BehindNorm(nn.GroupNorm(2, 4)), "a.weight", "a.bias", "norm.bias")) == []

@@ -39,6 +39,18 @@ def test_the_table_shows_every_target_the_whole_and_what_was_left_out():
     assert not any(line != line.rstrip() for line in str(REPORT).splitlines())
 
 
+def test_names_and_shapes_stand_at_the_left_and_the_sums_below_a_rule():
+    assert str(REPORT).splitlines()[:7] == [
+        "target       shape        filters  pruned  sparsity  zeros",
+        "----------------------------------------------------------",
+        "a.weight     4x3x1x1            4       1    25.00%      5",
+        "b.weight     8x4x1x1            8       5    62.50%     20",
+        "----------------------------------------------------------",
+        "all targets                    12       6    50.00%     25",
+        "whole model           100 weights            25.00%     25",
+    ]
+
+
 def test_the_report_is_plain_data():
     found = json.loads(json.dumps(REPORT.to_dict()))
     assert found["rows"][1] == {

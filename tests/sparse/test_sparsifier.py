@@ -21,6 +21,7 @@ from fasterai.core.loop import Batch, Fit
 from fasterai.core.schedules import OneShot, Piecewise
 from fasterai.sparse.hold import Hold
 from fasterai.sparse.sparsifier import Sparsifier
+from tests.networks import Crossed
 
 pytestmark = pytest.mark.filterwarnings("ignore:all scores of", "ignore:without example_inputs")
 
@@ -334,6 +335,44 @@ def test_masked_weights_are_zero_in_any_precision(dtype):
             assert_masked_are_zero(model, sparsifier)
     assert pruned(sparsifier) == {"0.weight": 192, "1.weight": 48}
     assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize(
+    "granularity", ["row", "column", "channel", "vertical_slice", "shared_kernel", "shared_weight", "filter"]
+)
+@pytest.mark.parametrize("context", ["local", "global", "lamp"])
+def test_equal_units_tie_in_every_memory_format(granularity, context):
+    """All filters of a layer are one filter, so their scores tie, and the first go: not a bit may depend on where they lie."""
+    found = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(5, 40, 3), nn.Conv2d(40, 70, 3)).to(memory_format=memory_format)
+        with torch.no_grad():
+            for layer in model:
+                layer.weight.copy_(layer.weight[:1].expand_as(layer.weight))
+        sparsifier = Sparsifier(model, granularity, context)
+        sparsifier.sparsify_model(0.5)
+        assert_masked_are_zero(model, sparsifier)
+        found.append(sparsifier.masks)
+    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+    if granularity == "filter" and context == "local":
+        assert found[0]["1.weight"][:, 0, 0, 0].tolist() == [False] * 35 + [True] * 35
+
+
+@pytest.mark.parametrize("granularity", ["weight", "kernel", "row", "filter", "shared_weight"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name_while_masks_move(granularity, bad):
+    model = cnn()
+    sparsifier = Sparsifier(model, granularity, "global")
+    sparsifier.sparsify_model(0.25)
+    name = sparsifier.targets[1].name
+    kept = sparsifier.masks[name].nonzero()[0]
+    with torch.no_grad():
+        sparsifier.targets[1].parameter[tuple(kept)] = bad
+    before = sparsifier.masks
+    with pytest.raises(ValueError, match=f"scores must be finite, got NaN or infinity for {name}"):
+        sparsifier.sparsify_model(0.5)
+    assert all(torch.equal(before[n], mask) for n, mask in sparsifier.masks.items())
 
 
 @pytest.mark.parametrize("granularity", ["weight", "filter", "kernel"])
@@ -682,6 +721,24 @@ def test_a_second_run_starts_clean_when_other_weights_were_loaded():
     assert float(magnitudes[kept].min()) >= float(magnitudes[~kept].max())
 
 
+def test_masks_that_are_dropped_within_a_run_come_back_at_the_next_update():
+    """It asks for as many units as the last one: 1 of 4 at shares 0.4 and 0.5, which else would mean that nothing moves."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    other = {name: torch.ones_like(x) for name, x in model.state_dict().items()}
+    sparsifier = Sparsifier(model, "weight", "local", sparsity=0.5, schedule="lin", targets=["0", "1"])
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    batch = torch.ones(1, 2), torch.zeros(1, dtype=torch.long)
+    with attach(optimizer, sparsifier, total_steps=10):
+        for _ in range(4):
+            step(model, optimizer, *batch)
+        assert pruned(sparsifier) == {"0.weight": 1, "1.weight": 1}
+        model.load_state_dict(other)
+        sparsifier.sparsify_layer(model[1], 0.25)
+        assert pruned(sparsifier) == {"0.weight": 0, "1.weight": 1}
+        step(model, optimizer, *batch)
+        assert pruned(sparsifier) == {"0.weight": 1, "1.weight": 1}
+
+
 def test_a_run_that_fails_leaves_a_usable_model_and_the_next_starts_clean():
     model = cnn()
     keys = list(model.state_dict())
@@ -810,22 +867,8 @@ def test_a_parametrised_weight_is_refused_by_name(wrap, named):
 # --- partners by data flow ---------------------------------------------------------------------------------------------
 
 
-class Crossed(nn.Module):
-    """Registered as conv1, conv2, norm1, norm2; conv1 is read by norm2 and conv2 by norm1."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(4, 8, 3, bias=False), nn.Conv2d(8, 6, 3, bias=False)
-        self.norm1, self.norm2 = nn.BatchNorm2d(6), nn.BatchNorm2d(8)
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x):
-        x = F.relu(self.norm2(self.conv1(x)))
-        return self.head(F.relu(self.norm1(self.conv2(x))).mean((2, 3)))
-
-
 def test_norms_are_found_by_data_flow_and_not_by_registration():
-    model = Crossed()
+    model = Crossed(width=6)
     with torch.no_grad():
         for norm in (model.norm1, model.norm2):
             norm.bias.fill_(1.0)

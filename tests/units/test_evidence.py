@@ -164,6 +164,14 @@ def test_synaptic_flow_by_hand():
     assert found["0.weight"].tolist() == [[5.0, 5.0], [6.0, 6.0]]
     assert found["2.weight"].tolist() == [[3.0, 7.0]]
     assert model[0].weight.tolist() == [[1.0, -2.0], [-3.0, 4.0]]
+    # The shape is all that is needed of the loop's batch.
+    assert gather("synaptic_flow", model, Source(batch=Batch((X[0, 0, :, :2],))))["2.weight"].tolist() == [[3.0, 7.0]]
+
+
+def test_synaptic_flow_is_that_of_evaluation():
+    """In training, dropout lets through nothing, or ten times as much."""
+    model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Dropout(0.9)).train()
+    assert gather("synaptic_flow", model, Source(inputs=(torch.ones(1, 2),)))["0.weight"].tolist() == [[1.0, 1.0]]
 
 
 class Structured(nn.Module):
@@ -263,8 +271,10 @@ def test_norms_of_packed_attention_and_a_named_refusal_where_inputs_cannot_be_wa
     x = torch.randn(2, 3, 4)
     found = gather("activation", model, Source(data=[((x, x, x),)]), "in_proj_weight")["in_proj_weight"]
     torch.testing.assert_close(found.expand(12, 4)[0], norms(x, -1))
-    with pytest.raises(ValueError, match=r"whose inputs can be watched, got in_proj_weight; leave it out with targets="):
-        gather("activation", model, Source(data=[((x, x + 1, x),)]), "in_proj_weight")
+    y = x + 1
+    for query, key, value in ((x, y, x), (x, x, y), (y, x, x)):
+        with pytest.raises(ValueError, match=r"whose inputs can be watched, got in_proj_weight; leave it out with targets="):
+            gather("activation", model, Source(data=[((query, key, value),)]), "in_proj_weight")
     with pytest.raises(ValueError, match=r"whose inputs can be watched, got out_proj\.weight"):
         gather("activation", model, Source(data=[((x, x, x),)]), "out_proj")
 
@@ -349,9 +359,61 @@ def test_gradients_of_a_weight_that_is_frozen_may_come_later():
         gather("gradient", model, Source(), "weight")
 
 
+def test_gradients_that_are_missing_of_a_weight_that_trains_will_not_come_with_those_of_a_frozen_one():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"0\.weight has none") as missing:
+        gather("gradient", model, Source(), "0.weight", "1.weight")
+    assert not isinstance(missing.value, NotYetError)
+
+
 @pytest.mark.parametrize(("name", "expected"), [("activation_max", [3.0, 4.0]), ("activation_mean", [2.0, 2.0])])
 def test_other_statistics_of_the_inputs_are_of_the_magnitude(name, expected):
     model = nn.Linear(2, 1)
     target = find_targets(model, fits=lambda _: None, coarse=False).targets
     data = [torch.tensor([[-1.0, 4.0]]), torch.tensor([[3.0, 0.0]])]
     assert GATHERERS[name](model, target, Source(data=data))["weight"].flatten().tolist() == expected
+
+
+class TwoNames(nn.Module):
+    """A layer that is registered twice, and one that shares its weight: Linear(4, 4) `stem` and `layers.0`, `last`."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.layers = nn.ModuleList([self.stem])
+        self.last = nn.Linear(4, 4)
+        self.last.weight = self.stem.weight
+
+    def forward(self, x):
+        return self.last(self.layers[0](x))
+
+
+@pytest.mark.parametrize("what", GATHERERS)
+def test_a_layer_under_two_names_keeps_its_parameters(what):
+    model = TwoNames()
+    model(torch.ones(3, 4)).sum().backward()
+    before = dict(model.named_parameters(remove_duplicate=False))
+    source = Source(data=[(torch.ones(3, 4), Y[:3])], loss=F.cross_entropy, inputs=(torch.ones(3, 4),))
+    gather(what, model, source, "stem.weight")
+    after = {name: model.get_parameter(name) for name in before}
+    assert all(after[name] is parameter for name, parameter in before.items())
+
+
+def test_gradients_through_a_layer_under_two_names_and_a_shared_weight_are_those_of_backward():
+    torch.manual_seed(0)
+    model, x = TwoNames(), torch.randn(3, 4)
+    found = gather("gradient", model, Source(data=[(x, Y[:3])], loss=F.cross_entropy), "stem.weight")
+    F.cross_entropy(model(x), Y[:3]).backward()
+    torch.testing.assert_close(found["stem.weight"], model.stem.weight.grad)
+
+
+def test_synaptic_flow_counts_both_uses_of_a_shared_weight():
+    """R = sum |W| (|W| 1) in each output, biases zero, W of ones: each of 16 weights has 4 paths in either place."""
+    model = TwoNames()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0 if parameter.dim() > 1 else 0.0)
+    found = gather("synaptic_flow", model, Source(inputs=(torch.zeros(2, 4),)), "stem.weight")
+    # R = sum_i sum_j W_ij sum_k W_jk; dR/dW_ij = sum_k W_jk (as the last) + sum_k W_ki (as the first) = 4 + 4
+    assert found["stem.weight"].tolist() == [[8.0] * 4] * 4

@@ -1,12 +1,14 @@
 """What falls silent with a pruned output."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from fasterai.core.granularities import Keep, filter, kernel, layer
-from fasterai.model.dataflow import Flow, watch
-from fasterai.model.targets import find_targets
+from fasterai.model.norms import Flow, watch
+from fasterai.model.targets import Selection, find_targets
 from fasterai.units.partners import find_partners, kept_outputs, revive_, without_outputs
 
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -75,7 +77,21 @@ def test_what_makes_the_output_stays_where_it_was_named_or_is_alone_or_no_output
     assert [t.name for t in without_outputs(named, filter, FLOW).targets] == both
     alone = select(nn.Sequential(nn.Conv2d(4, 8, 3)))
     flow = Flow({}, frozenset({"0.weight"}))
-    assert [t.name for t in without_outputs(alone, filter, flow).targets] == ["0.weight"]
+    with pytest.warns(UserWarning, match=r"every target makes the model's output \(0\.weight\), so that outputs go silent"):
+        assert without_outputs(alone, filter, flow) is alone
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_target_at_all_is_no_reason_to_warn():
+    assert without_outputs(Selection(()), filter, FLOW) == Selection(())
+
+
+def test_what_was_named_and_what_was_left_out_before_is_still_known():
+    selection = replace(select(net()), left_out={"1.weight": "a norm"}, named=frozenset({"0.weight"}))
+    found = without_outputs(selection, filter, FLOW)
+    assert [t.name for t in found.targets] == ["0.weight"]
+    assert found.left_out == {"1.weight": "a norm", "3.weight": "it makes the model's output"}
+    assert found.named == {"0.weight"}
 
 
 def test_kept_outputs_are_in_the_order_of_the_layers_outputs():
@@ -114,3 +130,21 @@ def test_partners_are_noted_when_outputs_go_and_given_back_when_they_return():
     assert scale.parameter.tolist() == [2.0, 13.0, 14.0, 0.0, 16.0, 17.0, 18.0, 19.0]
     revive_(iter([("1.weight", scale.parameter, back, everything)]), noted)
     assert scale.parameter.tolist() == [2.0, 13.0, 14.0, 5.0, 16.0, 17.0, 18.0, 19.0]
+
+
+class Sliced(nn.Module):
+    """The first four of eight filters, and a norm of four."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(torch.conv2d(x, self.conv.weight[:4])).relu()
+
+
+def test_a_norm_of_a_part_of_the_outputs_is_no_partner():
+    model = Sliced()
+    flow = watch(model, (X,))
+    assert dict(flow.norms) == {"conv.weight": (("norm.weight", "norm.bias"),)}
+    assert partners(model, filter, flow) == ()

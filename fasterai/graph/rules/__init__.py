@@ -2,7 +2,7 @@
 
 A rule is a function `(trace, node, *arguments, **keywords) -> value` under the operation's name in `RULES`; tensors among
 the arguments come as `Value`s. An operation without a rule pins all that it reads, by its name. To add one: a function with
-`@rule("aten.name", ...)` in the file of its kind, and a case in `tests/prune/rules/`.
+`@rule("aten.name", ...)` in the file of its kind, and a case in `tests/graph/rules/`.
 """
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
-"""The old home of `fasterai.graph.norms`: re-exports only."""
+"""The old home of the norms behind layers: re-exports only."""
 
-from fasterai.graph.norms import *
+from fasterai.model.norms import Norm, norms_behind
+
+__all__ = ["Norm", "norms_behind"]

@@ -1,3 +1,5 @@
-"""The old home of `fasterai.model.dataflow`: re-exports only."""
+"""The old home of `watch`: re-exports only."""
 
-from fasterai.model.dataflow import *
+from fasterai.model.norms import Flow, watch
+
+__all__ = ["Flow", "watch"]

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fasterai.analyze.latency import batch_of
 from fasterai.core.checks import check_count
 from fasterai.graph.channels import ChannelGraph
 from fasterai.graph.labels import Flags
+from fasterai.model.inputs import batch_of
 from fasterai.model.running import copies
 from fasterai.prune.choice.cost_left import Share, macs_left, parameters_left, time_left
 
@@ -31,7 +31,7 @@ TRIALS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How much of a dense model may be left; exactly one of the three shares is given.
+    """The share of a dense model that may be left; exactly one of the three shares is given.
 
     Attributes:
         macs: Share of its multiply-accumulates, in (0, 1].
@@ -63,7 +63,7 @@ class Budget:
 
     @property
     def kind(self) -> str:
-        """Which share is given: `macs`, `params` or `latency`."""
+        """The share that is given: `macs`, `params` or `latency`."""
         return next(f.name for f in fields(self) if getattr(self, f.name) is not None)
 
     @property
@@ -88,7 +88,7 @@ def fit_budget(
     budget: Budget,
     dense: nn.Module | None = None,
 ) -> Kept:
-    """The channels that stay so that the model keeps to a budget, and uses it up.
+    """Choose the channels to keep so that the model stays within a budget, and uses it up.
 
     What is left of parameters and MACs is at most the budget and less than 1 % of the dense model below it, unless a single
     channel costs more than that; of the time it is within 5 %. Between two neighbouring choices it goes from the one to the
@@ -99,9 +99,9 @@ def fit_budget(
         model: The model; not changed.
         graph: Its channel graph.
         inputs: Its positional arguments.
-        choose: A sparsity in [0, 1] -> for each group of the graph which channels stay. At a higher sparsity, none stays that
-            went at a lower one.
-        budget: How much may be left.
+        choose: A sparsity in [0, 1] -> for each group of the graph a bool array, True for channels to keep. At a higher
+            sparsity none is kept that went at a lower one.
+        budget: The share that may be left.
         dense: The model that the share is of, if `model` has been cut since; `model` itself if it is left out.
 
     Returns:
@@ -132,7 +132,7 @@ def fit_budget(
 def least_left(
     model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], least: Kept, budget: Budget, dense: nn.Module | None = None
 ) -> float:
-    """The share of what a budget counts that is left when all goes that can.
+    """Return the share of MACs, parameters or time that is left when all goes that can.
 
     Args:
         model: As for `fit_budget`.
@@ -153,14 +153,14 @@ def _everything(graph: ChannelGraph) -> Kept:
 
 
 def _but(fixed: Collection[int], everything: Kept, kept: Kept) -> Kept:
-    """A choice in which some groups keep all of their channels."""
+    """Return a choice with all channels of some groups kept."""
     return [whole if i in fixed else keep for i, (whole, keep) in enumerate(zip(everything, kept, strict=True))]
 
 
 def _counted(
     model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], budget: Budget, dense: nn.Module, macs: Share
 ) -> Share:
-    """What is left of what the budget is of."""
+    """Make the share that the budget limits: of MACs, of parameters or of time."""
     if budget.kind == "latency":
         return time_left(model, graph, batch_of(copies(inputs), budget.batch), dense)
     return macs if budget.kind == "macs" else _remembered(parameters_left(model, graph, dense))
@@ -170,7 +170,7 @@ def _counted(
 
 
 def _indispensable(run: Share, everything: Kept, least: Kept) -> set[int]:
-    """The groups without whose channels the model's code fails, by halves."""
+    """Find the groups without whose channels the model's code fails, by halves."""
     gone: set[int] = set()
     fixed: set[int] = set()
     stack = [list(range(len(everything)))]
@@ -190,7 +190,7 @@ def _indispensable(run: Share, everything: Kept, least: Kept) -> set[int]:
 
 
 def _fit(left: Share, choose: Callable[[float], Kept], everything: Kept, budget: Budget) -> Kept:
-    """The choice that uses most of the budget of what counts, not what is measured."""
+    """Choose by the counted cost (MACs, parameters), not by measured time."""
     if left(everything) <= budget.share:
         return everything
     floor = left(choose(1.0))
@@ -206,7 +206,7 @@ def _too_small(kind: str, share: float, floor: float) -> ValueError:
 
 @dataclass(frozen=True)
 class _Step:
-    """Two choices that differ in one group: with `above` the budget is passed, with `below` it is not."""
+    """Two choices that differ in one group: `above` exceeds the budget, `below` does not."""
 
     above: Kept
     below: Kept
@@ -214,7 +214,7 @@ class _Step:
 
 
 def _remembered(left: Share) -> Share:
-    """The same function, which works nothing out twice."""
+    """Return the same function with a memory of its results."""
     known: dict[bytes, float] = {}
 
     def remembered(kept: Sequence[Flags]) -> float:
@@ -251,9 +251,9 @@ def _search(left: Share, choose: Callable[[float], Kept], share: float) -> Kept:
 
 
 def _neighbours(left: Share, choose: Callable[[float], Kept], share: float, low: float) -> tuple[Kept, Kept, float]:
-    """The choices next to the budget, from a sparsity on at which it is passed: above, below, and the sparsity of the first.
+    """Find the choices above and below the budget between which nothing lies, and the sparsity of the one above.
 
-    It stops early where the one below is close.
+    The search starts at a sparsity at which the budget is exceeded, and stops early where the choice below is close to it.
     """
     high = 1.0
     more, less = choose(low), choose(high)
@@ -268,7 +268,7 @@ def _neighbours(left: Share, choose: Callable[[float], Kept], share: float, low:
 
 
 def _step_between(left: Share, more: Kept, less: Kept, share: float) -> _Step:
-    """From one choice to the other group by group: the group with which the budget is kept."""
+    """Go from one choice to the other group by group, and return the step with which the budget is met."""
     moving = [i for i, (a, b) in enumerate(zip(more, less, strict=True)) if not np.array_equal(a, b)]
 
     def after(moves: int) -> Kept:
@@ -279,7 +279,7 @@ def _step_between(left: Share, more: Kept, less: Kept, share: float) -> _Step:
 
 
 def _channel_by_channel(left: Share, step: _Step, share: float) -> Kept:
-    """The same within the one group, from its first channel on."""
+    """Go from one choice to the other channel by channel within the one group, until the budget is met."""
     going = np.flatnonzero(step.above[step.group] & ~step.below[step.group])
 
     def after(moves: int) -> Kept:
@@ -292,7 +292,7 @@ def _channel_by_channel(left: Share, step: _Step, share: float) -> Kept:
 
 
 def _first(holds: Callable[[int], bool], last: int) -> int:
-    """The first of 1, 2, ..., last for which it holds; if for none before, the last."""
+    """Find the first of 1, 2, ..., last for which a condition holds; if for none before, the last."""
     low, high = 0, last
     while high - low > 1:
         middle = (low + high) // 2
@@ -301,7 +301,7 @@ def _first(holds: Callable[[int], bool], last: int) -> int:
 
 
 def _fit_time(measure: Share, macs: Share, choose: Callable[[float], Kept], everything: Kept, share: float) -> Kept:
-    """The choice whose time is nearest to the share, sought along the MACs, with which time grows more or less evenly."""
+    """Choose by measured time: the choice nearest to the share, sought along the MACs, with which time grows about evenly."""
     least = choose(1.0)
     slow, fast = (macs(everything), measure(everything)), (macs(least), measure(least))
     if slow[1] <= share:

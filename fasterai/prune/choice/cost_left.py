@@ -1,20 +1,21 @@
-"""What is left of a model's parameters, MACs and time without some channels; the model itself is not touched."""
+"""The share of a model's parameters, MACs and time that is left without some channels; the model itself is not touched."""
 
 from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from fasterai.analyze.counting import rules
+from fasterai.analyze.timing import by_turns, on_threads, seconds_per_pass
 from fasterai.graph.channels import ChannelGraph
 from fasterai.graph.labels import Flags
 from fasterai.model.names import unwrap
@@ -24,12 +25,13 @@ from fasterai.prune.surgery.plan import make_plan, tensors_of
 
 __all__ = ["Share", "macs_left", "parameters_left", "time_left"]
 
-Share = Callable[[Sequence[Flags]], float]  # channels that stay, group by group -> what is left of the dense model's cost
+Share = Callable[[Sequence[Flags]], float]  # channels that stay, group by group -> the share of the dense model's cost
+#: Seconds of timing and turns at least, after so many turns that do not count.
 SECONDS, PAIRS, WARM_UP = 1.0, 7, 2
 
 
 def parameters_left(model: nn.Module, graph: ChannelGraph, dense: nn.Module) -> Share:
-    """Of the parameters of a dense model, which may be `model` itself; by the shapes of the plan."""
+    """Make the share of a dense model's parameters, which may be `model` itself; by the shapes of the plan."""
     tensors = tensors_of(model)
     sizes = {n: p.numel() for n, (module, attribute) in tensors.items() if (p := module._parameters.get(attribute)) is not None}
     whole = sum(p.numel() for p in unwrap(dense).parameters())
@@ -43,9 +45,9 @@ def parameters_left(model: nn.Module, graph: ChannelGraph, dense: nn.Module) -> 
 
 
 def macs_left(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], dense: nn.Module) -> Share:
-    """Of the MACs of a dense model, which may be `model` itself; counted on a copy without weights where the code allows it.
+    """Make the share of a dense model's MACs, which may be `model` itself; counted on a copy without weights if it runs so.
 
-    A model that multiplies nothing has 0 left of nothing.
+    Of a model without MACs the share is 0.
     """
     shell, bare = _shell(model, inputs)
     whole = _count(shell, bare) if dense is model else _count(*_shell(dense, inputs))
@@ -58,7 +60,7 @@ def macs_left(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], de
 
 
 def _shell(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
-    """A copy that has shapes and no weights, so that running it costs next to nothing; a full one if its code needs values."""
+    """Copy a model without its weights, so that running it costs next to nothing; with them if its code needs values."""
     model = unwrap(model)
     bare: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
     bare.update({id(b): b.detach().to("meta") for b in model.buffers()})
@@ -80,6 +82,7 @@ def _count(model: nn.Module, inputs: tuple[Any, ...]) -> int:
 
 @contextmanager
 def _cut(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags]) -> Iterator[None]:
+    """Take the channels that are not kept out of a model, and put them back afterwards."""
     surgery = Surgery(model, make_plan(model, graph, kept))
     try:
         yield
@@ -88,7 +91,7 @@ def _cut(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags]) -> Iterat
 
 
 def time_left(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], dense: nn.Module) -> Share:
-    """Of the time of a dense model, measured in turns with it, on one thread; a copy of `model` is cut."""
+    """Make the share of a dense model's time, measured in turns with it, on one thread; a copy of `model` is cut."""
     small = copy.deepcopy(unwrap(model))
 
     def left(kept: Sequence[Flags]) -> float:
@@ -99,30 +102,12 @@ def time_left(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], de
 
 
 def _time_ratio(dense: nn.Module, small: nn.Module, inputs: tuple[Any, ...]) -> float:
-    """The time of the small by that of the dense model, over passes in turns on one thread.
+    """Return the time of the small model by that of the dense one, over passes in turns on one thread.
 
     Of each the fastest pass counts: other work on the machine adds to times and takes nothing away.
     """
-    threads = torch.get_num_threads()
-    times: dict[nn.Module, list[float]] = {dense: [], small: []}
-    with at_rest(dense), at_rest(small):
-        torch.set_num_threads(1)
-        try:
-            for model in (dense, small) * WARM_UP:
-                _seconds(model, inputs)
-            start = time.perf_counter()
-            while len(times[small]) < PAIRS or time.perf_counter() - start < SECONDS:
-                for model in (dense, small) if len(times[small]) % 2 else (small, dense):
-                    times[model].append(_seconds(model, inputs))
-        finally:
-            torch.set_num_threads(threads)
-    return min(times[small]) / min(times[dense])
-
-
-def _seconds(model: nn.Module, inputs: tuple[Any, ...]) -> float:
-    on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in tree_leaves(inputs))
-    start = time.perf_counter()
-    model(*inputs)
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    passes = {name: partial(seconds_per_pass, model, inputs) for name, model in (("dense", dense), ("small", small))}
+    with at_rest(dense), at_rest(small), on_threads(1):
+        by_turns(passes, lambda times, _: len(times["small"]) >= WARM_UP)
+        times = by_turns(passes, lambda times, seconds: len(times["small"]) >= PAIRS and seconds >= SECONDS)
+    return min(times["small"]) / min(times["dense"])

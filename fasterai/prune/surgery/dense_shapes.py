@@ -1,4 +1,4 @@
-"""What shapes a model's tensors had before the first channel went: noted at each cut, on the modules that hold them.
+"""The shapes that a model's tensors had before the first channel went: noted at each cut, on the modules that hold them.
 
 The note goes with copies and pickles of a module. It counts only while the tensor has the shape that the last cut left it.
 """
@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from fasterai.model.names import own_tensors
+
 __all__ = ["Note", "dense_shapes", "dense_shapes_of", "note", "noted_on", "put_note"]
 
 Shape = tuple[int, ...]
@@ -20,13 +22,13 @@ KEY = "_shapes_before_cuts"
 
 
 def dense_shapes_of(module: nn.Module) -> dict[str, Shape]:
-    """The shapes of a module's own tensors before the first cut; those that they have now where none is known."""
+    """Return the shapes of a module's own tensors before the first cut; those that they have now where none is known."""
     noted = _noted(module)
     return {name: noted.get(name, shape) for name, shape in _own(module)}
 
 
 def dense_shapes(model: nn.Module) -> dict[str, Shape]:
-    """Name -> shape before the first cut, where it is known; all shapes of a model that nothing was taken out of."""
+    """Return the shapes before the first cut, by name, where they are known; all of a model that nothing was taken out of."""
     is_cut = any(noted_on(module) for module in model.modules())
     return {
         f"{prefix}.{name}" if prefix else name: shape
@@ -36,12 +38,12 @@ def dense_shapes(model: nn.Module) -> dict[str, Shape]:
 
 
 def note(module: nn.Module, dense: Mapping[str, Shape]) -> Note:
-    """What to note on a module that was cut to the shapes that it has now."""
+    """Make the note for a module that was cut to the shapes that it has now."""
     return {name: (dense[name], shape) for name, shape in _own(module) if name in dense}
 
 
 def noted_on(module: nn.Module) -> Note | None:
-    """The note that the last cut left on a module."""
+    """Return the note that the last cut left on a module."""
     return vars(module).get(KEY)
 
 
@@ -59,6 +61,4 @@ def _noted(module: nn.Module) -> dict[str, Shape]:
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Shape]]:
-    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-        if tensor is not None and not is_lazy(tensor):
-            yield name, tuple(tensor.shape)
+    return ((name, tuple(tensor.shape)) for name, tensor in own_tensors(module) if not is_lazy(tensor))

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from fasterai.model.cuts import announce
+from fasterai.model.cuts import announce, kept_slices
 from fasterai.model.names import unwrap
 from fasterai.prune.surgery.dense_shapes import dense_shapes_of, note, noted_on, put_note
-from fasterai.prune.surgery.optimizers import averages_of, check_optimizer, cut_entry, sliced, states_of, strange_keys
+from fasterai.prune.surgery.optimizers import averages_of, check_optimizer, cut_entry, states_of, strange_keys
 from fasterai.prune.surgery.plan import Plan, check_plan, tensor_of, tensors_of
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention, encoders_of
 
@@ -37,8 +37,8 @@ class Surgery:
 
     Args:
         model: The model; changed in place.
-        plan: What to take out.
-        optimizer: Whose state is cut alike; torch's or fastai's.
+        plan: The plan of what to take out.
+        optimizer: The optimizer whose state is cut alike; torch's or fastai's.
 
     Raises:
         TypeError: The optimizer keeps no state by parameter.
@@ -72,7 +72,7 @@ class Surgery:
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """The model as it was, for a while."""
+        """Put everything back for a while."""
         self.undo()
         try:
             yield
@@ -88,7 +88,7 @@ def apply_plan_(model: nn.Module, plan: Plan, *, optimizer: Any = None) -> None:
     Args:
         model: The model, as dense as the one that the plan was made for; changed in place. An `AveragedModel` of torch too.
         plan: `Removal.plan`, or one that `Plan.from_dict` read.
-        optimizer: Whose state is cut alike.
+        optimizer: The optimizer whose state is cut alike.
 
     Raises:
         TypeError: The optimizer keeps no state by parameter.
@@ -126,7 +126,7 @@ def _inner(model: nn.Module) -> nn.Module:
 
 
 def _changes(model: nn.Module, plan: Plan, optimizer: Any) -> Iterator[_Change]:
-    """One after the other: each is made when those before it have been done."""
+    """Make the changes one after the other, each when those before it have been done."""
     tensors, averages = tensors_of(model), averages_of(optimizer)
     states = [(state, strange_keys(state)) for state in states_of(optimizer)]
     dense = [(module, dense_shapes_of(module)) for module in model.modules()]
@@ -148,14 +148,14 @@ def _changes(model: nn.Module, plan: Plan, optimizer: Any) -> Iterator[_Change]:
 
 def _cut(tensor: Tensor, kept: Any, scale: float) -> _Change:
     data, grad = tensor.data, tensor.grad
-    small, small_grad = sliced(data, kept), None if grad is None else sliced(grad, kept)
+    small, small_grad = kept_slices(data, kept), None if grad is None else kept_slices(grad, kept)
     if scale != 1.0:
         small.mul_(scale)
     return _Change(lambda: _put(tensor, small, small_grad), lambda: _put(tensor, data, grad))
 
 
 def _put(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
-    """Other values of another shape under the same identity.
+    """Put values of another shape under the same identity.
 
     A loss that is still held keeps alive the node that gathers the parameter's gradients, with the shape that it had.
     Autograd makes a new one only where the type changes: so it changes in between.

@@ -1,8 +1,7 @@
-"""What an optimizer keeps for a parameter, cut as the parameter is."""
+"""The state that an optimizer keeps for a parameter, cut as the parameter is."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import combinations, product
@@ -13,22 +12,22 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fasterai.graph.labels import Array
+from fasterai.model.cuts import check_trains, kept_slices
 
-__all__ = ["averages_of", "check_optimizer", "check_trained", "cut_entry", "sliced", "states_of", "strange_keys"]
+__all__ = ["averages_of", "check_optimizer", "check_trained", "cut_entry", "states_of", "strange_keys"]
 
 #: Where wrappers of optimizers (fastai's, Lightning's, Accelerate's, timm's) hold what they wrap.
 INNER = ("opt", "optimizer", "_optimizer", "optimizers", "_base_optimizer")
 Kept = Mapping[int, Array]  # dimension of a parameter -> the indices that stay
-FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def states_of(optimizer: Any) -> list[MutableMapping[Any, Any]]:
-    """The states, parameter -> entry, of an optimizer and of what it wraps, or of several in a list; each once."""
+    """List the states, parameter -> entry, of an optimizer and of what it wraps, or of several in a list; each once."""
     return list({id(state): state for one in _unwrapped(optimizer) if (state := _state(one)) is not None}.values())
 
 
 def averages_of(optimizer: Any) -> dict[Tensor, Tensor]:
-    """Parameter -> its average, where an optimizer keeps averages apart from its state: fastai's Lookahead its slow weights."""
+    """Find the averages that an optimizer keeps apart from its state, as fastai's Lookahead its slow weights: by parameter."""
     return {
         parameter: average
         for one in _unwrapped(optimizer)
@@ -38,7 +37,7 @@ def averages_of(optimizer: Any) -> dict[Tensor, Tensor]:
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """An optimizer whose state can be cut, several in a list, or None.
+    """Refuse an optimizer whose state cannot be cut; several in a list, and None, are allowed.
 
     Raises:
         TypeError: It keeps no state by parameter.
@@ -60,13 +59,12 @@ def check_trained(model: nn.Module, optimizer: Any) -> None:
     Raises:
         ValueError: They hold none of the model's parameters.
     """
-    groups = [group for one in (optimizer if isinstance(optimizer, list | tuple) else [optimizer]) for group in _groups(one)]
-    trained = {id(parameter) for group in groups for parameter in group["params"]}
-    if trained and not any(id(parameter) in trained for parameter in model.parameters()):
-        raise ValueError(
-            f"optimizer must train the model that channels go from, got one that holds none of the parameters of this "
-            f"{type(model).__name__}: make the optimizer anew after the model"
-        )
+    check_trains(
+        optimizer,
+        model.parameters(),
+        "the model that channels go from",
+        f"the parameters of this {type(model).__name__}",
+    )
 
 
 def _groups(optimizer: Any) -> Iterable[Mapping[str, Any]]:
@@ -94,7 +92,7 @@ def _state(optimizer: Any) -> MutableMapping[Any, Any] | None:
 
 
 def strange_keys(state: Mapping[Any, Any]) -> set[str]:
-    """The keys of a state under which some parameter has a tensor of another shape than its own, as preconditioners have."""
+    """Find the keys of a state under which some parameter has a tensor of another shape than its own, as preconditioners."""
     return {
         key
         for parameter, entry in state.items()
@@ -107,17 +105,17 @@ def strange_keys(state: Mapping[Any, Any]) -> set[str]:
 def cut_entry(
     entry: Mapping[str, Any], name: str, shape: Sequence[int], kept: Kept, strange: Collection[str] = ()
 ) -> dict[str, Any]:
-    """An optimizer's entry for a parameter, cut as the parameter is; empty, with a warning, where that cannot be told.
+    """Cut an optimizer's entry for a parameter as the parameter is; empty, with a warning, where that cannot be told.
 
     A tensor of the parameter's shape is cut as it is; one with 1 for some of its sizes (factored second moments), or with
     some of its dimensions, along those that it has; a number is left alone. An entry without one of its parts would break the
     optimizer's next step, so an entry that cannot be cut starts anew as a whole.
 
     Args:
-        entry: As it is; not changed.
-        name: The parameter's, for the warning.
-        shape: The parameter's, before.
-        kept: Its dimension -> the indices that stay.
+        entry: The entry; not changed.
+        name: The parameter's name, for the warning.
+        shape: The parameter's shape before the cut.
+        kept: Dimension of the parameter -> the indices that stay.
         strange: The `strange_keys` of the state. The preconditioner of a square matrix has the matrix's shape, and is one of
             rows by rows or of columns by columns: so under these keys a dimension may be any of its size.
     """
@@ -130,7 +128,7 @@ def cut_entry(
         if dims is None:
             strangers.append(f"{key} {tuple(value.shape)}")
             return value
-        return sliced(value, {i: kept[d] for i, d in dims.items() if d in kept})
+        return kept_slices(value.detach(), {i: kept[d] for i, d in dims.items() if d in kept})
 
     result = {key: tree_map(lambda v, key=key: cut(key, v), value) for key, value in entry.items()}
     if not strangers:
@@ -143,12 +141,12 @@ def cut_entry(
 
 
 def _is_tensor(value: Any) -> bool:
-    """Not a number, nor one in a tensor."""
+    """Tell a tensor of several entries from a number, or one in a tensor."""
     return isinstance(value, Tensor) and value.numel() > 1
 
 
 def _dims(own: Sequence[int], shape: Sequence[int], kept: Kept, is_strange: bool) -> dict[int, int] | None:
-    """Which dimension of a parameter each of a tensor's is, where it is one; None where that cannot be told."""
+    """Find the dimension of a parameter that each of a tensor's is, where it is one; None where that cannot be told."""
     readings = _readings(own, shape)
     if is_strange:
         alike = [[e for e, m in enumerate(shape) if m == n] for n in shape]
@@ -159,29 +157,9 @@ def _dims(own: Sequence[int], shape: Sequence[int], kept: Kept, is_strange: bool
 
 
 def _readings(own: Sequence[int], shape: Sequence[int]) -> list[dict[int, int]]:
-    """Every way to read a tensor's dimensions, in their order, as dimensions of a parameter of that shape."""
+    """List every way to read a tensor's dimensions, in their order, as dimensions of a parameter of that shape."""
     if len(own) == len(shape):
         pairs = list(zip(own, shape, strict=True))
         return [{d: d for d, (n, m) in enumerate(pairs) if n == m}] if all(n in (1, m) for n, m in pairs) else []
     choices = combinations(range(len(shape)), len(own))
     return [dict(enumerate(c)) for c in choices if all(n == shape[d] for n, d in zip(own, c, strict=True))]
-
-
-def sliced(tensor: Tensor, kept: Kept) -> Tensor:
-    """A new tensor of the indices that stay, in the memory format of the old."""
-    result = tensor.detach()
-    for d, indices in kept.items():
-        result = result.index_select(d, torch.as_tensor(indices, device=tensor.device))
-    layout = FORMATS.get(tensor.dim())
-    if layout is not None and tensor.stride() == _channels_last_strides(tensor.shape) != _contiguous_strides(tensor.shape):
-        result = torch.empty_like(result, memory_format=layout).copy_(result)
-    return result
-
-
-def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
-
-
-def _channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    n, *kernel, c = _contiguous_strides((shape[0], *shape[2:], shape[1]))
-    return n, c, *kernel

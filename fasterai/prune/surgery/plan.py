@@ -1,4 +1,4 @@
-"""What to take out of a network, as data: it can be printed, saved, and replayed on a fresh model."""
+"""The plan of a removal, as data: it can be printed, saved, and replayed on a fresh model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fasterai.graph.channels import ChannelGraph, Place
 from fasterai.graph.labels import Array, Flags
-from fasterai.model.names import plain_name, unwrap
+from fasterai.model.names import own_tensors, plain_name, unwrap, walk_tensors
 from fasterai.prune.surgery.modules import HEADS, STREAMS, WIDTHS, new_sizes
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention
 
@@ -21,7 +21,7 @@ __all__ = ["Plan", "check_plan", "cut_normed", "make_plan", "tensor_of", "tensor
 
 @dataclass(frozen=True)
 class Plan:
-    """What to take out.
+    """The plan of a removal.
 
     Attributes:
         shapes: Name of each parameter and buffer that shrinks -> its shape before.
@@ -39,14 +39,14 @@ class Plan:
     scales: Mapping[str, float] = field(default_factory=dict)
 
     def shape_after(self, name: str) -> tuple[int, ...]:
-        """The shape that a parameter or buffer gets."""
+        """Return the shape that a parameter or buffer gets."""
         return tuple(len(self.keep[name, d]) if (name, d) in self.keep else n for d, n in enumerate(self.shapes[name]))
 
     def __bool__(self) -> bool:
         return bool(self.keep)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return plain data, ready for JSON."""
         return {
             "shapes": {n: list(s) for n, s in self.shapes.items()},
             "keep": [[n, d, kept.tolist()] for (n, d), kept in self.keep.items()],
@@ -57,7 +57,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """The plan that `to_dict` made the data of."""
+        """Make the plan of which `to_dict` made the data."""
         return cls(
             {n: tuple(s) for n, s in data["shapes"].items()},
             {(n, d): np.asarray(kept, np.int64) for n, d, kept in data["keep"]},
@@ -78,25 +78,21 @@ def _tupled(value: Any) -> Any:
 
 
 def tensors_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Name of every parameter and buffer -> the module that holds it, and its name there; tied ones under their first name."""
-    found: dict[str, tuple[nn.Module, str]] = {}
-    seen: set[int] = set()
-    for prefix, module in unwrap(model).named_modules():
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                found[plain_name(f"{prefix}.{name}" if prefix else name)] = (module, name)
-    return found
+    """Find the module that holds each parameter and buffer, and its name there; tied ones under their first name."""
+    found: dict[int, tuple[str, nn.Module, str]] = {}
+    for name, module, attribute, tensor in walk_tensors(unwrap(model)):
+        found.setdefault(id(tensor), (name, module, attribute))
+    return {name: (module, attribute) for name, module, attribute in found.values()}
 
 
 def make_plan(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags], *, streams: bool = False) -> Plan:
-    """The plan that takes out the channels of each group that are not kept.
+    """Plan to take out the channels of each group that are not kept.
 
     Args:
         model: The model, dense; not changed.
         graph: Its channel graph.
         kept: For each group a bool array over its channels, True = stays.
-        streams: Whether models' own modules that keep a number of the size of a stream get a new one.
+        streams: True if models' own modules that keep a number of the size of a stream get a new one.
     """
     gone: dict[Place, list[Array]] = {}
     for group, keep in zip(graph.groups, kept, strict=True):
@@ -116,7 +112,7 @@ def make_plan(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags], *, s
 
 
 def tensor_of(tensors: Mapping[str, tuple[nn.Module, str]], name: str) -> Tensor:
-    """A parameter or buffer by its name, among those of `tensors_of`."""
+    """Look up a parameter or buffer by its name, among those of `tensors_of`."""
     module, attribute = tensors[name]
     parameter = module._parameters.get(attribute)
     tensor = parameter if parameter is not None else module._buffers[attribute]
@@ -125,7 +121,7 @@ def tensor_of(tensors: Mapping[str, tuple[nn.Module, str]], name: str) -> Tensor
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:
-    """A plan that fits the model: tensors of the shapes before, modules with the numbers before.
+    """Refuse a plan that does not fit the model: tensors of the shapes before, modules with the numbers before.
 
     Raises:
         ValueError: It was made for another model, or was carried out already.
@@ -161,7 +157,7 @@ def _misfits(model: nn.Module, plan: Plan) -> Iterator[str]:
 def _sizes(
     model: nn.Module, plan: Plan, graph: ChannelGraph, kept: Sequence[Flags]
 ) -> tuple[tuple[tuple[str, str, Any, Any], ...], dict[str, int]]:
-    """The modules' own numbers after the surgery."""
+    """Find the modules' own numbers that change, and the attentions that lose heads."""
     changed: list[tuple[str, str, Any, Any]] = []
     slim: dict[str, int] = {}
     heads = _heads(plan, graph, kept)
@@ -169,21 +165,18 @@ def _sizes(
     for prefix, module in unwrap(model).named_modules():
         name = plain_name(prefix)
         dot = f"{name}." if name else ""
-        held = [*module._parameters.items(), *module._buffers.items()]
-        own = {a: names[id(t)] for a, t in held if t is not None and names[id(t)] in plan.shapes}
+        own = {a: names[id(t)] for a, t in own_tensors(module) if names[id(t)] in plan.shapes}
         if isinstance(module, nn.MultiheadAttention | SlimMultiheadAttention):
-            lost = heads.get(f"{dot}in_proj_weight") or heads.get(f"{dot}q_proj_weight")
+            made = (*heads.get(f"{dot}in_proj_weight", ()), *heads.get(f"{dot}q_proj_weight", ()))
+            lost = [width for width in made if width.dim == 0]  # what it reads may come in several indices each, too
             reads_less = any((f"{dot}{which}_proj_weight", 1) in plan.keep for which in ("in", "q", "k", "v"))
             if lost or reads_less:  # torch's own insists on heads that fill the width that it reads
                 slim[name] = lost[0].channels[1] if lost else module.num_heads
                 changed += [(name, *c) for c in _differing(module, _attention_widths(dot, plan))]
             continue
         if own:
-            old, new = (
-                {a: tuple(t.shape) for a, t in [*module._parameters.items(), *module._buffers.items()] if t is not None}
-                for _ in "12"
-            )
-            new.update({a: plan.shape_after(n) for a, n in own.items()})
+            old = {a: tuple(t.shape) for a, t in own_tensors(module)}
+            new = old | {a: plan.shape_after(n) for a, n in own.items()}
             keep = {(a, d): plan.keep[n, d] for a, n in own.items() for d in range(len(old[a])) if (n, d) in plan.keep}
             changed += [(name, *c) for c in _differing(module, new_sizes(module, old, new, keep))]
         elif name in graph.normed:
@@ -197,7 +190,7 @@ def _differing(module: nn.Module, sizes: Mapping[str, Any]) -> list[tuple[str, A
 
 
 def _attention_widths(dot: str, plan: Plan) -> dict[str, int]:
-    """The numbers of an attention's features that change: of what comes out, of keys and of values."""
+    """Find the numbers of an attention's features that change: of what comes out, of keys and of values."""
     inputs = {"kdim": f"{dot}k_proj_weight", "vdim": f"{dot}v_proj_weight"}
     places = {"embed_dim": (f"{dot}out_proj.weight", 0)} | {
         a: (own if own in plan.shapes else f"{dot}in_proj_weight", 1) for a, own in inputs.items()
@@ -206,7 +199,7 @@ def _attention_widths(dot: str, plan: Plan) -> dict[str, int]:
 
 
 def cut_normed(normed: Mapping[str, Sequence[tuple[Place, int] | None]], keep: Mapping[Place, Array]) -> dict[str, Any]:
-    """What modules without parameters go with (`ChannelGraph.normed`), after a removal."""
+    """Find the channels that modules without parameters normalise (`ChannelGraph.normed`) after a removal."""
     left = {place: {int(old): new for new, old in enumerate(kept)} for place, kept in keep.items()}
 
     def followed(at: tuple[Place, int] | None) -> tuple[Place, int] | None:
@@ -220,7 +213,7 @@ def cut_normed(normed: Mapping[str, Sequence[tuple[Place, int] | None]], keep: M
 
 
 def _bare_sizes(module: nn.Module, plan: Plan, goes_with: Sequence[tuple[Place, int] | None]) -> list[tuple[str, Any, Any]]:
-    """The numbers of a module without parameters, as if it had a weight that goes with what it normalises."""
+    """Find the numbers of a module without parameters, as if it had a weight that goes with what it normalises."""
     staying = {place: set(kept.tolist()) for place, kept in plan.keep.items()}
     is_kept = [at is None or at[0] not in staying or at[1] in staying[at[0]] for at in goes_with]
     kept = np.flatnonzero(is_kept)
@@ -232,25 +225,26 @@ def _bare_sizes(module: nn.Module, plan: Plan, goes_with: Sequence[tuple[Place, 
 
 @dataclass(frozen=True)
 class _Width:
-    """Channels of several indices each along one dimension of a weight, as heads are."""
+    """Channels of several indices each along a dimension of a weight, as heads are: how many before and after."""
 
+    dim: int
     channels: tuple[int, int]
     sizes: tuple[int, int]
 
 
 def _heads(plan: Plan, graph: ChannelGraph, kept: Sequence[Flags]) -> dict[str, list[_Width]]:
-    """Weight -> its dimensions where each channel is several indices of it."""
+    """Find the dimensions of weights along which each channel is several indices, by weight."""
     found: dict[str, list[_Width]] = {}
     for group, keep in zip(graph.groups, kept, strict=True):
         for (name, d), indices in group.places.items():
             if indices.shape[1] > 1 and not keep.all():
                 sizes = plan.shapes[name][d], plan.shape_after(name)[d]
-                found.setdefault(name, []).append(_Width((group.channels, int(keep.sum())), sizes))
+                found.setdefault(name, []).append(_Width(d, (group.channels, int(keep.sum())), sizes))
     return found
 
 
 def _parent_sizes(module: nn.Module, dot: str, heads: Mapping[str, Sequence[_Width]]) -> list[tuple[str, Any, Any]]:
-    """Numbers of heads and widths that a module keeps of the layers right below it."""
+    """Find the numbers of heads and widths that a module keeps of the layers right below it."""
     changed: dict[str, tuple[str, Any, Any]] = {}
     below = [f"{dot}{child}{inner}.weight" for child in module._modules for inner in ("", ".conv")]
     for width in (w for name in below for w in heads.get(name, ())):
@@ -262,7 +256,7 @@ def _parent_sizes(module: nn.Module, dot: str, heads: Mapping[str, Sequence[_Wid
 
 
 def _stream_sizes(model: nn.Module, plan: Plan, known: set[tuple[str, str]]) -> Iterator[tuple[str, str, Any, Any]]:
-    """Widths that modules other than torch's keep, where all that they hold of that width gets one and the same other."""
+    """Find the widths that modules other than torch's keep, where all that they hold of that width gets the same other one."""
     for prefix, module in model.named_modules():
         widths = {a: n for a in STREAMS if isinstance(n := vars(module).get(a), int) and not isinstance(n, bool)}
         if not widths or type(module).__module__.startswith("torch.nn."):

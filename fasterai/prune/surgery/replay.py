@@ -1,4 +1,4 @@
-"""What was taken out of a model, taken out of a fresh one again."""
+"""Removals repeated: what was taken out of a model is taken out of a fresh one."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from fasterai.model.cuts import announce
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.plan import Plan, tensor_of, tensors_of
 
-__all__ = ["FORMAT", "Shapes", "read_state", "replay", "shapes_of"]
+__all__ = ["GRADUAL_FORMAT", "Shapes", "read_state", "replay", "shapes_of"]
 
-FORMAT = "fasterai-gradual-1"
+GRADUAL_FORMAT = "fasterai-gradual-1"
 Shapes = dict[str, tuple[int, ...]]
 
 
 def shapes_of(model: nn.Module) -> Shapes:
-    """The shapes of a model's parameters and buffers."""
+    """Return the shapes of a model's parameters and buffers, tied ones under their first name."""
     tensors = tensors_of(model)
     return {name: tuple(tensor_of(tensors, name).shape) for name in tensors}
 
 
 def read_state(state: Mapping[str, Any]) -> tuple[list[Plan], Shapes]:
-    """The plans of a `GradualPruner`'s state, and the shapes of its model.
+    """Read the plans of a `GradualPruner`'s state, and the shapes of its model.
 
     Raises:
         ValueError: It is no such state.
@@ -33,8 +33,8 @@ def read_state(state: Mapping[str, Any]) -> tuple[list[Plan], Shapes]:
     missing = [key for key in keys if not isinstance(state, Mapping) or key not in state]
     if missing:
         raise ValueError(f"state must be what GradualPruner.state_dict() returned, got one without {', '.join(missing)}")
-    if state["format"] != FORMAT:
-        raise ValueError(f"state's format must be {FORMAT}, got {state['format']!r}")
+    if state["format"] != GRADUAL_FORMAT:
+        raise ValueError(f"state's format must be {GRADUAL_FORMAT}, got {state['format']!r}")
     return [Plan.from_dict(p) for p in state["plans"]], {name: tuple(shape) for name, shape in state["shapes"].items()}
 
 
@@ -44,11 +44,11 @@ def replay(
     """Carry out those of the plans that a model has not had yet.
 
     Args:
-        model: As dense as it was at first, or as after some of the plans; changed in place.
-        plans: What was taken out, in order.
-        shapes: Those of the model after all of them.
-        optimizer: Whose state is cut alike.
-        copies: Asked for the modules that are cut alike.
+        model: The model, as dense as it was at first or as after some of the plans; changed in place.
+        plans: The plans that were carried out, in order.
+        shapes: The shapes of the model after all of them.
+        optimizer: The optimizer whose state is cut alike.
+        copies: A function that returns the modules that are cut alike.
 
     Returns:
         For each plan the surgeries, to take them back.
@@ -72,7 +72,7 @@ def replay(
 
 
 def _had(model: nn.Module, plans: Sequence[Plan], shapes: Shapes) -> int:
-    """How many of the plans a model has had."""
+    """Count the plans that a model has had."""
     own = shapes_of(model)
     expected = dict(shapes)
     for count in range(len(plans), -1, -1):

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.prune.rules.cases import Case, goes_as_it_says, stands_in_the_program
 from torch import Tensor, nn
+
+from tests.graph.rules.cases import Case, goes_as_it_says, stands_in_the_program
 
 
 def keys(c: int = 8) -> Callable[[], dict[str, Any]]:

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.prune.rules.cases import Case, around, aten, both, goes_as_it_says, linears, stands_in_the_program
+
+from tests.graph.rules.cases import Case, around, aten, both, goes_as_it_says, linears, stands_in_the_program
 
 UNARY = (
     *("relu", "relu6", "sigmoid", "tanh", "gelu", "silu", "mish", "elu", "selu", "celu", "softplus", "leaky_relu", "hardtanh"),

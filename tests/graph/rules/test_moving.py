@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.prune.rules.cases import Case, aten, beside, both, convs, goes_as_it_says, linears, stands_in_the_program
 from torch import Tensor, nn
+
+from tests.graph.rules.cases import Case, aten, beside, both, convs, goes_as_it_says, linears, stands_in_the_program
 
 
 def to_last(op: str, f: Callable[[Tensor], Tensor], dims: int = 2) -> Case:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from tests.prune.rules.cases import Case, both, convs, goes_as_it_says, linears, stands_in_the_program
+import torch
 from torch import nn
+
+from fasterai.graph.channels import channel_graph
+from tests.graph.rules.cases import Case, both, convs, goes_as_it_says, linears, stands_in_the_program
 
 CASES = [
     Case(
@@ -80,3 +83,18 @@ def test_what_goes_is_not_missed_and_what_stays_says_why(case: Case) -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if c.ops], ids=str)
 def test_the_operation_stands_in_the_program(case: Case) -> None:
     stands_in_the_program(case)
+
+
+@pytest.mark.parametrize(
+    ("exact", "channels", "rescaled"),
+    [(True, [[0, 1, 2, 3], [4, 5, 6, 7]], []), (False, [[0, 4], [1, 5], [2, 6], [3, 7]], ["1.weight"])],
+)
+def test_the_same_channel_of_each_group_goes_where_outputs_may_move(
+    exact: bool, channels: list[list[int]], rescaled: list[str]
+) -> None:
+    """That is finer than whole groups, and moves all averages, for which the norm's weight makes up."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1)).eval()
+    graph = channel_graph(net, (torch.zeros(2, 3, 6, 6),), exact)
+    (group,) = graph.groups
+    assert [group.places[place].tolist() for place in (("0.weight", 0), ("1.weight", 0), ("2.weight", 1))] == [channels] * 3
+    assert sorted(graph.rescaled) == rescaled

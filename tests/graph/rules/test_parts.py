@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.prune.rules.cases import (
+from torch import Tensor, nn
+
+from tests.graph.rules.cases import (
     Case,
     aten,
     beside,
@@ -16,7 +18,6 @@ from tests.prune.rules.cases import (
     over_channels,
     stands_in_the_program,
 )
-from torch import Tensor, nn
 
 
 def gated(parts: Any) -> Tensor:

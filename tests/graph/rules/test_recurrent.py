@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.prune.rules.cases import Case, goes_as_it_says, stands_in_the_program
 from torch import Tensor, nn
 
 from fasterai.graph.channels import channel_graph
+from tests.graph.rules.cases import Case, goes_as_it_says, stands_in_the_program
 
 
 def recurrent(kind: type[nn.RNNBase], **how: Any) -> Case:

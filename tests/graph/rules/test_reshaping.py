@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from tests.prune.rules.cases import Case, aten, both, convs, goes_as_it_says, linears, one, stands_in_the_program
 from torch import nn
+
+from tests.graph.rules.cases import Case, aten, both, convs, goes_as_it_says, linears, one, stands_in_the_program
 
 CASES = [
     Case(

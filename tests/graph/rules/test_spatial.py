@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch.nn.functional as F
-from tests.prune.rules.cases import Case, aten, convs, goes_as_it_says, on_images, over_channels, stands_in_the_program
+
+from tests.graph.rules.cases import Case, aten, convs, goes_as_it_says, on_images, over_channels, stands_in_the_program
 
 CASES = [
     *(on_images(f"max_pool{d}d", lambda x, d=d: getattr(F, f"max_pool{d}d")(x, 2), d) for d in (1, 2, 3)),

@@ -4,13 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.prune.rules.cases import Case, both, convs, goes_as_it_says, linears, one
 from torch import Tensor, nn
 
 from fasterai.graph.channels import channel_graph
 from fasterai.graph.labels import FIXED
 from fasterai.graph.rules import RULES, Trace, Value, rule
-from tests.prune.rules import (
+from tests.graph.rules import (
     test_attention,
     test_consumers,
     test_elementwise,
@@ -22,6 +21,7 @@ from tests.prune.rules import (
     test_spatial,
     test_weights,
 )
+from tests.graph.rules.cases import Case, both, convs, goes_as_it_says, linears, one
 
 
 def written(m: Any, x: Tensor) -> Tensor:

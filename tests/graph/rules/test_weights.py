@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.prune.rules.cases import (
+from torch import nn
+
+from tests.graph.rules.cases import (
     Case,
     aten,
     both,
@@ -13,7 +15,6 @@ from tests.prune.rules.cases import (
     one,
     stands_in_the_program,
 )
-from torch import nn
 
 CASES = [
     Case(("linear",), lambda m, x: m.b(m.a(x)), linears(), (4, 6), both, {("b.weight", 0): "output", ("a.weight", 1): "fixed"}),

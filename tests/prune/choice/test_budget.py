@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
@@ -23,6 +23,7 @@ from fasterai.prune.choice.budget import Budget, fit_budget, least_left
 from fasterai.prune.choice.cost_left import macs_left, parameters_left
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.plan import make_plan
+from tests.networks import perceptron
 
 Choose = Callable[[float], list[np.ndarray]]
 X = torch.zeros(1, 4)
@@ -30,7 +31,7 @@ X = torch.zeros(1, 4)
 
 def mlp() -> nn.Module:
     """8 x (4 + 1 + 2) + 2 = 58 parameters, 8 x (4 + 2) = 48 MACs; a hidden channel is 7 and 6 of them."""
-    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    return perceptron(4, 8, 2)
 
 
 def chooser(graph: ChannelGraph, context: str = "local", round_to: int = 1, seed: int = 0) -> Choose:
@@ -68,6 +69,8 @@ def counts(kept: list[np.ndarray]) -> list[int]:
         ({"params": -0.1}, ValueError, r"params must be in \(0, 1\], got -0.1"),
         ({"latency": 1.5}, ValueError, r"latency must be in \(0, 1\], got 1.5"),
         ({"macs": 50}, ValueError, "macs .* got 50; pass 0.5 for 50 %"),
+        ({"macs": 100}, ValueError, "macs .* got 100; pass 1 for 100 %"),
+        ({"macs": 101}, ValueError, "macs .* got 101$"),
         ({"macs": math.nan}, ValueError, "macs .* got nan"),
         ({"macs": math.inf}, ValueError, "macs .* got inf"),
         ({"macs": "half"}, TypeError, "macs must be a number .* got 'half'"),
@@ -153,6 +156,43 @@ def test_a_budget_counts_the_dense_model() -> None:
     assert counts(fit_budget(model, graph, (X,), chooser(graph), Budget(params=0.5), dense)) == [3]
     assert counts(fit_budget(model, graph, (X,), chooser(graph), Budget(macs=0.25), dense)) == [2]
     assert counts(fit_budget(model, graph, (X,), chooser(graph), Budget(params=0.6), dense)) == [4]
+
+
+def flags(*kept: int, sizes: tuple[int, ...]) -> list[np.ndarray]:
+    """Of each group the first channels."""
+    return [np.arange(size) < n for size, n in zip(sizes, kept, strict=True)]
+
+
+@pytest.mark.parametrize("wanted", range(1, 8))
+def test_the_first_number_for_which_it_holds(wanted: int) -> None:
+    assert budget_module._first(lambda n: n >= wanted, 7) == wanted
+    assert budget_module._first(lambda n: False, wanted) == wanted
+
+
+def test_a_step_is_the_group_with_which_the_budget_is_kept() -> None:
+    """Of 12 channels 12, 10, 7 and 6 are left; 8 are allowed. The third group does not move."""
+    sizes = (4, 4, 1, 3)
+    more, less = flags(4, 4, 1, 3, sizes=sizes), flags(2, 1, 1, 2, sizes=sizes)
+    step = budget_module._step_between(lambda kept: sum(counts(list(kept))) / 12, more, less, 8 / 12)
+    assert (counts(step.above), counts(step.below), step.group) == ([2, 4, 1, 3], [2, 1, 1, 3], 1)
+
+
+def test_of_several_groups_that_move_too_much_the_one_that_leaves_most_goes_channel_by_channel() -> None:
+    """A channel of the first group counts twice, so that the whole is 40; 24 are allowed.
+
+    Without most of the second 31 are left, without most of the third as well 22, of the first instead 13: neither is close.
+    From 31 on, channel by channel, it is 24 without seven of the third, or 23 without four of the first.
+    """
+    sizes = (10, 10, 10)
+
+    def choose(sparsity: float) -> list[np.ndarray]:
+        return flags(*(1 if sparsity >= at else 10 for at in (0.7, 0.5, 0.6)), sizes=sizes)
+
+    def left(kept: Sequence[np.ndarray]) -> float:
+        first, second, third = counts(list(kept))
+        return (2 * first + second + third) / 40
+
+    assert counts(budget_module._search(left, choose, 24 / 40)) == [10, 1, 3]
 
 
 def test_a_model_without_products_has_no_budget_of_macs() -> None:

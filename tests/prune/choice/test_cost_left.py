@@ -16,13 +16,14 @@ from fasterai.prune.choice import cost_left as shares
 from fasterai.prune.choice.cost_left import macs_left, parameters_left, time_left
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.plan import make_plan
+from tests.networks import perceptron
 
 X = torch.zeros(1, 4)
 
 
 def mlp() -> nn.Module:
     """8 x (4 + 1 + 2) + 2 = 58 parameters, 8 x (4 + 2) = 48 MACs; a hidden channel is 7 and 6 of them."""
-    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    return perceptron(4, 8, 2)
 
 
 def some_of(graph: ChannelGraph, seed: int = 0) -> list[np.ndarray]:
@@ -184,7 +185,7 @@ def test_time_is_that_of_undisturbed_passes_in_turns(monkeypatch: pytest.MonkeyP
         round_ = (len(calls) - 1) // 2 - shares.WARM_UP
         return (1.0 if small else 4.0) * (1 if round_ % 7 in ((1, 4) if small else (2, 5)) else 10.0 + 90 * small)
 
-    monkeypatch.setattr(shares, "_seconds", seconds)
+    monkeypatch.setattr(shares, "seconds_per_pass", seconds)
     torch.set_num_threads(2)
     try:
         left = time_left(model, channel_graph(model, (X,)), (X,), model)(first(2, 8))

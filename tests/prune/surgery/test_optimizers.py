@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fasterai.graph.channels import channel_graph
 from fasterai.prune.removal import mask_channels_, remove
 from fasterai.prune.surgery.operate import Surgery
-from fasterai.prune.surgery.optimizers import check_optimizer, cut_entry, sliced, states_of, strange_keys
+from fasterai.prune.surgery.optimizers import check_optimizer, cut_entry, states_of, strange_keys
 from fasterai.prune.surgery.plan import make_plan
 
 KEPT = np.array([0, 2])
@@ -112,16 +112,6 @@ def test_states_inside_of_lists_are_cut_as_well() -> None:
     entry = cut_entry({"slow": [EIGHT, {"deep": EIGHT + 1}]}, "w", (4, 2), {0: KEPT})
     assert entry["slow"][0].tolist() == [[0, 1], [4, 5]]
     assert entry["slow"][1]["deep"].tolist() == [[1, 2], [5, 6]]
-
-
-@pytest.mark.parametrize("shape", [(4, 6, 3, 3), (4, 6, 1, 1), (4, 6, 2, 3, 3), (4, 1, 3, 3)])
-@pytest.mark.parametrize("is_last", [True, False])
-def test_the_memory_format_stays(shape: tuple[int, ...], is_last: bool) -> None:
-    layout = {4: torch.channels_last, 5: torch.channels_last_3d}[len(shape)] if is_last else torch.contiguous_format
-    tensor = torch.randn(shape).to(memory_format=layout)
-    small = sliced(tensor, {0: KEPT})
-    assert torch.equal(small, tensor[[0, 2]])
-    assert small.stride() == torch.empty(2, *shape[1:]).to(memory_format=layout).stride()
 
 
 # --- optimizers --------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import nn
 
 from fasterai.graph.channels import channel_graph
 from fasterai.prune.surgery.operate import Surgery
-from fasterai.prune.surgery.plan import Plan, cut_normed, make_plan, tensors_of
+from fasterai.prune.surgery.plan import Plan, check_plan, cut_normed, make_plan, tensors_of
 
 X = torch.randn(2, 3, 6, 6)
 
@@ -78,6 +78,36 @@ def test_nothing_to_take_out_is_an_empty_plan() -> None:
     assert not plan
     assert (plan.shapes, plan.keep, plan.attributes, plan.slim) == ({}, {}, (), {})
     assert small_plan(net)
+
+
+def test_a_plan_is_of_what_it_cuts_whatever_modules_note_of_it() -> None:
+    assert Plan({"w": (4,)}, {("w", 0): np.array([0, 1])}, (), {})
+
+
+SOUND = Plan({"0.weight": (4, 3, 3, 3)}, {("0.weight", 0): np.array([0, 3])}, (("0", "out_channels", 4, 2),), {})
+BROKEN = {
+    "below the first": ({"keep": {("0.weight", 0): np.array([-1, 0])}}, r"that keeps indices of 0\.weight which are not there"),
+    "beyond the last": ({"keep": {("0.weight", 0): np.array([0, 4])}}, r"that keeps indices of 0\.weight which are not there"),
+    "none": ({"keep": {("0.weight", 0): np.array([], np.int64)}}, r"that keeps indices of 0\.weight which are not there"),
+    "beyond the dimensions": (
+        {"keep": {("0.weight", 4): np.array([0])}},
+        r"that keeps indices of 0\.weight which are not there",
+    ),
+    "of no known shape": ({"keep": {("0.bias", 0): np.array([0])}}, r"that keeps indices of 0\.bias which are not there"),
+    "no tensor": ({"shapes": {"0.scale": (4,)}}, r"that cuts 0\.scale, which it has not"),
+    "another shape": ({"shapes": {"0.weight": (4, 3, 3, 1)}}, r"where 0\.weight is \(4, 3, 3, 1\), here \(4, 3, 3, 3\)"),
+    "no module": ({"attributes": (("4", "out_channels", 4, 2),)}, r"that sets 4\.out_channels, which it has not"),
+    "no attribute": ({"attributes": (("2", "out_channels", 4, 2),)}, r"that sets 2\.out_channels, which it has not"),
+    "another number": ({"attributes": (("0", "out_channels", 5, 2),)}, r"where 0\.out_channels is 5, here 4"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_plan_that_does_not_fit_is_refused_by_what_differs(kind: str) -> None:
+    changes, message = BROKEN[kind]
+    check_plan(small_net(), SOUND)
+    with pytest.raises(ValueError, match=f"^plan must be for this model, got one {message}$"):
+        check_plan(small_net(), replace(SOUND, **changes))
 
 
 def test_a_plan_changes_nothing() -> None:
@@ -162,6 +192,84 @@ def test_lost_heads_of_torchs_attention_are_counted() -> None:
     assert plan.keep["self_attn.in_proj_weight", 0].tolist() == [n + k for n in (0, 8, 16) for k in (0, 1, 4, 5, 6, 7)]
 
 
+def test_heads_that_all_stay_are_no_change() -> None:
+    layer = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True)
+    graph = channel_graph(layer, (torch.randn(2, 5, 8),))
+    plan = make_plan(layer, graph, [np.arange(g.channels) < (12 if g.channels == 16 else g.channels) for g in graph.groups])
+    assert plan.slim == {}
+    assert set(plan.attributes) == {("linear1", "out_features", 16, 12), ("linear2", "in_features", 16, 12)}
+    net = Attention(fused=False)
+    plan = make_plan(net, channel_graph(net, (torch.randn(2, 5, 6),)), [np.ones(4, np.bool_)])
+    assert plan.attributes == ()
+
+
+class Grouped(nn.Module):
+    """Attention that reads channels in groups of two, of which whole ones may go."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(5, 8), nn.GroupNorm(4, 8), nn.Linear(8, 3)
+        self.attention = nn.MultiheadAttention(8, heads, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.a(x).flatten(0, 1)).unflatten(0, x.shape[:2])
+        return self.b(self.attention(y, y, y, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("heads", [2, 4, 8])
+def test_heads_are_not_mistaken_for_channels_that_attention_reads(heads: int) -> None:
+    net, x = Grouped(heads).eval(), torch.randn(2, 3, 5)
+    graph = channel_graph(net, (x,))
+    places = [("a.weight", 0), ("attention.in_proj_weight", 0)]
+    counts = [next(g.channels for g in graph.groups if place in g.places) for place in places]
+    assert counts == [4, heads]
+    for fewer in (0, 1):
+        gone = {places[0]: 1, places[1]: fewer}
+        kept = [np.arange(g.channels) >= max(gone.get(place, 0) for place in g.places) for g in graph.groups]
+        plan = make_plan(net, graph, kept)
+        assert plan.slim == {"attention": heads - fewer}
+        assert {("attention", "kdim", 8, 6), ("attention", "vdim", 8, 6)} <= set(plan.attributes)
+
+
+class Cross(nn.Module):
+    """Attention whose keys and values are of other widths, each made by a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.v = nn.Linear(5, 6), nn.Linear(5, 4)
+        self.attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=4, batch_first=True)
+
+    def forward(self, query: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(query, self.k(x), self.v(x), need_weights=False)[0]
+
+
+@pytest.mark.parametrize(("made_by", "attribute", "size"), [("k.weight", "kdim", 6), ("v.weight", "vdim", 4)])
+def test_attention_that_reads_less_of_one_kind_is_slim_with_all_of_its_heads(made_by: str, attribute: str, size: int) -> None:
+    net = Cross().eval()
+    graph = channel_graph(net, (torch.randn(2, 3, 8), torch.randn(2, 3, 5)))
+    plan = make_plan(net, graph, [np.arange(g.channels) >= (g.name == made_by) for g in graph.groups])
+    assert plan.slim == {"attention": 2}
+    changed = [a for a in plan.attributes if a[0] == "attention"]
+    assert changed == [("attention", attribute, size, size - 1)]
+
+
+class FourAndFour(nn.Module):
+    """Its number of heads is the number of its hidden units, which are no heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.a, self.b = 4, nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x).relu())
+
+
+def test_single_channels_are_no_heads() -> None:
+    net = FourAndFour()
+    plan = make_plan(net, channel_graph(net, (torch.randn(2, 5),)), [np.array([True, False, True, True])])
+    assert set(plan.attributes) == {("a", "out_features", 4, 3), ("b", "in_features", 4, 3)}
+
+
 def test_tied_tensors_stand_under_their_first_name() -> None:
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)
     second.weight = first.weight
@@ -184,3 +292,68 @@ def test_what_modules_without_parameters_go_with_follows_a_removal() -> None:
     normed = {"norm": ((place, 0), (place, 1), None, (place, 3), (other, 1)), "far": ((other, 0), (other, 1))}
     followed = cut_normed(normed, {place: np.array([0, 3])})
     assert followed == {"norm": ((place, 0), None, (place, 1), (other, 1)), "far": ((other, 0), (other, 1))}
+
+
+def test_what_a_norm_averages_over_grows_by_the_root_of_the_share_that_goes() -> None:
+    net = nn.Sequential(nn.Linear(5, 8), nn.RMSNorm(8), nn.Linear(8, 3))
+    plan = make_plan(net, channel_graph(net, (torch.randn(2, 5),), exact=False), [np.arange(8) < 2])
+    assert plan.scales == {"1.weight": 2.0}  # two of eight are left: the mean of squares is four times as large
+
+
+class TwoPaths(nn.Module):
+    """Two paths with norms without parameters, each of which goes with its own path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(5, 8), nn.Linear(8, 3), nn.Linear(5, 6), nn.Linear(6, 3)
+        self.one, self.two = nn.GroupNorm(4, 8, affine=False), nn.GroupNorm(3, 6, affine=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.one(self.a(x))) + self.d(self.two(self.c(x)))
+
+
+def test_norms_without_parameters_keep_their_numbers_where_nothing_goes() -> None:
+    net = TwoPaths()
+    graph = channel_graph(net, (torch.randn(2, 5),))
+    plan = make_plan(net, graph, [np.arange(g.channels) >= (g.name == "a.weight") for g in graph.groups])
+    changed = [a for a in plan.attributes if a[0] in ("one", "two")]
+    assert sorted(changed) == [("one", "num_channels", 8, 6), ("one", "num_groups", 4, 3)]
+
+
+class Stream(nn.Module):
+    """Keeps the width of its hidden layers as a number."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.hidden_dim = 8
+        self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(8, hidden), nn.Linear(hidden, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(x).relu()).relu())
+
+
+@pytest.mark.parametrize(("hidden", "changes"), [(6, [("", "hidden_dim", 8, 7)]), (8, [])])
+def test_a_number_follows_where_all_of_its_size_become_one_other(hidden: int, changes: list[tuple[str, str, int, int]]) -> None:
+    """With eight channels behind the layer that loses one, eight is left of one layer and becomes seven of another."""
+    net = Stream(hidden)
+    graph = channel_graph(net, (torch.randn(2, 5),))
+    kept = [np.arange(g.channels) >= (g.name == "a.weight") for g in graph.groups]
+    assert [a for a in make_plan(net, graph, kept, streams=True).attributes if a[0] == ""] == changes
+    assert [a for a in make_plan(net, graph, kept).attributes if a[0] == ""] == []
+
+
+class Scale(nn.Module):
+    """A number for each channel, and how many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels, self.weight = 8, nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+def test_a_number_that_is_known_already_is_set_once() -> None:
+    net = nn.Sequential(nn.Linear(5, 8), Scale(), nn.Linear(8, 3))
+    plan = make_plan(net, channel_graph(net, (torch.randn(2, 5),)), [np.arange(8) > 0], streams=True)
+    assert [a for a in plan.attributes if a[0] == "1"] == [("1", "channels", 8, 7)]

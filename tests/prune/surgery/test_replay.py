@@ -9,7 +9,7 @@ from fasterai.model.cuts import follow
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.small_files import load_small, save_small
 from fasterai.prune.surgery.plan import Plan
-from fasterai.prune.surgery.replay import FORMAT, read_state, replay, shapes_of
+from fasterai.prune.surgery.replay import GRADUAL_FORMAT, read_state, replay, shapes_of
 
 X = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
 
@@ -131,12 +131,12 @@ def test_what_fails_half_way_is_taken_back():
 
 def test_states_are_read():
     plans = pruned(net(), X)
-    state = {"format": FORMAT, "plans": [p.to_dict() for p in plans], "shapes": {"0.weight": [2, 3]}}
+    state = {"format": GRADUAL_FORMAT, "plans": [p.to_dict() for p in plans], "shapes": {"0.weight": [2, 3]}}
     state |= {"channels": {}, "done": 1.0, "pruner": {}}
     read, shapes = read_state(state)
     assert [str(p) for p in read] == [str(p) for p in plans]
     assert shapes == {"0.weight": (2, 3)}
     with pytest.raises(ValueError, match="got one without plans, done"):
         read_state({k: v for k, v in state.items() if k not in ("plans", "done")})
-    with pytest.raises(ValueError, match=f"state's format must be {FORMAT}, got 'x'"):
+    with pytest.raises(ValueError, match=f"state's format must be {GRADUAL_FORMAT}, got 'x'"):
         read_state({**state, "format": "x"})

@@ -1,0 +1,193 @@
+"""The latency of one model or of several, as data, table and picture."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fasterai.analyze.layer_times import LayerTiming, layer_timings
+from fasterai.analyze.timing import quartiles
+from fasterai.display import INK, QUIET, SERIES, counted, dress, new_axes, short_time, table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["NOISE", "Latency", "LatencyComparison", "Timing", "against_first", "timing_of"]
+
+#: Times closer to each other than this are called the same.
+NOISE = 0.05
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The time of one forward pass.
+
+    Attributes:
+        batch_size: The number of samples; None where the inputs were taken as they are.
+        median: Seconds, the median over the measured blocks.
+        iqr: Seconds between the first and the third quartile of the blocks.
+        blocks: The number of measured blocks of forward passes.
+        layers: Name of a module -> the time of its own part, in passes apart from the blocks. These hold a few microseconds
+            for each module, and need not add up to the whole. Empty for compiled models, which do not run layer by layer.
+    """
+
+    batch_size: int | None
+    median: float
+    iqr: float
+    blocks: int
+    layers: Mapping[str, LayerTiming] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The latency of a model; `print` shows it as a table.
+
+    Attributes:
+        timings: One for each batch size.
+        device: The device that it ran on.
+        threads: The number of CPU threads.
+        channels_last: Whether images and weights lay in that memory format.
+    """
+
+    timings: tuple[Timing, ...]
+    device: str
+    threads: int
+    channels_last: bool
+
+    def __getitem__(self, batch_size: int | None) -> Timing:
+        for timing in self.timings:
+            if timing.batch_size == batch_size:
+                return timing
+        known = ", ".join(str(t.batch_size) for t in self.timings)
+        raise KeyError(f"batch_size must be one of {known}, got {batch_size!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        header = ("batch", "median", "IQR", "per sample", "blocks")
+        body = [
+            (_batch(t), short_time(t.median), short_time(t.iqr), short_time(t.median / (t.batch_size or 1)), str(t.blocks))
+            for t in self.timings
+        ]
+        return "\n".join([*table(header, body), _conditions(self)])
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the median of each batch size, with the spread.
+
+        Args:
+            ax: Where to draw; a new figure if it is left out.
+        """
+        axes = new_axes(6.0, 3.6) if ax is None else ax
+        _draw_bars(axes, {"": self})
+        dress(axes, f"Time of a forward pass, {_conditions(self)}", grid="y")
+        return axes
+
+
+@dataclass(frozen=True)
+class LatencyComparison:
+    """Several models, measured in turns in one run; `print` shows them side by side.
+
+    Attributes:
+        models: Name -> its latency. The first is the one that the others are held against.
+        ratios: Name -> for each batch size how many times as fast as the first it is: the median over the turns of the
+            first's time by its own, so that 2.0 is twice as fast.
+        quartiles: Name -> for each batch size the first and the third quartile of that over the turns.
+    """
+
+    models: Mapping[str, Latency]
+    ratios: Mapping[str, tuple[float, ...]]
+    quartiles: Mapping[str, tuple[tuple[float, float], ...]]
+
+    @property
+    def batch_sizes(self) -> tuple[int | None, ...]:
+        """The measured batch sizes; None for the inputs as given."""
+        return tuple(t.batch_size for t in next(iter(self.models.values())).timings)
+
+    def ratio(self, name: str, batch_size: int | None) -> float:
+        """Return how many times as fast as the first model one is."""
+        return self.ratios[name][self.batch_sizes.index(batch_size)]
+
+    def is_same(self, name: str) -> bool:
+        """Tell whether a model is as fast as the first at every batch size: within 5 %, or within the spread of the turns."""
+        pairs = zip(self.ratios[name], self.quartiles[name], strict=True)
+        return all(abs(ratio - 1) <= NOISE or low <= 1 <= high for ratio, (low, high) in pairs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, ready for JSON."""
+        models = {name: one.to_dict() for name, one in self.models.items()}
+        ratios = {name: list(values) for name, values in self.ratios.items()}
+        return {"models": models, "ratios": ratios, "quartiles": {n: [list(q) for q in qs] for n, qs in self.quartiles.items()}}
+
+    def __str__(self) -> str:
+        first = next(iter(self.models))
+        header = ("model", "batch", "median", "IQR", f"against {first}")
+        body = [
+            (name, _batch(t), short_time(t.median), short_time(t.iqr), f"{self.ratio(name, t.batch_size):.2f}x as fast")
+            for batch_size in self.batch_sizes
+            for name, one in self.models.items()
+            for t in (one[batch_size],)
+        ]
+        return "\n".join([*table(header, body), f"{_conditions(self.models[first])}, measured in turns"])
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the medians side by side, with the spread and how many times as fast as the first each is.
+
+        Args:
+            ax: Where to draw; a new figure if it is left out.
+        """
+        axes = new_axes(max(5.0, 1.6 + 1.1 * len(self.models) * len(self.batch_sizes)), 3.8) if ax is None else ax
+        _draw_bars(axes, self.models, self.ratios)
+        dress(axes, f"Time of a forward pass, {_conditions(next(iter(self.models.values())))}", grid="y")
+        axes.legend(loc="upper left", frameon=False, labelcolor=QUIET)
+        return axes
+
+
+def timing_of(batch_size: int | None, times: Sequence[float], passes: Sequence[Mapping[str, float]]) -> Timing:
+    """Sum up the seconds per pass of blocks, and those of the layers in passes apart."""
+    first, third = quartiles(times)
+    return Timing(batch_size, statistics.median(times), third - first, len(times), layer_timings(passes))
+
+
+def against_first(turns: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, tuple[float, float]]]:
+    """Return how many times as fast as the first model each is: the median over the turns, and the quartiles.
+
+    Args:
+        turns: Name -> seconds of a forward pass, turn by turn.
+    """
+    first = next(iter(turns.values()))
+    ratios = {name: [a / b for a, b in zip(first, times, strict=True)] for name, times in turns.items()}
+    return {name: (statistics.median(values), quartiles(values)) for name, values in ratios.items()}
+
+
+def _batch(timing: Timing) -> str:
+    return "as given" if timing.batch_size is None else str(timing.batch_size)
+
+
+def _conditions(one: Latency) -> str:
+    layout = ", channels last" if one.channels_last else ""
+    return f"{one.device}, {counted(one.threads, 'thread')}{layout}"
+
+
+def _draw_bars(axes: Axes, models: Mapping[str, Latency], ratios: Mapping[str, tuple[float, ...]] | None = None) -> None:
+    width = 0.8 / len(models)
+    sizes = [_batch(t) for t in next(iter(models.values())).timings]
+    for i, (name, one) in enumerate(models.items()):
+        places = [group + (i - (len(models) - 1) / 2) * width for group in range(len(sizes))]
+        medians, spreads = [1e3 * t.median for t in one.timings], [5e2 * t.iqr for t in one.timings]
+        color = SERIES[i % len(SERIES)]
+        axes.bar(places, medians, width * 0.92, yerr=spreads, color=color, label=name or None, ecolor=INK)
+        for group, (place, height, spread) in enumerate(zip(places, medians, spreads, strict=True)):
+            text = short_time(height / 1e3)
+            if ratios is not None and i:
+                text += f"\n{ratios[name][group]:.2f}x"
+            axes.annotate(
+                text, (place, height + spread), xytext=(0, 3), textcoords="offset points", ha="center", color=QUIET, fontsize=8
+            )
+    axes.set_xticks(range(len(sizes)), [f"batch {size}" if size.isdigit() else size for size in sizes])
+    axes.set_ylabel("ms")
+    axes.margins(y=0.22)
+    axes.set_ylim(bottom=0)

@@ -1,0 +1,84 @@
+"""The one timer: the seconds of forward passes, alone and in turns, and how they spread."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fasterai.model.running import device_of, wait_for
+
+__all__ = ["by_turns", "on_threads", "passes_in", "quartiles", "seconds_per_pass"]
+
+#: Passes of one block at most: a clock that shows next to nothing must not ask for millions.
+MOST_PASSES = 10_000
+
+T = TypeVar("T")
+
+
+def seconds_per_pass(model: nn.Module, inputs: tuple[Any, ...], count: int = 1) -> float:
+    """Return the seconds of one forward pass, the mean of `count` in a row, with all that an accelerator does for them.
+
+    Python's garbage collector waits meanwhile. Mode, gradients and number of threads are the caller's.
+    """
+    device, collects = device_of(model, inputs), gc.isenabled()
+    gc.disable()
+    try:
+        wait_for(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            model(*inputs)
+        wait_for(device)
+        return (time.perf_counter() - start) / count
+    finally:
+        if collects:
+            gc.enable()
+
+
+def passes_in(block: float, seconds: float) -> int:
+    """Return how many passes of so many seconds make a block: at least one, at most 10,000."""
+    return max(1, round(min(MOST_PASSES, block / max(seconds, 1e-9))))
+
+
+def by_turns(
+    runs: Mapping[str, Callable[[], T]], is_enough: Callable[[Mapping[str, Sequence[T]], float], bool]
+) -> dict[str, list[T]]:
+    """Call functions in turns, each once a turn, so that a machine that gets slower or faster does so for all of them.
+
+    Args:
+        runs: Name -> function; every second turn goes backwards.
+        is_enough: What was returned so far, by name, and the seconds since the start -> whether to end. Asked before each turn.
+
+    Returns:
+        Name -> what the function returned, turn by turn.
+    """
+    found: dict[str, list[T]] = {name: [] for name in runs}
+    start, turn = time.perf_counter(), 0
+    while not is_enough(found, time.perf_counter() - start):
+        for name in list(runs)[:: -1 if turn % 2 else 1]:
+            found[name].append(runs[name]())
+        turn += 1
+    return found
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Give torch's operations so many CPU threads, and as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Return the first and the third quartile of at least two values."""
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third

@@ -1,3 +1,0 @@
-"""The old home of `fasterai.model.readings`: re-exports only."""
-
-from fasterai.model.readings import *

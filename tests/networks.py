@@ -1,0 +1,88 @@
+"""Small networks that several test files use; what one file alone needs stands there."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def perceptron(*widths: int, seed: int = 0) -> nn.Sequential:
+    """Linear layers with a ReLU between: `perceptron(6, 10, 4)` reads 6 features, and has 10 hidden ones and 4 outputs."""
+    torch.manual_seed(seed)
+    layers = [layer for width in itertools.pairwise(widths) for layer in (nn.Linear(*width), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+class Crossed(nn.Module):
+    """Registered as conv1, conv2, norm1, norm2; conv1 is read by norm2, and conv2 by norm1."""
+
+    def __init__(self, inputs: int = 4, width: int = 8, affine: bool = True) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(inputs, 8, 3), nn.Conv2d(8, width, 3)
+        self.norm1, self.norm2 = nn.BatchNorm2d(width, affine=affine), nn.BatchNorm2d(8, affine=affine)
+        self.last = nn.Conv2d(width, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.silu(self.norm1(self.conv2(F.silu(self.norm2(self.conv1(x)))))))
+
+
+class Residual(nn.Module):
+    """`stem` and `branch.3` make the same channels, as they are added; `branch.0` makes channels of its own."""
+
+    def __init__(self, width: int = 6, inner: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.branch = nn.Sequential(
+            nn.Conv2d(width, inner, 3, padding=1, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(),
+            nn.Conv2d(inner, width, 1),
+        )
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sigmoid(self.stem(x))
+        return self.head((x + self.branch(x)).mean((2, 3)))
+
+
+def residual(width: int = 6, inner: int = 4) -> Residual:
+    """A `Residual` for pictures of three channels, whose norm is not the one that it starts with."""
+    torch.manual_seed(0)
+    model = Residual(width, inner)
+    with torch.no_grad():
+        model.branch[1].weight.uniform_(0.5, 1.5)
+        model.branch[1].bias.uniform_(-0.5, 0.5)
+    return model
+
+
+class Branching(nn.Module):
+    """Its code asks for a value of its input, which torch.export cannot follow."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) if x.sum() > 0 else self.body(-x)
+
+
+class Counting(nn.Module):
+    """Multiplies by the number of its calls, so that no two answer the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+class Failing(nn.Module):
+    """Does not run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("not today")
