@@ -55,6 +55,7 @@ class MaskRecord:
         self.trained: set[str] = set()
         self._merged: dict[str, tuple[Pool, Tensor]] = {}
         self._merged_of: Mapping[str, Tensor] | None = None  # the decisions that the merged masks are of
+        self._counted: dict[str, tuple[Tensor, int]] = {}  # decisions -> how many prune, which metrics ask for again and again
         self.selection, self.pools = self.maker.make(model, selection)
         follow(model, self)
 
@@ -106,6 +107,7 @@ class MaskRecord:
         self.keep = {p.name: p.cut_keep(self.keep[p.name], cut, after[p.name]) for p in before if p.name in self.keep}
         self.noted = {n: sliced(values, cut, n) for n, values in self.noted.items()}
         self.selection = replace(self.selection, targets=tuple(fresh[t.name] for t in self.targets if t.name in fresh))
+        self._counted = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy follows its own model."""
@@ -229,7 +231,12 @@ class MaskRecord:
     def pruned(self, pool: Pool) -> int:
         """Return how many units of a pool are pruned."""
         keep = self.keep.get(pool.name)
-        return 0 if keep is None else pool.count - count_true(keep)
+        if keep is None:
+            return 0
+        counted = self._counted.get(pool.name)
+        if counted is None or counted[0] is not keep:
+            counted = self._counted[pool.name] = (keep, pool.count - count_true(keep))
+        return counted[1]
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
