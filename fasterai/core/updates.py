@@ -21,6 +21,7 @@ from fasterai.core.checks import check_fraction
 __all__ = ["Updates", "plan_updates"]
 
 POSITIONS = 100_000  # at which a schedule is looked at, at most
+LEAST_SPARSITY = 1e-9  # below it no unit goes, and logarithms lose their digits
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def plan_updates(schedule: Callable[[float], float], sparsity: float, total_step
     Raises:
         ValueError: The schedule returns a share outside of [0, 1].
     """
+    if sparsity < LEAST_SPARSITY:
+        return Updates()
     count = min(total_steps, POSITIONS)
     positions = [i / count for i in range(1, count + 1)]
     shares = [check_fraction("what the schedule returns", schedule(p)) for p in positions]

@@ -76,9 +76,9 @@ class Sparsifier(Masked):
             8, in groups of at least 32; pass 1 for exact counts.
         rule: How the masks of a training follow from those before: `nested` (pruned stays pruned while the sparsity rises),
             `free` (chosen anew at each move), their names, or `DropAndGrow(...)`.
-        max_updates: How often at most the masks follow the schedule in one training. Up to so many steps they do at every
-            step; in a longer training they move when it has gone on by that share of the whole. The last move is exact.
-            Moves of a rule come on top.
+        max_updates: How often at most the masks follow the schedule in one training, each time for an even share of the units
+            that are left; a schedule that moves at fewer steps is followed at each. The last move is exact. Moves of a rule
+            come on top.
 
     Raises:
         ValueError: An argument is out of range or unknown, no target is found, a target has not got such units, or a
@@ -103,7 +103,7 @@ class Sparsifier(Masked):
         example_inputs: Any = None,
         min_keep: int = 1,
         round_to: int | None = None,
-        max_updates: int = 1000,
+        max_updates: int = 50,
         rule: Rule | str = nested,
     ) -> None:
         check_sources(model, data, loss)

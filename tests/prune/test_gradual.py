@@ -219,7 +219,8 @@ def test_criteria_that_need_more_than_the_weight(criterion):
     loop.start(Fit(2, model, optimizer, loss=nn.functional.cross_entropy, batch=batch))
     for _ in range(2):
         optimizer.zero_grad()
-        loop.after_loss(nn.functional.cross_entropy(model(X), Y), batch).backward()
+        loop.after_forward(batch)
+        nn.functional.cross_entropy(model(X), Y).backward()
         loop.before_step()
         optimizer.step()
         loop.after_step()

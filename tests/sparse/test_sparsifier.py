@@ -476,14 +476,14 @@ def test_masks_move_only_when_the_count_changes_and_never_too_often(schedule, gr
     assert float(sparsifier.sparsity) == (0.0 if schedule == "dsd" else 0.5)
 
 
-def test_masks_move_a_thousand_times_a_run_at_most_by_default():
+def test_masks_move_fifty_times_a_run_at_most_by_default():
     layer = nn.Linear(64, 64)
     optimizer = torch.optim.SGD(layer.parameters(), 0.0)
     sparsifier = Sparsifier(layer, "weight", sparsity=0.9, schedule="lin")
     with attach(optimizer, sparsifier, total_steps=1500):
         for _ in range(1500):
             optimizer.step()
-    assert 100 < sparsifier.moves <= 1000
+    assert 40 < sparsifier.moves <= 50
     assert pruned(sparsifier) == {"weight": 3686}  # round(0.9 * 4096)
 
 
