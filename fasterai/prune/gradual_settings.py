@@ -1,4 +1,4 @@
-"""What removal during a training asks of its arguments, of its model, and when channels go."""
+"""Checks of removal during a training: its arguments, its model, and its schedule."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_settings(
     copies: Copies,
     options: Mapping[str, Any],
 ) -> Schedule:
-    """Check what can be checked without a model, and return the schedule.
+    """Check the settings that need no model, and return the schedule.
 
     Raises:
         TypeError: An argument is of the wrong type, or there is no such option.
@@ -65,7 +65,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def _rising(schedule: Schedule) -> Schedule:
-    """A schedule that never falls: what is removed is gone."""
+    """Return the schedule, or refuse one that falls: removed channels do not come back."""
     before = 0.0
     for i in range(POSITIONS + 1):
         share = check_fraction("what the schedule returns", schedule(i / POSITIONS))
@@ -79,10 +79,10 @@ def _rising(schedule: Schedule) -> Schedule:
 
 
 def check_bare(model: nn.Module) -> None:
-    """Refuse a model that is wrapped, sharded or compiled, as a whole or in parts: what wraps it holds on to the sizes.
+    """Refuse a model that is wrapped, sharded or compiled, as a whole or in parts: the wrapper holds on to the sizes.
 
     Raises:
-        ValueError: What it is, and what to do instead.
+        ValueError: It is; the message names the wrapper and the repair.
     """
     check_whole(model)
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: heads go as heads."""
+"""Scaled dot-product attention: its heads are removed whole."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def attention(
 
 
 def _repeat_heads(trace: Trace, x: Value, heads: int) -> Value:
-    """Grouped queries: each head of the keys serves a run of the queries' heads."""
+    """Repeat the labels of the keys' heads, since in grouped queries each serves a run of the queries' heads."""
     dim = x.dims[-1]
     repeated = np.repeat(dim, heads // x.shape[-1]) if isinstance(dim, np.ndarray) else dim
     return Value((*x.shape[:-1], heads), (*x.dims[:-1], repeated))

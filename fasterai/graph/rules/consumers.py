@@ -1,4 +1,4 @@
-"""What consumes a dimension without weights, and so pins it: softmax, reductions, sorting."""
+"""Operations that mix a dimension without weights and so pin it: softmax, reductions, sorting."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def reduction(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: An
 
 
 def _is_average(node: Any) -> bool:
-    """What tells of a dimension's scale, and moves little where some of its channels, silent ones, go."""
+    """Tell if an operation gives the scale of a dimension, such as its mean; removing silent channels changes it little."""
     return str(node.target).split(".")[1] in ("mean", "var", "std", "linalg_vector_norm", "norm", "var_mean", "std_mean")
 
 
 @rule("max", "min", "median", "mode", "sort", "topk", "kthvalue", "aminmax", "var_mean", "std_mean", "cummax", "cummin")
 def extremes(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any) -> Any:
-    """The largest of two tensors, of all, or along a dimension."""
+    """Follow the extremes of two tensors, of a whole tensor, or along a dimension."""
     if arguments and isinstance(arguments[0], Value):
         return elementwise(trace, node, x, *arguments, **keywords)
     if not isinstance(node.meta["val"], list | tuple):

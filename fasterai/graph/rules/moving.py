@@ -1,4 +1,4 @@
-"""Dimensions that change places, come, go or repeat."""
+"""Operations that permute, insert, drop or repeat dimensions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Taking apart and putting together: concatenation, splits, slices, indices."""
+"""Operations that join tensors or take parts: concatenation, splits, slices, indices."""
 
 from __future__ import annotations
 

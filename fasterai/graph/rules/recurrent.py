@@ -1,4 +1,4 @@
-"""Recurrent layers: hidden units go in every gate, direction and layer."""
+"""Recurrent layers: a hidden unit is removed from every gate, direction and layer."""
 
 from __future__ import annotations
 

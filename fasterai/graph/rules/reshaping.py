@@ -1,4 +1,30 @@
-"""Dimensions made one, and one made several."""
+"""Reshaping: dimensions merged into one, and one dimension split into several.
+
+A tensor (2, 3) whose columns carry the labels 0, 1, 2 is flattened to (6,). Its entries carry the labels 0 1 2 0 1 2: to
+remove channel 1 is to remove entries 1 and 4, and the rows stay equally long.
+
+>>> trace = Trace({})
+>>> columns = trace.labels.new(3)
+>>> flat = _merge(trace, "flatten", [FREE, columns], [2, 3])
+>>> flat.tolist()
+[0, 1, 2, 0, 1, 2]
+
+Viewed as (2, 3) again, the labels repeat along the rows, so the columns carry them as before:
+
+>>> _split(trace, "view", flat, [2, 3])
+[FIXED, array([0, 1, 2])]
+
+Six labels of their own, viewed as two rows of three, leave a choice: whole rows are removed, or whole columns. `Trace.choices`
+decides, by default for the rows. Row 0 goes as one then, with its labels 3, 4, 5 joined.
+
+>>> six = trace.labels.new(6)
+>>> _split(trace, "view", six, [2, 3])  # the labels 3 and 6 stand for the rows 3 4 5 and 6 7 8
+[array([3, 6]), FIXED]
+>>> trace.labels.components().of[six].tolist()
+[3, 3, 3, 4, 4, 4]
+>>> trace.options  # the view had two ways
+{'split (2, 3)': 2}
+"""
 
 from __future__ import annotations
 
@@ -27,7 +53,11 @@ def reshape(trace: Trace, node: Any, x: Value, *rest: Any, **keywords: Any) -> V
 
 
 def _matching(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The smallest runs of dimensions on both sides that hold the same number of elements."""
+    """Pair the smallest runs of dimensions, before and after, that hold the same number of elements.
+
+    >>> _matching([4, 2, 3], [4, 6])  # 4 stays, 2 x 3 becomes 6
+    [([0], [0]), ([1, 2], [1])]
+    """
     runs = []
     i = j = 0
     while i < len(before) or j < len(after):
@@ -44,7 +74,7 @@ def _matching(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[in
 
 
 def _merge(trace: Trace, name: str, dims: Sequence[Dim], sizes: Sequence[int]) -> Dim:
-    """Dimensions made one: labels repeat along the others."""
+    """Return the labels of several dimensions merged into one: the labels of one repeat along the others."""
     labelled = [i for i, d in enumerate(dims) if is_labelled(d) and sizes[i] > 1]
     for i, d in enumerate(dims):
         if sizes[i] == 1:
@@ -69,7 +99,7 @@ def _merge(trace: Trace, name: str, dims: Sequence[Dim], sizes: Sequence[int]) -
 
 
 def _split(trace: Trace, name: str, flat: Dim, sizes: Sequence[int]) -> list[Dim]:
-    """One dimension made several: one of the factors carries the labels, and the result stays rectangular."""
+    """Return the labels of one dimension split into several: one of the factors carries them, the others are fixed."""
     if not isinstance(flat, np.ndarray) or len(sizes) < 2:
         return [flat] * len(sizes) if len(sizes) != 0 else []
     factors = [k for k, size in enumerate(sizes) if size > 1]

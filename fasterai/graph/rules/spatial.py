@@ -1,4 +1,4 @@
-"""What runs over the picture: pooling, interpolation, padding, shuffles of pixels and channels."""
+"""Operations over the positions of a picture: pooling, interpolation, padding, shuffles of pixels and channels."""
 
 from __future__ import annotations
 
