@@ -3,6 +3,8 @@
 Each check takes one entry, returns nothing, and raises AssertionError with the promise that is broken.
 To add one: a function `check_<axis>(entry)` that is run over the whole catalogue in the tests.
 
+Over 300 lines, since it holds the checks of four catalogues.
+
 >>> from fasterai.core.schedules import Custom, sched_lin
 >>> check_schedule(Custom(sched_lin, start_pct=0.25))
 """

@@ -105,7 +105,7 @@ class Comparison:
         body += [[label, *cells] for label, cells in self._times()]
         uncounted = dict.fromkeys(op for one in self.costs.values() for op in one.uncounted)
         lines = [*table(["", *names], body), *self.verdicts()]
-        return "\n".join([*lines, *([f"not counted, for want of a rule: {', '.join(uncounted)}"] if uncounted else [])])
+        return "\n".join([*lines, *([f"not counted, without a rule: {', '.join(uncounted)}"] if uncounted else [])])
 
     def _times(self) -> list[tuple[str, list[str]]]:
         if self.latency is None:

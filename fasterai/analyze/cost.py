@@ -101,7 +101,7 @@ class Cost:
             f"file {short_bytes(self.file_bytes)}, activations at most {short_bytes(self.peak_bytes)} at once"
         )
         if self.uncounted:
-            lines.append(f"not counted, for want of a rule: {', '.join(self.uncounted)}")
+            lines.append(f"not counted, without a rule: {', '.join(self.uncounted)}")
         return "\n".join(lines)
 
     def plot(self, ax: Axes | None = None) -> Axes:

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
-        print(f"\nfasterai: interrupted; {AFTERWARDS.get(command, 'begin anew')}", file=sys.stderr)
+        print(f"\nfasterai: interrupted; {AFTERWARDS.get(command, 'start again')}", file=sys.stderr)
         return INTERRUPTED
     except SystemExit as done:  # --help and --version
         return int(done.code or 0)

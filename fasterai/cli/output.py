@@ -161,4 +161,4 @@ def _load(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any] 
     try:
         return read(path)
     except Exception as error:  # a broken file can fail in any of zip, pickle, torch and json
-        raise UsageError(f"cannot read {path} ({type(error).__name__}); take it away to begin anew") from error
+        raise UsageError(f"cannot read {path} ({type(error).__name__}); delete it to start again") from error

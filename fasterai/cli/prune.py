@@ -176,11 +176,11 @@ def _headline(arguments: argparse.Namespace, job: _Job) -> str:
 def _closing(arguments: argparse.Namespace, job: _Job, before: float | None, after: float | None) -> str:
     """Write the accuracy before and after, and the next steps."""
     if before is None or after is None:
-        lines = ["accuracy: not measured, for want of images; pass --data FOLDER"]
+        lines = ["accuracy: not measured without images; pass --data FOLDER"]
     else:
         lines = [f"accuracy: {before:.2%} -> {after:.2%} of {len(job.data.valid) if job.data else 0:,} images"]
     if not arguments.remove_only:
-        lines.append("what was taken out mattered least, but it was not silent: train the small network on")
+        lines.append("the removed channels mattered least, but were not silent: train the small network further")
     make = how_to_make(arguments.arch, job.classes, job.image_size)
     return "\n".join([
         "", *lines, "", "in Python:", "", "from fasterai.prune.all import load_small", "import torchvision", "",

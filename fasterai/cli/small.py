@@ -48,7 +48,7 @@ def make_small(networks: Mapping[str, nn.Module], data: Data, recipe: Recipe, fo
     except ValueError as error:  # a training that went well is not to fail for it
         return {"why_not": str(error)}
     if not removal.removed:
-        return {"why_not": "no channel that may go is silent"}
+        return {"why_not": "no removable channel is silent"}
     save_small(file_of(folder, SMALL), small)
     accuracy, loss = evaluate(small, data, data.valid, recipe)
     models = {**networks, SMALL: small}

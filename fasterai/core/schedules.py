@@ -3,6 +3,8 @@
 A schedule is a frozen value: `schedule(position) -> share`, both in [0, 1]. Same position, same answer; nothing to reset.
 To add one: a function `(start, end, position) -> value`, a frozen class that calls it, a ready-made value, their names in
 `__all__`, a row in `tests/core/test_schedules.py` and a line in `docs/schedules.md`.
+
+Over 300 lines, since it is a catalogue: one class for each schedule.
 """
 
 from __future__ import annotations

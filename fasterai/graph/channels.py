@@ -2,6 +2,8 @@
 
 A group of coupled channels holds channels that run through the same weights. To remove one channel is to remove its slice of
 each of those weights: row i of one layer, entry i of the norm behind it, column i of the next layer.
+
+Over 300 lines, since reading the operations and grouping their labels are two halves of one pass.
 """
 
 from __future__ import annotations
@@ -151,7 +153,7 @@ def _components(trace: Trace, weights: Mapping[str, Value]) -> Components:
     for value in weights.values():
         for labels in value.dims:
             if isinstance(labels, np.ndarray) and (components.of[labels] == components.of[labels[0]]).all():
-                pinned.setdefault(int(components.of[labels[0]]), "all of it would go at once")
+                pinned.setdefault(int(components.of[labels[0]]), "its channels can only be removed all together")
     return Components(components.of, pinned)
 
 
@@ -164,9 +166,9 @@ def _follow(
     for program in programs:
         _follow_one(trace, program, weights)
     for name in weights.keys() - {name for program in programs for name in program.uses()}:
-        trace.labels.pin_all(weights[name].dims, "nothing reads it")
+        trace.labels.pin_all(weights[name].dims, "no operation reads it")
     for name in weights.keys() & stay:
-        trace.labels.pin_all(weights[name].dims, "its module's weight is worked out anew in each forward pass")
+        trace.labels.pin_all(weights[name].dims, "its module recomputes its weight in each forward pass")
     return trace, weights
 
 

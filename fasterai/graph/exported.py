@@ -72,7 +72,7 @@ def exported(model: nn.Module, inputs: tuple[Any, ...]) -> list[Exported]:
         check_runs(model, inputs)
         raise ValueError(
             f"model must be one that torch.export can read on example_inputs, got {said(error)}; "
-            "data-dependent branches and shapes have to go, or the part without them can be pruned by itself"
+            "remove branches and shapes that depend on data, or prune the part without them by itself"
         ) from error
     if unread := found[0].unread():
         found += [one for one in _training(model, inputs, unread) if set(one.unread()) < set(unread)]
@@ -90,7 +90,7 @@ def _training(model: nn.Module, inputs: tuple[Any, ...], unread: Sequence[str]) 
             failures.append(said(error))
     warn(
         f"{len(unread)} parameters take no part in eval mode, such as {unread[0]}, and training mode cannot be "
-        f"followed ({failures[0]}): they stay as they are, and may not fit what they read when the model trains"
+        f"followed ({failures[0]}): they keep their size, and may not fit their inputs when the model trains"
     )
     return []
 

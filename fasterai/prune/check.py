@@ -10,6 +10,8 @@ What fails as a whole is tried in halves. Four silent channels of which number 2
     0 1 + 3       unchanged: 3 stays removed
 
 The group keeps channel 2 and loses 0, 1 and 3 after five trial runs.
+
+Over 300 lines, since the search is shown with its numbers, here and in `_largest_part`.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
     known.remove("iterative_steps")
     for name in options:
         if name == "iterative_steps":
-            raise TypeError("iterative_steps must be left out, got one: in a training max_updates= says how often channels go")
+            raise TypeError("iterative_steps must be left out, got one; max_updates= is the number of removals in a training")
         if name not in known:
             raise TypeError(f"options must be of {', '.join(known)}, got {name!r}")
     if options.get("round_to") is not None:
@@ -71,8 +71,8 @@ def _rising(schedule: Schedule) -> Schedule:
         share = check_fraction("what the schedule returns", schedule(i / POSITIONS))
         if share < before - 1e-9:
             raise ValueError(
-                f"schedule must never fall, for what is removed is gone, got {schedule!r}, which falls from {before:.4g} to "
-                f"{share:.4g} at position {i / POSITIONS:.4g}; pass one that rises, such as agp or cos"
+                f"schedule must never fall, since removed channels do not come back, got {schedule!r}, which falls from "
+                f"{before:.4g} to {share:.4g} at position {i / POSITIONS:.4g}; pass one that rises, such as agp or cos"
             )
         before = share
     return schedule

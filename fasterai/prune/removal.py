@@ -69,9 +69,7 @@ def remove(
     sound = largest_sound(model, graph, kept, inputs, exact=exact)
     result = take_out(model, graph, sound, inputs, optimizer=optimizer, copies=copies, exact=exact, measure=measure)
     if not result.removed:
-        why = (
-            "see its refused" if result.refused else "no channel that may go is silent; masks hold only while they are applied"
-        )
+        why = "see its refused" if result.refused else "no removable channel is silent; masks hold only while they are applied"
         warn(f"nothing was removed: {why}")
     return result
 

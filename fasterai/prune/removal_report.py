@@ -94,7 +94,7 @@ class Removal:
         lines += _listed(stays, "groups have to keep silent channels")
         lines += _reasons([why for why in self.pinned.values() if not why.endswith("kernel size")])
         if not self.removed:
-            lines.append("nothing was removed: " + ("see above" if self.refused else "no channel that may go is silent"))
+            lines.append("nothing was removed: " + ("see above" if self.refused else "no removable channel is silent"))
         lines.append(f"parameters: {before:,} -> {after:,} ({after / max(1, before):.1%})")
         lines.append(self._moved())
         return "\n".join([*lines, *self._figures()])
@@ -118,7 +118,7 @@ class Removal:
         )
         yield from _timing(comparison, self.measurement.inputs)
         if uncounted := dict.fromkeys(op for one in comparison.costs.values() for op in one.uncounted):
-            yield f"not counted, for want of a rule: {', '.join(uncounted)}"
+            yield f"not counted, without a rule: {', '.join(uncounted)}"
 
     def plot(self) -> Figure:
         """Draw the kept share of size, MACs and time, and the kept channels of each group."""
@@ -188,4 +188,4 @@ def _reasons(pinned: Sequence[str]) -> list[str]:
     lines = [f"  {count} because {why}" for why, count in counts.most_common(MOST_REASONS)]
     rest = len(pinned) - sum(count for _, count in counts.most_common(MOST_REASONS))
     lines += [f"  {rest} for other reasons"] if rest else []
-    return [f"{len(pinned)} dimensions of parameters can lose nothing, kernel sizes aside:", *lines] if lines else []
+    return [f"{len(pinned)} dimensions of parameters cannot shrink, kernel sizes aside:", *lines] if lines else []

@@ -17,14 +17,14 @@ def attention(
 ) -> Value:
     labels, name = trace.labels, node.name
     labels.pin_all([q.dims[-1], k.dims[-1]], f"{name}'s scale depends on the width of a head")
-    labels.pin_all([q.dims[-2], k.dims[-2], v.dims[-2]], f"{name} runs over it")
+    labels.pin_all([q.dims[-2], k.dims[-2], v.dims[-2]], f"{name} computes across it")
     batch = q.shape[:-2]
     mask = mask if mask is not None else keywords.get("attn_mask")
     heads = [Value(x.shape[:-2], x.dims[:-2]) for x in (q, k, v)]
     if keywords.get("enable_gqa") and q.shape[-3] != k.shape[-3]:
         heads = [heads[0], *(_repeat_heads(trace, x, q.shape[-3]) for x in heads[1:])]
     if mask is not None:
-        labels.pin_all(mask.dims[-2:], f"{name} runs over it")
+        labels.pin_all(mask.dims[-2:], f"{name} computes across it")
         heads.append(Value(mask.shape[:-2], mask.dims[:-2]))
     return Value(shape_of(node), (*broadcast(trace, name, heads, batch).dims, q.dims[-2], v.dims[-1]))
 

@@ -78,7 +78,7 @@ def _merge(trace: Trace, name: str, dims: Sequence[Dim], sizes: Sequence[int]) -
     labelled = [i for i, d in enumerate(dims) if is_labelled(d) and sizes[i] > 1]
     for i, d in enumerate(dims):
         if sizes[i] == 1:
-            trace.labels.pin(d, f"{name} takes it for a dimension of size 1") if len(dims) > 1 else None
+            trace.labels.pin(d, f"{name} relies on its size of 1") if len(dims) > 1 else None
     if len(dims) == 1:
         return dims[0]
     if not labelled:
@@ -89,7 +89,7 @@ def _merge(trace: Trace, name: str, dims: Sequence[Dim], sizes: Sequence[int]) -
         labelled = made
         dims = [trace.labels.new(n) if i == made[0] else d for i, (d, n) in enumerate(zip(dims, sizes, strict=True))]
     if len(labelled) > 1:
-        trace.labels.pin_all([dims[i] for i in labelled], f"{name} makes one dimension of two that might shrink")
+        trace.labels.pin_all([dims[i] for i in labelled], f"{name} merges two dimensions that could both shrink")
         return FIXED
     (at,) = labelled
     shape = [1] * len(sizes)
@@ -104,7 +104,7 @@ def _split(trace: Trace, name: str, flat: Dim, sizes: Sequence[int]) -> list[Dim
         return [flat] * len(sizes) if len(sizes) != 0 else []
     factors = [k for k, size in enumerate(sizes) if size > 1]
     if not factors:
-        trace.labels.pin(flat, f"{name} takes it for a dimension of size 1")
+        trace.labels.pin(flat, f"{name} relies on its size of 1")
         return [FIXED] * len(sizes)
     rows = [np.moveaxis(flat.reshape(sizes), k, 0).reshape(sizes[k], -1) for k in factors]
     # Where labels only repeat along the other factors, nothing is lost and nothing is to be decided.

@@ -26,7 +26,7 @@ def _read(trace: Trace, a: Value, i: int, b: Value, j: int, name: str) -> None:
     """Join dimension `i` of `a` and `j` of `b`, which are summed over; pin them if neither `a` nor `b` is a weight."""
     joined = trace.labels.join(a.dims[i], b.dims[j], f"{name} reads a dimension of fixed size")
     if not (a.is_weight or b.is_weight):
-        trace.labels.pin(joined, f"{name} sums over it with no parameter")
+        trace.labels.pin(joined, f"{name} sums over it without a weight")
     for value, dim in ((a, i), (b, j)):
         if value.is_weight:
             trace.reads(value, dim)
@@ -58,11 +58,11 @@ def _convolve(
     labels, name = trace.labels, node.name
     channel = len(x.dims) - len(weight.dims) + 1  # 1, or 0 without a batch
     labels.pin_all(weight.dims[2:], f"{name}'s kernel size")
-    labels.pin_all(x.dims[channel + 1 :], f"{name} runs over it")
+    labels.pin_all(x.dims[channel + 1 :], f"{name} computes across it")
     if groups == 1 or x.shape[channel] > groups:  # not depthwise: it sums over channels
         trace.reads(weight, read)
         if not weight.is_weight:
-            labels.pin_all([x.dims[channel], weight.dims[read]], f"{name}'s weight is worked out, or a buffer")
+            labels.pin_all([x.dims[channel], weight.dims[read]], f"{name}'s weight is computed or a buffer, not a parameter")
     if groups == 1:
         labels.join(x.dims[channel], weight.dims[read], f"{name} reads a dimension of fixed size")
         produced = weight.dims[out]
@@ -117,7 +117,7 @@ def _grouped_transposed(trace: Trace, name: str, x: Dim, weight: Value, groups: 
 
 @rule("embedding")
 def embedding(trace: Trace, node: Any, weight: Value, indices: Value, *rest: Any, **keywords: Any) -> Value:
-    trace.labels.pin_all([weight.dims[0], *indices.dims], f"{node.name} is asked by index")
+    trace.labels.pin_all([weight.dims[0], *indices.dims], f"{node.name} looks rows up by number")
     return Value(shape_of(node), (*all_fixed(indices.shape), weight.dims[1]))
 
 
@@ -167,5 +167,5 @@ def einsum(trace: Trace, node: Any, equation: str, operands: Sequence[Value], **
                 trace.reads(value, d)
     for letter, dim in carried.items():
         if letter not in output and not weighed[letter]:
-            trace.labels.pin(dim, f"{node.name} sums over it with activations only")
+            trace.labels.pin(dim, f"{node.name} sums over it without a weight")
     return Value(shape_of(node), tuple(carried[letter] for letter in output))

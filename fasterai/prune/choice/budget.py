@@ -10,6 +10,8 @@ sparsity s of `choose` a group loses a channel at 1/3, and another at 2/3:
 
 Halving goes on until no other choice lies between the two, 2 2 above and 1 1 below. `_step_between` then goes from the one to
 the other group by group: 1 2 leaves 0.50, which is the budget.
+
+Over 300 lines, since the budgets stand beside the search that meets them, a chain of small steps.
 """
 
 from __future__ import annotations
@@ -120,8 +122,8 @@ def fit_budget(
         For each group a bool array over its channels.
 
     Raises:
-        ValueError: The budget is below what is left when all goes that can; the message names that share. Or the model
-            does not multiply anything and the budget is of MACs.
+        ValueError: The budget is below the share that is left when every removable channel is removed, which the message
+            names; or the budget is of MACs, and the model does not multiply anything.
     """
     everything = _everything(graph)
     if budget.share == 1:
@@ -129,7 +131,7 @@ def fit_budget(
     dense = model if dense is None else dense
     macs = _remembered(macs_left(model, graph, inputs, dense))
     if budget.macs is not None and not macs(everything):
-        raise ValueError(f"macs must be left out for a model that multiplies nothing, got {budget.macs}; pass params")
+        raise ValueError(f"macs must be left out for a model without multiplications, got {budget.macs}; pass params")
     fixed = _indispensable(macs, everything, choose(1.0))
 
     def allowed(sparsity: float) -> Kept:
@@ -213,7 +215,9 @@ def _fit(left: Share, choose: Callable[[float], Kept], everything: Kept, budget:
 
 def _too_small(kind: str, share: float, floor: float) -> ValueError:
     least = math.ceil(round(floor * 1000, 6)) / 1000
-    return ValueError(f"{kind} must be at least {least:.3f} for this model, got {share}; more is left when all goes that can")
+    return ValueError(
+        f"{kind} must be at least {least:.3f} for this model, got {share}; so much is left without all removable channels"
+    )
 
 
 @dataclass(frozen=True)

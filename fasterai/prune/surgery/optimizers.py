@@ -134,7 +134,7 @@ def cut_entry(
     if not strangers:
         return result
     warnings.warn(
-        f"optimizer's state of {name} {tuple(shape)} cannot be cut as it is, for its {', '.join(strangers)}: it starts anew",
+        f"optimizer's state of {name} {tuple(shape)} cannot be cut, because of its {', '.join(strangers)}: this state is reset",
         stacklevel=2,
     )
     return {}

@@ -135,16 +135,16 @@ def _misfits(model: nn.Module, plan: Plan) -> Iterator[str]:
     tensors, modules = tensors_of(model), {plain_name(name): module for name, module in model.named_modules()}
     for name, shape in plan.shapes.items():
         if name not in tensors:
-            yield f"that cuts {name}, which it has not"
+            yield f"that cuts {name}, which is missing here"
         elif tuple(tensor_of(tensors, name).shape) != tuple(shape):
             yield f"where {name} is {tuple(shape)}, here {tuple(tensor_of(tensors, name).shape)}"
     for (name, d), kept in plan.keep.items():
         size = plan.shapes[name][d] if name in plan.shapes and d < len(plan.shapes[name]) else 0
         if not (kept.size and kept.min() >= 0 and kept.max() < size):
-            yield f"that keeps indices of {name} which are not there"
+            yield f"that keeps indices of {name} which do not exist"
     for module, attribute, before, _ in plan.attributes:
         if module not in modules or not hasattr(modules[module], attribute):
-            yield f"that sets {module}.{attribute}, which it has not"
+            yield f"that sets {module}.{attribute}, which is missing here"
         elif getattr(modules[module], attribute) != before:
             yield f"where {module}.{attribute} is {before}, here {getattr(modules[module], attribute)}"
     for name in plan.slim:

@@ -24,7 +24,7 @@ class SlimMultiheadAttention(nn.Module):
     def __init__(self, attention: nn.MultiheadAttention, num_heads: int) -> None:
         super().__init__()
         if attention.bias_k is not None or attention.add_zero_attn:
-            raise ValueError("attention must be without bias_k and add_zero_attn to lose heads")
+            raise ValueError("attention must be without bias_k and add_zero_attn to have heads removed")
         # Parameters, hooks and whatever a user has put there; the very dicts, so that handles of hooks still remove them.
         vars(self).update(vars(attention))
         self.num_heads = num_heads
@@ -105,7 +105,9 @@ class SlimMultiheadAttention(nn.Module):
         total = None
         if attention is not None:
             if attention.dim() == 3:
-                raise ValueError("attn_mask must be (L, S) where heads have gone: one mask per head belongs to the whole heads")
+                raise ValueError(
+                    f"attn_mask must be (L, S) after heads were removed, got {tuple(attention.shape)} with a mask for each"
+                )
             total = _additive(attention, q.dtype)
         if padding is not None:
             added = _additive(padding, q.dtype)[:, None, None, :]
