@@ -215,9 +215,7 @@ def _fit(left: Share, choose: Callable[[float], Kept], everything: Kept, budget:
 
 def _too_small(kind: str, share: float, floor: float) -> ValueError:
     least = math.ceil(round(floor * 1000, 6)) / 1000
-    return ValueError(
-        f"{kind} must be at least {least:.3f} for this model, got {share}; so much is left without all removable channels"
-    )
+    return ValueError(f"{kind} must be at least {least:.3f} for this model, got {share}; that share cannot be removed")
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class SlimMultiheadAttention(nn.Module):
         if attention is not None:
             if attention.dim() == 3:
                 raise ValueError(
-                    f"attn_mask must be (L, S) after heads were removed, got {tuple(attention.shape)} with a mask for each"
+                    f"attn_mask must be (L, S) after heads were removed, got {tuple(attention.shape)}, a mask per head"
                 )
             total = _additive(attention, q.dtype)
         if padding is not None:

@@ -336,7 +336,7 @@ PLANS: dict[str, tuple[Any, str]] = {
     "carried out": (lambda p: p, r"where 0\.weight is \(4, 3, 3, 3\), here \(2, 3, 3, 3\)"),
     "indices": (lambda p: replace(p, keep={("0.weight", 0): np.array([0, 4])}), r"that keeps indices of 0\.weight which are"),
     "no indices": (lambda p: replace(p, keep={("0.weight", 0): np.array([], int)}), r"that keeps indices of 0\.weight which"),
-    "a dimension": (lambda p: replace(p, keep={("0.bias", 1): np.array([0])}), r"that keeps indices of 0\.bias which are not"),
+    "a dimension": (lambda p: replace(p, keep={("0.bias", 1): np.array([0])}), r"that keeps indices of 0\.bias which do not"),
     "no module": (lambda p: replace(p, attributes=(("9", "width", 4, 2),)), r"that sets 9\.width, which is missing here"),
     "a number": (lambda p: replace(p, attributes=(("0", "groups", 4, 2),)), r"where 0\.groups is 4, here 1"),
     "heads": (lambda p: replace(p, slim={"0": 2}), r"that takes heads from 0, which is no nn\.MultiheadAttention here"),
