@@ -334,7 +334,7 @@ def test_either_all_copies_are_cut_or_none() -> None:
 
 PLANS: dict[str, tuple[Any, str]] = {
     "carried out": (lambda p: p, r"where 0\.weight is \(4, 3, 3, 3\), here \(2, 3, 3, 3\)"),
-    "indices": (lambda p: replace(p, keep={("0.weight", 0): np.array([0, 4])}), r"that keeps indices of 0\.weight which are"),
+    "indices": (lambda p: replace(p, keep={("0.weight", 0): np.array([0, 4])}), r"that keeps indices of 0\.weight which do"),
     "no indices": (lambda p: replace(p, keep={("0.weight", 0): np.array([], int)}), r"that keeps indices of 0\.weight which"),
     "a dimension": (lambda p: replace(p, keep={("0.bias", 1): np.array([0])}), r"that keeps indices of 0\.bias which do not"),
     "no module": (lambda p: replace(p, attributes=(("9", "width", 4, 2),)), r"that sets 9\.width, which is missing here"),
