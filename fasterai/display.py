@@ -1,4 +1,4 @@
-"""The look of reports: numbers in words, tables as text, one palette for all pictures."""
+"""Look of reports: numbers in words, tables as text, one palette for all pictures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HEAT = "OrRd"
 
 
 def short(number: float) -> str:
-    """Write a count with three figures: 1.81 G.
+    """Write a count with three figures, such as 1.81 G.
 
     >>> short(1_814_073_344), short(512), short(0)
     ('1.81 G', '512', '0')
@@ -44,7 +44,7 @@ def short(number: float) -> str:
 
 
 def short_bytes(number: float) -> str:
-    """Write a number of bytes with three figures, in powers of 1024.
+    """Write a number of bytes with three figures and a unit in powers of 1024, such as 1.5 MiB.
 
     >>> short_bytes(1536), short_bytes(46_827_520)
     ('1.5 KiB', '44.7 MiB')
@@ -123,14 +123,14 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def line_colors(count: int) -> list[Any]:
-    """Return as many colours as there are lines in one picture, from blue over green to red."""
+    """Return `count` colours for the lines of one picture, from blue over green to red."""
     from matplotlib import colormaps
 
     return [colormaps["turbo"](0.08 + 0.84 * i / max(1, count - 1)) for i in range(count)]
 
 
 def dress(axes: Axes, title: str, grid: Literal["x", "y"] | None = None) -> None:
-    """Give axes the library's look.
+    """Apply the library's look to axes.
 
     Args:
         axes: The axes, with all that was drawn.

@@ -1,4 +1,4 @@
-"""The calls that users of the public fasterai know, in terms of the catalogues."""
+"""Functions and classes of the public fasterai, in terms of this library's catalogues."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ Combine = Callable[[Tensor, Tensor], Tensor]
 
 
 def available_criterias() -> list[str]:
-    """The names of all criteria."""
+    """List the names of all criteria."""
     return list(criterias)
 
 
 def available_schedules() -> list[str]:
-    """The names of all schedules."""
+    """List the names of all schedules."""
     from fasterai.core import schedules
 
     return list(schedules.__all__)
@@ -60,21 +60,21 @@ def _dims(dim: int | Sequence[int]) -> tuple[int, ...]:
 
 
 class Reducer:
-    """The names of the reducers as functions over dimensions."""
+    """Reducers as functions of scores and dimensions."""
 
     @staticmethod
     def mean(scores: Tensor, dim: int | Sequence[int]) -> Tensor:
-        """The mean over dimensions, which stay with size 1."""
+        """Return the mean over dimensions, which stay with size 1."""
         return scores.mean(_dims(dim), keepdim=True)
 
     @staticmethod
     def sum(scores: Tensor, dim: int | Sequence[int]) -> Tensor:
-        """The sum over dimensions, which stay with size 1."""
+        """Return the sum over dimensions, which stay with size 1."""
         return scores.sum(_dims(dim), keepdim=True)
 
 
 class Normalizer:
-    """The normalisers as functions of a target's unit scores."""
+    """Normalisers as functions of a target's unit scores."""
 
     sum = staticmethod(NORMALIZERS["sum"])
     mean = staticmethod(NORMALIZERS["mean"])
@@ -85,7 +85,7 @@ class Normalizer:
 
 @dataclass(frozen=True)
 class _Combined:
-    """`f(weight)`, or with another weight `output_fn(f(weight), f(other))`, or `f(other)` alone; on copies."""
+    """Score `f(weight)`, or `f(other)`, or `output_fn(f(weight), f(other))`; `f` gets copies."""
 
     f: Transform
     other: str | None = None
@@ -103,7 +103,7 @@ class _Combined:
 
 @dataclass(frozen=True)
 class _Activated:
-    """`f(weight)` times a statistic of the weight's input feature."""
+    """Score `f(weight)` times a statistic of the weight's input feature."""
 
     f: Transform
     statistic: str
@@ -125,7 +125,7 @@ def Criteria(  # noqa: N802 - the familiar name
     needs_data: bool = False,
     data_fn: str = "l2_norm",
 ) -> Criterion:
-    """A criterion from a function of the weight; `f` gets copies, so it may write into them.
+    """Make a criterion from a function of the weight; `f` gets copies, so it may write into them.
 
     Args:
         f: Applied to the weight, and to the other weight where there is one.
@@ -133,7 +133,7 @@ def Criteria(  # noqa: N802 - the familiar name
         normalizer: A function of `Normalizer`, or its name.
         needs_init: The other weight is that of when the sparsifier was made.
         needs_update: The other weight is that of when the masks last moved.
-        output_fn: What becomes of `f(weight)` and `f(other)`.
+        output_fn: Function that combines `f(weight)` and `f(other)`.
         return_init: The score is `f(other)` alone.
         scale: Must be left out: scores are compared as they are.
         needs_data: Multiply by a statistic of the input features.
@@ -161,7 +161,7 @@ def Criteria(  # noqa: N802 - the familiar name
 
 
 def unit_scores(m: nn.Module, criterion: Criterion, g: str, squeeze: bool = False) -> Tensor:
-    """The unit scores of a module's weight by a criterion that reads nothing else; reduced dimensions have size 1.
+    """Return the unit scores of a module's weight, by a criterion of the weight alone; reduced dimensions have size 1.
 
     Args:
         m: A module whose weight is known.
@@ -183,29 +183,29 @@ def unit_scores(m: nn.Module, criterion: Criterion, g: str, squeeze: bool = Fals
 
 
 def magnitude_criteria(transform_fn: Transform, **kwargs: Any) -> Criterion:
-    """A criterion of the weight alone."""
+    """Make a criterion of the weight alone."""
     return Criteria(transform_fn, **kwargs)
 
 
 def init_based_criteria(
     transform_fn: Transform, output_fn: Combine | None = None, return_init: bool = False, **kwargs: Any
 ) -> Criterion:
-    """A criterion of the weight and what it was when the sparsifier was made."""
+    """Make a criterion of the weight and of its value at the time the sparsifier was made."""
     return Criteria(transform_fn, needs_init=True, output_fn=output_fn, return_init=return_init, **kwargs)
 
 
 def update_based_criteria(transform_fn: Transform, output_fn: Combine | None = None, **kwargs: Any) -> Criterion:
-    """A criterion of the weight and what it was when the masks last moved."""
+    """Make a criterion of the weight and of its value at the last update of the masks."""
     return Criteria(transform_fn, needs_update=True, output_fn=output_fn, **kwargs)
 
 
 def activation_criteria(transform_fn: Transform, data_fn: str = "l2_norm", **kwargs: Any) -> Criterion:
-    """A criterion of the weight times the norm of its input feature."""
+    """Make a criterion of the weight times the norm of its input feature."""
     return Criteria(transform_fn, needs_data=True, data_fn=data_fn, **kwargs)
 
 
 def _axes_table(layout: Layout) -> dict[str, tuple[str, ...]]:
-    """Granularity name -> the axes that it keeps apart, in the order of the parameter's dimensions."""
+    """Return granularity name -> the axes that it keeps apart, in the order of the parameter's dimensions."""
     order = [next(iter(names)) for names in layout.axes]
     return {name: tuple(a for a in order if a in getattr(granularities, name).kept(layout)) for name in allowed(layout)}
 
@@ -215,7 +215,7 @@ def _layout(*axes: str) -> Layout:
 
 
 class Granularities:
-    """The known granularities, asked by module as the public fasterai is; `register_axes` is the plainer call."""
+    """Known granularities, looked up by module as in the public fasterai; `register_axes` is the simpler call."""
 
     _granularities_Linear: Mapping[str, tuple[str, ...]] = _axes_table(_layout("out", "in"))
     _granularities_Conv2d: Mapping[str, tuple[str, ...]] = _axes_table(_layout("out", "in", "height", "width"))
@@ -223,7 +223,7 @@ class Granularities:
 
     @staticmethod
     def get_dim(m: nn.Module, g: str) -> list[int]:
-        """The dimensions of `weight[None]` that a granularity reduces, 0 if it reduces none.
+        """Return the dimensions of `weight[None]` that a granularity reduces; `[0]` if it reduces none.
 
         Raises:
             ValueError: The module's weight is not known, or has no such units.
@@ -235,7 +235,7 @@ class Granularities:
 
     @staticmethod
     def add_granularity(m_type: type[nn.Module], g: Mapping[str, Any]) -> None:
-        """Make a module class known whose weight is read as one of the tables of this class.
+        """Register a module class whose weight is read as one of the tables of this class.
 
         A table names a weight's dimensions in PyTorch's order, `(out, in)` for Linear's. Hugging Face's `Conv1D` holds
         `(in, out)`: call `register_axes(Conv1D, weight=("in", "out"))` for it, so that its rows are its outputs.
@@ -257,17 +257,17 @@ class Granularities:
 
     @staticmethod
     def allowed_granularities(m: nn.Module) -> list[str]:
-        """The names of the granularities that a module's weight has."""
+        """List the names of the granularities that a module's weight has."""
         return allowed(Granularities._read(m))
 
     @staticmethod
     def available_granularities() -> list[str]:
-        """The names of all granularities."""
+        """List the names of all granularities."""
         return list(granularities.__all__)
 
     @staticmethod
     def available_modules() -> tuple[type[nn.Module], ...]:
-        """The module classes that are known."""
+        """List the module classes that are known."""
         return tuple(t for t in read_module.registry if t is not object)
 
     @staticmethod

@@ -18,6 +18,7 @@ OTHERS = {
     "cli/test_strange_files.py": "what lies in folders of images besides images, in each of the commands",
     "prune/test_zoo.py": "networks of other libraries",
     "test_docs.py": "code of the pages",
+    "test_docstrings.py": "docstrings and lengths of all sources",
     "test_import.py": "the package as a whole",
     "test_known_defects.py": "defects of earlier versions: sparsifying",
     "test_known_defects_callbacks.py": "defects of earlier versions: callbacks",

@@ -1,4 +1,4 @@
-"""What a model costs, how fast it is, and how much of each target may go.
+"""Analysis of a model: its cost, its speed, and the share of each target that can be removed.
 
 `cost` counts (parameters, MACs, memory, file size), `latency` and `compare_latency` measure, `compare` puts several models side
 by side, `sensitivity` scores a model over the sparsity of one target at a time. Each gives frozen data with `to_dict()`, a

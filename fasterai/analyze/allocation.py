@@ -1,4 +1,4 @@
-"""How much of each target goes, from curves of what its pruning costs: pure functions of plain numbers."""
+"""Allocation of a sparsity to targets, from curves of the drop that pruning each one costs: pure functions of plain numbers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ HALVINGS = 200
 
 
 def allocate(curves: Sequence[Curve], units: Sequence[int], sparsity: float, least: float, most: float) -> list[int]:
-    """How many units of each target go, so that all of them tolerate the same drop.
+    """Return the number of units to remove from each target, so that all targets cost the same drop of the score.
 
     Args:
         curves: For each target (sparsity, drop) as measured, by rising sparsity.
-        units: How many units each target has.
+        units: Number of units of each target.
         sparsity: The share of all units to prune, in [0, 1].
         least: The lowest share of a target.
         most: The highest share; one unit of each target stays in any case, unless it has no other.
@@ -46,7 +46,7 @@ def _most(n: int) -> int:
 
 
 def _tolerances(curves: Sequence[Curve]) -> Callable[[float], list[float]]:
-    """Level in [0, 3] -> the share of each target that may go; it never falls.
+    """Return a function: level in [0, 3] -> the share of each target that may be removed; it never falls.
 
     From 0 to 1 the shares rise to what costs nothing, from 1 to 2 the tolerated drop rises to the largest one measured, from
     2 to 3 what lies beyond the last measured sparsity follows.
@@ -68,7 +68,7 @@ def _tolerances(curves: Sequence[Curve]) -> Callable[[float], list[float]]:
 
 
 def _rising(curve: Curve, worst: float) -> list[tuple[float, float]]:
-    """The curve from (0, 0) on, with drops that never fall."""
+    """Return the curve with (0, 0) as its first point and drops that never fall; drops that are not finite count as `worst`."""
     points = [(0.0, 0.0)]
     for sparsity, drop in curve:
         height = max(points[-1][1], drop if math.isfinite(drop) else worst)
@@ -78,7 +78,7 @@ def _rising(curve: Curve, worst: float) -> list[tuple[float, float]]:
 
 
 def _tolerated(curve: Sequence[tuple[float, float]], drop: float) -> float:
-    """The highest sparsity whose drop is at most that, between the points by a straight line."""
+    """Return the highest sparsity that costs at most `drop`; between two points of the curve lies a straight line."""
     if drop >= curve[-1][1]:
         return curve[-1][0]
     after = next(i for i, (_, height) in enumerate(curve) if height > drop)
@@ -87,7 +87,10 @@ def _tolerated(curve: Sequence[tuple[float, float]], drop: float) -> float:
 
 
 def _at_total(counts: Callable[[float], list[float]], total: int) -> list[float]:
-    """The counts at the level where they add up to the total, by halving; a jump there is crossed by a straight line."""
+    """Find by halving the level at which the counts add up to `total`, and return the counts there.
+
+    Where the sum jumps over `total`, the counts before and after the jump are mixed linearly.
+    """
     low, high = 0.0, 3.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2
@@ -101,7 +104,7 @@ def _at_total(counts: Callable[[float], list[float]], total: int) -> list[float]
 
 
 def _to_whole(counts: Sequence[float], total: int, ceilings: Sequence[int]) -> list[int]:
-    """Whole counts that add up to the total: the largest remainders are rounded up, of equals the first."""
+    """Round counts to whole numbers that add up to `total`: the largest remainders are rounded up, of equal ones the first."""
     whole = [math.floor(k + 1e-9) for k in counts]
     order = sorted(range(len(counts)), key=lambda i: (whole[i] - counts[i], i))
     for i in order * 2:

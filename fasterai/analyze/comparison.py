@@ -1,4 +1,4 @@
-"""Several models side by side, dense, masked and small for instance: what each costs, and how fast it is."""
+"""Comparison of several models, for instance dense, masked and small: the cost and the speed of each."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ MEASURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models side by side; `print` shows them as a table with what follows from the figures.
+    """Costs and speeds of several models; `print` shows a table, and a sentence for each model after the first.
 
     Attributes:
-        costs: Model name -> what it costs. The first model is the one that the others are held against.
-        latency: What was measured, None if nothing was.
+        costs: Model name -> its cost. The others are compared with the first model.
+        latency: Measured times; None if they were not measured.
     """
 
     costs: Mapping[str, Cost]
@@ -44,16 +44,16 @@ class Comparison:
 
     @property
     def first(self) -> str:
-        """The name of the model that the others are held against."""
+        """Name of the first model, which the others are compared with."""
         return next(iter(self.costs))
 
     def share(self, name: str, field: str) -> float:
-        """A model's figure over the first model's: a field of `Cost` such as `macs`; 1.0 where both are 0."""
+        """Return a model's figure divided by the first model's; `field` is one of `Cost`'s, such as `macs`. 0 / 0 gives 1.0."""
         own, base = getattr(self.costs[name], field), getattr(self.costs[self.first], field)
         return own / base if base else (1.0 if own == base else float("inf"))
 
     def layers(self) -> LayerComparison:
-        """The models layer by layer; layers without parameters and MACs in all of them are left out."""
+        """Compare the models layer by layer; layers without parameters and MACs in all models are left out."""
         by_model = {n: {row.name: row for row in c.layers if row.parameters or row.macs} for n, c in self.costs.items()}
         names = dict.fromkeys(layer for rows in by_model.values() for layer in rows)
         timed = {} if self.latency is None else {n: one.timings for n, one in self.latency.models.items()}
@@ -67,7 +67,7 @@ class Comparison:
         return LayerComparison(tuple(self.costs), tuple(rows), sizes)
 
     def verdicts(self) -> tuple[str, ...]:
-        """What the figures say of each model against the first, in a sentence each."""
+        """Return one sentence for each model after the first: its size and speed compared with the first model's."""
         return tuple(self._verdict(name) for name in self.costs if name != self.first)
 
     def _verdict(self, name: str) -> str:
@@ -83,7 +83,7 @@ class Comparison:
         return f"{name}: {', '.join(shares)} of {self.first}{self._speed(name, ', and not faster')}"
 
     def _speed(self, name: str, unchanged: str) -> str:
-        """What was measured: `unchanged` where the times are the same within the noise, else how they differ."""
+        """Return the end of a verdict: `unchanged` if the times are equal within the noise, else the measured ratios."""
         if self.latency is None:
             return "; its time was not measured"
         ratios = zip(self.latency.batch_sizes, self.latency.ratios[name], strict=True)
@@ -91,7 +91,7 @@ class Comparison:
         return f"{unchanged} (measured: {figures})" if self.latency.is_same(name) else f"; measured: {figures}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return plain data, ready for JSON."""
         measured = None if self.latency is None else self.latency.to_dict()
         costs = {name: one.to_dict() for name, one in self.costs.items()}
         return {"costs": costs, "latency": measured, "verdicts": list(self.verdicts())}
@@ -105,7 +105,7 @@ class Comparison:
         body += [[label, *cells] for label, cells in self._times()]
         uncounted = dict.fromkeys(op for one in self.costs.values() for op in one.uncounted)
         lines = [*table(["", *names], body), *self.verdicts()]
-        return "\n".join([*lines, *([f"not counted, for want of a rule: {', '.join(uncounted)}"] if uncounted else [])])
+        return "\n".join([*lines, *([f"not counted, without a rule: {', '.join(uncounted)}"] if uncounted else [])])
 
     def _times(self) -> list[tuple[str, list[str]]]:
         if self.latency is None:
@@ -163,9 +163,9 @@ def compare(
     """Count and measure models side by side.
 
     Args:
-        models: Name -> model; the others are held against the first.
+        models: Name -> model; the others are compared with the first.
         example_inputs: A tensor, or a tuple or list of positional arguments, that all models run on.
-        latency: Whether to measure time, which takes `min_run_time` for each model and batch size.
+        latency: True to measure time, which takes `min_run_time` for each model and batch size.
         batch_sizes: As for `analyze.latency.latency`.
         threads: As there.
         channels_last: As there.

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, MACs, memory and file size, layer by layer and overall."""
+"""Cost of a model: parameters, MACs, memory and file size, layer by layer and in total."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ MOST_BARS, LEAST_BAR = 40, 0.001
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One module's own share; what its submodules hold or do stands in their rows.
+    """Cost of one module without its submodules, which have rows of their own.
 
     Attributes:
         name: Its name in `model.named_modules()`; empty for the model itself.
         kind: Its class.
-        parameters: How many parameters it holds; a shared one counts where it stands first.
-        nonzero: How many of them are not zero.
+        parameters: Number of parameters it holds; a shared one counts where it stands first.
+        nonzero: Number of them that are not zero.
         macs: Multiply-accumulates, over all its calls.
         activation_bytes: Memory that its operations returned.
         output_shape: Shape of its last output, the first tensor of it; None if it was not called or gave none.
-        calls: How often it was called.
-        file_bytes: What its parameters and buffers take in the file; a shared one counts where it stands first. The file has
+        calls: Number of its calls.
+        file_bytes: Bytes of its parameters and buffers in the file; a shared one counts where it stands first. The file has
             a head with their names on top.
     """
 
@@ -55,16 +55,16 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs for one forward pass on the given inputs; `print` shows it as a table.
+    """Cost of one forward pass of a model on the given inputs; `print` shows a table.
 
     Attributes:
-        parameters: How many parameters, shared ones once.
-        nonzero: How many of them are not zero.
+        parameters: Number of parameters, shared ones once.
+        nonzero: Number of them that are not zero.
         macs: Multiply-accumulates of matrix products and convolutions, for the whole batch of the inputs.
         activation_bytes: Memory that all operations returned.
         peak_bytes: The most of it that was held at once; inputs, weights, and what kernels need inside themselves not counted.
         weight_bytes: Memory of the parameters.
-        buffers: How many values the buffers hold.
+        buffers: Number of values in the buffers.
         buffer_bytes: Memory of the buffers.
         file_bytes: Length of the state dict as a safetensors file.
         layers: The modules that hold or do something, in the order of `named_modules()`; their shares add up to the whole.
@@ -84,7 +84,7 @@ class Cost:
     uncounted: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return plain data, ready for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -101,11 +101,11 @@ class Cost:
             f"file {short_bytes(self.file_bytes)}, activations at most {short_bytes(self.peak_bytes)} at once"
         )
         if self.uncounted:
-            lines.append(f"not counted, for want of a rule: {', '.join(self.uncounted)}")
+            lines.append(f"not counted, without a rule: {', '.join(self.uncounted)}")
         return "\n".join(lines)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the MACs and the parameters of each layer, as shares of the whole; of many the costliest, none below 0.1 %.
+        """Draw the MACs and parameters of each layer as shares of the whole; at most the costliest layers, none below 0.1 %.
 
         Args:
             ax: Where to draw; a new figure if it is left out.
@@ -134,7 +134,7 @@ class Cost:
 
 
 def cost(model: nn.Module, example_inputs: Any) -> Cost:
-    """Count what a model costs: one forward pass in eval mode, without gradients.
+    """Count the cost of one forward pass of a model, in eval mode and without gradients.
 
     MACs are those of matrix products, convolutions, attention and recurrent layers, half of what `torch.utils.flop_counter`
     counts; additions of biases, norms, activations and pooling count nothing. For it, transformer layers run module by module
@@ -195,7 +195,7 @@ def _layers(model: nn.Module, tallies: Mapping[str, Tally], tensors: Mapping[str
 
 
 def file_size(model: nn.Module) -> int:
-    """How many bytes the model's state dict takes as a safetensors file; tensors under two names are stored once."""
+    """Return the size in bytes of the model's state dict as a safetensors file; a tensor under two names is stored once."""
     return _length(_stored(unwrap(model)))
 
 
@@ -206,7 +206,7 @@ def _length(tensors: dict[str, Tensor]) -> int:
 
 
 def _stored(model: nn.Module) -> dict[str, Tensor]:
-    """What a file of the model holds, by name."""
+    """Return the tensors that a safetensors file of the model holds, by name; a tensor under two names comes once."""
     tensors: dict[str, Tensor] = {}
     seen: set[Any] = set()
     used: set[int] = set()
@@ -222,7 +222,12 @@ def _stored(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _alone(tensor: Tensor, used: set[int]) -> Tensor:
-    """The tensor in memory that no other one shares, as the format asks; memory in use is added to `used`."""
+    """Return the tensor as contiguous memory that no other tensor shares, which safetensors asks for.
+
+    Args:
+        tensor: The tensor; not changed.
+        used: Addresses of memory that earlier tensors of the file use; this tensor's is added. Memory in use is copied.
+    """
     tensor, storage = tensor.detach(), tensor.untyped_storage()
     part = storage.nbytes() != tensor.numel() * tensor.element_size()
     if part or storage.data_ptr() in used:

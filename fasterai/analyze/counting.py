@@ -1,4 +1,4 @@
-"""Counting inside a forward pass: MACs and new memory, module by module.
+"""Counting of MACs and of new memory inside a forward pass, module by module.
 
 To add a rule for an operation that torch's counter lacks: a function of the arguments' shapes that returns FLOPs (two per MAC),
 and its operation in `rules()`. A rule that a user registers with torch's `register_flop_formula` counts as well.
@@ -35,32 +35,32 @@ HEAVY = re.compile(r"mm(_|$)|rnn|attention|fft|convolution|encoder_layer")
 
 
 def matrix_vector(matrix: Shape, *_: Any, **__: Any) -> int:
-    """(M, N) x (N): M N MACs."""
+    """Count the FLOPs of (M, N) x (N): M N MACs."""
     return 2 * prod(matrix)
 
 
 def added_matrix_vector(_bias: Shape, matrix: Shape, *_: Any, **__: Any) -> int:
-    """The same, added to a vector."""
+    """Count the FLOPs of (M) + (M, N) x (N): M N MACs; the addition counts nothing."""
     return 2 * prod(matrix)
 
 
 def inner(first: Shape, *_: Any, **__: Any) -> int:
-    """(N) x (N): N MACs."""
+    """Count the FLOPs of (N) x (N): N MACs."""
     return 2 * prod(first)
 
 
 def matrix(first: Shape, second: Shape, *_: Any, **__: Any) -> int:
-    """(M, K) x (K, N): M K N MACs."""
+    """Count the FLOPs of (M, K) x (K, N): M K N MACs."""
     return 2 * prod(first) * second[-1]
 
 
 def added_matrix(_bias: Shape, first: Shape, second: Shape, *_: Any, **__: Any) -> int:
-    """The same, or a sum over a batch of them, added to a matrix."""
+    """Count the FLOPs of (M, N) + (M, K) x (K, N), or of a sum of B such products: M K N, or B M K N MACs."""
     return 2 * prod(first) * second[-1]
 
 
 def grouped_matrix(first: Shape, second: Shape, *_: Any, **__: Any) -> int:
-    """Products of groups of rows with a matrix each (experts): every row meets one matrix.
+    """Count the FLOPs of a product of experts, in which every row meets the matrix of one group.
 
     (T, K) x (G, K, N): T K N MACs. Where the groups are of columns, (G, M, K) x (K, T), every column meets one: M K T.
     """
@@ -68,7 +68,7 @@ def grouped_matrix(first: Shape, second: Shape, *_: Any, **__: Any) -> int:
 
 
 def trilinear(first: Shape, second: Shape, third: Shape, *expand: Any, **_: Any) -> int:
-    """The sum over products of three (Bilinear: B out in1 in2 MACs, one per weight and sample)."""
+    """Count the FLOPs of a sum over products of three tensors, as in `nn.Bilinear`: B out in1 in2 MACs."""
     shapes = []
     for shape, places in zip((first, second, third), expand[:3], strict=True):
         full = list(shape)
@@ -79,32 +79,37 @@ def trilinear(first: Shape, second: Shape, third: Shape, *expand: Any, **_: Any)
 
 
 def attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    """(B, H, L, E) x (B, H, S, E) x (B, H, S, V): B H L S (E + V) MACs."""
+    """Count the FLOPs of (B, H, L, E) x (B, H, S, E) x (B, H, S, V): B H L S (E + V) MACs."""
     return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def one_recurrent_layer(inputs: Shape, input_weight: Shape, hidden_weight: Shape, *_: Any, **__: Any) -> int:
-    """(T, B, I): T B times the weights of the layer."""
+    """Count the FLOPs of one recurrent layer on (T, B, I): T B MACs for each of its weights."""
     return 2 * prod(inputs[:-1]) * (prod(input_weight) + prod(hidden_weight))
 
 
 def recurrent_layers(inputs: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
-    """All layers and directions at once, (T, B, I) or packed (positions, I): every matrix at every position."""
+    """Count the FLOPs of all recurrent layers and directions: every matrix at every position.
+
+    Args:
+        inputs: Shape (T, B, I), or (positions, I) for a packed sequence.
+        weights: Shapes of all weights; biases, of one dimension, count nothing.
+    """
     return 2 * prod(inputs[:-1]) * sum(prod(w) for w in weights if len(w) > 1)
 
 
 def distances(first: Shape, second: Shape, *_: Any, **__: Any) -> int:
-    """Of (B, P, M) to (B, R, M), each to each: B P R M MACs, a difference squared and added each."""
+    """Count the FLOPs of the distances from (B, P, M) to (B, R, M), each to each: B P R M MACs, one per squared difference."""
     return 2 * joint_size(first[:-2], second[:-2]) * first[-2] * second[-2] * first[-1]
 
 
 def joint_size(*shapes: Shape) -> int:
-    """How many values there are once the shapes are broadcast together."""
+    """Return the number of values after broadcasting tensors of these shapes together."""
     return int(prod(torch.broadcast_shapes(*shapes)))  # type: ignore[no-untyped-call]
 
 
 def rules() -> dict[Any, Callable[..., int]]:
-    """Operation -> FLOPs, for what torch's counter passes over; operations that this torch has not got are left out."""
+    """Return operation -> function of its FLOPs, for operations that torch's counter lacks and that this torch has."""
     by_name: Mapping[str, Callable[..., int]] = {
         "mv": matrix_vector,
         "addmv": added_matrix_vector,
@@ -139,12 +144,12 @@ TAKEN_APART: Mapping[str, Callable[..., int]] = {
 
 @dataclass
 class Tally:
-    """What was counted, of a module's own doing or of the whole pass.
+    """Counts of one module without its submodules.
 
     Attributes:
         macs: Multiply-accumulates.
         made: Bytes of new memory that operations returned.
-        calls: How often it ran.
+        calls: Number of its runs.
         shape: Shape of the first tensor of its last output; None if it gave none.
     """
 
@@ -155,7 +160,7 @@ class Tally:
 
 
 class Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the memory that operations return, as it is made and let go, and operations that nobody counts.
+    """Record of the memory that operations return, and of operations that may multiply and have no counting rule.
 
     A view or an operation in place makes none. What a kernel needs inside itself is not seen.
 
@@ -202,7 +207,7 @@ class Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Products(TorchFunctionMode):  # type: ignore[no-untyped-call]
-    """Counts the functions that are `TAKEN_APART`.
+    """Counter of the MACs of the functions in `TAKEN_APART`.
 
     Attributes:
         macs: Of all of them so far.
@@ -230,7 +235,7 @@ def _storage(x: Any) -> Any:
 
 @contextmanager
 def followed(enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
-    """Call functions around every module's forward, by torch's global hooks: none is put on the model."""
+    """Call two functions before and after every module's forward, by torch's global hooks; the model gets no hook."""
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     try:
         yield
@@ -240,7 +245,7 @@ def followed(enter: Callable[..., None], leave: Callable[..., None]) -> Iterator
 
 
 def count(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, Tally], int, tuple[str, ...]]:
-    """Run a model once and count.
+    """Run a model once, and count MACs and new memory module by module.
 
     What runs in a module that is not in `named_modules()` counts for the module that called it.
 

@@ -1,4 +1,4 @@
-"""The measurement of latency: the time of a forward pass on this machine, never computed from counts."""
+"""Latency of a model: the measured time of a forward pass on this machine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def latency(
     channels_last: bool = False,
     min_run_time: float = 1.0,
 ) -> Latency:
-    """Measure a model's forward pass, in eval mode and without gradients: blocks of passes after a warm-up.
+    """Measure a model's forward pass in eval mode, without gradients: after a warm-up, blocks of several passes are timed.
 
     Args:
         model: The model, compiled or not; measured as it is.
@@ -70,7 +70,7 @@ def compare_latency(
     channels_last: bool = False,
     min_run_time: float = 1.0,
 ) -> LatencyComparison:
-    """Measure models side by side: they take turns, in changing order, so that all see the same machine.
+    """Measure several models in turns, in changing order, so that a slower or faster machine affects all alike.
 
     Args:
         models: Name -> model; the others are held against the first.
@@ -113,7 +113,7 @@ def compare_latency(
 def _take_turns(
     models: Mapping[str, nn.Module], inputs: tuple[Any, ...], threads: int, min_run_time: float
 ) -> tuple[dict[str, list[list[float]]], dict[str, list[dict[str, float]]]]:
-    """Return name -> for each turn the seconds per pass of its blocks, and name -> for each timed pass those of the layers."""
+    """Time models in turns: name -> for each turn the seconds per pass of its blocks, and name -> those of the layers."""
     passes: dict[str, list[dict[str, float]]] = {name: [] for name in models}
 
     def turn(name: str) -> list[float]:
@@ -136,7 +136,7 @@ def _take_turns(
 
 
 def _warm_up(model: nn.Module, inputs: tuple[Any, ...]) -> float:
-    """Run a model for the first times, and return the seconds of its fastest pass.
+    """Run a model several times, and return the seconds of its fastest pass.
 
     Raises:
         ValueError: It does not run on the inputs.

@@ -1,4 +1,4 @@
-"""The latency of one model or of several, as data, table and picture."""
+"""Latency of one model or of several, as data, table and picture."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOISE = 0.05
 
 @dataclass(frozen=True)
 class Timing:
-    """The time of one forward pass.
+    """Time of one forward pass: median and spread over the blocks.
 
     Attributes:
         batch_size: The number of samples; None where the inputs were taken as they are.
@@ -42,13 +42,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class Latency:
-    """The latency of a model; `print` shows it as a table.
+    """Latency of a model; `print` shows it as a table.
 
     Attributes:
         timings: One for each batch size.
         device: The device that it ran on.
         threads: The number of CPU threads.
-        channels_last: Whether images and weights lay in that memory format.
+        channels_last: True if images and weights lay in that memory format.
     """
 
     timings: tuple[Timing, ...]
@@ -89,7 +89,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class LatencyComparison:
-    """Several models, measured in turns in one run; `print` shows them side by side.
+    """Latencies of several models, measured in turns in one run; `print` shows them side by side.
 
     Attributes:
         models: Name -> its latency. The first is the one that the others are held against.
@@ -104,15 +104,15 @@ class LatencyComparison:
 
     @property
     def batch_sizes(self) -> tuple[int | None, ...]:
-        """The measured batch sizes; None for the inputs as given."""
+        """Measured batch sizes; None stands for the inputs as given."""
         return tuple(t.batch_size for t in next(iter(self.models.values())).timings)
 
     def ratio(self, name: str, batch_size: int | None) -> float:
-        """Return how many times as fast as the first model one is."""
+        """Return the first model's time divided by the named model's: 2.0 means twice as fast."""
         return self.ratios[name][self.batch_sizes.index(batch_size)]
 
     def is_same(self, name: str) -> bool:
-        """Tell whether a model is as fast as the first at every batch size: within 5 %, or within the spread of the turns."""
+        """Tell if a model is as fast as the first one at every batch size: within 5 %, or within the spread of the turns."""
         pairs = zip(self.ratios[name], self.quartiles[name], strict=True)
         return all(abs(ratio - 1) <= NOISE or low <= 1 <= high for ratio, (low, high) in pairs)
 
@@ -134,7 +134,7 @@ class LatencyComparison:
         return "\n".join([*table(header, body), f"{_conditions(self.models[first])}, measured in turns"])
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the medians side by side, with the spread and how many times as fast as the first each is.
+        """Draw the medians side by side, with the spread and each model's speed relative to the first.
 
         Args:
             ax: Where to draw; a new figure if it is left out.
@@ -147,13 +147,13 @@ class LatencyComparison:
 
 
 def timing_of(batch_size: int | None, times: Sequence[float], passes: Sequence[Mapping[str, float]]) -> Timing:
-    """Sum up the seconds per pass of blocks, and those of the layers in passes apart."""
+    """Summarise times: the seconds per pass of each block, and of separate passes the seconds of each layer."""
     first, third = quartiles(times)
     return Timing(batch_size, statistics.median(times), third - first, len(times), layer_timings(passes))
 
 
 def against_first(turns: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, tuple[float, float]]]:
-    """Return how many times as fast as the first model each is: the median over the turns, and the quartiles.
+    """Return name -> (first model's time / its time as the median over the turns, the quartiles of it).
 
     Args:
         turns: Name -> seconds of a forward pass, turn by turn.

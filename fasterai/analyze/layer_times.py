@@ -1,4 +1,4 @@
-"""The time of each layer's own part of a forward pass, between marks set around every module."""
+"""Times of single layers in a forward pass, taken by marks before and after every module."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["LayerTiming", "layer_times", "layer_timings", "quartiles"]
 
 @dataclass(frozen=True)
 class LayerTiming:
-    """The time of one module's own part of a forward pass; that of its submodules stands with them.
+    """Time of one module without its submodules, which have times of their own.
 
     Attributes:
         median: Seconds, the median over the passes.
@@ -36,7 +36,7 @@ class LayerTiming:
 
 
 def layer_times(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, float]:
-    """Run a model once, and return name of a module -> seconds of its own part, of all its calls.
+    """Run a model once, and return module name -> seconds without its submodules, summed over all its calls.
 
     A mark is set, by torch's global hooks, where a module begins and where it ends; the time between two marks belongs to the
     module under way. On accelerators marks are events on the stream, and the pass waits for nothing. Each mark takes some
@@ -74,7 +74,7 @@ def layer_times(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, float]:
 
 
 def layer_timings(passes: Sequence[Mapping[str, float]]) -> dict[str, LayerTiming]:
-    """Return the median and the spread of each layer over several passes; one that a pass did not reach took no time there."""
+    """Return the median and spread of each layer over several passes; a layer that a pass did not reach took 0 s there."""
     timings = {}
     for name in dict.fromkeys(name for one in passes for name in one):
         times = [one.get(name, 0.0) for one in passes]
@@ -88,7 +88,7 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
-    """Return a function that sets a mark, and one for the seconds between two marks, once the device is done."""
+    """Return two functions: one sets a mark, one gives the seconds between two marks after waiting for the device."""
     if device.type == "cpu":
         return time.perf_counter, lambda start, end: end - start
     stream = torch.accelerator.current_stream(device)

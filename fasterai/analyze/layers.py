@@ -1,4 +1,4 @@
-"""Several models side by side, layer by layer: what each layer costs, and how long it takes."""
+"""Comparison of several models layer by layer: cost and time of each layer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FIGURES: tuple[tuple[str, str, Callable[[float], str], Callable[[float], str]], 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer in all models.
+    """Figures of one layer in all models.
 
     Attributes:
         name: Its name; empty for the model itself.
@@ -45,7 +45,7 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class LayerComparison:
-    """Models side by side, layer by layer; `print` shows it as a table, `plot` draws it.
+    """Costs and times of several models, layer by layer; `print` shows a table, `plot` draws it.
 
     Times are of passes apart from those of the whole model, with some microseconds for each layer in them: they show where the
     time goes, and need not add up to the whole.
@@ -53,7 +53,7 @@ class LayerComparison:
     Attributes:
         names: The models.
         rows: The layers, in the order of the first model that has them.
-        batch_sizes: What was timed, as for `LatencyComparison`; empty if nothing was.
+        batch_sizes: Timed batch sizes, as for `LatencyComparison`; empty if nothing was.
     """
 
     names: tuple[str, ...]
@@ -61,7 +61,7 @@ class LayerComparison:
     batch_sizes: tuple[int | None, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return plain data, ready for JSON."""
         costs = {row.name: {n: None if c is None else asdict(c) for n, c in row.costs.items()} for row in self.rows}
         timings = {
             row.name: {n: [None if t is None else asdict(t) for t in ts] for n, ts in row.timings.items()} for row in self.rows
@@ -82,7 +82,7 @@ class LayerComparison:
         return "\n".join(table(header, body, left=3))
 
     def plot(self) -> Figure:
-        """Draw MACs, file, activations and, at the first batch size, the time of each layer; of many the costliest."""
+        """Draw MACs, file size, activations and, at the first batch size, time of each layer; of many layers the costliest."""
         panels = [(label, write, self._values(key)) for label, key, _, write in FIGURES[2:]]
         if self.batch_sizes:
             panels.append(("time" + _at(self.batch_sizes[0]), short_time, self._times()))
@@ -110,12 +110,12 @@ class LayerComparison:
         return figure
 
     def _values(self, key: str) -> np.ndarray[Any, Any]:
-        """A figure of the costs, (layers, models); 0 where a model has no such layer."""
+        """Return a figure of the costs as an array (layers, models); 0 where a model lacks the layer."""
         costs = [[row.costs[name] for name in self.names] for row in self.rows]
         return self._array([[0.0 if c is None else float(getattr(c, key)) for c in cs] for cs in costs])
 
     def _times(self) -> np.ndarray[Any, Any]:
-        """Seconds at the first batch size, (layers, models)."""
+        """Return the seconds at the first batch size as an array (layers, models)."""
         timings = [[row.timings[name][0] for name in self.names] for row in self.rows]
         return self._array([[0.0 if t is None else t.median for t in ts] for ts in timings])
 

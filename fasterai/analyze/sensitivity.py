@@ -1,4 +1,4 @@
-"""The measurement of sensitivity: a model's score with one target at a time pruned."""
+"""Sensitivity of a model: its score while one target at a time is pruned."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sensitivity(
     progress: bool = True,
     **options: Any,
 ) -> Sensitivity:
-    """Score a model over the sparsity of one target at a time, all others as they are.
+    """Score a model at several sparsities of one target at a time; all other targets stay unpruned.
 
     The weights and buffers are afterwards what they were, bit for bit, also if `evaluate` fails; so are modes and torch's
     random generators. For each evaluation the model is in eval mode, and the generators stand where they stood at the first.
@@ -96,7 +96,7 @@ def _check_sparsities(sparsities: Sequence[float]) -> tuple[float, ...]:
 
 
 def _score(model: nn.Module, evaluate: Callable[[nn.Module], float], put_back: Callable[[], None]) -> float:
-    """Evaluate a model once; weights, buffers, modes and random generators are put back."""
+    """Evaluate a model once, and restore weights, buffers, modes and random generators afterwards."""
     try:
         with undisturbed(model), evaluating(model):
             score = evaluate(model)
@@ -110,7 +110,7 @@ def _score(model: nn.Module, evaluate: Callable[[nn.Module], float], put_back: C
 
 @contextmanager
 def _put_back(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Give a function that puts back the values that parameters and buffers have now; it is also called at the end."""
+    """Give a function that restores the present values of all parameters and buffers; it is also called at the end."""
     held = [*model.parameters(), *model.buffers()]
     values = [x.detach().clone() for x in held]
 
@@ -127,7 +127,7 @@ def _put_back(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _bar(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
-    """Show a progress bar, and give the function that moves it on by one target."""
+    """Show a progress bar, and give the function that advances it by one target."""
     from tqdm.auto import tqdm
 
     with tqdm(total=total, desc="sensitivity", disable=not shown) as bar:

@@ -1,4 +1,4 @@
-"""The scores of a model with one target pruned at a time, as data, table and picture."""
+"""Scores of a model with one target pruned at a time, as data, table and picture."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_LINES, LEAST_OFF = 12, 0.005
 
 
 class Ranked(NamedTuple):
-    """A target in the order of sensitivity.
+    """Target with its rank in the order of sensitivity.
 
     Attributes:
         name: The target.
@@ -57,12 +57,15 @@ class Sensitivity:
     granularity: str = "weight"
 
     def drops(self, name: str) -> tuple[float, ...]:
-        """Return by how much the score gets worse at each sparsity of a target; below 0 where it gets better."""
+        """Return the loss of score at each sparsity of a target; negative where pruning improves the score."""
         sign = 1.0 if self.higher_is_better else -1.0
         return tuple(sign * (self.baseline - score) for score in self.scores[name])
 
     def top(self, n: int = 5, most_sensitive: bool = True) -> list[Ranked]:
-        """Rank the targets whose pruning hurts most on average, or least; a score that is not finite hurts most of all."""
+        """Rank the targets by their mean drop, most or least sensitive first.
+
+        A score that is not finite counts as the largest drop.
+        """
         check_count("n", n)
         means = [Ranked(name, sum(self.drops(name)) / len(self.sparsities)) for name in self.scores]
 
@@ -72,7 +75,7 @@ class Sensitivity:
         return sorted(means, key=badness, reverse=most_sensitive)[:n]
 
     def allocate(self, sparsity: float, *, least: float = 0.0, most: float = 1.0) -> dict[str, float]:
-        """Share a sparsity of all units out among the targets: `Sparsifier(...).sparsify_model` takes the dict.
+        """Distribute a sparsity of all units over the targets: target -> sparsity, for `Sparsifier(...).sparsify_model`.
 
         Our rule: every target gives up as many units as it can for one and the same drop in score, and that drop is as small
         as the share allows. Between measured sparsities the drop is interpolated, from 0 at sparsity 0; it never falls as the
@@ -98,7 +101,7 @@ class Sensitivity:
     def to_layer_targets(
         self, model: nn.Module | None = None, target_pct: float = 0.5, min_pct: float = 0.0, max_pct: float = 1.0
     ) -> dict[str, float]:
-        """Return the allocation by module name, for `sparsify_layer` and `ignored_layers`: the familiar name, in fractions.
+        """Return the allocation by module name, in fractions, for `sparsify_layer` and `ignored_layers` (a familiar name).
 
         Args:
             model: The model, or None: if given, the names are checked to be its modules.
@@ -150,7 +153,7 @@ class Sensitivity:
         return "\n".join(lines)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw a line for each target; of more than a dozen a map with a row for each.
+        """Draw a line for each target; for more than a dozen targets a map with one row each.
 
         Args:
             ax: Where to draw; a new figure if it is left out.

@@ -1,4 +1,4 @@
-"""The one timer: the seconds of forward passes, alone and in turns, and how they spread."""
+"""Timer of forward passes, alone and in turns, and measures of how much the times spread."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def seconds_per_pass(model: nn.Module, inputs: tuple[Any, ...], count: int = 1) -> float:
-    """Return the seconds of one forward pass, the mean of `count` in a row, with all that an accelerator does for them.
+    """Return the mean seconds of one of `count` forward passes in a row, after waiting for the accelerator.
 
     Python's garbage collector waits meanwhile. Mode, gradients and number of threads are the caller's.
     """
@@ -42,18 +42,18 @@ def seconds_per_pass(model: nn.Module, inputs: tuple[Any, ...], count: int = 1) 
 
 
 def passes_in(block: float, seconds: float) -> int:
-    """Return how many passes of so many seconds make a block: at least one, at most 10,000."""
+    """Return the number of passes of so many seconds that fill a block: at least 1, at most 10,000."""
     return max(1, round(min(MOST_PASSES, block / max(seconds, 1e-9))))
 
 
 def by_turns(
     runs: Mapping[str, Callable[[], T]], is_enough: Callable[[Mapping[str, Sequence[T]], float], bool]
 ) -> dict[str, list[T]]:
-    """Call functions in turns, each once a turn, so that a machine that gets slower or faster does so for all of them.
+    """Call functions in turns, each once a turn, so that a slower or faster machine affects all alike.
 
     Args:
         runs: Name -> function; every second turn goes backwards.
-        is_enough: What was returned so far, by name, and the seconds since the start -> whether to end. Asked before each turn.
+        is_enough: Results so far by name, and seconds since the start -> True to end. Called before each turn.
 
     Returns:
         Name -> what the function returned, turn by turn.
@@ -69,7 +69,7 @@ def by_turns(
 
 @contextmanager
 def on_threads(count: int) -> Iterator[None]:
-    """Give torch's operations so many CPU threads, and as many as before afterwards."""
+    """Set the number of CPU threads of torch's operations, and restore it afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,4 +1,4 @@
-"""The command line: `fasterai demo`, `fasterai sparsify` and `fasterai prune`.
+"""Command line: `fasterai demo`, `fasterai sparsify` and `fasterai prune`.
 
 What is heavy (torchvision, matplotlib, scikit-learn) is imported by the command that needs it. To add a command: a module
 with `run(arguments) -> int`, and its parser in `arguments.py`.
@@ -22,7 +22,7 @@ AFTERWARDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run a command, and return its exit status.
 
     Args:
         argv: The arguments without the program's name; those of the process if left out.
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
-        print(f"\nfasterai: interrupted; {AFTERWARDS.get(command, 'begin anew')}", file=sys.stderr)
+        print(f"\nfasterai: interrupted; {AFTERWARDS.get(command, 'start again')}", file=sys.stderr)
         return INTERRUPTED
     except SystemExit as done:  # --help and --version
         return int(done.code or 0)
@@ -59,7 +59,7 @@ def _warn(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A warning without the line of source that it came from."""
+    """Print a warning without the line of source that it came from."""
     print(f"fasterai: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""The commands' arguments, and the checks that need no data."""
+"""Arguments of the commands, and the checks that need no data."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ WEIGHTS is a state dict written by torch.save, or a file of safetensors. The num
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports errors the way the rest of the program does."""
+    """Parser that reports its errors as `UsageError`, as the rest of the program does."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+    """Make the parser of the whole command line."""
     from fasterai import __version__
 
     parser = _Parser(prog="fasterai", description="Makes PyTorch networks sparse, and small.")
@@ -148,7 +148,7 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Check what can be checked without the data.
+    """Check the arguments of `sparsify`, as far as that needs no data.
 
     Raises:
         UsageError: An argument is out of range or unknown; the known names are listed.
@@ -174,7 +174,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def check_prune_arguments(arguments: argparse.Namespace) -> None:
-    """Check what can be checked without the weights and the data.
+    """Check the arguments of `prune`, as far as that needs no weights and data.
 
     Raises:
         UsageError: An argument is out of range or unknown; the known names are listed.
@@ -203,7 +203,7 @@ def check_prune_arguments(arguments: argparse.Namespace) -> None:
 
 
 def read_budget(text: str) -> Budget:
-    """The budget of `macs=0.5`, `params=0.3` or `latency=0.5`.
+    """Read a budget from text such as `macs=0.5`, `params=0.3` or `latency=0.5`.
 
     Raises:
         UsageError: It is none of these.

@@ -1,4 +1,4 @@
-"""The same network trained dense and sparse, with everything written to a folder, and resumed from it."""
+"""Training of the same network dense and sparse, written to a folder from which an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be compared.
+    """Description of a comparison: the network, the data and the arguments.
 
     Attributes:
         command: The command's name.
         arguments: Everything that the result depends on, plain data.
         make_network: Makes the network; called after seeding, once for each training.
         axes: Arguments of the sparsifier: sparsity, granularity, context, criteria, schedule.
-        data: What to train on.
-        recipe: How to train.
-        folder: Where to write.
-        with_dense: Whether to train the dense network, too.
+        data: The images to train on.
+        recipe: Settings of the trainings.
+        folder: The folder to write to.
+        with_dense: True to train the dense network, too.
     """
 
     command: str
@@ -52,12 +52,12 @@ class Job:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The trainings, in their order."""
+        """Names of the trainings, in their order."""
         return ("dense", "sparse") if self.with_dense else ("sparse",)
 
 
 def compare(job: Job) -> dict[str, Any]:
-    """Train every stage, go on where an earlier run stopped, and write the folder.
+    """Train every stage, resume where an earlier run stopped, and write the folder.
 
     Returns:
         The report, as in report.json.
@@ -86,7 +86,7 @@ def compare(job: Job) -> dict[str, Any]:
 
 
 def finished_report(folder: Path, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The report of a complete run of the same arguments, None if the folder holds no complete run.
+    """Return the report of a complete run with the same arguments; None if the folder holds no complete run.
 
     Raises:
         UsageError: The run was made with other arguments.
@@ -116,7 +116,7 @@ def _flag(name: str) -> str:
 
 
 def make_sparsifier(network: nn.Module, job: Job) -> Sparsifier:
-    """The sparsifier of the sparse training.
+    """Make the sparsifier of the sparse training.
 
     Raises:
         UsageError: The axes do not go with each other or with the network.
@@ -139,7 +139,7 @@ def _save(job: Job, done: Mapping[str, Any], stage: str | None, state: Mapping[s
 
 
 def _finish(job: Job, stage: str, training: Training) -> dict[str, Any]:
-    """Write a stage's weights; what the report says of it."""
+    """Write a stage's weights, and return its part of the report."""
     training.finish()
     sparsifier = training.sparsifier
     output.save_weights(training.network, output.file_of(job.folder, stage), job.data.classes)
@@ -157,7 +157,7 @@ def _finish(job: Job, stage: str, training: Training) -> dict[str, Any]:
 
 
 def _small(job: Job) -> dict[str, Any] | None:
-    """What the report says of the small network; None where the axes leave no whole channels silent."""
+    """Make the small network, and return its part of the report; None if the granularity removes no whole channels."""
     if job.axes["granularity"] not in WHOLE_CHANNELS:
         return None
     networks = {}
@@ -211,7 +211,7 @@ def _result(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def versions() -> dict[str, str]:
-    """Of what a result depends on."""
+    """Return the versions of the packages that a result depends on."""
     import numpy as np
     import torchvision
 

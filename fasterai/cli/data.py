@@ -1,4 +1,4 @@
-"""L8. Labelled images: what the training reads, whatever they come from."""
+"""L8. Labelled images, read into tensors for training, from any source."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Part = Subset[tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Data:
-    """A data set, ready for training.
+    """Data set, ready for training.
 
     Attributes:
         train: The training part.
@@ -43,7 +43,7 @@ class Data:
     fingerprint: str = ""
 
     def batches(self, part: Part, picks: Iterable[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give normalised images and their classes, a batch for each tensor of numbers from 0 to the part's length."""
+        """Give normalised images and their classes; each tensor of row numbers makes one batch."""
         for numbers in picks:
             pixels, labels = part[numbers.tolist()]
             # not `to_dtype`, which multiplies by 1/255: one bit else, and a resumed run would not be the same
@@ -51,7 +51,7 @@ class Data:
             yield images, labels.to(device)
 
     def examples(self, count: int, device: torch.device) -> Tensor:
-        """Return the first training images, normalised, repeated where there are too few."""
+        """Return the first training images, normalised; they repeat if there are too few."""
         return next(self.batches(self.train, [torch.arange(count) % len(self.train)], device))[0]
 
     def summary(self) -> dict[str, object]:
@@ -69,11 +69,11 @@ class Data:
 
 
 def split_each_class(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split rows into training and validation: the same share of every class, at least one image on both sides.
+    """Split rows into training and validation, with the same share of every class and at least one image on both sides.
 
     Args:
         labels: The class of each row, int64 `(n,)`; every class has two rows at least.
-        share: How much of each class goes to validation, in (0, 1).
+        share: Share of each class for validation, in (0, 1).
         seed: Of the choice.
 
     Returns:
@@ -89,13 +89,13 @@ def split_each_class(labels: Tensor, share: float, seed: int) -> tuple[Tensor, T
 
 
 def byte_sums(pixels: Tensor) -> Tensor:
-    """Return the sum of the bytes and the sum of their squares, exact, for each image and channel, float64 `(B, 2, C)`."""
+    """Return the sum of the bytes and of their squares, for each image and channel, float64 `(B, 2, C)`; the sums are exact."""
     values = pixels.flatten(2).double()
     return torch.stack([values.sum(2), values.square().sum(2)], 1)
 
 
 def image_statistics(sums: Tensor, pixel_count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and deviation per channel, of values in [0, 1].
+    """Return the mean and standard deviation of each channel, of values in [0, 1].
 
     Args:
         sums: The images' `byte_sums`, float64 `(n, 2, C)`.
@@ -107,7 +107,7 @@ def image_statistics(sums: Tensor, pixel_count: int) -> tuple[tuple[float, ...],
 
 
 def digits(seed: int) -> Data:
-    """Return the 1,797 handwritten digits of 8x8 pixels that scikit-learn bundles; a fifth of each class for testing."""
+    """Return scikit-learn's 1,797 handwritten digits of 8x8 pixels; a fifth of each class is for testing."""
     from sklearn.datasets import load_digits
 
     found = load_digits()

@@ -49,7 +49,10 @@ def run(arguments: argparse.Namespace, epochs: int = EPOCHS) -> int:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """So small a network is trained faster without threads, many times so where other programs hold the cores."""
+    """Set torch to one thread for a while, since threads slow down so small a network.
+
+    Where other programs use the cores, threads make it many times slower.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

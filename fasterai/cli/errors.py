@@ -1,4 +1,4 @@
-"""The one kind of error that the command line shows as a line instead of a traceback."""
+"""Error that the command line shows as one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ __all__ = ["UsageError", "told_as_usage"]
 
 
 class UsageError(Exception):
-    """What the user asked for cannot be done; the text says what to change."""
+    """Request that cannot be met; the text says what to change."""
 
 
 @contextmanager
 def told_as_usage() -> Iterator[None]:
-    """Turn the library's errors about arguments into usage errors."""
+    """Turn the library's errors about arguments into `UsageError`."""
     try:
         yield
     except (TypeError, ValueError) as error:

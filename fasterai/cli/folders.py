@@ -1,4 +1,4 @@
-"""L8. Folders of images with one sub-folder a class.
+"""L8. Folders of images with one sub-folder for each class.
 
 The walk is not torchvision's `ImageFolder`, which follows links in circles without end and takes hidden folders for classes.
 """
@@ -40,7 +40,7 @@ SHARE = 0.2
 
 @dataclass(frozen=True)
 class _Decoded(Dataset[tuple[Tensor, ...]]):
-    """Images that are decoded whenever they are asked for."""
+    """Images that are decoded each time they are read."""
 
     paths: Sequence[str]
     labels: Tensor
@@ -56,7 +56,7 @@ class _Decoded(Dataset[tuple[Tensor, ...]]):
         return torch.stack(images), self.labels[rows]
 
     def decode(self, rows: Sequence[int]) -> list[Tensor | str]:
-        """Return each image, uint8 `(3, size, size)`, or why it cannot be read."""
+        """Return for each image the pixels, uint8 `(3, size, size)`, or the reason why it cannot be read."""
         paths = [self.paths[row] for row in rows]
         if not self.workers:
             return [_decode(path, self.size) for path in paths]
@@ -65,7 +65,7 @@ class _Decoded(Dataset[tuple[Tensor, ...]]):
 
 
 def read_data(arguments: argparse.Namespace) -> Data:
-    """Read the folder that a command's arguments name, as they say."""
+    """Read the folder that a command's arguments name, with the options that they give."""
     return read_folder(
         arguments.data,
         image_size=arguments.image_size,
@@ -84,7 +84,7 @@ def read_folder(
     workers: int = 0,
     cache_bytes: int = CACHE_BYTES,
 ) -> Data:
-    """Read a folder of images, every file once; what is unreadable is found before any training.
+    """Read a folder of images, every file once, so that unreadable ones are found before the training.
 
     Args:
         root: One sub-folder a class, or train/ and one of valid/, val/, test/ with one sub-folder a class each.
@@ -121,7 +121,7 @@ def read_folder(
 
 
 def _find_parts(root: Path) -> tuple[Path, Path | None]:
-    """Find the folder of the training classes, and that of the validation classes if there is one."""
+    """Find the folder of the training classes, and that of the validation classes or None."""
     if not root.is_dir():
         problem = "is a file" if root.exists() else "does not exist"
         raise UsageError(f"DATA must be a folder of images, got {root}, which {problem}")
@@ -144,7 +144,7 @@ def _visible(names: Iterable[str]) -> list[str]:
 
 
 def _list_images(train: Path, valid: Path | None, classes: Sequence[str]) -> tuple[list[str], Tensor, int]:
-    """Find the images of all classes: paths, labels, and how many of them are for training, which come first."""
+    """List the images of all classes: paths, labels, and the number of training images, which come first."""
     roots = [train] if valid is None else [train, valid]
     images = _images_below([root / name for root in roots for name in _sub_folders(root)])
     if not any(images[train / name] for name in classes):
@@ -161,7 +161,7 @@ def _list_images(train: Path, valid: Path | None, classes: Sequence[str]) -> tup
 
 
 def _images_below(tops: Sequence[Path]) -> dict[Path, list[str]]:
-    """Find the images of class folders, at any depth and through links.
+    """Find the images in class folders, at any depth and through links.
 
     Links may lead in circles and into other classes, so each real folder is read once: first all that can be had without
     links, under their own names. A link to a folder above is not followed.
@@ -194,7 +194,7 @@ def _check_counts(labels: Tensor, classes: Sequence[str], minimum: int) -> None:
 
 
 def _default_size(paths: Sequence[str]) -> int:
-    """Return the first image's shorter side; above 64 a multiple of 32, at most 224."""
+    """Return the shorter side of the first image; if it is above 64, the nearest lower multiple of 32, at most 224."""
     for path in paths:
         try:
             with _open(path) as image:
@@ -206,7 +206,7 @@ def _default_size(paths: Sequence[str]) -> int:
 
 
 def _read(source: _Decoded, cache_bytes: int) -> tuple[Dataset[tuple[Tensor, ...]], Tensor, dict[int, str]]:
-    """Decode every file once: the images, their `byte_sums`, and row -> why it failed."""
+    """Decode every file once: the images, their `byte_sums`, and row -> the reason why it failed."""
     count, size = len(source.paths), source.size
     fits = count * 3 * size * size <= cache_bytes
     pixels = torch.zeros((count if fits else 0, 3, size, size), dtype=torch.uint8)
@@ -227,7 +227,7 @@ def _read(source: _Decoded, cache_bytes: int) -> tuple[Dataset[tuple[Tensor, ...
 
 
 def _decode(path: str, size: int) -> Tensor | str:
-    """Return the image, uint8 `(3, size, size)`, or why it cannot be read."""
+    """Return the image, uint8 `(3, size, size)`, or the reason why it cannot be read."""
     try:
         with _open(path) as image:
             square = ImageOps.fit(_as_rgb(image), (size, size), Image.Resampling.BILINEAR)
@@ -254,7 +254,10 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _as_bytes(values: np.ndarray, mode: str) -> np.ndarray:
-    """Scale 16 bits, and floats in [0, 1]; 32 bits have no other range that all agree on than that of bytes."""
+    """Scale an image of 16 bits, or of floats in [0, 1], to bytes.
+
+    Values of 32 bits have no agreed range: they must lie in that of bytes.
+    """
     low, high = values.min(), values.max()
     if mode.startswith("I;16"):
         values = values >> 8
@@ -266,7 +269,7 @@ def _as_bytes(values: np.ndarray, mode: str) -> np.ndarray:
 
 
 def _shown(path: str) -> str:
-    """Return a path that can be printed and written, whatever bytes it has."""
+    """Return a path as text that can be printed and written, whatever bytes it has."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 

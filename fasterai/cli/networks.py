@@ -1,4 +1,4 @@
-"""The networks that the commands train."""
+"""Networks that the commands train."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["check_runs", "choose_device", "classifiers", "digits_network", "how_
 
 
 def classifiers() -> list[str]:
-    """The names of torchvision's classifiers."""
+    """List the names of torchvision's classifiers."""
     import torchvision
 
     return list(torchvision.models.list_models(module=torchvision.models))
 
 
 def make_classifier(arch: str, class_count: int, image_size: int) -> nn.Module:
-    """A network of torchvision with random weights.
+    """Make a network of torchvision with random weights.
 
     Raises:
         UsageError: It cannot be built for images of that size.
@@ -40,14 +40,14 @@ def make_classifier(arch: str, class_count: int, image_size: int) -> nn.Module:
 
 
 def how_to_make(arch: str, class_count: int, image_size: int) -> str:
-    """The arguments of `torchvision.models.get_model` for the same network, as Python."""
+    """Write the arguments with which `torchvision.models.get_model` makes the same network, as Python code."""
     options = {name: value for name, value in _options(arch, image_size).items() if name != "init_weights"}
     arguments = [repr(arch), f"num_classes={class_count}", *(f"{name}={value!r}" for name, value in options.items())]
     return ", ".join(arguments)
 
 
 def _options(arch: str, image_size: int) -> dict[str, Any]:
-    """What some networks must be told beyond the number of classes."""
+    """Return the arguments that some networks need beyond the number of classes."""
     if arch in ("googlenet", "inception_v3"):
         return {"aux_logits": False, "init_weights": True}
     if arch.startswith("vit_"):
@@ -58,7 +58,7 @@ def _options(arch: str, image_size: int) -> dict[str, Any]:
 
 
 def digits_network() -> nn.Module:
-    """A small convolutional network for 8x8 pictures in one channel."""
+    """Make a small convolutional network for 8x8 pictures with one channel."""
     layers: dict[str, nn.Module] = {}
     for i, (inputs, outputs, stride) in enumerate(((1, 16, 1), (16, 32, 2), (32, 64, 1)), 1):
         layers[f"conv{i}"] = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
@@ -69,7 +69,7 @@ def digits_network() -> nn.Module:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; for `auto` the machine's accelerator if there is one.
+    """Return the device of that name; for `auto` the machine's accelerator if there is one, else the CPU.
 
     Raises:
         UsageError: This machine has no such device.
@@ -87,13 +87,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def check_runs(network: nn.Module, inputs: Tensor, arch: str, training: bool = True) -> None:
-    """Try a pass, so that a network too large for its images is told before anything else is done.
+    """Try one pass, so that a network that does not fit its images is refused before anything else is done.
 
     Args:
         network: The network; a pass of training moves its running statistics.
         inputs: Images.
         arch: Its name.
-        training: Whether to run it as in training.
+        training: True to run it as in training.
 
     Raises:
         UsageError: The pass fails.

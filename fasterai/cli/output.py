@@ -1,4 +1,4 @@
-"""The run folder."""
+"""Run folder: the files that a command writes, and reads to resume."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ REPORT = "report.json"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that an interruption leaves the old one or the new one, never a part.
+    """Write a file so that an interruption leaves the old or the new one, never a part.
 
     Raises:
         UsageError: It cannot be written: the disk is full, the folder is gone or read-only.
@@ -62,17 +62,17 @@ def _unwritable(path: Path, error: Exception) -> UsageError:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run, complete or not, has written there."""
+    """Tell if a run, complete or not, has written to the folder."""
     return (folder / CHECKPOINT).exists() or (folder / REPORT).exists()
 
 
 def file_of(folder: Path, name: str) -> Path:
-    """Where a network's weights lie: `dense`, `sparse` or `small`."""
+    """Return the path of a network's weights; `name` is `dense`, `sparse` or `small`."""
     return folder / f"{name}.safetensors"
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder if it is not there, and see that it can be written to.
+    """Make the folder if it is missing, and check that it can be written to.
 
     Raises:
         UsageError: There is a file of that name, or it cannot be made or written to.
@@ -98,7 +98,7 @@ def check_new_folder(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which gets its name once all went well; else nothing of it is left.
+    """Give a temporary folder to write to; it gets its final name at a normal end, else it is removed.
 
     Raises:
         UsageError: It cannot be made or written to.
@@ -115,17 +115,17 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def save_checkpoint(content: Mapping[str, Any], folder: Path) -> None:
-    """Write what a run needs to go on."""
+    """Write the state that resuming a run needs."""
     write_atomically(folder / CHECKPOINT, lambda path: torch.save(dict(content), path))
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Return what an interrupted run left, on the CPU; None if there is nothing."""
+    """Return the state that an interrupted run left, on the CPU; None if there is none."""
     return _load(folder / CHECKPOINT, lambda path: torch.load(path, map_location="cpu", weights_only=True))
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Take the checkpoint away."""
+    """Remove the checkpoint."""
     (folder / CHECKPOINT).unlink(missing_ok=True)
 
 
@@ -151,7 +151,7 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
 
 
 def load_report(folder: Path) -> dict[str, Any] | None:
-    """Return the report of a complete run, None if there is none."""
+    """Return the report of a complete run; None if there is none."""
     return _load(folder / REPORT, lambda path: json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -161,4 +161,4 @@ def _load(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any] 
     try:
         return read(path)
     except Exception as error:  # a broken file can fail in any of zip, pickle, torch and json
-        raise UsageError(f"cannot read {path} ({type(error).__name__}); take it away to begin anew") from error
+        raise UsageError(f"cannot read {path} ({type(error).__name__}); delete it to start again") from error

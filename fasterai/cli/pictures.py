@@ -1,4 +1,4 @@
-"""The pictures of a run, drawn from its report."""
+"""Pictures of a run, drawn from its report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AREA = "#fbe3d3"
 
 
 def write_all(report: Mapping[str, Any], folder: Path) -> None:
-    """Every picture that the report has figures for."""
+    """Draw every picture that the report has figures for."""
     write_training(report, folder / "training.png")
     write_sparsity(report, folder / "sparsity.png")
     if "small" in columns(report):
@@ -32,7 +32,7 @@ def write_all(report: Mapping[str, Any], folder: Path) -> None:
 
 
 def write_removal(removal: Removal, path: Path) -> None:
-    """The removal's own picture."""
+    """Write the picture of a removal."""
     import matplotlib.pyplot as plt
 
     figure = removal.plot()
@@ -43,7 +43,7 @@ def write_removal(removal: Removal, path: Path) -> None:
 
 
 def write_training(report: Mapping[str, Any], path: Path) -> None:
-    """Accuracy over the epochs, dense and sparse, above the sparsity over the steps."""
+    """Draw the accuracy over the epochs, dense and sparse, above the sparsity over the steps."""
     figure = _figure(8.0, 5.6)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     _draw_accuracy(above, report)
@@ -56,7 +56,7 @@ def write_training(report: Mapping[str, Any], path: Path) -> None:
 
 
 def write_sparsity(report: Mapping[str, Any], path: Path) -> None:
-    """The sparsity of each layer, with what it has left beside it."""
+    """Draw the sparsity of each layer, with the count of kept channels or weights beside it."""
     layers = report["layers"]
     figure = _figure(8.0, 1.5 + 0.3 * len(layers))
     axes = figure.subplots()
@@ -75,7 +75,7 @@ def write_sparsity(report: Mapping[str, Any], path: Path) -> None:
 
 
 def _left(report: Mapping[str, Any], layer: Mapping[str, Any]) -> str:
-    """How much is left of a layer, and of how much."""
+    """Write the count of kept channels or weights of a layer, as `3 of 8`."""
     if is_by_channel(report):
         return f"{layer['units'] - layer['pruned']:,} of {layer['units']:,}"
     return f"{layer['weights'] - layer['zeros']['sparse']:,} of {layer['weights']:,}"
@@ -91,7 +91,7 @@ def _draw_layer(axes: Axes, place: int, layer: Mapping[str, Any], left: str) -> 
 
 
 def write_small(report: Mapping[str, Any], path: Path) -> None:
-    """Size, work and time of each network, as shares of the first one's."""
+    """Draw size, MACs and time of each network, as shares of the first network's."""
     names, rows = columns(report), _shares(report)
     figure = _figure(8.0, 1.6 + 0.72 * len(rows))
     axes = figure.subplots()
@@ -114,7 +114,7 @@ def write_small(report: Mapping[str, Any], path: Path) -> None:
 
 
 def _shares(report: Mapping[str, Any]) -> list[tuple[str, dict[str, tuple[float, str]]]]:
-    """Label, and for each network its share of the first one's figure and the figure as it is written."""
+    """Return (label, {network: (share of the first network's figure, the figure as text)}) for each figure."""
     small, names = report["small"], columns(report)
     first, rows = small["costs"][names[0]], []
     for label, key, write in (
@@ -172,7 +172,7 @@ def _draw_accuracy(axes: Axes, report: Mapping[str, Any]) -> None:
 
 
 def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
-    """Name the lines at their ends, moved apart where they end close to each other."""
+    """Write the name of each line at its end, moved apart where two lines end close to each other."""
     low, high = axes.get_ylim()
     gap = 0.1 * (high - low)
     ordered = sorted(ends, key=lambda stage: ends[stage][1])

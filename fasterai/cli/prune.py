@@ -1,4 +1,4 @@
-"""L6. `fasterai prune`: a trained classifier of torchvision made small, without training."""
+"""L6. `fasterai prune`: a trained classifier of torchvision is made small, without training."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ BATCHES, BATCH_SIZE = 4, 32
 
 @dataclass(frozen=True)
 class _Job:
-    """What is to be made small.
+    """Description of a pruning: the network, and the images to run it on.
 
     Attributes:
-        network: With its weights, in eval mode.
-        inputs: What it is run on, checked and timed.
+        network: The network with its weights, in eval mode.
+        inputs: Inputs that it is checked and timed on.
         image_size: The side of the images.
-        classes: How many.
+        classes: Number of classes.
         data: Images to measure accuracy on, if any.
-        recipe: How to run on them.
-        notes: What there is to say of the weights.
+        recipe: Settings of runs on them.
+        notes: Lines about the weights, to print.
     """
 
     network: nn.Module
@@ -136,7 +136,7 @@ def _prune(arguments: argparse.Namespace, job: _Job) -> Removal:
 
 
 def _batches(job: _Job) -> list[tuple[Tensor, Tensor]] | None:
-    """Training images in random order, for criteria that need data."""
+    """Return training images in random order, for criteria that need data; None without data."""
     if job.data is None:
         return None
     order = torch.randperm(len(job.data.train), generator=torch.Generator().manual_seed(job.recipe.seed))
@@ -174,13 +174,13 @@ def _headline(arguments: argparse.Namespace, job: _Job) -> str:
 
 
 def _closing(arguments: argparse.Namespace, job: _Job, before: float | None, after: float | None) -> str:
-    """The accuracy, and what to do next."""
+    """Write the accuracy before and after, and the next steps."""
     if before is None or after is None:
-        lines = ["accuracy: not measured, for want of images; pass --data FOLDER"]
+        lines = ["accuracy: not measured without images; pass --data FOLDER"]
     else:
         lines = [f"accuracy: {before:.2%} -> {after:.2%} of {len(job.data.valid) if job.data else 0:,} images"]
     if not arguments.remove_only:
-        lines.append("what was taken out mattered least, but it was not silent: train the small network on")
+        lines.append("the removed channels mattered least, but were not silent: train the small network further")
     make = how_to_make(arguments.arch, job.classes, job.image_size)
     return "\n".join([
         "", *lines, "", "in Python:", "", "from fasterai.prune.all import load_small", "import torchvision", "",

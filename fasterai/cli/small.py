@@ -1,4 +1,4 @@
-"""The small network beside the sparse one: silent channels taken out, and all networks counted and timed."""
+"""Small network made of the sparse one by removing silent channels, and the figures of all networks."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ RUN_TIME, QUICK = 0.3, 0.05
 
 
 def make_small(networks: Mapping[str, nn.Module], data: Data, recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """Take out what is silent in the sparse network, write it, and measure it beside the others.
+    """Remove the silent channels of the sparse network, write the result, and measure it beside the others.
 
     Args:
         networks: Stage -> trained network, `sparse` the last; none of them is changed.
-        data: What they were trained on.
-        recipe: How.
-        folder: Where the others lie already, and the small one goes.
+        data: The images that they were trained on.
+        recipe: The settings of their training.
+        folder: The folder with the other networks' files, where the small one is written.
 
     Returns:
-        What the report says of it; if there is no small network, why not.
+        Its part of the report; if there is no small network, the reason.
     """
     small = copy.deepcopy(networks["sparse"])
     inputs = data.examples(EXAMPLES, recipe.device)
@@ -48,7 +48,7 @@ def make_small(networks: Mapping[str, nn.Module], data: Data, recipe: Recipe, fo
     except ValueError as error:  # a training that went well is not to fail for it
         return {"why_not": str(error)}
     if not removal.removed:
-        return {"why_not": "no channel that may go is silent"}
+        return {"why_not": "no removable channel is silent"}
     save_small(file_of(folder, SMALL), small)
     accuracy, loss = evaluate(small, data, data.valid, recipe)
     models = {**networks, SMALL: small}
@@ -71,7 +71,7 @@ def _cost(measured: Comparison, name: str, folder: Path) -> dict[str, int]:
 
 
 def _times(measured: Comparison) -> dict[str, Any]:
-    """For each batch size the seconds of a forward pass, and how many times as fast as the first network each is."""
+    """Return for each batch size the seconds of a forward pass and the speed relative to the first network."""
     latency = measured.latency
     assert latency is not None
     first = latency.models[measured.first]
@@ -85,7 +85,7 @@ def _times(measured: Comparison) -> dict[str, Any]:
 
 
 def _batch_sizes(network: nn.Module, image: Tensor) -> tuple[int, ...]:
-    """One image, and a batch unless that takes long."""
+    """Return (1, 32), or (1,) if a pass of one image takes so long that a batch is not timed."""
     with at_rest(network):
         network(*batch_of((image,), 2))  # warm
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""L6. `fasterai sparsify`: a classifier of torchvision on a folder of images, dense against sparse."""
+"""L6. `fasterai sparsify`: a classifier of torchvision, trained dense and sparse on a folder of images."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _make_job(arguments: argparse.Namespace, data: Data, device: torch.device) -> Job:
-    """The job, tried out: what would fail after the dense training fails now."""
+    """Make the job, and try network and sparsifier once, so that errors come before the dense training."""
     recipe = Recipe(arguments.epochs, arguments.batch_size, arguments.lr, arguments.seed, device, flip=not arguments.no_flip)
     make = functools.partial(make_classifier, arguments.arch, len(data.classes), data.image_size)
     axes = {name: getattr(arguments, name) for name in AXES}
@@ -61,7 +61,7 @@ def _make_job(arguments: argparse.Namespace, data: Data, device: torch.device) -
 
 
 def _known(arguments: argparse.Namespace, data: Data) -> dict[str, Any]:
-    """What the result depends on, as plain data."""
+    """Return the arguments and data that the result depends on, as plain data."""
     known = {name: value for name, value in vars(arguments).items() if name not in NOT_COMPARED}
     return known | {"data": str(arguments.data.resolve()), "image_size": data.image_size, "files": data.fingerprint}
 

@@ -1,4 +1,4 @@
-"""What is printed: an epoch in a line, and the networks side by side."""
+"""Text that the commands print: one line per epoch, and a table of the networks."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 def epoch_line(stage: str, epoch: Mapping[str, float], epochs: int, seconds: float) -> str:
-    """One epoch in one line."""
+    """Write one epoch as one line."""
     line = f"{stage:6}  epoch {epoch['epoch']:>{len(str(epochs))}}/{epochs}  loss {epoch['loss']:.4f}"
     return f"{line}  accuracy {epoch['accuracy']:7.2%}  sparsity {epoch['sparsity']:6.1%}  {seconds:7.1f} s"
 
 
 def small_line(small: Report) -> str:
-    """How the small network came out, in one line."""
+    """Write the result for the small network as one line."""
     if small["why_not"]:
         return f"no small network: {small['why_not']}"
     before, after = small["removal"]["parameters"]
@@ -36,23 +36,23 @@ def small_line(small: Report) -> str:
 
 
 def is_by_channel(report: Report) -> bool:
-    """Whether units are coupled channels."""
+    """Tell if the units are coupled channels."""
     return str(report["granularity"]).lower().startswith("coupled")
 
 
 def unit_name(report: Report) -> str:
-    """What is pruned, in the plural."""
+    """Name the pruned units, in the plural."""
     return "channels" if is_by_channel(report) else f"{report['granularity']}s"
 
 
 def columns(report: Report) -> list[str]:
-    """The networks: those that were trained, and the small one if there is one."""
+    """List the networks: the trained ones, then the small one if there is one."""
     small = report.get("small")
     return [*report["results"], *(["small"] if small and not small["why_not"] else [])]
 
 
 def result_table(report: Report) -> str:
-    """The networks side by side: what is gone in each layer, accuracy, and what they cost."""
+    """Lay out the networks side by side: zeros or channels of each layer, accuracy and cost."""
     if not report.get("small"):
         return _zeros(report, _results(report, "accuracy", "time"))
     if report["small"]["why_not"]:
@@ -64,7 +64,7 @@ def result_table(report: Report) -> str:
 
 
 def _zeros(report: Report, results: list[list[str]]) -> str:
-    """Zeros per layer and overall, and below them what else there is to say of each network."""
+    """Lay out the zeros of each layer and in total, with the other results of each network below."""
     stages = list(report["results"])
     rows = [["", "weights", *(f"{stage} zeros" for stage in stages)]]
     for layer in report["layers"]:
@@ -84,7 +84,7 @@ def _zeros(report: Report, results: list[list[str]]) -> str:
 
 
 def _channels(report: Report, figures: list[list[str]]) -> str:
-    """Channels of each group, and below them the figures."""
+    """Lay out the channels of each group, with the other figures below."""
     names = columns(report)
     groups = report["small"]["removal"]["groups"] if "small" in names else {}
     rows = [["channels", *names]]
@@ -105,7 +105,7 @@ def _only(report: Report, figures: list[list[str]]) -> str:
 
 
 def _figures(report: Report) -> list[list[str]]:
-    """Accuracy, size, work and time of each network."""
+    """List accuracy, size, MACs and time of each network, a row each."""
     names, small = columns(report), report["small"]
     accuracy, training = _results(report, "accuracy", "training")
     rows = [[*accuracy, f"{small['accuracy']:.2%}"]]
@@ -132,7 +132,7 @@ def _results(report: Report, accuracy: str, seconds: str) -> list[list[str]]:
 
 
 def _notes(report: Report) -> str:
-    """What the figures mean."""
+    """Explain the figures, in a few lines."""
     small = report["small"]
     zeros = 1 - small["costs"]["sparse"]["nonzero"] / max(1, small["costs"]["sparse"]["parameters"])
     threads = small["times"]["threads"]

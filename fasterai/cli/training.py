@@ -1,4 +1,4 @@
-"""The training loop: one network, dense or sparse, epoch by epoch, with a state to go on from."""
+"""Training loop of one network, dense or sparse, epoch by epoch, with a state to resume from."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRACE_POINTS = 200
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train.
+    """Settings of a training.
 
     Attributes:
         epochs: Passes over the training part.
@@ -48,7 +48,7 @@ class Recipe:
 
 
 class Training:
-    """A network under training.
+    """Network in training, with its optimizer, its sparsifier and its history.
 
     Attributes:
         history: One dict an epoch: training loss, accuracy, validation loss, sparsity.
@@ -72,12 +72,12 @@ class Training:
 
     @property
     def sparsity(self) -> float:
-        """The share of units that the masks prune now, in [0, 1]."""
+        """Share of units that the masks prune now, in [0, 1]."""
         return 0.0 if self.sparsifier is None else self.sparsifier.sparsity.overall
 
     @property
     def is_done(self) -> bool:
-        """Whether all epochs were trained."""
+        """True if all epochs were trained."""
         return len(self.history) >= self.recipe.epochs
 
     def run_epoch(self) -> dict[str, float]:
@@ -96,7 +96,7 @@ class Training:
         return epoch
 
     def _train_epoch(self) -> float:
-        """One pass over the training part; the mean loss per image."""
+        """Train one pass over the training part, and return the mean loss per image."""
         self.network.train()
         total = 0.0
         batches = shuffled(len(self.data.train), self.recipe.batch_size, self.generator)
@@ -131,7 +131,7 @@ class Training:
             self.trace.append((float(self.recipe.epochs), self.sparsity))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on bit for bit on the same device, for `torch.load(weights_only=True)`."""
+        """Return all that resuming bit for bit on the same device needs, for `torch.load(weights_only=True)`."""
         cuda = torch.cuda.get_rng_state_all() if self.recipe.device.type == "cuda" else []
         return {
             "network": self.network.state_dict(),
@@ -145,7 +145,7 @@ class Training:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Resume from a saved state."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.handle is not None:
@@ -160,7 +160,9 @@ class Training:
 
 
 def learning_rate(peak: float, position: float) -> float:
-    """One cycle: a cosine from `peak / 25` up to `peak` over the first quarter, and a cosine down to `peak / 1e5`.
+    """Return the learning rate of one cycle: a cosine up over the first quarter, then a cosine down.
+
+    It starts at `peak / 25`, reaches `peak`, and ends at `peak / 1e5`.
 
     Args:
         peak: The highest rate.
@@ -177,7 +179,7 @@ def _cosine(start: float, end: float, share: float) -> float:
 
 
 def shuffled(count: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """The numbers 0 to `count - 1` in random order, in batches of nearly the same size.
+    """Return the numbers 0 to `count - 1` in random order, in batches of nearly the same size.
 
     No batch holds a single number (as long as there are two), which batch norm could not train on; where one would be left
     over, a batch holds one more than `batch_size`.
@@ -189,13 +191,13 @@ def shuffled(count: int, batch_size: int, generator: torch.Generator) -> tuple[T
 
 
 def augment(images: Tensor, generator: torch.Generator, *, crop: bool, flip: bool) -> Tensor:
-    """Shift each image by up to an eighth of its side, zeros coming in, and mirror every other one.
+    """Shift each image by up to an eighth of its side, filling with zeros, and mirror each with probability one half.
 
     Args:
         images: Normalised, square, `(B, C, N, N)`; not changed.
         generator: Of the shifts and flips, on the CPU.
-        crop: Whether to shift.
-        flip: Whether to mirror.
+        crop: True to shift.
+        flip: True to mirror.
     """
     count, _, side, _ = images.shape
     pad = max(1, side // 8) if crop else 0
@@ -212,7 +214,7 @@ def augment(images: Tensor, generator: torch.Generator, *, crop: bool, flip: boo
 
 @torch.no_grad()
 def evaluate(network: nn.Module, data: Data, part: Part, recipe: Recipe) -> tuple[float, float]:
-    """Accuracy in [0, 1], and the mean loss per image."""
+    """Return the accuracy in [0, 1] and the mean loss per image."""
     network.eval()
     correct, loss = 0, 0.0
     for images, labels in data.batches(part, torch.split(torch.arange(len(part)), recipe.batch_size), recipe.device):

@@ -1,4 +1,4 @@
-"""Weights from a file into a classifier of torchvision, whatever wrote them."""
+"""Weights from a file, loaded into a classifier of torchvision, whichever program wrote them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MOST_PROBLEMS = 3
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file of weights holds.
+    """Content of a file of weights.
 
     Attributes:
         path: The file.
@@ -39,7 +39,7 @@ class Weights:
 
 
 def read_weights(path: Path) -> Weights:
-    """Read a state dict: of `torch.save`, or safetensors.
+    """Read a state dict from a file of `torch.save` or safetensors.
 
     Raises:
         UsageError: There is no such file, or it holds no state dict.
@@ -85,7 +85,7 @@ def _read_saved(path: Path) -> Weights:
 
 
 def load_classifier(arch: str, weights: Weights, image_size: int) -> tuple[nn.Module, int, list[str]]:
-    """A network of torchvision with these weights; the number of classes is read off them.
+    """Make a network of torchvision with these weights; the number of classes is read off them.
 
     Returns:
         The network in eval mode, its number of classes, and names of tensors that were left out, of auxiliary classifiers.
@@ -116,7 +116,7 @@ def _shapes(arch: str, classes: int, image_size: int) -> dict[str, tuple[int, ..
 
 
 def _without_prefix(tensors: Mapping[str, Tensor], known: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Names without what wrappers put before them, such as `module.` or `_orig_mod.`."""
+    """Remove what wrappers put before the names, such as `module.` or `_orig_mod.`."""
     found = dict(tensors)
     while not found.keys() & known.keys():
         first = {name.partition(".")[0] for name in found}

@@ -18,7 +18,7 @@ __all__ = ["check_choice", "check_count", "check_fraction", "from_catalogue", "u
 
 
 def check_fraction(name: str, value: object) -> float:
-    """A share in [0, 1], as a float.
+    """Return a share in [0, 1] as a float, or refuse the value.
 
     Args:
         name: The argument's name, for the message.
@@ -38,7 +38,7 @@ def check_fraction(name: str, value: object) -> float:
 
 
 def check_count(name: str, value: object, minimum: int = 1) -> int:
-    """A whole number of at least `minimum`.
+    """Return a whole number of at least `minimum` as an int, or refuse the value.
 
     Raises:
         TypeError: `value` is not a whole number (infinity and NaN are not).
@@ -54,7 +54,7 @@ def check_count(name: str, value: object, minimum: int = 1) -> int:
 
 
 def check_choice(name: str, value: object, known: Iterable[str]) -> str:
-    """One of the known names.
+    """Return the value if it is one of the known names, or refuse it.
 
     Raises:
         TypeError: `value` is not text.
@@ -69,7 +69,7 @@ def check_choice(name: str, value: object, known: Iterable[str]) -> str:
 
 
 def warn(message: str) -> None:
-    """Warn of what is legal but doubtful, at the line of the first caller outside of this package."""
+    """Warn of something legal but doubtful, at the line of the first caller outside of this package."""
     level = 1
     while sys._getframe(level).f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]:
         level += 1
@@ -77,7 +77,7 @@ def warn(message: str) -> None:
 
 
 def unknown(name: str, value: str, known: Iterable[str], kind: str = "one of") -> ValueError:
-    """The error for a name that is not known, with the closest known one as the repair."""
+    """Make the error for a name that is not known; it lists the known ones, and proposes the closest."""
     names = list(known)
     close = difflib.get_close_matches(value, names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -86,7 +86,7 @@ def unknown(name: str, value: str, known: Iterable[str], kind: str = "one of") -
 
 
 def from_catalogue(name: str, value: Any, catalogue: ModuleType) -> Any:
-    """The entry of a catalogue with that name, or the value itself if it is no text.
+    """Look a name up in a catalogue module; a value that is no text is returned unchanged.
 
     Raises:
         ValueError: There is no entry of that name; the known ones are listed.

@@ -1,4 +1,4 @@
-"""Parameters of participants, such as a distiller's adapters, in an optimizer that exists already.
+"""Extra parameters in an existing optimizer, such as the adapters of a distiller that train along with the model.
 
 They join the last parameter group, so that every scheduler treats them as it treats that group: a group of their own would have
 no place in the lists that schedulers have made. What the optimizer saves stays what it saves without them; their own state is
@@ -17,7 +17,7 @@ __all__ = ["Joined", "innermost"]
 
 
 def innermost(optimizer: Any) -> Any:
-    """Return the optimizer inside wrappers such as Accelerate's or torch's `PostLocalSGDOptimizer`, or what was given.
+    """Return the optimizer inside wrappers such as Accelerate's or torch's `PostLocalSGDOptimizer`; a bare one unchanged.
 
     Wrappers may be optimizers by their class; only a real one has torch's hooks.
     """
@@ -30,7 +30,7 @@ def innermost(optimizer: Any) -> Any:
 
 
 class Joined:
-    """Parameters that train with an optimizer until they leave it.
+    """Parameters that train with an existing optimizer until they leave it.
 
     Args:
         optimizer: torch's, fastai's, or a wrapper of one.
@@ -61,7 +61,7 @@ class Joined:
                 self._optimizer.state.setdefault(p, {})
 
     def leave(self) -> None:
-        """Take the parameters and their state out of the optimizer."""
+        """Remove the parameters and their state from the optimizer."""
         for hook in self._hooks:
             hook.remove()
         for name in ("state_dict", "load_state_dict"):
@@ -75,7 +75,7 @@ class Joined:
         self._group[:] = [p for p in self._group if id(p) not in mine]
 
     def clear_gradients(self) -> None:
-        """Forget the gradients: loops that clear those of the model alone do not know of these."""
+        """Set the gradients to None, since a loop that clears the model's gradients does not know these parameters."""
         for p in self.parameters:
             p.grad = None
 
@@ -84,7 +84,7 @@ class Joined:
         return {"states": [_copied(self._optimizer.state.get(p, {})) for p in self.parameters]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state: copies.
+        """Load a saved state, as copies.
 
         Raises:
             ValueError: It is of another number of parameters.
@@ -96,7 +96,7 @@ class Joined:
                 self._optimizer.state[p] = _copied(own, p.device)
 
     def _without(self, _: Any, state: dict[str, Any]) -> dict[str, Any]:
-        """Return what the optimizer saves, less these parameters, which come last."""
+        """Return the optimizer's own state dict without these parameters, which come last in it."""
         *groups, last = state["param_groups"]
         kept = last["params"][: -len(self.parameters)]
         gone = set(last["params"][len(kept) :])
@@ -104,12 +104,12 @@ class Joined:
         return {**state, "state": states, "param_groups": [*groups, {**last, "params": kept}]}
 
     def _fastai_without(self) -> dict[str, Any]:
-        """Return what fastai's optimizer saves, less these parameters, which come last."""
+        """Return the state of fastai's optimizer without these parameters, which come last in it."""
         state: dict[str, Any] = type(self._optimizer).state_dict(self._optimizer)
         return {**state, "state": state["state"][: -len(self.parameters)]}
 
     def _fastai_load(self, state: Mapping[str, Any]) -> None:
-        """Let fastai's optimizer load a state that does not know these parameters, which stay as they are."""
+        """Load a state without these parameters into fastai's optimizer; the parameters keep their own state."""
         own = {p: self._optimizer.state[p] for p in self.parameters}
         self._withdraw()
         try:
@@ -119,7 +119,7 @@ class Joined:
             self._optimizer.state.update(own)
 
     def _with(self, _: Any, state: dict[str, Any]) -> dict[str, Any] | None:
-        """Return what the optimizer loads, with these parameters as they are now."""
+        """Return the state dict to load, with the present state of these parameters added."""
         *groups, last = state["param_groups"]
         if len(last["params"]) != len(self._group) - len(self.parameters):
             return None
@@ -130,7 +130,10 @@ class Joined:
 
 
 def _last_group(optimizer: Any) -> MutableSequence[nn.Parameter]:
-    """Return the list of parameters that the optimizer itself reads; fastai's makes its groups anew at each look."""
+    """Return the list of parameters of the optimizer's last group, as the optimizer reads it.
+
+    fastai's optimizer makes its groups anew at each access: a list added to there would be lost.
+    """
     lists = getattr(optimizer, "param_lists", None)
     if lists is None:
         groups = getattr(optimizer, "param_groups", None)

@@ -1,8 +1,10 @@
-"""The catalogue of schedules: how much of the asked sparsity is reached at which moment of training.
+"""Catalogue of schedules: the share of the asked sparsity that is reached at each position of the training.
 
 A schedule is a frozen value: `schedule(position) -> share`, both in [0, 1]. Same position, same answer; nothing to reset.
 To add one: a function `(start, end, position) -> value`, a frozen class that calls it, a ready-made value, their names in
 `__all__`, a row in `tests/core/test_schedules.py` and a line in `docs/schedules.md`.
+
+Over 300 lines, since it is a catalogue: one class for each schedule.
 """
 
 from __future__ import annotations
@@ -24,15 +26,15 @@ __all__ = ["agp", "cos", "dsd", "iterative", "lin", "one_cycle", "one_shot"]
 
 
 class Schedule(ABC):
-    """The interface; calling it as `Schedule(function, start_pct, end_pct, start_val, end_val)` makes a `Custom` one."""
+    """Interface of schedules; `Schedule(function, start_pct, end_pct, start_val, end_val)` makes a `Custom` one."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Schedule:
-        """Familiar spelling: the base class, called, builds a schedule from a function."""
+        """Make a `Custom` schedule where the base class itself is called, as users of the public fasterai do."""
         return super().__new__(Custom if cls is Schedule else cls)
 
     @abstractmethod
     def __call__(self, position: float) -> float:
-        """The share of the asked sparsity at a position of training, both in [0, 1].
+        """Return the share of the asked sparsity at a position of the training, both in [0, 1].
 
         Raises:
             ValueError: `position` is not in [0, 1].
@@ -43,8 +45,8 @@ class Schedule(ABC):
 
         Args:
             target: The sparsity asked for, in [0, 1].
-            num_points: How many positions are drawn.
-            ax: Where to draw; a new figure if it is left out.
+            num_points: Number of positions to draw.
+            ax: Axes to draw on; a new figure if it is left out.
         """
         import matplotlib.pyplot as plt
 
@@ -65,7 +67,11 @@ def _check_window(start_pct: float, end_pct: float) -> None:
 
 
 def _inside(position: float, start_pct: float, end_pct: float) -> float | None:
-    """The position inside the window, None before it."""
+    """Return the position within the window, in [0, 1]: None before the window, 1.0 after it.
+
+    >>> _inside(0.75, 0.5, 1.0)  # halfway between 0.5 and 1.0
+    0.5
+    """
     check_fraction("position", position)
     if position < start_pct:
         return None
@@ -75,42 +81,42 @@ def _inside(position: float, start_pct: float, end_pct: float) -> float | None:
 
 
 def sched_oneshot(start: float, end: float, pos: float) -> float:
-    """All at once."""
+    """Return `end` at every position: everything at once."""
     return end
 
 
 def sched_iterative(start: float, end: float, pos: float, n_steps: int = 3) -> float:
-    """`n_steps` equal stairs: `start + (end - start) ceil(pos n) / n` (Hubens, One-Cycle Pruning, author's code)."""
+    """Return `start + (end - start) ceil(pos n) / n`: `n_steps` equal stairs (Hubens, One-Cycle Pruning, author's code)."""
     return start + (end - start) * (math.ceil(pos * n_steps) / n_steps)
 
 
 def sched_agp(start: float, end: float, pos: float) -> float:
-    """`end + (start - end)(1 - pos)^3` (Zhu & Gupta 2017, arXiv 1710.01878, equation 1)."""
+    """Return `end + (start - end)(1 - pos)^3` (Zhu & Gupta 2017, arXiv 1710.01878, equation 1)."""
     return end + (start - end) * (1 - pos) ** 3
 
 
 def sched_onecycle(start: float, end: float, pos: float, α: float = 14, β: float = 6) -> float:  # noqa: PLC2401
-    """`start + (end - start)(1 + e^(β-α)) / (1 + e^(β-α pos))` (Hubens et al. 2021, One-Cycle Pruning, arXiv 2107.02086)."""
+    """Return `start + (end - start)(1 + e^(β-α)) / (1 + e^(β-α pos))` (Hubens et al. 2021, arXiv 2107.02086)."""
     return start + (end - start) * (1 + math.exp(β - α)) / (1 + math.exp(β - α * pos))
 
 
 def sched_cos(start: float, end: float, pos: float) -> float:
-    """Half a cosine, as in fastai."""
+    """Return the value of half a cosine from `start` to `end`, as in fastai."""
     return start + (1 + math.cos(math.pi * (1 - pos))) * (end - start) / 2
 
 
 def sched_lin(start: float, end: float, pos: float) -> float:
-    """A straight line."""
+    """Return the value of a straight line from `start` to `end`."""
     return start + pos * (end - start)
 
 
 def sched_dsd(start: float, end: float, pos: float) -> float:
-    """Dense, sparse, dense: a cosine up to the middle and the same way back (after Han et al. 2016, arXiv 1607.04381)."""
+    """Return a cosine from `start` to `end` and back: dense, sparse, dense (after Han et al. 2016, arXiv 1607.04381)."""
     return start + (1 + math.cos(math.pi * (1 - 2 * pos))) * (end - start) / 2
 
 
 class _Windowed(Schedule):
-    """A curve from 0 to 1 inside a window of the training; 0 before it, the curve's end after it."""
+    """Curve from 0 to 1 within a window of the training; 0 before the window, the curve's last value after it."""
 
     start_pct: float
     end_pct: float
@@ -120,7 +126,7 @@ class _Windowed(Schedule):
 
     @abstractmethod
     def curve(self, pos: float) -> float:
-        """The share at a position inside the window, both in [0, 1]."""
+        """Return the share at a position within the window, both in [0, 1]."""
 
     def __call__(self, position: float) -> float:
         pos = _inside(position, self.start_pct, self.end_pct)
@@ -129,7 +135,7 @@ class _Windowed(Schedule):
 
 @dataclass(frozen=True)
 class OneShot(_Windowed):
-    """Everything at `start_pct` of the training."""
+    """Single jump to the whole sparsity at `start_pct` of the training."""
 
     start_pct: float = 0.5
     end_pct: float = 1.0
@@ -140,7 +146,7 @@ class OneShot(_Windowed):
 
 @dataclass(frozen=True)
 class Iterative(_Windowed):
-    """`n_steps` equal stairs between `start_pct` and `end_pct`."""
+    """Stairs: `n_steps` equal ones between `start_pct` and `end_pct`."""
 
     n_steps: int = 3
     start_pct: float = 0.2
@@ -203,7 +209,7 @@ class Cosine(_Windowed):
 
 @dataclass(frozen=True)
 class Linear(_Windowed):
-    """A straight line from 0 to 1."""
+    """Straight line from 0 to 1."""
 
     start_pct: float = 0.0
     end_pct: float = 1.0
@@ -260,7 +266,7 @@ class Piecewise(Schedule):
 
 @dataclass(frozen=True)
 class Custom(Schedule):
-    """A schedule from a function `f(start, end, pos)`; `Schedule(f, ...)` makes one.
+    """Schedule from a function `f(start, end, pos)`; `Schedule(f, ...)` makes one.
 
     Inside the window the share is `f(start_val, end_val, pos)`, before it `start_val`, after it what `f` gives at `pos` 1.
 
@@ -294,7 +300,7 @@ class Custom(Schedule):
 
 @dataclass(frozen=True)
 class Phases(Schedule):
-    """Several schedules one after the other: at each moment the last one whose window has begun.
+    """Several schedules one after the other: at each position the last one whose window has begun.
 
     A list of schedules, given where a schedule is expected, makes one.
     """
@@ -313,7 +319,7 @@ class Phases(Schedule):
 
 @dataclass(frozen=True)
 class Position(Schedule):
-    """A schedule from a plain function of the position."""
+    """Schedule from a plain function of the position."""
 
     function: Callable[[float], float]
 
@@ -332,7 +338,7 @@ dsd = DSD()
 
 
 def _takes_three(function: Callable[..., float]) -> bool:
-    """Whether a function wants `(start, end, pos)`."""
+    """Tell if a function has exactly three parameters without defaults, as `(start, end, pos)`."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some built-in functions do not tell
@@ -341,7 +347,7 @@ def _takes_three(function: Callable[..., float]) -> bool:
 
 
 def as_schedule(schedule: Schedule | Callable[[float], float] | Sequence[Custom]) -> Schedule:
-    """A schedule from a schedule, a function `(pos)` or `(start, end, pos)`, or a list of schedules with windows.
+    """Make a schedule from a schedule, a function `(pos)` or `(start, end, pos)`, or a list of schedules with windows.
 
     Raises:
         TypeError: It is none of these.

@@ -1,4 +1,4 @@
-"""When a training prunes: the few steps at which what is pruned moves, spread evenly over the survivors.
+"""Plan of a training's updates: the few steps at which the masks change, spread evenly over the surviving units.
 
 Pruning from 98 % to 99 % takes as large a share of what is left as pruning from 0 to 50 %. So updates are spent by the
 logarithm of the density, `-log(1 - sparsity * share)`, not by the share itself:
@@ -26,7 +26,7 @@ LEAST_SPARSITY = 1e-9  # below it no unit goes, and logarithms lose their digits
 
 @dataclass(frozen=True)
 class Updates:
-    """The updates of a run.
+    """Updates of a training run.
 
     Attributes:
         positions: Where each update happens, in (0, 1], rising.
@@ -37,7 +37,7 @@ class Updates:
     shares: tuple[float, ...] = ()
 
     def share(self, position: float) -> float:
-        """Return the share that the last update up to a position goes to; 0 before the first.
+        """Return the share that the latest update up to `position` goes to; 0 before the first.
 
         >>> Updates((0.5, 1.0), (0.4, 1.0)).share(0.75)
         0.4
@@ -95,7 +95,7 @@ def _updates(chosen: Sequence[tuple[float, float]]) -> Updates:
 
 
 def _divide(way: Sequence[float], max_updates: int) -> tuple[list[int], float]:
-    """Find the turning points of a way, its end the last, and the even share.
+    """Find the turning points of a way (its end is the last one), and the length of an even share.
 
     Between two turns an update may take half an even share, so that each turn costs half an update.
     """
@@ -105,7 +105,7 @@ def _divide(way: Sequence[float], max_updates: int) -> tuple[list[int], float]:
 
 
 def _turns(way: Sequence[float], least: float) -> list[int]:
-    """Find where a way turns back by at least `least`, and its end.
+    """Find the indices where a way turns back by at least `least`, and the index of its end.
 
     >>> _turns([0.0, 1.0, 3.0, 2.9, 3.1, 1.0, 0.0], 0.5)
     [4, 6]

@@ -1,1 +1,1 @@
-"""Models written to files that other programs run, each checked against the model before it takes its place."""
+"""Export of models to files for other programs; each file is compared with the model before it is put in place."""

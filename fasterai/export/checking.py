@@ -1,4 +1,4 @@
-"""The steps that all formats share: sample inputs, the model's outputs, and a file that is whole or absent."""
+"""Steps that all export formats share: sample inputs, the model's outputs, and a file that is whole or absent."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def model_outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
 
 @contextmanager
 def written(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a place to write a file of that name; it and what lies beside it move to where they belong if all goes well.
+    """Give a temporary path of that name to write to; at a normal end its files are moved to where they belong.
 
     Raises:
         ValueError: The folder is not there.

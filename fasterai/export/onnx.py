@@ -1,4 +1,4 @@
-"""ONNX files: written by torch.onnx, run in onnxruntime, compared with the model on the spot."""
+"""ONNX files: written by torch.onnx, run in onnxruntime, and compared with the model."""
 
 from __future__ import annotations
 
@@ -112,7 +112,10 @@ def _of_another_batch(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]
 
 
 def _check_other_batch(exported: ONNXModel, inputs: tuple[Any, ...], expected: list[Tensor]) -> None:
-    """Check a file on another batch: the exporter writes a branch on the batch size for the size at hand, without a word."""
+    """Check a file on a batch of another size.
+
+    The exporter silently fixes a branch on the batch size to the branch that the sample takes.
+    """
     try:
         check_same(expected, exported.outputs(inputs), "onnx", "the ONNX file")
     except ValueError as error:
@@ -120,7 +123,7 @@ def _check_other_batch(exported: ONNXModel, inputs: tuple[Any, ...], expected: l
 
 
 def _check_opset(place: Path, asked: int) -> None:
-    """Check the version of a file: the exporter keeps its own, with no more than a log line, where it cannot convert."""
+    """Check the version of a file: where the exporter cannot convert, it keeps its own version with only a log line."""
     opsets = require("onnx").load(str(place), load_external_data=False).opset_import
     got = next(opset.version for opset in opsets if opset.domain in ("", "ai.onnx"))
     if got != asked:
@@ -151,7 +154,7 @@ def _write(model: nn.Module, inputs: tuple[Any, ...], place: Path, dynamic_batch
 
 
 class ONNXModel:
-    """An ONNX file that is called like a model.
+    """ONNX file that can be called like a model.
 
     Attributes:
         path: The file.
@@ -204,7 +207,7 @@ class ONNXModel:
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def warmup(self, sample: Any, n: int = 10) -> None:
-        """Run `n` times, so that what comes next can be timed."""
+        """Run the file `n` times, so that a measurement afterwards is not slowed by first runs."""
         for _ in range(check_count("n", n)):
             self.outputs(as_inputs(sample))
 
@@ -212,7 +215,7 @@ class ONNXModel:
 def verify_onnx(
     model: nn.Module, onnx_path: str | os.PathLike[str], sample: Any, rtol: float = 1e-3, atol: float = 1e-5
 ) -> bool:
-    """Tell whether a file computes what a model computes in eval mode: `|difference| <= atol + rtol * |model's output|`.
+    """Tell if a file computes what a model computes in eval mode: `|difference| <= atol + rtol * |model's output|`.
 
     Raises:
         ImportError: The extra `export` is not installed.

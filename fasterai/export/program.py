@@ -1,4 +1,4 @@
-"""`torch.export` programs: a file that torch runs without the model's source, compared with the model on the spot."""
+"""Programs of `torch.export`: files that torch runs without the model's source, compared with the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["export_program"]
 
 
 def export_program(model: nn.Module, sample: Any, path: str | os.PathLike[str]) -> Path:
-    """Write a model, in eval mode, as a `torch.export` program that has been loaded, run and compared with it.
+    """Write a model, in eval mode, as a `torch.export` program, then load it, run it and compare it with the model.
 
     Args:
         model: The model, wrapped or not; it and its modes stay as they are.

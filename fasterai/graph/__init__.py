@@ -1,1 +1,1 @@
-"""The channel graph: which channels of a network go together."""
+"""Channel graph: the channels of a network that can only be removed together."""

@@ -1,4 +1,10 @@
-"""The channel graph: which channels of a network live or die together, and why the others must stay."""
+"""Channel graph: the groups of coupled channels of a network, and the reasons why other channels must stay.
+
+A group of coupled channels holds channels that run through the same weights. To remove one channel is to remove its slice of
+each of those weights: row i of one layer, entry i of the norm behind it, column i of the next layer.
+
+Over 300 lines, since reading the operations and grouping their labels are two halves of one pass.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +38,7 @@ Place = tuple[str, int]  # a parameter's or buffer's name, and one of its dimens
 
 @dataclass(frozen=True)
 class Group:
-    """Coupled channels of one kind: each touches the same dimensions of the same tensors.
+    """Group of coupled channels: each channel is a slice of the same dimensions of the same tensors.
 
     Attributes:
         places: Parameter or buffer name and dimension -> the indices there, `(channels, indices per channel)`.
@@ -47,13 +53,13 @@ class Group:
 
     @property
     def channels(self) -> int:
-        """How many there are."""
+        """Number of channels of the group."""
         return len(next(iter(self.places.values())))
 
 
 @dataclass(frozen=True)
 class ChannelGraph:
-    """What may go from a network, and what may not.
+    """Channels of a network that may be removed, group by group, and those that must stay.
 
     Attributes:
         groups: The channels that may go.
@@ -76,7 +82,7 @@ class ChannelGraph:
 
 
 def channel_graph(model: nn.Module, inputs: tuple[Any, ...], exact: bool = True) -> ChannelGraph:
-    """Read the coupled channels off the network's operations.
+    """Find the groups of coupled channels from the network's operations.
 
     The network is exported in eval mode (`torch.export`); the labels of every tensor's dimensions are followed through its
     operations. An operation without a rule pins what it reads. Where eval mode leaves weights out, as of auxiliary classifiers,
@@ -85,11 +91,11 @@ def channel_graph(model: nn.Module, inputs: tuple[Any, ...], exact: bool = True)
     Args:
         model: The model, wrapped or not.
         inputs: Its positional arguments.
-        exact: Whether channels stay that a norm, or a mean, averages over: without them the average moves.
+        exact: True if channels that a norm, or a mean, averages over must stay: without them the average moves.
 
     Raises:
         TypeError: The model is no module.
-        ValueError: The model is lazy, does not run on the inputs, or cannot be exported; where, and what would help.
+        ValueError: It is lazy, does not run on the inputs, or cannot be exported; the message says where, and a repair.
     """
     inner, inputs = unwrap(check_model(model)), positional(inputs)
     programs = exported(inner, inputs)
@@ -102,7 +108,7 @@ def channel_graph(model: nn.Module, inputs: tuple[Any, ...], exact: bool = True)
 
 
 def _choose(programs: Sequence[Exported], stay: Collection[str], exact: bool) -> dict[str, int]:
-    """For each kind of operation that can go several ways the one after which most weights may go.
+    """Choose a way for each kind of operation that has several, so that as many weights as possible may be removed.
 
     Each kind is tried in each of its ways while the others stay as they are; the best of these is taken, until none is better.
     """
@@ -121,7 +127,10 @@ def _choose(programs: Sequence[Exported], stay: Collection[str], exact: bool) ->
 
 
 def _removable(trace: Trace, weights: Mapping[str, Value]) -> tuple[float, int]:
-    """How much of the weights may go, and as how many channels."""
+    """Rate a pass: the amount of weights that may be removed, then the number of channels.
+
+    A dimension of which a share f may go counts as if half of that share went: `(1 - f / 2)` of its weights are left.
+    """
     components = _components(trace, weights)
     is_free = np.ones(int(components.of.max(initial=-1)) + 1, np.bool_)
     is_free[list(components.pinned)] = False
@@ -138,28 +147,28 @@ def _removable(trace: Trace, weights: Mapping[str, Value]) -> tuple[float, int]:
 
 
 def _components(trace: Trace, weights: Mapping[str, Value]) -> Components:
-    """What goes together; what is all that a dimension has stays, as nothing would be left."""
+    """Work out the connected labels, and pin every component that is a whole dimension: nothing of it would be left."""
     components = trace.labels.components()
     pinned = dict(components.pinned)
     for value in weights.values():
         for labels in value.dims:
             if isinstance(labels, np.ndarray) and (components.of[labels] == components.of[labels[0]]).all():
-                pinned.setdefault(int(components.of[labels[0]]), "all of it would go at once")
+                pinned.setdefault(int(components.of[labels[0]]), "its channels can only be removed all together")
     return Components(components.of, pinned)
 
 
 def _follow(
     programs: Sequence[Exported], stay: Collection[str], choices: dict[str, int], exact: bool
 ) -> tuple[Trace, dict[str, Value]]:
-    """One pass over the operations: the labels, and the values of the parameters and buffers."""
+    """Run over the operations once, and return the labels and the values of the parameters and buffers."""
     trace = Trace(choices, exact)
     weights: dict[str, Value] = {}
     for program in programs:
         _follow_one(trace, program, weights)
     for name in weights.keys() - {name for program in programs for name in program.uses()}:
-        trace.labels.pin_all(weights[name].dims, "nothing reads it")
+        trace.labels.pin_all(weights[name].dims, "no operation reads it")
     for name in weights.keys() & stay:
-        trace.labels.pin_all(weights[name].dims, "its module's weight is worked out anew in each forward pass")
+        trace.labels.pin_all(weights[name].dims, "its module recomputes its weight in each forward pass")
     return trace, weights
 
 
@@ -209,14 +218,14 @@ def _apply(trace: Trace, node: Any, values: dict[Any, Any]) -> Any:
 
 
 def _written(trace: Trace, node: Any, before: Value, after: Value) -> None:
-    """What is written into a tensor that was made to fit stays: other views of it do not hear of the labels."""
+    """Pin the labels that are written in place into a tensor of unlabelled size, since its other views do not learn of them."""
     for size, was, now in zip(before.shape, before.dims, after.dims, strict=True):
         if size > 1 and was is FREE:
             trace.labels.pin(now, f"{node.name} writes it into another tensor")
 
 
 def _seen(result: Any, shown: Value | None) -> Any:
-    """A result with the places of the weight that it shows, and without any if it shows none."""
+    """Return a result with the places of the weight that it is a view of; with none if it is no view."""
     if not isinstance(result, Value):
         return result
     places = _viewed_places(shown, result) if shown is not None and shown.is_weight else ()
@@ -224,7 +233,7 @@ def _seen(result: Any, shown: Value | None) -> Any:
 
 
 def _viewed_places(before: Value, after: Value) -> tuple[Place, ...]:
-    """Which dimension of the weight each of a view's is, by the labels it carries; none, unless all labels are found again."""
+    """Find for each dimension of a view the weight's dimension with the same labels; () unless each has one."""
     places = []
     for dim in after.dims:
         found = [p for p, d in zip(before.places, before.dims, strict=True) if _carries(d, dim)]
@@ -241,7 +250,7 @@ def _carries(whole: Dim, part: Dim) -> bool:
 
 
 def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value]) -> ChannelGraph:
-    """Sort the components that may go by the places that they touch."""
+    """Collect the components that may be removed into groups: those that are slices of the same dimensions."""
     components = _components(trace, weights)
     touched: dict[int, list[tuple[Place, Array]]] = {}
     pinned: dict[Place, str] = {}
@@ -279,7 +288,10 @@ def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value]) -> Chan
 def _normed(
     model: nn.Module, trace: Trace, components: Components, touched: Mapping[int, Sequence[tuple[Place, Array]]]
 ) -> Iterator[tuple[str, tuple[tuple[Place, int] | None, ...]]]:
-    """What the modules without parameters that normalise go with: the first place of the same component."""
+    """Find for each norm without parameters the group and channel of each index that it normalises.
+
+    They are told by the first place, and the index there, of the same component; None stands for an index that stays.
+    """
     modules = {plain_name(name): module for name, module in model.named_modules()}
     for name, dims in trace.normed.items():
         module = modules.get(plain_name(name))
@@ -293,13 +305,13 @@ def _normed(
 
 
 def first_maker(places: Iterable[Place], readers: frozenset[Place]) -> str:
-    """The first weight that makes the channels, or the first of all that they run through."""
+    """Return the name of the first weight that makes the channels; if none does, the first that they run through."""
     names = [n for n, d in places if (n, d) not in readers] or [n for n, _ in places]
     return next((n for n in names if n.endswith("weight")), names[0])
 
 
 def _named(groups: Iterable[Group], readers: frozenset[Place]) -> Iterator[Group]:
-    """The groups, each by a name of its own."""
+    """Give each group a name of its own, such as `conv.weight` and `conv.weight #2`."""
     seen: Counter[str] = Counter()
     for group in groups:
         name = first_maker(group.places, readers)

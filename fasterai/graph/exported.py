@@ -1,4 +1,4 @@
-"""The network's operations as `torch.export` sees them."""
+"""Operations of a network, as `torch.export` records them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Exported", "exported"]
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported network.
+    """Exported network.
 
     Attributes:
         program: Its operations.
@@ -34,21 +34,21 @@ class Exported:
     names: Mapping[str, str]
 
     def uses(self) -> Counter[str]:
-        """Parameter or buffer -> how many operations read it."""
+        """Count the operations that read each parameter or buffer, by name."""
         nodes = (node for node in self.program.graph.nodes if node.name in self.names)
         return Counter(self.names[node.name] for node in nodes for _ in node.users)
 
     def shared(self) -> frozenset[str]:
-        """What several operations read."""
+        """Return the names of parameters and buffers that several operations read."""
         return frozenset(name for name, count in self.uses().items() if count > 1)
 
     def unread(self) -> list[str]:
-        """The parameters that nothing reads."""
+        """List the parameters that no operation reads."""
         uses = self.uses()
         return [n for node in self.program.graph_signature.inputs_to_parameters if not uses[n := self.names[node]]]
 
     def idle(self) -> set[Any]:
-        """Operations without weights whose results nothing uses, such as the mean over heads of weights that nobody asked for.
+        """Find the operations without weights whose results are unused, such as the mean over heads of attention weights.
 
         Those with weights run in the model all the same: their weights have to fit what they read.
         """
@@ -61,10 +61,10 @@ class Exported:
 
 
 def exported(model: nn.Module, inputs: tuple[Any, ...]) -> list[Exported]:
-    """The network as it is in eval mode; where that leaves parameters out, as it is in training mode as well.
+    """Export the network in eval mode; if that leaves parameters unread, in training mode as well.
 
     Raises:
-        ValueError: It does not run on the inputs, or cannot be exported; where, and what would help.
+        ValueError: It does not run on the inputs, or cannot be exported; the message says where, and the repair.
     """
     try:
         found = [_exported(model, inputs, training=False)]
@@ -72,7 +72,7 @@ def exported(model: nn.Module, inputs: tuple[Any, ...]) -> list[Exported]:
         check_runs(model, inputs)
         raise ValueError(
             f"model must be one that torch.export can read on example_inputs, got {said(error)}; "
-            "data-dependent branches and shapes have to go, or the part without them can be pruned by itself"
+            "remove branches and shapes that depend on data, or prune the part without them by itself"
         ) from error
     if unread := found[0].unread():
         found += [one for one in _training(model, inputs, unread) if set(one.unread()) < set(unread)]
@@ -80,7 +80,7 @@ def exported(model: nn.Module, inputs: tuple[Any, ...]) -> list[Exported]:
 
 
 def _training(model: nn.Module, inputs: tuple[Any, ...], unread: Sequence[str]) -> list[Exported]:
-    """The network as it trains, on two samples at least, or on the inputs as they are; with a warning if on neither."""
+    """Export the network in training mode, on two samples or else on the inputs as given; warn if both fail."""
     several = tree_map(lambda x: torch.cat([x, x]) if isinstance(x, torch.Tensor) and x.dim() else x, inputs)
     failures = []
     for given in (several, inputs):
@@ -90,7 +90,7 @@ def _training(model: nn.Module, inputs: tuple[Any, ...], unread: Sequence[str]) 
             failures.append(said(error))
     warn(
         f"{len(unread)} parameters take no part in eval mode, such as {unread[0]}, and training mode cannot be "
-        f"followed ({failures[0]}): they stay as they are, and may not fit what they read when the model trains"
+        f"followed ({failures[0]}): they keep their size, and may not fit their inputs when the model trains"
     )
     return []
 
@@ -109,7 +109,7 @@ def _exported(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> Expo
 
 @contextmanager
 def _plain() -> Iterator[None]:
-    """Tensors without subclasses: layers of fastai cast to its own class, which an export's stand-ins cannot become."""
+    """Keep tensors free of subclasses for a while: fastai's layers cast to its own class, which export cannot handle."""
     cast = torch.Tensor.as_subclass
     torch.Tensor.as_subclass = _as_it_is  # type: ignore[method-assign, assignment]
     try:

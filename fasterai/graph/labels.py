@@ -1,4 +1,21 @@
-"""Labels on tensor dimensions: what is joined stays or goes together, what is pinned stays.
+"""Labels on tensor dimensions: joined labels are kept or removed together, pinned labels are kept.
+
+A dimension is described by an array with one label per index, by `FIXED` (its size may not change) or by `FREE` (it takes the
+size that it meets, as `zeros(...)` does). Joining and pinning only take notes; `Labels.components` works them out in one go.
+
+Two dimensions of three channels, joined and one label pinned, leave two components that may be removed:
+
+>>> labels = Labels()
+>>> out, read = labels.new(3), labels.new(3)  # rows of one weight: 0, 1, 2; columns of the next: 3, 4, 5
+>>> _ = labels.join(out, read, "linear")
+>>> labels.pin(read[2:], "it is an output of the network")  # label 5
+>>> found = labels.components()
+>>> found.of.tolist()  # 0 goes with 3, 1 with 4, 2 with 5
+[0, 1, 2, 0, 1, 2]
+>>> found.pinned
+{2: 'it is an output of the network'}
+>>> found.free(out).tolist()
+[0, 1]
 
 A dimension is described by an array with one label per index, by `FIXED` (its size may not change) or by `FREE` (it was
 made to fit, as `zeros(...)` is). Joining and pinning only take notes; `Labels.components` works them out in one go.
@@ -32,13 +49,13 @@ Dim = Array | _Kind
 
 
 def is_labelled(dim: Dim) -> bool:
-    """Whether a dimension carries labels."""
+    """Tell if a dimension carries labels, and is neither `FIXED` nor `FREE`."""
     return isinstance(dim, np.ndarray)
 
 
 @dataclass(frozen=True)
 class Components:
-    """Labels joined by any path.
+    """Connected components of labels: labels that are joined, directly or through others.
 
     Attributes:
         of: Label -> number of its component.
@@ -49,13 +66,13 @@ class Components:
     pinned: dict[int, str]
 
     def free(self, labels: Array) -> Array:
-        """The numbers of the components of some labels that are not pinned, each once."""
+        """Return the numbers of those components of some labels that are not pinned, each once."""
         found = np.unique(self.of[labels])
         return found[[c not in self.pinned for c in found.tolist()]] if found.size else found
 
 
 class Labels:
-    """Hands out labels and notes what is joined and what is pinned."""
+    """Record of labels, of the joins between them, and of pins."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -63,20 +80,20 @@ class Labels:
         self._pins: list[tuple[Array, str]] = []
 
     def new(self, size: int) -> Array:
-        """Fresh labels for a dimension."""
+        """Return `size` new labels for a dimension."""
         self.count += size
         return np.arange(self.count - size, self.count)
 
     def join(self, a: Dim, b: Dim, reason: str) -> Dim:
-        """Two dimensions of one size go together; a fixed one pins the other.
+        """Join two dimensions of one size, index by index; a `FIXED` one pins the other.
 
         Args:
             a: A dimension.
             b: Another of the same size.
-            reason: Why the other is pinned if one of them is fixed.
+            reason: The reason to note for the pin if one of them is fixed.
 
         Returns:
-            What stands for both.
+            The dimension that stands for both.
         """
         if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
             if a is not b:
@@ -90,23 +107,27 @@ class Labels:
         return FIXED if FIXED in (a, b) else FREE
 
     def unify(self, rows: Array) -> Array:
-        """All labels of a row go together; rows `(n, k)` become `(n,)`."""
+        """Join all labels of each row: rows `(n, k)` become `(n,)`, one label for each row.
+
+        >>> Labels().unify(np.array([[0, 3], [1, 4], [2, 5]])).tolist()
+        [0, 1, 2]
+        """
         if rows.shape[1] > 1:
             self._edges.append((np.repeat(rows[:, 0], rows.shape[1] - 1), rows[:, 1:].ravel()))
         return rows[:, 0]
 
     def pin(self, dim: Dim, reason: str) -> None:
-        """A dimension stays as it is."""
+        """Pin the labels of a dimension, so that they are kept; the reason is for the user."""
         if isinstance(dim, np.ndarray):
             self._pins.append((dim.ravel(), reason))
 
     def pin_all(self, dims: Sequence[Dim], reason: str) -> None:
-        """All of some dimensions stay as they are."""
+        """Pin the labels of several dimensions."""
         for dim in dims:
             self.pin(dim, reason)
 
     def components(self) -> Components:
-        """What goes together, and what stays."""
+        """Work out the connected labels, and the components that are pinned."""
         from scipy.sparse import coo_matrix
         from scipy.sparse.csgraph import connected_components
 

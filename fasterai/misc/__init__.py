@@ -1,4 +1,4 @@
-"""Changes to a model that keep what it computes: batch norms folded into their layers, linear layers factorised."""
+"""Changes to a model that keep its outputs: batch norms folded into their layers, linear layers factorised."""
 
 import os as _os
 

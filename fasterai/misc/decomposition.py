@@ -1,4 +1,4 @@
-"""Linear layers as two thinner ones, by singular value decomposition: `W = U S V^T ~ (U_r S_r^1/2) (S_r^1/2 V_r^T)`.
+"""Decomposition of linear layers into two thinner ones: `W = U S V^T ~ (U_r S_r^1/2) (S_r^1/2 V_r^T)`, by singular values.
 
 The truncation is the best approximation of that rank (Eckart & Young 1936, https://doi.org/10.1007/BF02288367). With data it is
 that of `W diag(x)`, `x` the 2-norms of the input features: what the layer adds up, not its weights, is then approximated.
@@ -35,13 +35,13 @@ OWN_ATTRIBUTES = frozenset({"weight", "bias", "in_features", "out_features"})
 
 @dataclass(frozen=True)
 class DecompositionReport:
-    """What was decomposed.
+    """Report of a decomposition: the layers that were decomposed, and those that were not.
 
     Attributes:
         ranks: Name of each decomposed layer -> the rank it was given.
         left: Name of each other linear layer -> why it stayed.
-        parameters_before: How many parameters the model had.
-        parameters_after: How many it has now.
+        parameters_before: Number of parameters before.
+        parameters_after: Number of parameters after.
     """
 
     ranks: Mapping[str, int] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class DecompositionReport:
 def factorise_linear(
     layer: nn.Linear, share_removed: float = 0.5, energy_threshold: float | None = None, scale: Tensor | None = None
 ) -> nn.Sequential:
-    """Two linear layers for one; with `share_removed=0` they compute the same.
+    """Make two linear layers of one; with `share_removed=0` they compute the same.
 
     Args:
         layer: Weight `(O, I)`; it stays as it is.
@@ -92,7 +92,7 @@ def decompose_linear(
     layers: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
 ) -> nn.Module:
-    """A new model whose linear layers are two thinner ones each, where that saves parameters.
+    """Make a new model whose linear layers are two thinner ones each, where that saves parameters.
 
     Args:
         model: The model, wrapped or not; it stays as it is.
@@ -100,7 +100,7 @@ def decompose_linear(
             saves parameters at a rank below `O I / (O + I)`: a square one needs more than 0.5.
         energy_threshold: Share of the sum of squared singular values that stays, in [0, 1]; it decides alone if given.
         data: Batches, each `x`, `(x, y)` or `((x1, x2), y)`: the layers are then approximated where their inputs are large.
-        n_batches: How many of them are run, in eval mode.
+        n_batches: Number of batches that are run, in eval mode.
         layers: Names of linear layers, or of modules that hold them, or globs; default all.
         exclude: Names or globs of those that stay.
 
@@ -116,7 +116,7 @@ def decompose_linear(
 
 
 class FC_Decomposer:  # noqa: N801 - its familiar name
-    """Decomposes as `decompose_linear` does, and keeps the report of the last time as `.report`."""
+    """Decomposer that works as `decompose_linear` does, and keeps its last report as `.report`."""
 
     def __init__(self) -> None:
         self.report = DecompositionReport()
@@ -131,7 +131,7 @@ class FC_Decomposer:  # noqa: N801 - its familiar name
         layers: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
     ) -> nn.Module:
-        """See `decompose_linear`; `percent_removed` is its `share_removed`, a fraction."""
+        """Decompose as `decompose_linear` does; `percent_removed` is its `share_removed`, a fraction."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
         share, energy = _check_shares(percent_removed, energy_threshold, name="percent_removed")
@@ -165,7 +165,7 @@ class FC_Decomposer:  # noqa: N801 - its familiar name
         energy_threshold: float | None = None,
         scale: Tensor | None = None,
     ) -> nn.Sequential:
-        """See `factorise_linear`."""
+        """Factorise one layer as `factorise_linear` does."""
         return factorise_linear(layer, percent_removed, energy_threshold, scale)
 
 
@@ -178,7 +178,7 @@ def _count(model: nn.Module) -> int:
 
 
 def _scales(model: nn.Module, layers: Mapping[str, nn.Linear], data: Iterable[Any]) -> dict[nn.Module, Tensor]:
-    """Layer -> the 2-norm of each of its input features over the batches, `(I,)`."""
+    """Return layer -> the 2-norm of each of its input features over the batches, `(I,)`."""
     targets = [t for t in all_targets(model) if t.attribute == "weight" and t.module in layers.values()]
     try:
         norms = activations(model, targets, Source(data=data))
@@ -190,7 +190,7 @@ def _scales(model: nn.Module, layers: Mapping[str, nn.Linear], data: Iterable[An
 
 
 def _truncate(layer: nn.Linear, share: float, energy: float | None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The factors `(rank, I)` and `(O, rank)`, worked out in float64."""
+    """Return the two factors `(rank, I)` and `(O, rank)`, computed in float64."""
     weight = layer.weight.detach().to("cpu", torch.float64)
     scale = torch.ones(weight.shape[1]) if scale is None or not scale.any() else scale.clamp_min(LEAST_SCALE * scale.max())
     scale = scale.to("cpu", torch.float64)
@@ -220,7 +220,7 @@ def _split(layer: nn.Linear, first: Tensor, second: Tensor) -> nn.Sequential:
 def _choose(
     model: nn.Module, layers: str | Iterable[str] | None, exclude: str | Iterable[str] | None
 ) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """The linear layers to decompose, by name, and why the others stay."""
+    """Choose the linear layers to decompose, by name, and say for each other one why it stays."""
     known = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
     asked = None if layers is None else _matching("layers", layers, known)
     excluded = set() if exclude is None else _matching("exclude", exclude, known)
@@ -261,7 +261,7 @@ def _matching(argument: str, patterns: str | Iterable[str], known: Iterable[str]
 
 
 def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put the new modules where the old ones are, under every name they have."""
+    """Put the new modules in the place of the old ones, under each of their names."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in replacements:
@@ -270,7 +270,7 @@ def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> n
 
 
 def _direct_readers(model: nn.Module) -> dict[nn.Module, str]:
-    """Linear layers whose attributes a module above them reads, and the class of that module.
+    """Find the linear layers whose weight or other attribute is read by a module above them: layer -> that module's class.
 
     Attention and the encoder layers' fast path call no `forward` of their linear layers but take the weights, and so may any
     module: its methods are searched for `<layer>.weight`.
@@ -285,7 +285,10 @@ def _direct_readers(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _read_attributes(cls: type) -> Iterator[str]:
-    """Every `name` of which a method reads `name.weight` or the like, but for methods that set initial values."""
+    """List every `name` for which a method of the class reads `name.weight` or the like.
+
+    Methods that set initial values are left out.
+    """
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for method in vars(base).values():
             function = inspect.unwrap(method) if callable(method) else None

@@ -1,1 +1,1 @@
-"""Looking at a model: its parameters, inputs, norms, and running it without leaving traces."""
+"""Views of a model: its parameters, inputs and norms, and runs of it that leave no traces."""

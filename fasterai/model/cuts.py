@@ -1,4 +1,7 @@
-"""Notices of a model: its parameters get smaller, or masks on them move. Followers hear of both, optimizers are noted."""
+"""Notices about a model to its followers: parameters were cut to a smaller size, or masks on them moved.
+
+A follower is any object with `after_cut` or `after_move`, such as a sparsifier. Optimizers of a model are noted here as well.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ _optimizers: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
 
 
 def follow(model: nn.Module, follower: Any) -> None:
-    """Let a follower know of all later cuts and moves of a model; neither is kept alive by it.
+    """Register a follower for all later cuts and moves of a model; neither keeps the other alive.
 
     Args:
         model: The model, wrapped or not.
@@ -77,7 +80,7 @@ def announce_move(model: nn.Module, move: Move) -> None:
 
 
 def _parts(model: nn.Module, cut: Cut) -> list[tuple[Any, Cut]]:
-    """Find the followers that a cut of a model concerns, and the cut by the names that its tensors have there."""
+    """Find the followers that a cut of a model concerns, each with the cut under the names of its own model."""
     dims: dict[int, dict[int, Any]] = {}
     own = {name: tensor for name, _, _, tensor in walk_tensors(unwrap(model))}
     for (name, d), kept in cut.items():
@@ -92,14 +95,14 @@ def _parts(model: nn.Module, cut: Cut) -> list[tuple[Any, Cut]]:
 
 
 def note_optimizer(model: nn.Module, optimizer: Any) -> None:
-    """Remember an optimizer of a model, or several in a list, whose state a later removal cuts alike; none is kept alive."""
+    """Note an optimizer of a model, or several in a list, so that a later removal cuts its state; none is kept alive."""
     for one in optimizer if isinstance(optimizer, list | tuple) else [optimizer]:
         if hasattr(one, "state") and hasattr(one, "__weakref__"):
             _optimizers.setdefault(unwrap(model), WeakSet()).add(one)
 
 
 def noted_optimizers(model: nn.Module) -> list[Any]:
-    """List the optimizers noted for a model, or for another that shares parameters with it, as a part does or its whole."""
+    """List the optimizers noted for a model or for one that shares parameters with it, such as its whole or a part."""
     own = {id(p) for p in unwrap(model).parameters()}
     related = [m for m in list(_optimizers) if any(id(p) in own for p in m.parameters())]
     return [one for m in related for one in _optimizers[m]]
@@ -126,12 +129,12 @@ def check_trains(optimizer: Any, parameters: Iterable[Tensor], whole: str, parts
 
 
 def sliced(tensor: Tensor, cut: Cut, name: str) -> Tensor:
-    """Return what stays of a tensor of a parameter's shape after a cut; the same tensor if all does."""
+    """Return the kept slice of a tensor of a parameter's shape after a cut; the same tensor if all of it is kept."""
     return kept_slices(tensor, {d: cut[name, d] for d in range(tensor.dim()) if (name, d) in cut})
 
 
 def kept_slices(tensor: Tensor, kept: Mapping[int, Any]) -> Tensor:
-    """Return what stays of a tensor, in its memory format and without gradient; the same tensor if all does.
+    """Return the kept slice of a tensor, in its memory format and without gradient; the same tensor if all of it is kept.
 
     Args:
         tensor: The tensor; not changed.

@@ -79,7 +79,7 @@ def batch_inputs(model: nn.Module, fit: Fit) -> tuple[Any, ...]:
     finally:
         hook.remove()
     if not seen:
-        raise ValueError("model must take part in the model that is trained, got one that its forward pass does not run")
+        raise ValueError("model must be part of the trained model's forward pass, got one that it does not run")
     return tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in seen[0])
 
 

@@ -1,4 +1,4 @@
-"""Layouts of parameters: the axes of their dimensions, by the module that holds them.
+"""Layouts of parameters: the axis of each of their dimensions, told by the module that holds them.
 
 To make a module class of your own known, or a parameter whose dimensions stand in another order:
 `register_axes(MyLinear, weight=("in", "out"))`. Subclasses inherit it; the closest registered class counts.
@@ -23,7 +23,7 @@ KERNEL_AXES: dict[int, tuple[str, ...]] = {1: ("width",), 2: ("height", "width")
 
 @dataclass(frozen=True)
 class Reading:
-    """How the parameters of a module are read.
+    """Kind of a module, and the layouts of its parameters.
 
     Attributes:
         kind: One of `KINDS`.
@@ -39,7 +39,7 @@ def _plain(shape: Sequence[int], *axes: str) -> Layout:
 
 
 def by_dimensions(shape: Sequence[int]) -> Layout:
-    """The usual reading of a parameter that no module explains: (out), (out, in), (expert, out, in), (out, in, *kernel)."""
+    """Return the usual layout for a shape: (out), (out, in), (expert, out, in) or (out, in, *kernel)."""
     usual = {1: ("out",), 2: ("out", "in"), 3: ("expert", "out", "in")}
     axes = usual.get(len(shape)) or ("out", "in", *KERNEL_AXES.get(len(shape) - 2, ()))
     if len(axes) != len(shape):
@@ -49,7 +49,7 @@ def by_dimensions(shape: Sequence[int]) -> Layout:
 
 @singledispatch
 def read_module(module: nn.Module) -> Reading | None:
-    """How a module's parameters are read; None if it is not known. `register_axes` adds to it."""
+    """Return the kind and layouts of a module; None if its class is not known. `register_axes` adds classes."""
     return None
 
 
@@ -102,11 +102,11 @@ def _(module: nn.Bilinear) -> Reading:
 
 
 def register_axes(module_type: type[nn.Module], *, kind: str = "linear", **axes: Sequence[str]) -> None:
-    """Make the parameters of a module class known as targets.
+    """Register the axes of a module class's parameters, so that they can be targets.
 
     Args:
         module_type: The class; its subclasses inherit the reading.
-        kind: What it counts as among the default targets.
+        kind: Kind of module for the default targets.
         **axes: Parameter name -> the axis of each of its dimensions, of `out`, `in`, `expert`, `depth`, `height`, `width`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Outputs held against outputs: how far they moved, and how far they may."""
+"""Comparison of outputs: the distance between two, and the distance that is allowed."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ FILLER = 1e3
 
 
 def tolerance(change: str, dtype: torch.dtype) -> float:
-    """Return how far an output of a type may move, as a share of its scale, after a change of `TOLERANCES`."""
+    """Return how far an output of a dtype may move after a kind of change (`TOLERANCES`), as a share of its scale."""
     if dtype.is_complex:
         dtype = dtype.to_real()
     return TOLERANCES[change][COLUMNS.get(dtype, 3) if dtype.is_floating_point else 4]
 
 
 class Movement(NamedTuple):
-    """The change of an output.
+    """Change of an output.
 
     Attributes:
         difference: The largest difference; NaN where one of them is no number.
@@ -45,12 +45,12 @@ class Movement(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The difference as a share of the scale; infinite where one of them is no number."""
+        """Difference as a share of the scale; infinite if an output is NaN or infinite."""
         return math.inf if math.isnan(self.difference) else self.difference / max(self.scale, 1e-30)
 
 
 def movement(before: Tensor, after: Tensor) -> Movement:
-    """Measure how far an output has moved; both have one shape.
+    """Measure the change between two outputs of the same shape.
 
     A number that stands several times, stays the same, and is far larger than all that differs has no say: a filler for what
     is masked would hide all else.

@@ -1,4 +1,4 @@
-"""Running a model without leaving traces in it, and on which device."""
+"""Contexts for running a model without leaving traces in it, and the device that it runs on."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = [
 
 
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:
-    """Eval mode, and every module back in its own mode afterwards."""
+    """Put a model in eval mode for a while; every module gets its own mode back."""
     return in_mode(model, False)
 
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Training or eval mode, and every module back in its own mode afterwards."""
+    """Put a model in training or eval mode for a while; every module gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
@@ -42,7 +42,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The random generators go on afterwards as if nothing had been drawn."""
+    """Restore the random generators of the CPU and the model's GPUs at the end, as if nothing had been drawn."""
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
         yield
@@ -50,7 +50,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_fast_path() -> Iterator[None]:
-    """Transformer layers run module by module, not as one of torch's fused inference kernels, which zero what is padding."""
+    """Switch off torch's fused inference kernel of transformer layers for a while, since it sets padding to zero."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -60,32 +60,32 @@ def without_fast_path() -> Iterator[None]:
 
 
 def copies(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same inputs in memory of their own, for models that write into them."""
+    """Copy inputs into memory of their own, for models that write into them."""
     result: tuple[Any, ...] = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, inputs)
     return result
 
 
 def device_of(model: nn.Module, inputs: tuple[Any, ...]) -> torch.device:
-    """Where a model runs: where its first parameter is, or else its first input."""
+    """Return the device of the model's first parameter; without one that of the first input, else the CPU."""
     tensors = [*model.parameters(), *(x for x in tree_leaves(inputs) if isinstance(x, Tensor))]
     return tensors[0].device if tensors else torch.device("cpu")
 
 
 def device_name(model: nn.Module, inputs: tuple[Any, ...]) -> str:
-    """The same in words."""
+    """Return the name of the device that a model runs on."""
     device = device_of(model, inputs)
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def wait_for(device: torch.device) -> None:
-    """Until an accelerator is done, which works on while Python goes on."""
+    """Wait until an accelerator has finished its queued work; a CPU has no queue."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; modes, buffers and random generators are afterwards as they were, whatever was run."""
+    """Put a model in eval mode without gradients for a while; modes, buffers and random generators are restored."""
     held = [(module, dict(module._buffers)) for module in model.modules()]
     values = {id(b): b.detach().clone() for _, buffers in held for b in buffers.values() if b is not None}
     torch.clear_autocast_cache()  # it holds casts of the weights as they were

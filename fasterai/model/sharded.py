@@ -1,4 +1,4 @@
-"""Refuses weights that masks cannot be multiplied into: sharded over processes, quantised, or sparse in memory."""
+"""Refusal of weights that masks cannot multiply: sharded over processes, quantised, or sparse in memory."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ PACKED = "prune before the model is quantised or its weights are wrapped, or lea
 
 
 class Place(Protocol):
-    """Where a parameter is held."""
+    """Parameter with its name in the model and the module that holds it."""
 
     @property
     def name(self) -> str:
-        """The parameter's name in the model."""
+        """Name of the parameter in the model."""
 
     @property
     def module(self) -> nn.Module:
-        """The module that holds it."""
+        """Module that holds the parameter."""
 
     @property
     def attribute(self) -> str:
-        """Its name in that module."""
+        """Name of the parameter in that module."""
 
 
 def check_unflattened(model: nn.Module) -> None:
-    """Refuse a model whose parameters FSDP (the first one) has laid into flat ones.
+    """Refuse a model whose parameters FSDP version 1 has packed into flat ones.
 
     Raises:
         ValueError: It has; the first such parameter is named. Parameters that are whole, as with `NO_SHARD` and in
@@ -53,7 +53,7 @@ def check_unflattened(model: nn.Module) -> None:
 
 
 def check_plain(places: Iterable[Place], named: Container[str] = ()) -> None:
-    """Refuse parameters that are no plain tensors.
+    """Refuse parameters that are not plain tensors.
 
     Args:
         places: Where the parameters are held.
@@ -94,7 +94,7 @@ def _kind(parameter: Tensor) -> str | None:
 
 
 def _is_flat(module: nn.Module, attribute: str, parameter: Tensor | None) -> bool:
-    """Tell if FSDP has laid a weight into a flat parameter: it is that one, a part of it, or not there any more."""
+    """Tell if FSDP has packed a weight into a flat parameter: the weight is one, is a part of one, or is missing."""
     if parameter is None:
         return attribute == "weight" and _holds_weights(module) and getattr(module, "_is_fsdp_managed_module", False)
     if not getattr(parameter, "_fsdp_flattened", False):

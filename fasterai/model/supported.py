@@ -1,4 +1,4 @@
-"""Which models can be followed and cut, and where in a user's code an error arose."""
+"""Checks that a model can be followed and cut, and the place in a user's code at which an error arose."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PYTHON = os.path.join(os.path.dirname(os.path.abspath(os.__file__)), "")
 
 
 def check_model(model: object, name: str = "model", *, holds_values: bool = False) -> nn.Module:
-    """Return a module whose parameters have shapes, or refuse what is none.
+    """Return the model if it is a module whose parameters have shapes, or refuse it.
 
     Args:
         model: The module.
@@ -61,7 +61,7 @@ def check_model(model: object, name: str = "model", *, holds_values: bool = Fals
 
 
 def check_whole(model: object) -> nn.Module:
-    """A model that channels can be taken out of: bare, with plain parameters that hold values.
+    """Return the model if channels can be removed from it: unwrapped, with plain parameters that hold values.
 
     Raises:
         TypeError: It is no module.
@@ -86,7 +86,7 @@ def _is_of(module: nn.Module, start: str) -> bool:
 
 
 def check_inputs(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Inputs that the model runs on, and outputs that can be compared.
+    """Refuse inputs that the model fails on, and models whose outputs hold no tensor to compare.
 
     Raises:
         ValueError: It fails on them, and where; or it returns no tensor.
@@ -98,7 +98,7 @@ def check_inputs(model: nn.Module, inputs: tuple[Any, ...]) -> None:
 
 
 def check_runs(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    """What the model returns in eval mode.
+    """Run the model in eval mode and return its output, or refuse inputs that it fails on.
 
     Raises:
         ValueError: It fails on the inputs; where.
@@ -116,7 +116,7 @@ def check_runs(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
 
 
 def shapes_of_inputs(inputs: tuple[Any, ...]) -> str:
-    """What inputs are, in short: `2x3x64x64 float32`, or `{ids: 2x5 int64}`."""
+    """Describe inputs in short: `2x3x64x64 float32`, or `{ids: 2x5 int64}`."""
     return ", ".join(map(_shown, inputs)) or "no arguments"
 
 
@@ -133,13 +133,13 @@ def _shape(x: Tensor) -> str:
 
 
 def said(error: BaseException) -> str:
-    """What an error says, in a line, and where in the user's code it arose."""
+    """Describe an error in one line, with the place in the user's code at which it arose."""
     first = next((line for line in str(error).splitlines() if line.strip()), "no message")
     return f"{type(error).__name__}: {first}{where(error)}"
 
 
 def where(error: BaseException) -> str:
-    """The innermost place outside of torch and this library at which an error arose: ` (forward, line 12 of net.py)`."""
+    """Describe the innermost place of an error outside of torch and this library: ` (forward, line 12 of net.py)`."""
     trace, last = error.__traceback__, None
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
@@ -153,7 +153,7 @@ def where(error: BaseException) -> str:
 
 
 def recomputed(model: nn.Module) -> frozenset[str]:
-    """The parameters and buffers of modules whose weight is worked out anew in each forward pass, by plain names.
+    """Return the parameters and buffers, by plain name, of modules that recompute their weight in each forward pass.
 
     These are parametrised, or have a weight norm or a mask of `torch.nn.utils`: a `weight` to cut is not theirs.
     """

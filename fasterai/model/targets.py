@@ -1,4 +1,4 @@
-"""The targets: which parameters of a model can be pruned, and by which names they go."""
+"""Targets: the parameters of a model that can be pruned, and the names that select them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LayerTypes = type[nn.Module] | Iterable[type[nn.Module]]
 
 @dataclass(frozen=True)
 class Selection:
-    """The targets of a run.
+    """Targets of a run.
 
     Attributes:
         targets: In the order of `model.named_parameters()`.
@@ -66,7 +66,7 @@ def all_targets(model: nn.Module) -> list[Target]:
 
 
 def _check_parametrised(model: nn.Module) -> dict[str, str]:
-    """Find the modules whose weight is recomputed from other parameters, so that masks on it would be lost: name -> by what."""
+    """Find the modules that recompute their weight from other parameters: name -> the cause. Masks there would be lost."""
     result = {}
     for name, module in model.named_modules():
         if nn.utils.parametrize.is_parametrized(module):
@@ -79,7 +79,7 @@ def _check_parametrised(model: nn.Module) -> dict[str, str]:
 
 
 def match(pattern: str, target: Target) -> int:
-    """Rate how well a name fits a target: 0 not at all, then glob, container, module, parameter (the closest).
+    """Rate how well a name fits a target: 0 no match, then glob, container, module, and parameter as the closest.
 
     A name is a parameter's (`layer1.0.conv1.weight`), a module's (`layer1.0.conv1`), that of a container of modules
     (`layer1`), or a glob over parameters or modules (`layer*.conv1`).
@@ -99,7 +99,7 @@ def match(pattern: str, target: Target) -> int:
 
 
 def resolve(values: Mapping[str, float], targets: Sequence[Target], argument: str) -> dict[str, float]:
-    """Turn values per name or glob into values per target name: the closest name counts, of equals the later one.
+    """Turn values per name or glob into values per target; the closest name decides, of equally close ones the last.
 
     Raises:
         ValueError: A name matches no target; the known ones are listed. Or a tied parameter gets two values.
@@ -131,7 +131,7 @@ def find_targets(
     targets: TargetsLike | None = None,
     layer_type: LayerTypes | None = None,
 ) -> Selection:
-    """Find the parameters that are to be pruned.
+    """Find the parameters to prune.
 
     Args:
         model: The model, wrapped or not.
@@ -219,7 +219,7 @@ def _by_kind(candidates: Sequence[Target], coarse: bool) -> tuple[list[Target], 
 
 
 def _refuse_parametrised(model: nn.Module, chosen: Sequence[Target], only_chosen: bool) -> None:
-    """Refuse if a module that would be pruned recomputes its weight; of the chosen ones, or of all whose kind is known."""
+    """Refuse a chosen module that recomputes its weight; without a choice, any module of a known kind that does."""
     for module_name, how in _check_parametrised(model).items():
         module = model.get_submodule(module_name) if module_name else model
         known = isinstance(module, nn.modules.conv._ConvNd | nn.Linear | nn.MultiheadAttention | nn.RNNBase)

@@ -1,4 +1,4 @@
-"""Channels that live or die together, found in the network's own operations."""
+"""Removal of channels: groups of coupled channels are found in the network's own operations."""
 
 import os as _os
 

@@ -1,4 +1,18 @@
-"""The check of a removal: channels are taken out of the model itself, outputs compared, and all is put back."""
+"""Check of a removal: channels are removed from the model itself, outputs are compared, and the model is restored.
+
+What fails as a whole is tried in halves. Four silent channels of which number 2 may not go, all in one group:
+
+    removed       result
+    0 1 2 3       the outputs move: try halves
+    0 1           unchanged: 0 and 1 stay removed
+    0 1 + 2 3     the outputs move: try halves of 2 3
+    0 1 + 2       the outputs move: 2 alone is refused
+    0 1 + 3       unchanged: 3 stays removed
+
+The group keeps channel 2 and loses 0, 1 and 3 after five trial runs.
+
+Over 300 lines, since the search is shown with its numbers, here and in `_largest_part`.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +47,14 @@ GIVE_UP = 15
 
 @dataclass
 class Sound:
-    """The channels that may be taken out.
+    """Channels that may be removed with the outputs unchanged.
 
     Attributes:
         kept: For each group the channels to keep.
-        refused: Group's name -> why silent channels of it stay.
+        refused: Group's name -> the reason why silent channels of it stay.
         stayed: Group's name -> its silent channels that stay.
         difference: The largest change of an output, as a share of the outputs' scale.
-        streams: True where models' own numbers of the size of a stream have to follow (`make_plan`).
+        streams: True if sizes that the model's own classes keep as attributes must be changed too (`make_plan`).
     """
 
     kept: list[Flags]
@@ -52,7 +66,7 @@ class Sound:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """The result of a trial: how far the outputs moved, why it fails, and True where it is the structure that fails."""
+    """Result of a trial: how far the outputs moved, the reason of a failure or None, and True if the model did not run."""
 
     moved: float
     reason: str | None = None
@@ -62,7 +76,7 @@ class _Verdict:
 def largest_sound(
     model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags], inputs: tuple[Any, ...], *, exact: bool = True
 ) -> Sound:
-    """Find the most channels without which all goes well, among those that are not to be kept.
+    """Find the most channels, of those not in `kept`, that can be removed with the outputs unchanged.
 
     What fails is tried in halves: halves of the groups, then, where the outputs move, halves of the channels of one group.
     That takes about `2 log2(n)` trial runs for each channel of n that may not go, and at most `8 (1 + log2(n))` a group.
@@ -70,7 +84,7 @@ def largest_sound(
     Args:
         model: The model, its channels silent already; it is left as it was.
         graph: Its channel graph.
-        kept: For each group a bool array over its channels; at least one of each group stays.
+        kept: For each group a bool array over its channels, True for those to keep; at least one of each group stays.
         inputs: Positional arguments of the model.
         exact: True if the outputs have to stay the same; if not, channels are put back only where the model fails without them.
 
@@ -100,7 +114,15 @@ def largest_sound(
 def _search(
     trials: _Trials, sound: Sound, kept: Sequence[Flags], stack: list[list[int]], verdict_of_all: _Verdict | None
 ) -> None:
-    """Find the groups, and parts of them, without which all goes well."""
+    """Find the groups that can lose their channels, and parts of those that cannot; `sound` is updated.
+
+    Args:
+        trials: The model on its probes.
+        sound: The result so far.
+        kept: For each group the channels to keep.
+        stack: Lists of group numbers that are still to be tried, the next one last.
+        verdict_of_all: The result of the first list, if it was tried already.
+    """
     while stack:
         some = stack.pop()
         if not some:
@@ -118,7 +140,7 @@ def _search(
 
 
 def _in_float64(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) -> _Trials | None:
-    """Make trials on a copy in float64, which tells rounding from what is not silent; None where that does not run."""
+    """Make trials on a copy in float64, which tells rounding from a real change; None where the copy does not run."""
     if all(p.dtype is torch.float64 for p in unwrap(model).parameters()):
         return None
     widened = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
@@ -139,7 +161,34 @@ def _at_least_one(keep: Flags) -> Flags:
 
 
 def _largest_part(trials: _Trials, sound: Sound, i: int, keep: Flags, whole: _Verdict) -> None:
-    """Take of one group the channels that may go; the largest undecided pieces are tried first."""
+    """Find the channels of one group that may be removed, by halves; the largest untried piece comes next.
+
+    Args:
+        trials: The model on its probes.
+        sound: The result so far; its entries of the group are set.
+        i: The group's number.
+        keep: The channels of the group to keep.
+        whole: The failed trial of removing all others at once.
+
+    Of four silent channels number 2 may not go; number 4 is in use and not tried:
+
+    >>> from types import SimpleNamespace
+    >>> tried = []
+    >>> def run(kept):
+    ...     removed = np.flatnonzero(~kept[0]).tolist()
+    ...     tried.append(removed)
+    ...     return _Verdict(1.0, "it is not silent") if 2 in removed else _Verdict(0.0)
+    >>> graph = SimpleNamespace(groups=[SimpleNamespace(name="conv.weight", channels=5)])
+    >>> sound = Sound([np.ones(5, bool)])
+    >>> keep = np.array([False, False, False, False, True])
+    >>> _largest_part(SimpleNamespace(graph=graph, run=run), sound, 0, keep, _Verdict(1.0, "it is not silent"))
+    >>> tried
+    [[0, 1], [0, 1, 2, 3], [0, 1, 2], [0, 1, 3]]
+    >>> sound.kept[0].tolist()
+    [False, False, True, False, True]
+    >>> sound.refused
+    {'conv.weight': '1 of its 4 silent channels stay (2): it is not silent'}
+    """
     assert whole.reason is not None
     name, silent = trials.graph.groups[i].name, np.flatnonzero(~keep)
     refused = {}
@@ -164,7 +213,11 @@ def _largest_part(trials: _Trials, sound: Sound, i: int, keep: Flags, whole: _Ve
 
 
 def _halves(channels: Array) -> list[tuple[int, int, Array]]:
-    """Split channels in two halves, in the order in which they are tried."""
+    """Split channels into two halves, with sort keys that put larger pieces first.
+
+    >>> [half.tolist() for _, _, half in _halves(np.array([0, 1, 2, 3]))]
+    [[0, 1], [2, 3]]
+    """
     middle = len(channels) // 2
     return [(-len(half), int(half[0]), half) for half in (channels[:middle], channels[middle:])]
 
@@ -181,10 +234,10 @@ def _why(stayed: Sequence[int], silent: int, whole: str, refused: dict[int, str]
 
 
 class _Trials:
-    """The model run on probes, before and after channels have gone.
+    """Model with the probes to run it on, before and after channels are removed.
 
     Attributes:
-        streams: True where models' own widths follow: from the first time on that the model runs only if they do.
+        streams: True once the model has run only with the sizes of its own classes changed too (`make_plan`).
         is_float64: True where all outputs that could move are in float64.
         asks_float64: True where a movement that may be rounding is decided on a copy in float64.
         rounding: The largest movement that may be rounding.
@@ -205,7 +258,7 @@ class _Trials:
         self.is_float64 = bool(dtypes) and all(dtype is torch.float64 for dtype in dtypes)
 
     def run(self, kept: Sequence[Flags]) -> _Verdict:
-        """Carry it out, compare, and take it back."""
+        """Remove the channels that are not kept, compare the outputs, and restore the model."""
         verdict = self._try(kept)
         if verdict.reason is None or not self.asks_float64 or not 0 < verdict.moved <= self.rounding:
             return verdict
@@ -251,7 +304,7 @@ class _Trials:
 
 
 def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor] | Exception:
-    """Run a model, and return the tensors among its outputs, or what it raises."""
+    """Run a model, and return the tensors among its outputs, or the error that it raises."""
     with at_rest(unwrap(model)), without_fast_path():
         try:
             output = unwrap(model)(*copies(inputs))

@@ -1,4 +1,4 @@
-"""What removal during a training asks of its arguments, of its model, and when channels go."""
+"""Checks of removal during a training: its arguments, its model, and its schedule."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_settings(
     copies: Copies,
     options: Mapping[str, Any],
 ) -> Schedule:
-    """Check what can be checked without a model, and return the schedule.
+    """Check the settings that need no model, and return the schedule.
 
     Raises:
         TypeError: An argument is of the wrong type, or there is no such option.
@@ -55,7 +55,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
     known.remove("iterative_steps")
     for name in options:
         if name == "iterative_steps":
-            raise TypeError("iterative_steps must be left out, got one: in a training max_updates= says how often channels go")
+            raise TypeError("iterative_steps must be left out, got one; max_updates= is the number of removals in a training")
         if name not in known:
             raise TypeError(f"options must be of {', '.join(known)}, got {name!r}")
     if options.get("round_to") is not None:
@@ -65,24 +65,24 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def _rising(schedule: Schedule) -> Schedule:
-    """A schedule that never falls: what is removed is gone."""
+    """Return the schedule, or refuse one that falls: removed channels do not come back."""
     before = 0.0
     for i in range(POSITIONS + 1):
         share = check_fraction("what the schedule returns", schedule(i / POSITIONS))
         if share < before - 1e-9:
             raise ValueError(
-                f"schedule must never fall, for what is removed is gone, got {schedule!r}, which falls from {before:.4g} to "
-                f"{share:.4g} at position {i / POSITIONS:.4g}; pass one that rises, such as agp or cos"
+                f"schedule must never fall, since removed channels do not come back, got {schedule!r}, which falls from "
+                f"{before:.4g} to {share:.4g} at position {i / POSITIONS:.4g}; pass one that rises, such as agp or cos"
             )
         before = share
     return schedule
 
 
 def check_bare(model: nn.Module) -> None:
-    """Refuse a model that is wrapped, sharded or compiled, as a whole or in parts: what wraps it holds on to the sizes.
+    """Refuse a model that is wrapped, sharded or compiled, as a whole or in parts: the wrapper holds on to the sizes.
 
     Raises:
-        ValueError: What it is, and what to do instead.
+        ValueError: It is; the message names the wrapper and the repair.
     """
     check_whole(model)
     for module in model.modules():

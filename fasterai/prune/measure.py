@@ -1,4 +1,4 @@
-"""A model with and without its channels, counted and timed in turns, while both can be had."""
+"""Measurement of a model with and without its channels, in turns, while both states can be had."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LAYER_TURNS = 3
 
 @dataclass(frozen=True)
 class Measurement:
-    """The dense and the small model side by side, or why there are no figures.
+    """Comparison of the dense and the small model, or the reason why there are no figures.
 
     Attributes:
         comparison: Their cost and their speed; None if they were not measured.
@@ -98,7 +98,7 @@ def _timed(model: nn.Module, surgery: Surgery, inputs: tuple[Any, ...]) -> Laten
 
 
 def _is_enough(times: Mapping[str, Sequence[float]], seconds: float) -> bool:
-    """Tell whether the ratio of the times has settled, or the time for it is up."""
+    """Tell if the ratio of the times has settled, or the time for measuring is used up."""
     turns = len(times[SMALL])
     if turns < FEWEST:
         return False

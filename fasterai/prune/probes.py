@@ -1,4 +1,4 @@
-"""Inputs of other values and sizes, on which a removal must not show either."""
+"""Probes: inputs of other values and sizes, on which a removal must not change the outputs either."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RANGED = frozenset((torch.bool, torch.uint8, torch.int8, torch.int16, torch.int3
 
 
 def probes(inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """The inputs; random ones of another batch size, in float64 large ones, and random ones of another size or length.
+    """Give the inputs, random ones of another batch size, in float64 large ones, and random ones of another size or length.
 
     Integers are drawn from the range that the inputs hold, for no other is known to be allowed. A model need not run on all.
     """
@@ -50,7 +50,9 @@ def _resized(x: Any, sizes: dict[int, int]) -> tuple[int, ...]:
 
 
 def _other_sizes(tensors: list[Tensor]) -> list[dict[int, int]]:
-    """What may be a side of an image or a length, by the first input: `(N, C, H, W)`, `(N, C, L)` or `(N, L, C)`, `(N, L)`.
+    """Find other sizes to try for images and lengths: size now -> size of the probe.
+
+    The first input decides: `(N, C, H, W)`, `(N, C, L)` or `(N, L, C)`, `(N, L)`.
 
     Nothing gets longer where a table might be read beyond its end on an accelerator, which no program survives.
     """

@@ -1,4 +1,4 @@
-"""Exact removal: take out what is silent, check that nothing has changed, take back what has."""
+"""Exact removal: silent channels are removed, the outputs are checked, and channels that would change them are put back."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def remove(
     exact: bool = True,
     measure: bool = True,
 ) -> Removal:
-    """Take out every channel that is provably silent; the model computes the same, with less.
+    """Remove every channel that is provably silent; the model computes the same, with less.
 
     A channel is silent if everything that makes it is zero and stays zero on its way, or if everything that reads it is
     zero: after masks of coupled channels, after masks of filters, in weights that were zeroed by hand, or behind a norm whose
@@ -45,14 +45,15 @@ def remove(
     Args:
         model: The model; changed in place. Parameters stay the same objects.
         example_inputs: A tensor or tuple that the model runs on.
-        optimizer: Whose state is cut alike; torch's or fastai's. One that a sparsifier has seen train the model is known.
+        optimizer: The optimizer whose state is cut alike; torch's or fastai's. One that a sparsifier has seen train the model
+            is known.
         copies: Models of the same structure, such as moving averages of the weights, that lose the same channels.
-        exact: Whether the outputs have to stay. If not, channels that a norm averages over may go as well: the average is then
-            one of fewer channels, and the outputs move; the result says how far.
-        measure: Whether to count and time the model before and after, which takes about 0.2 seconds or ten forward passes.
+        exact: True if the outputs have to stay the same. If not, channels that a norm averages over may go as well: the
+            average is then one of fewer channels, and the outputs move; the result says how far.
+        measure: True to count and time the model before and after, which takes about 0.2 seconds or ten forward passes.
 
     Returns:
-        What was taken out, what could not go and why, how far the outputs moved, and what it brought.
+        The removed channels, those that had to stay and why, the movement of the outputs, and the gain.
 
     Raises:
         TypeError: The model is no module, or the optimizer keeps no state by parameter.
@@ -68,16 +69,14 @@ def remove(
     sound = largest_sound(model, graph, kept, inputs, exact=exact)
     result = take_out(model, graph, sound, inputs, optimizer=optimizer, copies=copies, exact=exact, measure=measure)
     if not result.removed:
-        why = (
-            "see its refused" if result.refused else "no channel that may go is silent; masks hold only while they are applied"
-        )
+        why = "see its refused" if result.refused else "no removable channel is silent; masks hold only while they are applied"
         warn(f"nothing was removed: {why}")
     return result
 
 
 @torch.no_grad()
 def silent_channels(model: nn.Module, graph: ChannelGraph) -> list[Flags]:
-    """For each group which channels are zero at all places that make them, or at all that read them.
+    """Find for each group the channels that are zero in all weights that make them, or in all that read them.
 
     A layer that only a norm reads is as good as zero where the norm's scale and shift are, and a norm where its shift is, its
     running mean, and the layer.
@@ -107,12 +106,12 @@ def _silent(tensors: Mapping[str, tuple[nn.Module, str]], group: Group, graph: C
 
 
 def _all(flags: Collection[Flags]) -> Flags | bool:
-    """Where all are true; nowhere if there are none."""
+    """Combine flags by logical and; an empty collection gives False."""
     return cast(Flags, np.logical_and.reduce(list(flags))) if flags else False
 
 
 def _zero(tensor: Tensor, d: int, indices: Array) -> Flags:
-    """Which channels are zero along a dimension, `(channels, indices per channel)`."""
+    """Find the channels whose slices of a tensor are all zero; `indices` is `(channels, indices per channel)` along `d`."""
     rows = tensor.detach().movedim(d, 0).reshape(tensor.shape[d], -1) == 0
     return cast(Flags, rows.all(1).cpu().numpy()[indices].all(1))
 
@@ -124,7 +123,7 @@ def _is_parameter(tensors: Mapping[str, tuple[nn.Module, str]], name: str) -> bo
 
 @torch.no_grad()
 def mask_channels_(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags]) -> None:
-    """Zero every slice of the channels that are not kept, in place."""
+    """Set every slice of the channels that are not kept to zero, in place."""
     tensors = tensors_of(model)
     for group, keep in zip(graph.groups, kept, strict=True):
         for (name, d), indices in group.places.items() if not keep.all() else ():
@@ -144,14 +143,14 @@ def take_out(
     exact: bool = True,
     measure: bool = True,
 ) -> Removal:
-    """Take out what was found sound, of the model as it is now.
+    """Remove the channels that `largest_sound` found, from the model as it is now.
 
     Args:
         model: The model; changed in place.
         graph: Its channel graph.
-        sound: What `largest_sound` found for it.
+        sound: The result of `largest_sound` for it.
         inputs: Positional arguments of the model.
-        optimizer: Whose state is cut alike.
+        optimizer: The optimizer whose state is cut alike.
         copies: As for `remove`.
         exact: As for `remove`, for the report.
         measure: As for `remove`.
@@ -179,7 +178,7 @@ def take_out(
 
 
 def _trainers(model: nn.Module, optimizer: Any) -> list[Any] | None:
-    """The optimizer given, and those that a sparsifier has seen train the model, less any whose state cannot be cut."""
+    """List the given optimizer and those that a sparsifier has noted, without those whose state cannot be cut."""
     noted = [one for one in noted_optimizers(model) if _can_be_cut(one)]
     return [one for one in (optimizer, *noted) if one is not None] or None
 

@@ -1,4 +1,4 @@
-"""The picture of a removal, drawn from plain figures."""
+"""Picture of a removal, drawn from plain figures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_GROUPS = 40
 
 
 class ShareBar(NamedTuple):
-    """A figure of the small model as a share of the dense one's.
+    """Figure of the small model as a share of the dense one's.
 
     Attributes:
         label: The figure's name.
@@ -36,7 +36,7 @@ class ShareBar(NamedTuple):
 
 
 class GroupBar(NamedTuple):
-    """A group of coupled channels.
+    """Channels of a group of coupled channels, before and after.
 
     Attributes:
         name: Its name.
@@ -54,7 +54,7 @@ class GroupBar(NamedTuple):
 
 
 def draw(shares: Sequence[ShareBar], caption: str, groups: Sequence[GroupBar]) -> Figure:
-    """Draw what is left of size, MACs and time at the left, what is left of each group of channels at the right.
+    """Draw the kept share of size, MACs and time at the left, the kept channels of each group at the right.
 
     Args:
         shares: The figures at the left.

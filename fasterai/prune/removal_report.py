@@ -1,4 +1,4 @@
-"""The report of a removal: the channels that went, those that had to stay and why, and the gain, as data, table and picture."""
+"""Report of a removal as data, table and picture: the removed channels, those that had to stay and why, and the gain."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FIGURES = (("parameters", "parameters", short), ("MACs", "macs", short), ("file"
 
 @dataclass(frozen=True)
 class Removal:
-    """The channels that were removed, those that were not, and the gain; `print` shows it, `plot` draws it.
+    """Result of a removal: removed channels, kept ones with reasons, and the gain; `print` shows it, `plot` draws it.
 
     Attributes:
         plan: The plan that was carried out; it can be replayed on a fresh model or a copy (`apply_plan_`).
@@ -56,7 +56,7 @@ class Removal:
 
     @property
     def comparison(self) -> Comparison | None:
-        """The dense and the small model side by side; None if they were not measured."""
+        """Figures of the dense and the small model; None if they were not measured."""
         return self.measurement.comparison
 
     def layers(self) -> LayerComparison:
@@ -94,7 +94,7 @@ class Removal:
         lines += _listed(stays, "groups have to keep silent channels")
         lines += _reasons([why for why in self.pinned.values() if not why.endswith("kernel size")])
         if not self.removed:
-            lines.append("nothing was removed: " + ("see above" if self.refused else "no channel that may go is silent"))
+            lines.append("nothing was removed: " + ("see above" if self.refused else "no removable channel is silent"))
         lines.append(f"parameters: {before:,} -> {after:,} ({after / max(1, before):.1%})")
         lines.append(self._moved())
         return "\n".join([*lines, *self._figures()])
@@ -104,7 +104,7 @@ class Removal:
         return moved if self.exact else f"{moved}, as was allowed (exact=False)"
 
     def _figures(self) -> Iterator[str]:
-        """Write the table, and the conditions that it holds under."""
+        """Write the table of figures, and the conditions under which they were measured."""
         comparison = self.comparison
         if comparison is None:
             yield from [f"not measured: {self.measurement.why_not}"] if self.removed else []
@@ -118,10 +118,10 @@ class Removal:
         )
         yield from _timing(comparison, self.measurement.inputs)
         if uncounted := dict.fromkeys(op for one in comparison.costs.values() for op in one.uncounted):
-            yield f"not counted, for want of a rule: {', '.join(uncounted)}"
+            yield f"not counted, without a rule: {', '.join(uncounted)}"
 
     def plot(self) -> Figure:
-        """Draw what is left of size, MACs and time, and what is left of each group of channels."""
+        """Draw the kept share of size, MACs and time, and the kept channels of each group."""
         groups = [
             GroupBar(name, before, after, len(self.stayed.get(name, ())), name in self.refused)
             for name, (before, after) in self.groups.items()
@@ -163,7 +163,7 @@ def _table(comparison: Comparison) -> list[str]:
 
 
 def _timing(comparison: Comparison, inputs: str) -> Iterator[str]:
-    """Say under which conditions the times were measured, and how sure they are."""
+    """Describe how the times were measured, and how much they spread."""
     if comparison.latency is None:
         return
     one, (first, third) = comparison.latency.models[SMALL], comparison.latency.quartiles[SMALL][0]
@@ -176,16 +176,16 @@ def _timing(comparison: Comparison, inputs: str) -> Iterator[str]:
 
 
 def _listed(lines: Sequence[str], what: str) -> list[str]:
-    """Cut long lists of lines, and say how many more there are."""
+    """Cut a long list of lines, and say how many more there are."""
     if len(lines) <= MOST_LINES:
         return list(lines)
     return [*lines[: MOST_LINES - 1], f"and {len(lines) - MOST_LINES + 1} more: {len(lines)} {what} in all"]
 
 
 def _reasons(pinned: Sequence[str]) -> list[str]:
-    """List why dimensions can never go, the most frequent reasons first, without the numbers of the operations."""
+    """List the reasons why dimensions can never shrink, the most frequent first, without the operations' numbers."""
     counts = Counter(re.sub(r"(?<=[a-z])_\d+\b", "", why) for why in pinned)
     lines = [f"  {count} because {why}" for why, count in counts.most_common(MOST_REASONS)]
     rest = len(pinned) - sum(count for _, count in counts.most_common(MOST_REASONS))
     lines += [f"  {rest} for other reasons"] if rest else []
-    return [f"{len(pinned)} dimensions of parameters can lose nothing, kernel sizes aside:", *lines] if lines else []
+    return [f"{len(pinned)} dimensions of parameters cannot shrink, kernel sizes aside:", *lines] if lines else []

@@ -1,4 +1,4 @@
-"""A small model in a file: its weights and the numbers that its modules keep, without pickle."""
+"""Small model in a file: its weights, and the sizes that its modules keep as numbers, without pickle."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def save_small(path: str | os.PathLike[str], model: nn.Module) -> None:
-    """Save a model that channels were taken out of, as safetensors; the numbers of its modules go into the header.
+    """Save a model with channels removed as safetensors; the sizes that its modules keep go into the header.
 
     Args:
         path: The file; it is written whole or not at all.
@@ -63,7 +63,7 @@ def save_small(path: str | os.PathLike[str], model: nn.Module) -> None:
 
 
 def load_small(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
-    """Shrink a freshly built dense model to what was saved, and load the weights.
+    """Shrink a freshly built dense model to the saved sizes, and load the weights.
 
     Args:
         path: A file that `save_small` wrote.
@@ -113,7 +113,7 @@ def load_small(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
 
 def _sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Collect the numbers that modules keep of their own size, by name."""
+    """Collect the sizes that modules keep as attributes, by module name."""
     found = {}
     for name, module in model.named_modules():
         own = {a: v for a in SIZES if isinstance(v := vars(module).get(a), int | tuple) and not isinstance(v, bool)}
@@ -127,7 +127,7 @@ def _slim(model: nn.Module) -> dict[str, int]:
 
 
 def _untied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Keep tied tensors once, under their first name."""
+    """Keep each tied tensor once, under its first name."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
@@ -138,7 +138,7 @@ def _untied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _traits(model: nn.Module) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Collect the class of each module and its settings, less the sizes; of the model itself only if it is one of torch's.
+    """Collect each module's class and settings without its sizes; of the model itself only if it is one of torch's.
 
     In a model of one's own, training leaves counters and scores.
     """
@@ -202,7 +202,7 @@ def _differing_modules(model: nn.Module, traits: Mapping[str, Any], slim: Mappin
 
 
 def _note(model: nn.Module, dense: Shapes) -> None:
-    """Remember the dense shapes, for the day when the model is saved again."""
+    """Note the dense shapes on the modules, for when the model is saved again."""
     for prefix, module in model.named_modules():
         dot = f"{prefix}." if prefix else ""
         put_note(module, note(module, {n.removeprefix(dot): s for n, s in dense.items() if n.startswith(dot)}))

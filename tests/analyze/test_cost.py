@@ -219,7 +219,7 @@ def test_the_table_has_layers_and_the_whole():
     assert lines[-1].endswith("activations at most 2 KiB at once")
     torchvision = pytest.importorskip("torchvision")
     deformed = cost(torchvision.ops.DeformConv2d(2, 3, 3), (torch.zeros(1, 2, 5, 5), torch.zeros(1, 18, 3, 3)))
-    assert str(deformed).endswith("not counted, for want of a rule: torchvision::deform_conv2d")
+    assert str(deformed).endswith("not counted, without a rule: torchvision::deform_conv2d")
 
 
 def test_the_picture_shows_shares():

@@ -132,7 +132,7 @@ def test_a_folder_that_cannot_be_made(capsys: pytest.CaptureFixture[str], tmp_pa
 
 
 @pytest.mark.parametrize(("argv", "text"), [
-    (["demo"], "begin anew"),
+    (["demo"], "start again"),
     (["sparsify", "DATA"], "--resume goes on from the last full epoch"),
     ([*HALF, "W.pth"], "nothing was written"),
 ])  # fmt: skip

@@ -60,7 +60,7 @@ def test_checkpoints_and_reports_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "load"), [("checkpoint.pt", load_checkpoint), ("report.json", load_report)])
 def test_broken_files_are_named(tmp_path: Path, name: str, load) -> None:
     (tmp_path / name).write_text("{broken")
-    with pytest.raises(UsageError, match=rf"cannot read .*{name} .*take it away to begin anew"):
+    with pytest.raises(UsageError, match=rf"cannot read .*{name} .*delete it to start again"):
         load(tmp_path)
 
 

@@ -114,7 +114,7 @@ def test_the_small_networks_bars_are_as_long_as_its_shares(tmp_path: Path, stage
 @pytest.mark.parametrize(("small", "names"), [
     ({}, {"training.png", "sparsity.png"}),
     ({"small": None}, {"training.png", "sparsity.png"}),
-    ({"small": {"why_not": "no channel that may go is silent"}}, {"training.png", "sparsity.png"}),
+    ({"small": {"why_not": "no removable channel is silent"}}, {"training.png", "sparsity.png"}),
     (None, {"training.png", "sparsity.png", "small.png"}),
 ])  # fmt: skip
 def test_all_pictures_that_there_are_figures_for(tmp_path: Path, small: dict | None, names: set[str]) -> None:

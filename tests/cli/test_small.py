@@ -75,7 +75,7 @@ def test_a_batch_that_takes_long_is_not_timed(tmp_path: Path, monkeypatch: pytes
 
 def test_nothing_silent_makes_no_small_network(tmp_path: Path) -> None:
     found = make_small(written(tmp_path, sparse=network()), data(), RECIPE, tmp_path)
-    assert found == {"why_not": "no channel that may go is silent"}
+    assert found == {"why_not": "no removable channel is silent"}
     assert not (tmp_path / "small.safetensors").exists()
 
 

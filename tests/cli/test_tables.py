@@ -137,8 +137,8 @@ def test_table_without_the_dense_network() -> None:
 
 @pytest.mark.parametrize("granularity", ["coupled", "filter"])
 def test_why_there_is_no_small_network(granularity: str) -> None:
-    tables, note = result_table(with_small(granularity, why_not="no channel that may go is silent")).split("\n\n")
-    assert note == "no small network: no channel that may go is silent"
+    tables, note = result_table(with_small(granularity, why_not="no removable channel is silent")).split("\n\n")
+    assert note == "no small network: no removable channel is silent"
     assert "small" not in tables
     assert words(tables)[-2:] == [["accuracy", "97.50%", "96.25%"], ["time", "12.3", "s", "15.0", "s"]]
 

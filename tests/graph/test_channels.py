@@ -132,14 +132,14 @@ def test_what_nothing_reads_stays() -> None:
     net.spare = nn.Linear(3, 5)
     graph = channel_graph(net, (IMAGES,))
     assert len(graph.groups) == 1
-    assert graph.pinned["spare.weight", 0] == "nothing reads it"
+    assert graph.pinned["spare.weight", 0] == "no operation reads it"
 
 
 def test_all_of_a_layer_does_not_go_at_once() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(1, 4), nn.Conv2d(4, 2, 1))
     graph = channel_graph(net, (IMAGES,))
     assert graph.groups == ()
-    assert graph.pinned["0.weight", 0] == "all of it would go at once"
+    assert graph.pinned["0.weight", 0] == "its channels can only be removed all together"
 
 
 class Tied(nn.Module):

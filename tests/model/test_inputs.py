@@ -63,7 +63,7 @@ def test_a_whole_that_does_not_run_on_the_batch():
 
 
 def test_a_part_that_is_not_run():
-    with pytest.raises(ValueError, match="model must take part in the model that is trained, got one that its forward pass"):
+    with pytest.raises(ValueError, match="model must be part of the trained model's forward pass, got one"):
         batch_inputs(nn.Linear(3, 5), Fit(1, nn.Linear(3, 5), batch=Batch((torch.ones(2, 3),))))
 
 

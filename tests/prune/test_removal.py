@@ -174,7 +174,7 @@ def test_nothing_silent_says_so() -> None:
     removal = remove(net, SMALL)
     assert (removal.removed, removal.refused, removal.difference) == ({}, {}, 0.0)
     assert not removal.plan
-    assert "nothing was removed: no channel that may go is silent" in str(removal)
+    assert "nothing was removed: no removable channel is silent" in str(removal)
     assert_unchanged(net, before)
 
 
@@ -635,7 +635,7 @@ def test_a_noted_optimizer_whose_state_cannot_be_cut_is_no_hindrance():
 
 def test_a_call_that_removes_nothing_warns():
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-    with pytest.warns(UserWarning, match="nothing was removed: no channel that may go is silent; masks hold only while"):
+    with pytest.warns(UserWarning, match="nothing was removed: no removable channel is silent; masks hold only while"):
         remove(model, torch.randn(2, 4), measure=False)
 
 

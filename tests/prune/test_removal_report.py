@@ -91,7 +91,7 @@ def test_what_stayed_and_why() -> None:
     assert "a.weight: 64 -> 16 channels" in text
     assert "a.weight: 3 of its 51 silent channels stay (1, 2, 3): the outputs would move" in text
     assert "b.weight: stays, it fails" in text
-    assert "2 dimensions of parameters can lose nothing, kernel sizes aside:\n  2 because layer_norm averages over it" in text
+    assert "2 dimensions of parameters cannot shrink, kernel sizes aside:\n  2 because layer_norm averages over it" in text
 
 
 def test_long_lists_are_cut_and_counted() -> None:

@@ -1,4 +1,4 @@
-"""What the operations of an exported network do to the labels of their tensors' dimensions.
+"""Rules of operations: the effect of each operation of an exported network on the labels of tensor dimensions.
 
 A rule is a function `(trace, node, *arguments, **keywords) -> value` under the operation's name in `RULES`; tensors among
 the arguments come as `Value`s. An operation without a rule pins all that it reads, by its name. To add one: a function with

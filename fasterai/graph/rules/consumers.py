@@ -1,4 +1,4 @@
-"""What consumes a dimension without weights, and so pins it: softmax, reductions, sorting."""
+"""Operations that mix a dimension without weights and so pin it: softmax, reductions, sorting."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__: list[str] = []
 def along_one(trace: Trace, node: Any, x: Value, dim: int = -1, *rest: Any, **keywords: Any) -> Any:
     if not isinstance(dim, int):
         return unknown(trace, node, x)
-    trace.labels.pin(x.dims[dim], f"{node.name} mixes it")
+    trace.labels.pin(x.dims[dim], f"{node.name} mixes its entries")
     shape = shape_of(node)
     return settled(x, [dim]) if shape == x.shape else Value(shape, without(x.dims, [dim], len(shape)))
 
@@ -28,18 +28,18 @@ def reduction(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: An
     dims = range(len(x.shape)) if given is None or given == [] else [given] if isinstance(given, int) else given
     dims = [d % len(x.shape) for d in dims]
     if trace.exact or not _is_average(node):
-        trace.labels.pin_all([x.dims[d] for d in dims], f"{node.name} takes one number of it")
+        trace.labels.pin_all([x.dims[d] for d in dims], f"{node.name} reduces it to one number")
     return Value(shape, without(x.dims, dims, len(shape)))
 
 
 def _is_average(node: Any) -> bool:
-    """What tells of a dimension's scale, and moves little where some of its channels, silent ones, go."""
+    """Tell if an operation gives the scale of a dimension, such as its mean; removing silent channels changes it little."""
     return str(node.target).split(".")[1] in ("mean", "var", "std", "linalg_vector_norm", "norm", "var_mean", "std_mean")
 
 
 @rule("max", "min", "median", "mode", "sort", "topk", "kthvalue", "aminmax", "var_mean", "std_mean", "cummax", "cummin")
 def extremes(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any) -> Any:
-    """The largest of two tensors, of all, or along a dimension."""
+    """Follow the extremes of two tensors, of a whole tensor, or along a dimension."""
     if arguments and isinstance(arguments[0], Value):
         return elementwise(trace, node, x, *arguments, **keywords)
     if not isinstance(node.meta["val"], list | tuple):
@@ -49,7 +49,7 @@ def extremes(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any
         return unknown(trace, node, x)
     gone = [d % len(x.shape) for d in ([given] if isinstance(given, int) else given)]
     if trace.exact or not _is_average(node):
-        trace.labels.pin_all([x.dims[d] for d in gone], f"{node.name} takes some of it")
+        trace.labels.pin_all([x.dims[d] for d in gone], f"{node.name} picks entries of it by their values")
     fixed = [FIXED if i in gone else d for i, d in enumerate(x.dims)]
     shapes = [tuple(int(n) for n in value.shape) for value in node.meta["val"]]
     return [Value(s, tuple(fixed) if len(s) == len(fixed) else without(x.dims, gone, len(s))) for s in shapes]
@@ -58,5 +58,5 @@ def extremes(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any
 @rule("flip")
 def flip(trace: Trace, node: Any, x: Value, dims: Sequence[int]) -> Value:
     for d in dims:
-        trace.labels.pin(x.dims[d], f"{node.name} turns it round")
+        trace.labels.pin(x.dims[d], f"{node.name} reverses its order")
     return settled(x, dims)

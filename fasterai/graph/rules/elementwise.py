@@ -1,4 +1,4 @@
-"""Operations that do the same to every number; what is made to fit."""
+"""Elementwise operations, and operations that create tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["elementwise"]
     *("erfc", "__and__", "__or__", "__xor__"),
 )
 def elementwise(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Value:
-    """What meets goes together."""
+    """Join the dimensions of the operands that meet in an elementwise operation."""
     values = [a for a in (*arguments, *keywords.values()) if isinstance(a, Value)]
     return broadcast(trace, node.name, values, shape_of(node))
 
@@ -36,13 +36,13 @@ def created(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Value:
 
 @rule("arange")
 def counted(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Value:
-    """Its numbers differ from index to index: what meets it may not lose some."""
+    """Fix the dimension of a range: its numbers differ from index to index, so what meets it must keep its size."""
     return Value(shape_of(node), all_fixed(shape_of(node)))
 
 
 @rule("_assert_tensor_metadata")
 def assertion(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> None:
-    """Export notes the types and sizes that it saw; nothing comes of it."""
+    """Skip the types and sizes that export saw and noted; nothing depends on them."""
 
 
 @rule("prelu")

@@ -1,4 +1,4 @@
-"""Dimensions that change places, come, go or repeat."""
+"""Operations that permute, insert, drop or repeat dimensions."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def squeeze(trace: Trace, node: Any, x: Value, dim: Any = None) -> Value:
     given = range(len(x.shape)) if dim is None else [dim] if isinstance(dim, int) else dim
     gone = {d % len(x.shape) for d in given if x.shape[d] == 1}
     for d in gone:
-        trace.labels.pin(x.dims[d], f"{node.name} takes it for a dimension of size 1")
+        trace.labels.pin(x.dims[d], f"{node.name} relies on its size of 1")
     return Value(shape_of(node), tuple(d for i, d in enumerate(x.dims) if i not in gone))
 
 
@@ -62,7 +62,7 @@ def expand(trace: Trace, node: Any, x: Value, *rest: Any, **keywords: Any) -> Va
         if x.shape[-i] == shape[-i]:
             dims[-i] = x.dims[-i]
         else:
-            trace.labels.pin(x.dims[-i], f"{node.name} repeats it")
+            trace.labels.pin(x.dims[-i], f"{node.name} repeats its single entry")
     return Value(shape, tuple(dims))
 
 
@@ -91,5 +91,5 @@ def repeat_interleave(trace: Trace, node: Any, x: Value, times: Any, dim: int | 
 def roll(trace: Trace, node: Any, x: Value, shifts: Any, dims: Any = ()) -> Value:
     moved = [dims] if isinstance(dims, int) else dims or range(len(x.shape))
     for d in moved:
-        trace.labels.pin(x.dims[d], f"{node.name} moves it")
+        trace.labels.pin(x.dims[d], f"{node.name} shifts its entries")
     return settled(x, moved)

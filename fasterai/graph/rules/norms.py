@@ -1,4 +1,4 @@
-"""Norms: some keep the channels apart, others average over them."""
+"""Norms: batch norm treats channels apart, layer and group norms average over them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def layer_norm(trace: Trace, node: Any, x: Value, shape: Sequence[int], *argumen
 
 
 def _rescale(trace: Trace, weight: Any = None, *rest: Any, **keywords: Any) -> None:
-    """Without silent channels the rest is a larger share of the average: the weight has to grow."""
+    """Note a norm's weight that must grow when silent channels are removed, since the average is then over fewer channels."""
     weight = keywords.get("weight", weight)
     if not trace.exact and isinstance(weight, Value) and weight.is_weight and weight.places:
         trace.rescaled.add(weight.places[0][0])

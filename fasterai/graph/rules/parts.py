@@ -1,4 +1,4 @@
-"""Taking apart and putting together: concatenation, splits, slices, indices."""
+"""Operations that join tensors or take parts: concatenation, splits, slices, indices."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _concatenate(trace: Trace, name: str, dims: Sequence[Dim], sizes: Sequence[i
             parts.append(dim)
         else:
             parts.append(trace.labels.new(size))
-            trace.labels.pin(parts[-1], f"{name} puts a part of fixed size there")
+            trace.labels.pin(parts[-1], f"{name} places a part of fixed size next to it")
     return np.concatenate(parts)
 
 
@@ -53,7 +53,7 @@ def stack(trace: Trace, node: Any, values: Sequence[Value], dim: int = 0) -> Val
 def parts(trace: Trace, node: Any, x: Value, sizes: Any = None, dim: int = 0, **keywords: Any) -> list[Value]:
     if "unbind" in str(node.target):
         dim = keywords.get("dim", sizes if isinstance(sizes, int) else 0)
-        trace.labels.pin(x.dims[dim], f"{node.name} takes it apart")
+        trace.labels.pin(x.dims[dim], f"{node.name} splits it into single entries")
         shapes = [tuple(v.shape) for v in node.meta["val"]]
         return [Value(s, without(x.dims, [dim], len(s))) for s in shapes]
     shapes = [tuple(int(n) for n in v.shape) for v in node.meta["val"]]
@@ -63,7 +63,7 @@ def parts(trace: Trace, node: Any, x: Value, sizes: Any = None, dim: int = 0, **
         if len(set(lengths)) == 1:  # the same index of every part goes, so that the parts stay equal
             trace.labels.unify(cut.reshape(len(lengths), -1).T)
         else:
-            trace.labels.pin(cut, f"{node.name} cuts it at fixed places")
+            trace.labels.pin(cut, f"{node.name} cuts it at fixed positions")
     ends = np.cumsum(lengths)[:-1]
     pieces: list[Dim] = [*np.split(cut, ends)] if isinstance(cut, np.ndarray) else [cut] * len(lengths)
     result = []
@@ -79,14 +79,14 @@ def slice_(trace: Trace, node: Any, x: Value, dim: int = 0, start: Any = None, e
     shape = shape_of(node)
     dims = list(x.dims)
     if shape[dim] != x.shape[dim]:
-        trace.labels.pin(dims[dim], f"{node.name} cuts it at fixed places")
+        trace.labels.pin(dims[dim], f"{node.name} cuts it at fixed positions")
         dims[dim] = FIXED
     return Value(shape, tuple(dims))
 
 
 @rule("select")
 def select(trace: Trace, node: Any, x: Value, dim: int, index: int) -> Value:
-    trace.labels.pin(x.dims[dim], f"{node.name} takes one index of it")
+    trace.labels.pin(x.dims[dim], f"{node.name} takes one entry of it by number")
     return Value(shape_of(node), without(x.dims, [dim], len(x.dims) - 1))
 
 
@@ -94,8 +94,8 @@ def select(trace: Trace, node: Any, x: Value, dim: int, index: int) -> Value:
 def index(trace: Trace, node: Any, x: Value, indices: Sequence[Value | None]) -> Value:
     indexed = [i for i, at in enumerate(indices) if at is not None]
     for at in values_in(indices):
-        trace.labels.pin_all(at.dims, f"{node.name} takes its values for indices")
-    trace.labels.pin_all([x.dims[i] for i in indexed], f"{node.name} asks it by index")
+        trace.labels.pin_all(at.dims, f"{node.name} uses its values as indices")
+    trace.labels.pin_all([x.dims[i] for i in indexed], f"{node.name} looks entries up by number")
     shape = shape_of(node)
     if indexed != list(range(indexed[0], indexed[-1] + 1)):
         return unknown_tensor(trace, node, x)

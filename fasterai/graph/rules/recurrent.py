@@ -1,4 +1,4 @@
-"""Recurrent layers: hidden units go in every gate, direction and layer."""
+"""Recurrent layers: a hidden unit is removed from every gate, direction and layer."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def recurrent(
         return unknown(trace, node, x, states, weights, has_biases)
     given = states if isinstance(states, list | tuple) else [states]
     for state in given:
-        labels.pin_all(state.dims[:-1], f"{name} runs over it")
-    labels.pin_all(x.dims[:-1], f"{name} runs over it")
+        labels.pin_all(state.dims[:-1], f"{name} computes across it")
+    labels.pin_all(x.dims[:-1], f"{name} computes across it")
     read: Dim = x.dims[-1]
     cells = [weights[i : i + per_cell] for i in range(0, len(weights), per_cell)]
     for layer in range(layers):

@@ -1,4 +1,30 @@
-"""Dimensions made one, and one made several."""
+"""Reshaping: dimensions merged into one, and one dimension split into several.
+
+A tensor (2, 3) whose columns carry the labels 0, 1, 2 is flattened to (6,). Its entries carry the labels 0 1 2 0 1 2: to
+remove channel 1 is to remove entries 1 and 4, and the rows stay equally long.
+
+>>> trace = Trace({})
+>>> columns = trace.labels.new(3)
+>>> flat = _merge(trace, "flatten", [FREE, columns], [2, 3])
+>>> flat.tolist()
+[0, 1, 2, 0, 1, 2]
+
+Viewed as (2, 3) again, the labels repeat along the rows, so the columns carry them as before:
+
+>>> _split(trace, "view", flat, [2, 3])
+[FIXED, array([0, 1, 2])]
+
+Six labels of their own, viewed as two rows of three, leave a choice: whole rows are removed, or whole columns. `Trace.choices`
+decides, by default for the rows. Row 0 goes as one then, with its labels 3, 4, 5 joined.
+
+>>> six = trace.labels.new(6)
+>>> _split(trace, "view", six, [2, 3])  # the labels 3 and 6 stand for the rows 3 4 5 and 6 7 8
+[array([3, 6]), FIXED]
+>>> trace.labels.components().of[six].tolist()
+[3, 3, 3, 4, 4, 4]
+>>> trace.options  # the view had two ways
+{'split (2, 3)': 2}
+"""
 
 from __future__ import annotations
 
@@ -27,7 +53,11 @@ def reshape(trace: Trace, node: Any, x: Value, *rest: Any, **keywords: Any) -> V
 
 
 def _matching(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The smallest runs of dimensions on both sides that hold the same number of elements."""
+    """Pair the smallest runs of dimensions, before and after, that hold the same number of elements.
+
+    >>> _matching([4, 2, 3], [4, 6])  # 4 stays, 2 x 3 becomes 6
+    [([0], [0]), ([1, 2], [1])]
+    """
     runs = []
     i = j = 0
     while i < len(before) or j < len(after):
@@ -44,11 +74,11 @@ def _matching(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[in
 
 
 def _merge(trace: Trace, name: str, dims: Sequence[Dim], sizes: Sequence[int]) -> Dim:
-    """Dimensions made one: labels repeat along the others."""
+    """Return the labels of several dimensions merged into one: the labels of one repeat along the others."""
     labelled = [i for i, d in enumerate(dims) if is_labelled(d) and sizes[i] > 1]
     for i, d in enumerate(dims):
         if sizes[i] == 1:
-            trace.labels.pin(d, f"{name} takes it for a dimension of size 1") if len(dims) > 1 else None
+            trace.labels.pin(d, f"{name} relies on its size of 1") if len(dims) > 1 else None
     if len(dims) == 1:
         return dims[0]
     if not labelled:
@@ -59,7 +89,7 @@ def _merge(trace: Trace, name: str, dims: Sequence[Dim], sizes: Sequence[int]) -
         labelled = made
         dims = [trace.labels.new(n) if i == made[0] else d for i, (d, n) in enumerate(zip(dims, sizes, strict=True))]
     if len(labelled) > 1:
-        trace.labels.pin_all([dims[i] for i in labelled], f"{name} makes one dimension of two that might shrink")
+        trace.labels.pin_all([dims[i] for i in labelled], f"{name} merges two dimensions that could both shrink")
         return FIXED
     (at,) = labelled
     shape = [1] * len(sizes)
@@ -69,12 +99,12 @@ def _merge(trace: Trace, name: str, dims: Sequence[Dim], sizes: Sequence[int]) -
 
 
 def _split(trace: Trace, name: str, flat: Dim, sizes: Sequence[int]) -> list[Dim]:
-    """One dimension made several: one of the factors carries the labels, and the result stays rectangular."""
+    """Return the labels of one dimension split into several: one of the factors carries them, the others are fixed."""
     if not isinstance(flat, np.ndarray) or len(sizes) < 2:
         return [flat] * len(sizes) if len(sizes) != 0 else []
     factors = [k for k, size in enumerate(sizes) if size > 1]
     if not factors:
-        trace.labels.pin(flat, f"{name} takes it for a dimension of size 1")
+        trace.labels.pin(flat, f"{name} relies on its size of 1")
         return [FIXED] * len(sizes)
     rows = [np.moveaxis(flat.reshape(sizes), k, 0).reshape(sizes[k], -1) for k in factors]
     # Where labels only repeat along the other factors, nothing is lost and nothing is to be decided.

@@ -1,4 +1,4 @@
-"""What runs over the picture: pooling, interpolation, padding, shuffles of pixels and channels."""
+"""Operations over the positions of a picture: pooling, interpolation, padding, shuffles of pixels and channels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__: list[str] = []
 )
 def spatial(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any) -> Any:
     kept = len(x.shape) - int(next(c for c in str(node.target) if c in "123"))
-    trace.labels.pin_all(x.dims[kept:], f"{node.name} runs over it")
+    trace.labels.pin_all(x.dims[kept:], f"{node.name} computes across it")
     values = node.meta["val"]
     shapes = [tuple(int(n) for n in v.shape) for v in (values if isinstance(values, list | tuple) else [values])]
     results = [Value(shape, (*x.dims[:kept], *all_fixed(shape[kept:]))) for shape in shapes]
@@ -43,7 +43,7 @@ def pad(trace: Trace, node: Any, x: Value, padding: Sequence[int], *rest: Any, *
 @rule("pixel_shuffle")
 def pixel_shuffle(trace: Trace, node: Any, x: Value, factor: int) -> Value:
     shape, channel = shape_of(node), x.dims[-3]
-    trace.labels.pin_all(x.dims[-2:], f"{node.name} runs over it")
+    trace.labels.pin_all(x.dims[-2:], f"{node.name} computes across it")
     if isinstance(channel, np.ndarray):
         channel = trace.labels.unify(channel.reshape(-1, factor * factor))
     return Value(shape, (*x.dims[:-3], channel, FIXED, FIXED))
@@ -52,7 +52,7 @@ def pixel_shuffle(trace: Trace, node: Any, x: Value, factor: int) -> Value:
 @rule("pixel_unshuffle")
 def pixel_unshuffle(trace: Trace, node: Any, x: Value, factor: int) -> Value:
     shape, channel = shape_of(node), x.dims[-3]
-    trace.labels.pin_all(x.dims[-2:], f"{node.name} runs over it")
+    trace.labels.pin_all(x.dims[-2:], f"{node.name} computes across it")
     if isinstance(channel, np.ndarray):
         channel = np.repeat(channel, factor * factor)
     return Value(shape, (*x.dims[:-3], channel, FIXED, FIXED))

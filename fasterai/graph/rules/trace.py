@@ -1,4 +1,4 @@
-"""What a rule is: the values that operations hand on, the notes of one pass, and what rules share."""
+"""Parts that rules share: the values that operations pass on, and the notes of one pass over the operations."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor: its shape, and what its dimensions carry.
+    """Tensor of the network: its shape, and the labels of its dimensions.
 
     Attributes:
         shape: The sizes of its dimensions.
         dims: For each dimension labels, `FIXED` or `FREE`.
         places: For a parameter or buffer as it stands, or a view of it, which of its dimensions each dimension is, as
             (name, dimension); empty for all others.
-        is_weight: Whether it is a parameter, or a view of one. A buffer is not: masks leave it alone.
+        is_weight: True if it is a parameter, or a view of one. A buffer is not: masks leave it alone.
     """
 
     shape: tuple[int, ...]
@@ -48,17 +48,17 @@ class Value:
 
 
 class Trace:
-    """One pass over the operations, with one way to decide where there are several.
+    """Notes of one pass over the operations, with one choice of ways where operations have several.
 
     Where a labelled dimension is split into factors, or runs through a grouped convolution, different sets of channels
-    may go, all of them sound. `choices` says which.
+    may go, all of them sound. `choices` decides.
 
     Attributes:
         labels: The labels so far.
-        choices: Kind of operation -> which way it takes; the first if it is not in it. A kind is what it does to which sizes.
-        options: Kind of operation -> how many ways it has, filled on the way.
+        choices: Kind of operation -> number of the way that it takes, by default 0. A kind names the operation and the sizes.
+        options: Kind of operation -> number of ways that it has; filled during the pass.
         readers: The places, as (name, dimension), that multiply what a channel carries and hand on something else.
-        exact: Whether what averages over a channel pins it, as the average would change without it.
+        exact: True if an operation that averages over a channel pins it, as the average would change without it.
         normed: Name of a module that normalises, or calls what does -> the dimensions that it does it along.
         rescaled: Names of weights of norms that average over a dimension which may lose silent channels.
     """
@@ -73,22 +73,22 @@ class Trace:
         self.readers: set[tuple[str, int]] = set()
 
     def choose(self, kind: str, ways: int) -> int:
-        """Which of several ways an operation takes."""
+        """Return the number of the way that an operation takes, and note that it has `ways` of them."""
         self.options[kind] = ways
         return self.choices.get(kind, 0)
 
     def norms(self, node: Any, dim: Dim) -> None:
-        """A normalisation along a dimension: the module that it stands in may know the size, even without parameters."""
+        """Note a normalisation along a dimension; the module that it belongs to may hold the size, even without parameters."""
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         self.normed.setdefault(str(stack[-1][0]) if stack else "", []).append(dim)
 
     def averages(self, dims: Iterable[Dim], name: str) -> None:
-        """What is averaged over stays, where nothing may move."""
+        """Pin dimensions that an operation averages over, if the outputs must stay exact."""
         if self.exact:
             self.labels.pin_all(list(dims), f"{name} averages over it")
 
     def reads(self, weight: Value, d: int) -> None:
-        """A weight multiplies what a channel carries along its dimension `d`, and hands on something else."""
+        """Note that a weight multiplies a channel along its dimension `d`, and passes on something else."""
         if weight.places and is_labelled(weight.dims[d]):
             self.readers.add(weight.places[d])
 
@@ -98,7 +98,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Enter a rule under names of operations, in-place variants included."""
+    """Register a rule under names of operations, in-place variants included."""
 
     def enter(function: Rule) -> Rule:
         for name in names:
@@ -109,17 +109,17 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def shape_of(node: Any) -> tuple[int, ...]:
-    """The shape of what an operation makes."""
+    """Return the shape of an operation's result."""
     return tuple(int(n) for n in node.meta["val"].shape)
 
 
 def all_fixed(shape: Sequence[int]) -> tuple[Dim, ...]:
-    """Dimensions of which none may shrink."""
+    """Return dimensions of which none may shrink, as many as `shape` has."""
     return (FIXED,) * len(shape)
 
 
 def broadcast(trace: Trace, name: str, values: Iterable[Value], shape: tuple[int, ...]) -> Value:
-    """Dimensions that meet from the right go together; one of size 1 takes the other's part."""
+    """Join the dimensions that meet in broadcasting, counted from the right; one of size 1 takes the other's labels."""
     dims: list[Dim] = [FREE] * len(shape)
     for value in values:
         for i in range(1, len(value.shape) + 1):
@@ -132,7 +132,7 @@ def broadcast(trace: Trace, name: str, values: Iterable[Value], shape: tuple[int
 
 
 def unknown(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Any:
-    """An operation that is not understood: all that it reads stays as it is, with its name as the reason."""
+    """Pin all that an operation without a rule reads, with its name as the reason, and fix its results."""
     for value in values_in([arguments, keywords]):
         trace.labels.pin_all(value.dims, f"{node.target} is not understood ({node.name})")
     result = node.meta.get("val")
@@ -142,14 +142,14 @@ def unknown(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Any:
 
 
 def unknown_tensor(trace: Trace, node: Any, *arguments: Any) -> Value:
-    """The same of an operation that makes one tensor."""
+    """Pin the inputs of an operation without a rule that makes one tensor."""
     result = unknown(trace, node, *arguments)
     assert isinstance(result, Value)
     return result
 
 
 def values_in(nested: Any) -> list[Value]:
-    """The values in lists, tuples and dicts of arguments."""
+    """List the values in nested lists, tuples and dicts of arguments."""
     if isinstance(nested, Value):
         return [nested]
     if isinstance(nested, dict):
@@ -158,13 +158,13 @@ def values_in(nested: Any) -> list[Value]:
 
 
 def settled(x: Value, dims: Iterable[int]) -> Value:
-    """What differs from index to index of some dimensions, also where `x` was made to fit and does not."""
+    """Return the value with some dimensions fixed, since the result differs there from index to index."""
     fixed = {d % len(x.shape) for d in dims}
     return Value(x.shape, tuple(FIXED if i in fixed else d for i, d in enumerate(x.dims)))
 
 
 def without(dims: Sequence[Dim], gone: Sequence[int], length: int) -> tuple[Dim, ...]:
-    """The dimensions after a reduction over some; with `keepdim` they stay, at size 1."""
+    """Return the dimensions after a reduction over some of them; with `keepdim` these stay with size 1."""
     gone = [g % len(dims) for g in gone]
     if length == len(dims):
         return tuple(FREE if i in gone else d for i, d in enumerate(dims))
@@ -172,6 +172,6 @@ def without(dims: Sequence[Dim], gone: Sequence[int], length: int) -> tuple[Dim,
 
 
 def argument_of(node: Any, name: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
-    """An argument after the first, by its name in the operation's schema."""
+    """Return an argument of an operation, other than its first, by its name in the operation's schema."""
     names = [a.name for a in node.target._schema.arguments][1:]
     return {**dict(zip(names, arguments, strict=False)), **keywords}.get(name)

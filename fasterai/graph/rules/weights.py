@@ -1,4 +1,4 @@
-"""Layers, and products of matrices: they read labels at their input and start new ones at their output."""
+"""Layers and products of matrices: they read the labels of their input, and their output gets new ones."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def linear(trace: Trace, node: Any, x: Value, weight: Value, bias: Value | None 
 
 
 def _read(trace: Trace, a: Value, i: int, b: Value, j: int, name: str) -> None:
-    """A contraction of dimension `i` of one with `j` of the other: exact to cut only where one of them is a weight."""
+    """Join dimension `i` of `a` and `j` of `b`, which are summed over; pin them if neither `a` nor `b` is a weight."""
     joined = trace.labels.join(a.dims[i], b.dims[j], f"{name} reads a dimension of fixed size")
     if not (a.is_weight or b.is_weight):
-        trace.labels.pin(joined, f"{name} sums over it with no parameter")
+        trace.labels.pin(joined, f"{name} sums over it without a weight")
     for value, dim in ((a, i), (b, j)):
         if value.is_weight:
             trace.reads(value, dim)
@@ -58,11 +58,11 @@ def _convolve(
     labels, name = trace.labels, node.name
     channel = len(x.dims) - len(weight.dims) + 1  # 1, or 0 without a batch
     labels.pin_all(weight.dims[2:], f"{name}'s kernel size")
-    labels.pin_all(x.dims[channel + 1 :], f"{name} runs over it")
+    labels.pin_all(x.dims[channel + 1 :], f"{name} computes across it")
     if groups == 1 or x.shape[channel] > groups:  # not depthwise: it sums over channels
         trace.reads(weight, read)
         if not weight.is_weight:
-            labels.pin_all([x.dims[channel], weight.dims[read]], f"{name}'s weight is worked out, or a buffer")
+            labels.pin_all([x.dims[channel], weight.dims[read]], f"{name}'s weight is computed or a buffer, not a parameter")
     if groups == 1:
         labels.join(x.dims[channel], weight.dims[read], f"{name} reads a dimension of fixed size")
         produced = weight.dims[out]
@@ -77,7 +77,10 @@ def _convolve(
 
 
 def _grouped(trace: Trace, name: str, x: Dim, weight: Value, groups: int) -> Dim:
-    """The same index in every group goes, or whole groups go; depthwise, where a group reads one channel, the latter."""
+    """Return the output labels of a grouped convolution: the same index of every group is removed, or whole groups are.
+
+    Where each group reads a single channel (depthwise), whole groups are removed.
+    """
     labels, read, out = trace.labels, weight.dims[1], weight.dims[0]
     if not isinstance(x, np.ndarray) or not isinstance(out, np.ndarray):
         labels.pin_all([x, read], f"{name} reads a dimension of fixed size")
@@ -95,7 +98,10 @@ def _grouped(trace: Trace, name: str, x: Dim, weight: Value, groups: int) -> Dim
 
 
 def _grouped_transposed(trace: Trace, name: str, x: Dim, weight: Value, groups: int) -> Dim:
-    """The weight is (C, O/G): its second dimension serves every group. The same ways as without transposing."""
+    """Return the output labels of a grouped transposed convolution, with the same two ways as without transposing.
+
+    The weight is (C, O/G), so that its second dimension serves every group.
+    """
     labels = trace.labels
     read, out = weight.dims[:2]
     labels.join(x, read, f"{name} reads a dimension of fixed size")
@@ -111,7 +117,7 @@ def _grouped_transposed(trace: Trace, name: str, x: Dim, weight: Value, groups: 
 
 @rule("embedding")
 def embedding(trace: Trace, node: Any, weight: Value, indices: Value, *rest: Any, **keywords: Any) -> Value:
-    trace.labels.pin_all([weight.dims[0], *indices.dims], f"{node.name} is asked by index")
+    trace.labels.pin_all([weight.dims[0], *indices.dims], f"{node.name} looks rows up by number")
     return Value(shape_of(node), (*all_fixed(indices.shape), weight.dims[1]))
 
 
@@ -128,7 +134,7 @@ def matmul(trace: Trace, node: Any, a: Value, b: Value) -> Value:
 
 @rule("_grouped_mm", "grouped_mm_fallback")
 def grouped_matmul(trace: Trace, node: Any, x: Value, weight: Value, ends: Any = None, *rest: Any, **keywords: Any) -> Value:
-    """Rows of `x` by experts, `(rows, in)` and `(experts, in, out)`: what is cut is cut in every expert."""
+    """Follow a product of experts, `(rows, in)` by `(experts, in, out)`: a channel is removed from every expert."""
     name = node.name
     if len(x.shape) != 2 or len(weight.shape) != 3 or values_in([rest, keywords]):
         return unknown_tensor(trace, node, x, weight, ends, *rest)
@@ -161,5 +167,5 @@ def einsum(trace: Trace, node: Any, equation: str, operands: Sequence[Value], **
                 trace.reads(value, d)
     for letter, dim in carried.items():
         if letter not in output and not weighed[letter]:
-            trace.labels.pin(dim, f"{node.name} sums over it with activations only")
+            trace.labels.pin(dim, f"{node.name} sums over it without a weight")
     return Value(shape_of(node), tuple(carried[letter] for letter in output))

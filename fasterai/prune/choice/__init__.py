@@ -1,1 +1,1 @@
-"""Which channels go for a budget."""
+"""Choice of the channels to remove for a budget."""

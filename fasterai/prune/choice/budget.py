@@ -1,4 +1,18 @@
-"""Budgets: which channels go so that a share of the parameters, of the MACs or of the time is left."""
+"""Budgets: the channels to remove so that a given share of the parameters, of the MACs or of the time is left.
+
+The search in small numbers. Two groups of three channels are to leave a share of 0.5. Each channel costs a sixth; at a
+sparsity s of `choose` a group loses a channel at 1/3, and another at 2/3:
+
+    sparsity 0     kept 3 3    share 1.00    above the budget
+    sparsity 1     kept 1 1    share 0.33    below
+    sparsity 0.5   kept 2 2    share 0.67    above
+    sparsity 0.75  kept 1 1    share 0.33    below
+
+Halving goes on until no other choice lies between the two, 2 2 above and 1 1 below. `_step_between` then goes from the one to
+the other group by group: 1 2 leaves 0.50, which is the budget.
+
+Over 300 lines, since the budgets stand beside the search that meets them, a chain of small steps.
+"""
 
 from __future__ import annotations
 
@@ -63,12 +77,12 @@ class Budget:
 
     @property
     def kind(self) -> str:
-        """The share that is given: `macs`, `params` or `latency`."""
+        """Name of the given share: `macs`, `params` or `latency`."""
         return next(f.name for f in fields(self) if getattr(self, f.name) is not None)
 
     @property
     def share(self) -> float:
-        """The share that may be left."""
+        """Share that may be left."""
         return float(getattr(self, self.kind))
 
 
@@ -108,8 +122,8 @@ def fit_budget(
         For each group a bool array over its channels.
 
     Raises:
-        ValueError: The budget is below what is left when all goes that can; the message names that share. Or the model
-            does not multiply anything and the budget is of MACs.
+        ValueError: The budget is below the share that is left when every removable channel is removed, which the message
+            names; or the budget is of MACs, and the model does not multiply anything.
     """
     everything = _everything(graph)
     if budget.share == 1:
@@ -117,7 +131,7 @@ def fit_budget(
     dense = model if dense is None else dense
     macs = _remembered(macs_left(model, graph, inputs, dense))
     if budget.macs is not None and not macs(everything):
-        raise ValueError(f"macs must be left out for a model that multiplies nothing, got {budget.macs}; pass params")
+        raise ValueError(f"macs must be left out for a model without multiplications, got {budget.macs}; pass params")
     fixed = _indispensable(macs, everything, choose(1.0))
 
     def allowed(sparsity: float) -> Kept:
@@ -132,7 +146,7 @@ def fit_budget(
 def least_left(
     model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], least: Kept, budget: Budget, dense: nn.Module | None = None
 ) -> float:
-    """Return the share of MACs, parameters or time that is left when all goes that can.
+    """Return the share of MACs, parameters or time that is left when every channel that may be removed is removed.
 
     Args:
         model: As for `fit_budget`.
@@ -160,7 +174,7 @@ def _but(fixed: Collection[int], everything: Kept, kept: Kept) -> Kept:
 def _counted(
     model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], budget: Budget, dense: nn.Module, macs: Share
 ) -> Share:
-    """Make the share that the budget limits: of MACs, of parameters or of time."""
+    """Make the function that measures a choice: its share of the dense model's MACs, parameters or time."""
     if budget.kind == "latency":
         return time_left(model, graph, batch_of(copies(inputs), budget.batch), dense)
     return macs if budget.kind == "macs" else _remembered(parameters_left(model, graph, dense))
@@ -170,7 +184,7 @@ def _counted(
 
 
 def _indispensable(run: Share, everything: Kept, least: Kept) -> set[int]:
-    """Find the groups without whose channels the model's code fails, by halves."""
+    """Find by halves the groups whose channels the model's code needs, since it fails without them."""
     gone: set[int] = set()
     fixed: set[int] = set()
     stack = [list(range(len(everything)))]
@@ -201,12 +215,12 @@ def _fit(left: Share, choose: Callable[[float], Kept], everything: Kept, budget:
 
 def _too_small(kind: str, share: float, floor: float) -> ValueError:
     least = math.ceil(round(floor * 1000, 6)) / 1000
-    return ValueError(f"{kind} must be at least {least:.3f} for this model, got {share}; more is left when all goes that can")
+    return ValueError(f"{kind} must be at least {least:.3f} for this model, got {share}; that share cannot be removed")
 
 
 @dataclass(frozen=True)
 class _Step:
-    """Two choices that differ in one group: `above` exceeds the budget, `below` does not."""
+    """Two choices that differ in one group only: `above` exceeds the budget, `below` does not."""
 
     above: Kept
     below: Kept
@@ -227,6 +241,22 @@ def _remembered(left: Share) -> Share:
 
 
 def _search(left: Share, choose: Callable[[float], Kept], share: float) -> Kept:
+    """Find a choice that meets the budget: by sparsity, then group by group, then channel by channel.
+
+    Args:
+        left: The share that a choice leaves.
+        choose: Sparsity in [0, 1] -> choice.
+        share: The share that may be left.
+
+    The example of the file's head:
+
+    >>> def choose(sparsity):
+    ...     return [np.arange(3) >= min(2, int(3 * sparsity)) for _ in range(2)]
+    >>> def left(kept):
+    ...     return sum(int(keep.sum()) for keep in kept) / 6
+    >>> [int(keep.sum()) for keep in _search(left, choose, 0.5)]
+    [1, 2]
+    """
     held: dict[int, Flags] = {}
     steps: list[_Step] = []
     sparsity = 0.0
@@ -251,7 +281,7 @@ def _search(left: Share, choose: Callable[[float], Kept], share: float) -> Kept:
 
 
 def _neighbours(left: Share, choose: Callable[[float], Kept], share: float, low: float) -> tuple[Kept, Kept, float]:
-    """Find the choices above and below the budget between which nothing lies, and the sparsity of the one above.
+    """Find by halving the choices just above and just below the budget, and the sparsity of the one above.
 
     The search starts at a sparsity at which the budget is exceeded, and stops early where the choice below is close to it.
     """
@@ -268,7 +298,7 @@ def _neighbours(left: Share, choose: Callable[[float], Kept], share: float, low:
 
 
 def _step_between(left: Share, more: Kept, less: Kept, share: float) -> _Step:
-    """Go from one choice to the other group by group, and return the step with which the budget is met."""
+    """Go from one choice to the other group by group, and return the step that meets the budget."""
     moving = [i for i, (a, b) in enumerate(zip(more, less, strict=True)) if not np.array_equal(a, b)]
 
     def after(moves: int) -> Kept:
@@ -279,7 +309,7 @@ def _step_between(left: Share, more: Kept, less: Kept, share: float) -> _Step:
 
 
 def _channel_by_channel(left: Share, step: _Step, share: float) -> Kept:
-    """Go from one choice to the other channel by channel within the one group, until the budget is met."""
+    """Go through a step channel by channel, until the budget is met."""
     going = np.flatnonzero(step.above[step.group] & ~step.below[step.group])
 
     def after(moves: int) -> Kept:
@@ -292,7 +322,11 @@ def _channel_by_channel(left: Share, step: _Step, share: float) -> Kept:
 
 
 def _first(holds: Callable[[int], bool], last: int) -> int:
-    """Find the first of 1, 2, ..., last for which a condition holds; if for none before, the last."""
+    """Find by halving the first of 1, 2, ..., `last` at which a condition begins to hold; `last` if it never does.
+
+    >>> _first(lambda n: n * n >= 20, 8)  # tries 4, 6, 5
+    5
+    """
     low, high = 0, last
     while high - low > 1:
         middle = (low + high) // 2
@@ -301,7 +335,7 @@ def _first(holds: Callable[[int], bool], last: int) -> int:
 
 
 def _fit_time(measure: Share, macs: Share, choose: Callable[[float], Kept], everything: Kept, share: float) -> Kept:
-    """Choose by measured time: the choice nearest to the share, sought along the MACs, with which time grows about evenly."""
+    """Choose by measured time: find the choice nearest to the share, along the MACs, with which time grows about evenly."""
     least = choose(1.0)
     slow, fast = (macs(everything), measure(everything)), (macs(least), measure(least))
     if slow[1] <= share:

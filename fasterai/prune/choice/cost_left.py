@@ -1,4 +1,4 @@
-"""The share of a model's parameters, MACs and time that is left without some channels; the model itself is not touched."""
+"""Cost that is left without some channels, as a share of a model's parameters, MACs or time; the model is not changed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ SECONDS, PAIRS, WARM_UP = 1.0, 7, 2
 
 
 def parameters_left(model: nn.Module, graph: ChannelGraph, dense: nn.Module) -> Share:
-    """Make the share of a dense model's parameters, which may be `model` itself; by the shapes of the plan."""
+    """Make the function that gives the share of the dense model's parameters which a choice leaves.
+
+    The shapes of the plan are counted, no tensor is cut; `dense` may be `model` itself.
+    """
     tensors = tensors_of(model)
     sizes = {n: p.numel() for n, (module, attribute) in tensors.items() if (p := module._parameters.get(attribute)) is not None}
     whole = sum(p.numel() for p in unwrap(dense).parameters())
@@ -45,7 +48,9 @@ def parameters_left(model: nn.Module, graph: ChannelGraph, dense: nn.Module) -> 
 
 
 def macs_left(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], dense: nn.Module) -> Share:
-    """Make the share of a dense model's MACs, which may be `model` itself; counted on a copy without weights if it runs so.
+    """Make the function that gives the share of the dense model's MACs which a choice leaves.
+
+    They are counted on a copy without weights, if that runs; `dense` may be `model` itself.
 
     Of a model without MACs the share is 0.
     """
@@ -60,7 +65,7 @@ def macs_left(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], de
 
 
 def _shell(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
-    """Copy a model without its weights, so that running it costs next to nothing; with them if its code needs values."""
+    """Copy a model without its weights, so that running it costs little; with weights if its code needs their values."""
     model = unwrap(model)
     bare: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
     bare.update({id(b): b.detach().to("meta") for b in model.buffers()})
@@ -82,7 +87,7 @@ def _count(model: nn.Module, inputs: tuple[Any, ...]) -> int:
 
 @contextmanager
 def _cut(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags]) -> Iterator[None]:
-    """Take the channels that are not kept out of a model, and put them back afterwards."""
+    """Remove the channels that are not kept from a model for a while."""
     surgery = Surgery(model, make_plan(model, graph, kept))
     try:
         yield
@@ -91,7 +96,10 @@ def _cut(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags]) -> Iterat
 
 
 def time_left(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], dense: nn.Module) -> Share:
-    """Make the share of a dense model's time, measured in turns with it, on one thread; a copy of `model` is cut."""
+    """Make the function that gives the share of the dense model's time which a choice leaves.
+
+    Both models are measured in turns on one thread; a copy of `model` is cut.
+    """
     small = copy.deepcopy(unwrap(model))
 
     def left(kept: Sequence[Flags]) -> float:
@@ -102,7 +110,7 @@ def time_left(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], de
 
 
 def _time_ratio(dense: nn.Module, small: nn.Module, inputs: tuple[Any, ...]) -> float:
-    """Return the time of the small model by that of the dense one, over passes in turns on one thread.
+    """Return the time of the small model divided by that of the dense one, over passes in turns on one thread.
 
     Of each the fastest pass counts: other work on the machine adds to times and takes nothing away.
     """

@@ -1,4 +1,4 @@
-"""Taking channels out of a model, and back."""
+"""Surgery: channels are removed from a model, and can be put back."""
 
 from fasterai.prune.surgery.operate import Surgery, apply_plan_
 

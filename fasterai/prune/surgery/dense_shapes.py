@@ -1,4 +1,4 @@
-"""The shapes that a model's tensors had before the first channel went: noted at each cut, on the modules that hold them.
+"""Shapes of a model's tensors before the first channel was removed, noted on the modules at each cut.
 
 The note goes with copies and pickles of a module. It counts only while the tensor has the shape that the last cut left it.
 """
@@ -22,13 +22,13 @@ KEY = "_shapes_before_cuts"
 
 
 def dense_shapes_of(module: nn.Module) -> dict[str, Shape]:
-    """Return the shapes of a module's own tensors before the first cut; those that they have now where none is known."""
+    """Return the shapes of a module's own tensors before the first cut; the present shape where none is noted."""
     noted = _noted(module)
     return {name: noted.get(name, shape) for name, shape in _own(module)}
 
 
 def dense_shapes(model: nn.Module) -> dict[str, Shape]:
-    """Return the shapes before the first cut, by name, where they are known; all of a model that nothing was taken out of."""
+    """Return the known shapes before the first cut, by name; for a model that was never cut the present ones."""
     is_cut = any(noted_on(module) for module in model.modules())
     return {
         f"{prefix}.{name}" if prefix else name: shape
@@ -38,7 +38,7 @@ def dense_shapes(model: nn.Module) -> dict[str, Shape]:
 
 
 def note(module: nn.Module, dense: Mapping[str, Shape]) -> Note:
-    """Make the note for a module that was cut to the shapes that it has now."""
+    """Make the note for a module that was just cut: tensor name -> (dense shape, present shape)."""
     return {name: (dense[name], shape) for name, shape in _own(module) if name in dense}
 
 
@@ -48,7 +48,7 @@ def noted_on(module: nn.Module) -> Note | None:
 
 
 def put_note(module: nn.Module, noted: Note | None) -> None:
-    """Leave a note on a module, or take it away."""
+    """Set the note of a module, or remove it if there is nothing to note."""
     if noted:
         vars(module)[KEY] = noted
     else:

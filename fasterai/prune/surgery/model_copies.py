@@ -1,4 +1,4 @@
-"""Copies of a model that are kept beside it, such as moving averages: found, checked, and held against its shapes."""
+"""Copies of a model that are kept beside it, such as moving averages: found, and checked against its shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Copies = nn.Module | Sequence[nn.Module] | Callable[[], Any] | None
 
 
 def check_copies(copies: Copies) -> Copies:
-    """What `copies` may be: a module, several, or a function that gives them.
+    """Return `copies` if it is a module, several, or a function that returns them; refuse anything else.
 
     Raises:
         TypeError: It is something else.
@@ -28,7 +28,7 @@ def check_copies(copies: Copies) -> Copies:
 
 
 def matching_copies(copies: Copies, model: nn.Module, path: str = "") -> list[nn.Module]:
-    """The modules that are built as the model is, one for each copy.
+    """Find for each copy the module in it that is built as the model is.
 
     Args:
         copies: A module, several, or a function that gives them now. A moving average of torch, timm or Lightning holds its
@@ -68,7 +68,7 @@ def _matching(copy: nn.Module, shapes: dict[str, tuple[int, ...]], path: str) ->
 
 
 def _candidates(copy: nn.Module, path: str) -> list[nn.Module]:
-    """The copy, what it wraps, and in both the part that the model is."""
+    """List the copy, the modules that it wraps, and in each of them the part at `path`."""
     wholes = [unwrap(copy)]
     while isinstance(wholes[-1]._modules.get("module"), nn.Module):
         wholes.append(unwrap(wholes[-1].get_submodule("module")))

@@ -1,4 +1,4 @@
-"""The numbers that modules keep of their own size: what they become when parameters shrink.
+"""Sizes that modules keep as attributes, such as `in_features`, and their values after a cut.
 
 To add a module class: a function `(module, old shapes, new shapes, kept indices) -> attribute -> new value`, registered here.
 """
@@ -29,7 +29,7 @@ STREAMS = ("hidden_dim", "hidden_size", "embed_dim", "d_model", "dim", "n_embd",
 
 @singledispatch
 def new_sizes(module: nn.Module, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
-    """Attribute -> new value, for a module whose parameters get other shapes.
+    """Return attribute -> new value, for a module whose parameters get other shapes.
 
     Args:
         module: The module, still as it was.

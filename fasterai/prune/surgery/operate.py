@@ -1,4 +1,4 @@
-"""The one place that takes channels out of a model, and puts them back if it has to.
+"""Surgery on a model: the one place that removes channels, and puts them back if asked.
 
 Parameters and buffers keep their identity, so that an optimizer goes on with them; its state and their gradients are cut alike.
 """
@@ -26,14 +26,14 @@ __all__ = ["Surgery", "apply_plan_", "operate"]
 
 @dataclass(frozen=True)
 class _Change:
-    """One thing that a surgery does, and how to take it back."""
+    """One step of a surgery, as a function that does it and one that takes it back."""
 
     forth: Callable[[], None]
     back: Callable[[], None]
 
 
 class Surgery:
-    """A plan carried out on a model; `undo()` takes it back, and `redo()` does it again.
+    """Plan carried out on a model; `undo()` takes it back, and `redo()` does it again.
 
     Args:
         model: The model; changed in place.
@@ -65,7 +65,7 @@ class Surgery:
         self._is_done = False
 
     def redo(self) -> None:
-        """Do again what was undone; nothing is cut anew."""
+        """Carry out again what was undone, with the same tensors as the first time."""
         for change in self._changes if not self._is_done else ():
             change.forth()
         self._is_done = True
@@ -81,7 +81,7 @@ class Surgery:
 
 
 def apply_plan_(model: nn.Module, plan: Plan, *, optimizer: Any = None) -> None:
-    """Carry a plan out on another model of the same structure: a moving average of the weights, a fresh model.
+    """Carry out a plan on another model of the same structure, such as a moving average of the weights or a fresh model.
 
     What is taken out need not be silent there; its outputs are not checked.
 
@@ -98,7 +98,7 @@ def apply_plan_(model: nn.Module, plan: Plan, *, optimizer: Any = None) -> None:
 
 
 def operate(model: nn.Module, plan: Plan, optimizer: Any = None, copies: Sequence[nn.Module] = ()) -> Surgery:
-    """Carry a plan out on a model and on copies of it, and tell who follows them: all of it, or nothing.
+    """Carry out a plan on a model and its copies, and tell the followers; if any of it fails, nothing is changed.
 
     Raises:
         ValueError: The plan does not fit one of them; nothing is changed then.
@@ -126,7 +126,7 @@ def _inner(model: nn.Module) -> nn.Module:
 
 
 def _changes(model: nn.Module, plan: Plan, optimizer: Any) -> Iterator[_Change]:
-    """Make the changes one after the other, each when those before it have been done."""
+    """Make the changes one after the other; each is made when those before it are done."""
     tensors, averages = tensors_of(model), averages_of(optimizer)
     states = [(state, strange_keys(state)) for state in states_of(optimizer)]
     dense = [(module, dense_shapes_of(module)) for module in model.modules()]
@@ -155,7 +155,7 @@ def _cut(tensor: Tensor, kept: Any, scale: float) -> _Change:
 
 
 def _put(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
-    """Put values of another shape under the same identity.
+    """Replace the values of a tensor by ones of another shape; the tensor stays the same object.
 
     A loss that is still held keeps alive the node that gathers the parameter's gradients, with the shape that it had.
     Autograd makes a new one only where the type changes: so it changes in between.

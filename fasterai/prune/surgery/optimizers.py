@@ -1,4 +1,4 @@
-"""The state that an optimizer keeps for a parameter, cut as the parameter is."""
+"""State that an optimizer keeps for a parameter, cut along with the parameter."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Kept = Mapping[int, Array]  # dimension of a parameter -> the indices that stay
 
 
 def states_of(optimizer: Any) -> list[MutableMapping[Any, Any]]:
-    """List the states, parameter -> entry, of an optimizer and of what it wraps, or of several in a list; each once."""
+    """List the states (parameter -> entry) of an optimizer, of what it wraps, or of several in a list; each once."""
     return list({id(state): state for one in _unwrapped(optimizer) if (state := _state(one)) is not None}.values())
 
 
 def averages_of(optimizer: Any) -> dict[Tensor, Tensor]:
-    """Find the averages that an optimizer keeps apart from its state, as fastai's Lookahead its slow weights: by parameter."""
+    """Return parameter -> average that an optimizer keeps apart from its state, as fastai's Lookahead its slow weights."""
     return {
         parameter: average
         for one in _unwrapped(optimizer)
@@ -92,7 +92,7 @@ def _state(optimizer: Any) -> MutableMapping[Any, Any] | None:
 
 
 def strange_keys(state: Mapping[Any, Any]) -> set[str]:
-    """Find the keys of a state under which some parameter has a tensor of another shape than its own, as preconditioners."""
+    """Find the keys of a state under which a tensor has a shape that is not its parameter's, as preconditioners have."""
     return {
         key
         for parameter, entry in state.items()
@@ -105,7 +105,7 @@ def strange_keys(state: Mapping[Any, Any]) -> set[str]:
 def cut_entry(
     entry: Mapping[str, Any], name: str, shape: Sequence[int], kept: Kept, strange: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Cut an optimizer's entry for a parameter as the parameter is; empty, with a warning, where that cannot be told.
+    """Cut an optimizer's entry for a parameter as the parameter is cut; return {} with a warning if that is unclear.
 
     A tensor of the parameter's shape is cut as it is; one with 1 for some of its sizes (factored second moments), or with
     some of its dimensions, along those that it has; a number is left alone. An entry without one of its parts would break the
@@ -134,19 +134,19 @@ def cut_entry(
     if not strangers:
         return result
     warnings.warn(
-        f"optimizer's state of {name} {tuple(shape)} cannot be cut as it is, for its {', '.join(strangers)}: it starts anew",
+        f"optimizer's state of {name} {tuple(shape)} cannot be cut, because of its {', '.join(strangers)}: this state is reset",
         stacklevel=2,
     )
     return {}
 
 
 def _is_tensor(value: Any) -> bool:
-    """Tell a tensor of several entries from a number, or one in a tensor."""
+    """Tell if a value is a tensor of several entries, not a number or a tensor of one."""
     return isinstance(value, Tensor) and value.numel() > 1
 
 
 def _dims(own: Sequence[int], shape: Sequence[int], kept: Kept, is_strange: bool) -> dict[int, int] | None:
-    """Find the dimension of a parameter that each of a tensor's is, where it is one; None where that cannot be told."""
+    """Match a tensor's dimensions to the parameter's: dimension of the tensor -> of the parameter; None if unclear."""
     readings = _readings(own, shape)
     if is_strange:
         alike = [[e for e, m in enumerate(shape) if m == n] for n in shape]
@@ -157,7 +157,13 @@ def _dims(own: Sequence[int], shape: Sequence[int], kept: Kept, is_strange: bool
 
 
 def _readings(own: Sequence[int], shape: Sequence[int]) -> list[dict[int, int]]:
-    """List every way to read a tensor's dimensions, in their order, as dimensions of a parameter of that shape."""
+    """List every way to match a tensor's dimensions, in order, to dimensions of a parameter of a shape.
+
+    >>> _readings((3,), (4, 3))  # a vector of 3 goes with the columns of a (4, 3) weight
+    [{0: 1}]
+    >>> _readings((3,), (3, 3))  # or, of a square one, with its rows
+    [{0: 0}, {0: 1}]
+    """
     if len(own) == len(shape):
         pairs = list(zip(own, shape, strict=True))
         return [{d: d for d, (n, m) in enumerate(pairs) if n == m}] if all(n in (1, m) for n, m in pairs) else []

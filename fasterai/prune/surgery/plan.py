@@ -1,4 +1,4 @@
-"""The plan of a removal, as data: it can be printed, saved, and replayed on a fresh model."""
+"""Plan of a removal as data: it can be printed, saved, and carried out again on a fresh model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Plan", "check_plan", "cut_normed", "make_plan", "tensor_of", "tensor
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a removal.
+    """Plan of a removal: the indices to keep, and the sizes and scales that change with them.
 
     Attributes:
         shapes: Name of each parameter and buffer that shrinks -> its shape before.
@@ -39,7 +39,7 @@ class Plan:
     scales: Mapping[str, float] = field(default_factory=dict)
 
     def shape_after(self, name: str) -> tuple[int, ...]:
-        """Return the shape that a parameter or buffer gets."""
+        """Return the shape of a parameter or buffer after the removal."""
         return tuple(len(self.keep[name, d]) if (name, d) in self.keep else n for d, n in enumerate(self.shapes[name]))
 
     def __bool__(self) -> bool:
@@ -57,7 +57,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """Make the plan of which `to_dict` made the data."""
+        """Make a plan from the data of `to_dict`."""
         return cls(
             {n: tuple(s) for n, s in data["shapes"].items()},
             {(n, d): np.asarray(kept, np.int64) for n, d, kept in data["keep"]},
@@ -78,7 +78,7 @@ def _tupled(value: Any) -> Any:
 
 
 def tensors_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Find the module that holds each parameter and buffer, and its name there; tied ones under their first name."""
+    """Return name -> (module, attribute) of each parameter and buffer; tied ones come once, under their first name."""
     found: dict[int, tuple[str, nn.Module, str]] = {}
     for name, module, attribute, tensor in walk_tensors(unwrap(model)):
         found.setdefault(id(tensor), (name, module, attribute))
@@ -86,7 +86,7 @@ def tensors_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 def make_plan(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags], *, streams: bool = False) -> Plan:
-    """Plan to take out the channels of each group that are not kept.
+    """Plan the removal of the channels of each group that are not kept.
 
     Args:
         model: The model, dense; not changed.
@@ -112,7 +112,7 @@ def make_plan(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags], *, s
 
 
 def tensor_of(tensors: Mapping[str, tuple[nn.Module, str]], name: str) -> Tensor:
-    """Look up a parameter or buffer by its name, among those of `tensors_of`."""
+    """Return a parameter or buffer by its name in `tensors_of`."""
     module, attribute = tensors[name]
     parameter = module._parameters.get(attribute)
     tensor = parameter if parameter is not None else module._buffers[attribute]
@@ -121,7 +121,7 @@ def tensor_of(tensors: Mapping[str, tuple[nn.Module, str]], name: str) -> Tensor
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:
-    """Refuse a plan that does not fit the model: tensors of the shapes before, modules with the numbers before.
+    """Refuse a plan whose shapes and sizes before the removal are not the model's.
 
     Raises:
         ValueError: It was made for another model, or was carried out already.
@@ -135,16 +135,16 @@ def _misfits(model: nn.Module, plan: Plan) -> Iterator[str]:
     tensors, modules = tensors_of(model), {plain_name(name): module for name, module in model.named_modules()}
     for name, shape in plan.shapes.items():
         if name not in tensors:
-            yield f"that cuts {name}, which it has not"
+            yield f"that cuts {name}, which is missing here"
         elif tuple(tensor_of(tensors, name).shape) != tuple(shape):
             yield f"where {name} is {tuple(shape)}, here {tuple(tensor_of(tensors, name).shape)}"
     for (name, d), kept in plan.keep.items():
         size = plan.shapes[name][d] if name in plan.shapes and d < len(plan.shapes[name]) else 0
         if not (kept.size and kept.min() >= 0 and kept.max() < size):
-            yield f"that keeps indices of {name} which are not there"
+            yield f"that keeps indices of {name} which do not exist"
     for module, attribute, before, _ in plan.attributes:
         if module not in modules or not hasattr(modules[module], attribute):
-            yield f"that sets {module}.{attribute}, which it has not"
+            yield f"that sets {module}.{attribute}, which is missing here"
         elif getattr(modules[module], attribute) != before:
             yield f"where {module}.{attribute} is {before}, here {getattr(modules[module], attribute)}"
     for name in plan.slim:
@@ -157,7 +157,11 @@ def _misfits(model: nn.Module, plan: Plan) -> Iterator[str]:
 def _sizes(
     model: nn.Module, plan: Plan, graph: ChannelGraph, kept: Sequence[Flags]
 ) -> tuple[tuple[tuple[str, str, Any, Any], ...], dict[str, int]]:
-    """Find the modules' own numbers that change, and the attentions that lose heads."""
+    """Find the attributes of modules that change with a plan, and the attentions that lose heads.
+
+    Returns:
+        (module name, attribute, value before, value after) for each attribute; name of an attention -> heads that stay.
+    """
     changed: list[tuple[str, str, Any, Any]] = []
     slim: dict[str, int] = {}
     heads = _heads(plan, graph, kept)
@@ -190,7 +194,7 @@ def _differing(module: nn.Module, sizes: Mapping[str, Any]) -> list[tuple[str, A
 
 
 def _attention_widths(dot: str, plan: Plan) -> dict[str, int]:
-    """Find the numbers of an attention's features that change: of what comes out, of keys and of values."""
+    """Find the widths of an attention that change: of its output, of the keys and of the values."""
     inputs = {"kdim": f"{dot}k_proj_weight", "vdim": f"{dot}v_proj_weight"}
     places = {"embed_dim": (f"{dot}out_proj.weight", 0)} | {
         a: (own if own in plan.shapes else f"{dot}in_proj_weight", 1) for a, own in inputs.items()
@@ -199,7 +203,12 @@ def _attention_widths(dot: str, plan: Plan) -> dict[str, int]:
 
 
 def cut_normed(normed: Mapping[str, Sequence[tuple[Place, int] | None]], keep: Mapping[Place, Array]) -> dict[str, Any]:
-    """Find the channels that modules without parameters normalise (`ChannelGraph.normed`) after a removal."""
+    """Renumber the channels that norms without parameters normalise (`ChannelGraph.normed`) after a removal.
+
+    >>> place = ("conv.weight", 0)
+    >>> cut_normed({"norm": [(place, 0), (place, 1), None]}, {place: np.array([1])})  # channel 0 goes, 1 becomes 0
+    {'norm': ((('conv.weight', 0), 0), None)}
+    """
     left = {place: {int(old): new for new, old in enumerate(kept)} for place, kept in keep.items()}
 
     def followed(at: tuple[Place, int] | None) -> tuple[Place, int] | None:
@@ -213,7 +222,7 @@ def cut_normed(normed: Mapping[str, Sequence[tuple[Place, int] | None]], keep: M
 
 
 def _bare_sizes(module: nn.Module, plan: Plan, goes_with: Sequence[tuple[Place, int] | None]) -> list[tuple[str, Any, Any]]:
-    """Find the numbers of a module without parameters, as if it had a weight that goes with what it normalises."""
+    """Find the attributes of a norm without parameters that change, as if it had a weight as long as what it normalises."""
     staying = {place: set(kept.tolist()) for place, kept in plan.keep.items()}
     is_kept = [at is None or at[0] not in staying or at[1] in staying[at[0]] for at in goes_with]
     kept = np.flatnonzero(is_kept)
@@ -225,7 +234,7 @@ def _bare_sizes(module: nn.Module, plan: Plan, goes_with: Sequence[tuple[Place, 
 
 @dataclass(frozen=True)
 class _Width:
-    """Channels of several indices each along a dimension of a weight, as heads are: how many before and after."""
+    """Dimension of a weight in which each channel takes several indices, as heads do: channels and size, before and after."""
 
     dim: int
     channels: tuple[int, int]
@@ -233,7 +242,7 @@ class _Width:
 
 
 def _heads(plan: Plan, graph: ChannelGraph, kept: Sequence[Flags]) -> dict[str, list[_Width]]:
-    """Find the dimensions of weights along which each channel is several indices, by weight."""
+    """Find, by weight, the dimensions in which each channel takes several indices, as heads do."""
     found: dict[str, list[_Width]] = {}
     for group, keep in zip(graph.groups, kept, strict=True):
         for (name, d), indices in group.places.items():
@@ -244,7 +253,7 @@ def _heads(plan: Plan, graph: ChannelGraph, kept: Sequence[Flags]) -> dict[str, 
 
 
 def _parent_sizes(module: nn.Module, dot: str, heads: Mapping[str, Sequence[_Width]]) -> list[tuple[str, Any, Any]]:
-    """Find the numbers of heads and widths that a module keeps of the layers right below it."""
+    """Find the numbers of heads and widths that a module keeps about the layers directly below it."""
     changed: dict[str, tuple[str, Any, Any]] = {}
     below = [f"{dot}{child}{inner}.weight" for child in module._modules for inner in ("", ".conv")]
     for width in (w for name in below for w in heads.get(name, ())):
@@ -256,7 +265,7 @@ def _parent_sizes(module: nn.Module, dot: str, heads: Mapping[str, Sequence[_Wid
 
 
 def _stream_sizes(model: nn.Module, plan: Plan, known: set[tuple[str, str]]) -> Iterator[tuple[str, str, Any, Any]]:
-    """Find the widths that modules other than torch's keep, where all that they hold of that width gets the same other one."""
+    """Find the widths that modules other than torch's keep, where all parameters of that width get the same new one."""
     for prefix, module in model.named_modules():
         widths = {a: n for a in STREAMS if isinstance(n := vars(module).get(a), int) and not isinstance(n, bool)}
         if not widths or type(module).__module__.startswith("torch.nn."):

@@ -1,4 +1,4 @@
-"""Removals repeated: what was taken out of a model is taken out of a fresh one."""
+"""Removals repeated: plans that were carried out on one model are carried out on a fresh one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def shapes_of(model: nn.Module) -> Shapes:
 
 
 def read_state(state: Mapping[str, Any]) -> tuple[list[Plan], Shapes]:
-    """Read the plans of a `GradualPruner`'s state, and the shapes of its model.
+    """Read the plans and the shapes of the model from a `GradualPruner`'s state.
 
     Raises:
         ValueError: It is no such state.
@@ -41,7 +41,7 @@ def read_state(state: Mapping[str, Any]) -> tuple[list[Plan], Shapes]:
 def replay(
     model: nn.Module, plans: Sequence[Plan], shapes: Shapes, optimizer: Any, copies: Callable[[], Sequence[nn.Module]]
 ) -> list[list[Surgery]]:
-    """Carry out those of the plans that a model has not had yet.
+    """Carry out those plans that a model has not had yet.
 
     Args:
         model: The model, as dense as it was at first or as after some of the plans; changed in place.
@@ -72,7 +72,7 @@ def replay(
 
 
 def _had(model: nn.Module, plans: Sequence[Plan], shapes: Shapes) -> int:
-    """Count the plans that a model has had."""
+    """Count the plans that were carried out on a model already, by its shapes."""
     own = shapes_of(model)
     expected = dict(shapes)
     for count in range(len(plans), -1, -1):

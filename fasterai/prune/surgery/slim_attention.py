@@ -1,4 +1,4 @@
-"""L4. `nn.MultiheadAttention` with fewer heads than its embedding holds: the same call, the same numbers."""
+"""L4. `nn.MultiheadAttention` with fewer heads than its embedding holds: the same call, the same results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["SlimMultiheadAttention", "encoders_of"]
 
 
 class SlimMultiheadAttention(nn.Module):
-    """What is left of an `nn.MultiheadAttention` when heads go; made from one, never by hand.
+    """`nn.MultiheadAttention` after heads were removed; made from one, never by hand.
 
     The parameters are the very ones of the module that it replaces, under the same names, so that an optimizer, a checkpoint
     and the names of the masks go on.
@@ -24,7 +24,7 @@ class SlimMultiheadAttention(nn.Module):
     def __init__(self, attention: nn.MultiheadAttention, num_heads: int) -> None:
         super().__init__()
         if attention.bias_k is not None or attention.add_zero_attn:
-            raise ValueError("attention must be without bias_k and add_zero_attn to lose heads")
+            raise ValueError("attention must be without bias_k and add_zero_attn to have heads removed")
         # Parameters, hooks and whatever a user has put there; the very dicts, so that handles of hooks still remove them.
         vars(self).update(vars(attention))
         self.num_heads = num_heads
@@ -48,7 +48,7 @@ class SlimMultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend, as `nn.MultiheadAttention.forward` does.
+        """Compute attention as `nn.MultiheadAttention.forward` does.
 
         Args:
             query: `(N, L, E)` if `batch_first`, else `(L, N, E)`; `(L, E)` without a batch.
@@ -101,11 +101,13 @@ class SlimMultiheadAttention(nn.Module):
         return x.reshape(*x.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
 
     def _mask(self, q: Tensor, k: Tensor, padding: Tensor | None, attention: Tensor | None) -> Tensor | None:
-        """The masks as numbers to add, `(N or 1, 1, L or 1, S)`."""
+        """Return the sum of the masks as numbers to add to the scores, `(N or 1, 1, L or 1, S)`; None without masks."""
         total = None
         if attention is not None:
             if attention.dim() == 3:
-                raise ValueError("attn_mask must be (L, S) where heads have gone: one mask per head belongs to the whole heads")
+                raise ValueError(
+                    f"attn_mask must be (L, S) after heads were removed, got {tuple(attention.shape)}, a mask per head"
+                )
             total = _additive(attention, q.dtype)
         if padding is not None:
             added = _additive(padding, q.dtype)[:, None, None, :]
@@ -114,7 +116,7 @@ class SlimMultiheadAttention(nn.Module):
 
 
 def encoders_of(model: nn.Module, attention: nn.Module) -> list[nn.TransformerEncoder]:
-    """The encoders that an attention is in. Their nested tensors are for torch's own; they have to go when it gets slim."""
+    """List the encoders that contain an attention; they must not use nested tensors once it is slim."""
     encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
     return [encoder for encoder in encoders if any(m is attention for m in encoder.modules())]
 

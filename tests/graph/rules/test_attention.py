@@ -65,7 +65,7 @@ CASES = [
         lambda: {**keys()(), "mask": nn.Parameter(torch.randn(2, 5, 5))},
         (2, 5, 6),
         {("q.weight", 0): 2, ("mask", 0): 2},
-        {("mask", 1): "runs over it", ("mask", 2): "runs over it"},
+        {("mask", 1): "computes across it", ("mask", 2): "computes across it"},
         "attention with a learnt bias",
     ),
     Case(

@@ -71,7 +71,7 @@ CASES = [
         linears(back=5),
         (4, 6),
         {},
-        {("a.weight", 0): "fixed places"},
+        {("a.weight", 0): "fixed positions"},
     ),
     Case(("unbind",), lambda m, x: m.b(sum(m.a(x).unbind(1))), linears(), (2, 4, 6), both),
     Case(
@@ -80,7 +80,7 @@ CASES = [
         lambda: {"a": nn.Linear(6, 8)},
         (4, 6),
         {},
-        {("a.weight", 0): "takes it apart"},
+        {("a.weight", 0): "splits it into single entries"},
         "unbind over channels",
     ),
     beside("slice", lambda x: x[:, 1:3]),

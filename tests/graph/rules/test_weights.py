@@ -24,7 +24,7 @@ CASES = [
         lambda: {**linears()(), "c": torch.randn(8, 8)},
         (4, 6),
         {},
-        {("a.weight", 0): "no parameter"},
+        {("a.weight", 0): "without a weight"},
         "linear by a buffer",
     ),
     Case(
@@ -33,7 +33,7 @@ CASES = [
         lambda: {**linears()(), "c": nn.Parameter(torch.randn(8, 8))},
         (4, 6),
         {("b.weight", 1): 8},
-        {("a.weight", 0): "no parameter"},
+        {("a.weight", 0): "without a weight"},
         "linear by a weight worked out",
     ),
     Case(
@@ -42,7 +42,7 @@ CASES = [
         lambda: {**linears()(), "c": nn.Parameter(torch.randn(8, 8))},
         (4, 6),
         {},
-        {("a.weight", 0): "no parameter"},
+        {("a.weight", 0): "without a weight"},
         "linear by a softmaxed weight",
     ),
     Case(
@@ -178,7 +178,7 @@ CASES = [
         lambda: {"e": nn.Embedding(7, 8), "b": nn.Linear(8, 3)},
         (4, 5),
         {("e.weight", 1): 8, ("b.weight", 1): 8},
-        {("e.weight", 0): "asked by index"},
+        {("e.weight", 0): "looks rows up by number"},
     ),
     Case(
         ("embedding",),
@@ -272,7 +272,7 @@ CASES = [
         lambda: {"a": nn.Linear(6, 8), "b": nn.Linear(6, 8)},
         (2, 4, 6),
         {},
-        {("a.weight", 0): "activations only"},
+        {("a.weight", 0): "without a weight"},
         "einsum of activations",
     ),
     Case(

@@ -65,7 +65,8 @@ STRANGERS: list[tuple[tuple[int, ...], dict[int, Any], Tensor]] = [
 @pytest.mark.parametrize(("shape", "kept", "state"), STRANGERS)
 def test_what_cannot_be_told_starts_anew_with_a_warning(shape: Any, kept: Any, state: Tensor) -> None:
     with pytest.warns(
-        UserWarning, match=r"optimizer's state of layer\.w .* cannot be cut as it is, for its odd .*starts anew"
+        UserWarning,
+        match=r"optimizer's state of layer\.w .* cannot be cut, because of its odd .*state is reset",
     ) as seen:
         assert cut_entry({"step": 5, "odd": state, "fine": torch.zeros(shape)}, "layer.w", shape, kept) == {}
     assert str(tuple(state.shape)) in str(seen[0].message)
@@ -315,7 +316,8 @@ def test_factors_of_one_dimension_are_cut_where_it_is_clear_and_start_anew_where
     rows = optimizer.state[model[0].weight]["row"].clone()
     if inputs == 8:  # a square matrix
         with pytest.warns(
-            UserWarning, match=r"optimizer's state of 0\.weight \(8, 8\) cannot be cut as it is, for its row \(8,\)"
+            UserWarning,
+            match=r"optimizer's state of 0\.weight \(8, 8\) cannot be cut, because of its row \(8,\)",
         ):
             remove(model, x, optimizer=optimizer)
         assert optimizer.state[model[0].weight] == {}
@@ -356,7 +358,8 @@ def test_the_preconditioners_of_a_square_matrix_start_anew() -> None:
     optimizer.step()
     mask_channels_(model, channel_graph(model, (x,)), [np.arange(8) != 2, np.arange(8) != 5])
     with pytest.warns(
-        UserWarning, match=r"optimizer's state of 2\.weight \(8, 8\) cannot be cut as it is, for its sides \(8, 8\)"
+        UserWarning,
+        match=r"optimizer's state of 2\.weight \(8, 8\) cannot be cut, because of its sides \(8, 8\)",
     ):
         remove(model, x, optimizer=optimizer, measure=False)
     assert model[2].weight.shape == (7, 7)

@@ -86,18 +86,18 @@ def test_a_plan_is_of_what_it_cuts_whatever_modules_note_of_it() -> None:
 
 SOUND = Plan({"0.weight": (4, 3, 3, 3)}, {("0.weight", 0): np.array([0, 3])}, (("0", "out_channels", 4, 2),), {})
 BROKEN = {
-    "below the first": ({"keep": {("0.weight", 0): np.array([-1, 0])}}, r"that keeps indices of 0\.weight which are not there"),
-    "beyond the last": ({"keep": {("0.weight", 0): np.array([0, 4])}}, r"that keeps indices of 0\.weight which are not there"),
-    "none": ({"keep": {("0.weight", 0): np.array([], np.int64)}}, r"that keeps indices of 0\.weight which are not there"),
+    "below the first": ({"keep": {("0.weight", 0): np.array([-1, 0])}}, r"that keeps indices of 0\.weight which do not exist"),
+    "beyond the last": ({"keep": {("0.weight", 0): np.array([0, 4])}}, r"that keeps indices of 0\.weight which do not exist"),
+    "none": ({"keep": {("0.weight", 0): np.array([], np.int64)}}, r"that keeps indices of 0\.weight which do not exist"),
     "beyond the dimensions": (
         {"keep": {("0.weight", 4): np.array([0])}},
-        r"that keeps indices of 0\.weight which are not there",
+        r"that keeps indices of 0\.weight which do not exist",
     ),
-    "of no known shape": ({"keep": {("0.bias", 0): np.array([0])}}, r"that keeps indices of 0\.bias which are not there"),
-    "no tensor": ({"shapes": {"0.scale": (4,)}}, r"that cuts 0\.scale, which it has not"),
+    "of no known shape": ({"keep": {("0.bias", 0): np.array([0])}}, r"that keeps indices of 0\.bias which do not exist"),
+    "no tensor": ({"shapes": {"0.scale": (4,)}}, r"that cuts 0\.scale, which is missing here"),
     "another shape": ({"shapes": {"0.weight": (4, 3, 3, 1)}}, r"where 0\.weight is \(4, 3, 3, 1\), here \(4, 3, 3, 3\)"),
-    "no module": ({"attributes": (("4", "out_channels", 4, 2),)}, r"that sets 4\.out_channels, which it has not"),
-    "no attribute": ({"attributes": (("2", "out_channels", 4, 2),)}, r"that sets 2\.out_channels, which it has not"),
+    "no module": ({"attributes": (("4", "out_channels", 4, 2),)}, r"that sets 4\.out_channels, which is missing here"),
+    "no attribute": ({"attributes": (("2", "out_channels", 4, 2),)}, r"that sets 2\.out_channels, which is missing here"),
     "another number": ({"attributes": (("0", "out_channels", 5, 2),)}, r"where 0\.out_channels is 5, here 4"),
 }
 
