@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "AREA",
+    "EMPTY",
     "GRID",
     "HEAT",
     "INK",
@@ -20,6 +22,7 @@ __all__ = [
     "line_colors",
     "new_axes",
     "new_figure",
+    "ruled",
     "short",
     "short_bytes",
     "short_time",
@@ -27,9 +30,11 @@ __all__ = [
     "units_word",
 ]
 
-INK, QUIET, GRID = "#22303c", "#6b7a88", "#e3e8ed"
+INK, QUIET, GRID, EMPTY = "#22303c", "#6b7a88", "#e3e8ed", "#eef1f4"
 #: Colours of models or lines, in their order: the first is the one that the others are held against.
 SERIES = ("#7b8794", "#f0a35e", "#d9480f", "#1c7293", "#5c7c3a", "#8e5a9b")
+#: Ground under a line of the third colour.
+AREA = "#fbe3d3"
 #: Matplotlib's name of the colours of a map, from nothing to the most.
 HEAT = "OrRd"
 
@@ -98,15 +103,28 @@ def table(header: Sequence[str], body: Sequence[Sequence[str]], left: int = 1, f
         left: The number of first columns that are aligned to the left.
         foot: The number of last rows that stand below a rule.
     """
-    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-    lines = [
-        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))).rstrip()
-        for r in (header, *body)
-    ]
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    lines.insert(1, rule)
-    if foot:
-        lines.insert(len(lines) - foot, rule)
+    rules = [1, len(body) + 1 - foot] if foot else [1]
+    return ruled([header, *body], rules, left)
+
+
+def ruled(rows: Sequence[Sequence[str]], rules: Sequence[int], left: int = 1, gap: int = 2) -> list[str]:
+    """Lay out rows as lines of text, with rules between them.
+
+    Args:
+        rows: The rows, of equal length.
+        rules: The numbers of the rows that have a rule above them.
+        left: The number of first columns that are aligned to the left.
+        gap: Spaces between two columns.
+
+    >>> ruled([["unit", "count"], ["filter", "8"]], [1])
+    ['unit    count', '-------------', 'filter      8']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = "-" * (sum(widths) + gap * (len(widths) - 1))
+    lines = []
+    for i, row in enumerate(rows):
+        cells = (c.ljust(w) if j < left else c.rjust(w) for j, (c, w) in enumerate(zip(row, widths, strict=True)))
+        lines += [rule] * (i in rules) + [(" " * gap).join(cells).rstrip()]
     return lines
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fasterai.cli.output import write_atomically
 from fasterai.cli.tables import columns, is_by_channel, unit_name
-from fasterai.display import short, short_bytes, short_time
+from fasterai.display import AREA, EMPTY, GRID, INK, QUIET, SERIES, short, short_bytes, short_time
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["write_all", "write_removal", "write_small", "write_sparsity", "write_training"]
 
-INK, QUIET, GRID, EMPTY = "#22303c", "#6b7a88", "#e3e8ed", "#eef1f4"
-COLORS = {"dense": "#7b8794", "sparse": "#d9480f", "small": "#1c7293"}
-AREA = "#fbe3d3"
+COLORS = {"dense": SERIES[0], "sparse": SERIES[2], "small": SERIES[3]}
 
 
 def write_all(report: Mapping[str, Any], folder: Path) -> None:

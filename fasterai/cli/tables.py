@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fasterai.analyze.latency import NOISE
-from fasterai.display import short, short_bytes, short_time
+from fasterai.display import counted, ruled, short, short_bytes, short_time, units_word
 
 __all__ = ["columns", "epoch_line", "is_by_channel", "result_table", "small_line", "unit_name"]
 
@@ -42,7 +42,7 @@ def is_by_channel(report: Report) -> bool:
 
 def unit_name(report: Report) -> str:
     """Name the pruned units, in the plural."""
-    return "channels" if is_by_channel(report) else f"{report['granularity']}s"
+    return units_word(str(report["granularity"]))
 
 
 def columns(report: Report) -> list[str]:
@@ -141,7 +141,7 @@ def _notes(report: Report) -> str:
         f"sparse: {zeros:.1%} of its parameters are masked to zero, in tensors of full size; a mask alone makes no network "
         "smaller or faster",
         f"small: the sparse network without its silent channels; its outputs are the same to {moved:.0e} of their scale",
-        f"times: median forward passes on {small['times']['device']}, {threads} thread{'s' if threads > 1 else ''}, measured "
+        f"times: median forward passes on {small['times']['device']}, {counted(threads, 'thread')}, measured "
         "in turns; same: within 5 %, or within the spread of the turns",
     ]
     lines += [f"silent and still there: {name} ({why})" for name, why in small["removal"]["refused"].items()]
@@ -153,11 +153,4 @@ def _share(zeros: int, weights: int) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]], rules: Sequence[int]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for i, row in enumerate(rows):
-        if i in rules:
-            lines.append("-" * (sum(widths) + 3 * (len(widths) - 1)))
-        cells = (cell.ljust(w) if j == 0 else cell.rjust(w) for j, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        lines.append("   ".join(cells).rstrip())
-    return "\n".join(lines)
+    return "\n".join(ruled(rows, rules, gap=3))
