@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fasterai.graph.channels import channel_graph
+from fasterai.model.outputs import movement
 from fasterai.prune import check
 from fasterai.prune.check import largest_sound
 from fasterai.prune.removal import remove, silent_channels
@@ -315,7 +316,7 @@ def test_a_huge_filler_hides_no_movement(outside: float) -> None:
     ],
 )
 def test_how_far_outputs_move_as_a_share_of_their_scale(before: list[float], after: list[float], difference: float) -> None:
-    found = check._moved(torch.tensor(before, dtype=torch.float64), torch.tensor(after, dtype=torch.float64))
+    found = movement(torch.tensor(before, dtype=torch.float64), torch.tensor(after, dtype=torch.float64)).share
     assert found == pytest.approx(difference, rel=1e-12)
 
 
