@@ -236,3 +236,59 @@ def test_a_participant_needs_no_event():
     loop.end(completed=True)
     assert plain.state_dict() == {}
     plain.load_state_dict({})
+
+
+class Own(Participant):
+    """Returns from its first event what it was told to."""
+
+    def __init__(self, found):
+        self.found = found
+
+    def on_setup(self, model):
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("found", "got"),
+    [
+        (torch.nn.Parameter(torch.ones(2, 3)), r"a tensor of shape \(2, 3\)"),  # its rows would never train
+        (None, "None"),
+        ([torch.ones(1, requires_grad=True) * 2], "tensor"),
+        ({"a": torch.ones(1)}, "'a'"),
+    ],
+)
+def test_what_is_no_list_of_parameters_is_refused(found, got):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(TypeError, match=rf"Own.on_setup must return a list of parameters, \[\] for none, got .*{got}"):
+        Loop([Own(found)]).setup(model, optimizer)
+    assert len(optimizer.param_groups[0]["params"]) == 2
+
+
+def test_a_lost_loss_is_said():
+    class Forgets(Participant):
+        def after_loss(self, loss, batch):
+            loss + 1
+
+    with pytest.raises(TypeError, match=r"Forgets\.after_loss must return the loss to go on with, got None"):
+        Loop([Forgets()]).after_loss(torch.tensor(1.0), BATCH)
+
+
+class Shows(Participant):
+    def __init__(self, **figures):
+        self.figures = figures
+
+    def metrics(self):
+        return self.figures
+
+
+def test_only_equal_names_of_figures_are_numbered():
+    loop = Loop([Shows(loss_teacher=1.0, loss=2.0, a_2=3.0), Shows(a=4.0, loss=5.0), Shows(a=6.0)])
+    assert loop.metrics() == {"loss_teacher": 1.0, "loss": 2.0, "a_2": 3.0, "a": 4.0, "loss_2": 5.0, "a_3": 6.0}
+
+
+def test_participants_of_one_name_are_numbered_whatever_it_is():
+    class Named(Diary):
+        name = "a:2"
+
+    assert list(Loop([Named(), Named(), Named()]).state_dict()["participants"]) == ["a:2", "a:2:2", "a:2:3"]
