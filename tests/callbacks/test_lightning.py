@@ -232,13 +232,16 @@ def test_the_position_is_the_one_after_the_step_and_gradients_are_there(tmp_path
     assert notes.seen == [(when, p) for p in (0.25, 0.5, 0.75, 1.0) for when in ("before", "after")]
 
 
-def test_a_participant_that_changes_the_loss_is_refused(tmp_path):
+def test_a_participant_that_changes_the_loss_is_refused_where_the_module_runs_the_backward_pass(tmp_path):
     class Doubles(Participant):
         def after_loss(self, loss, batch):
             return loss * 2
 
-    with pytest.raises(RuntimeError, match="Lightning's callbacks cannot change the loss"):
-        trainer(tmp_path, ParticipantCallback(Doubles())).fit(Net(), loader())
+    class Manual(Net):
+        automatic_optimization = False
+
+    with pytest.raises(ValueError, match="automatic_optimization must be True for Doubles, which changes the loss, got False"):
+        trainer(tmp_path, ParticipantCallback(Doubles())).fit(Manual(), loader())
 
 
 def test_two_participants_in_one_callback(tmp_path):
