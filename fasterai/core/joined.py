@@ -73,6 +73,16 @@ class Joined:
         for p in self.parameters:
             self._optimizer.state.pop(p, None)
 
+    def moved(self, optimizer: Any) -> Joined:
+        """Go over, with the state, to an optimizer that has taken the other's place; itself if it is the same."""
+        if innermost(optimizer) is self._optimizer:
+            return self
+        state = self.state_dict()
+        self.leave()
+        other = Joined(optimizer, self.parameters, self.owners)
+        other.load_state_dict(state)
+        return other
+
     def _is_mine(self) -> list[list[bool]]:
         """Tell of each parameter in each group if it is one of these; groups may have been added since."""
         mine = {id(p) for p in self.parameters}

@@ -125,6 +125,11 @@ class Loop:
         if found:
             self._joined = Joined(optimizer, [p for p, _ in found], [name for _, name in found])
 
+    def move(self, optimizer: Any) -> None:
+        """Let participants' parameters go over to an optimizer that has taken the other's place in the middle of a run."""
+        if self._joined is not None:
+            self._joined = self._joined.moved(optimizer)
+
     def start(self, fit: Fit) -> None:
         """Begin a run; participants that have begun it end it again if another one refuses.
 

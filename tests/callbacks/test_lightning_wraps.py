@@ -1,4 +1,4 @@
-"""Wrapped methods of a LightningModule: seen by Lightning as the module's own, and gone afterwards, whatever happens meanwhile."""
+"""Wrapped methods of a LightningModule: to Lightning the module's own, and gone afterwards, whatever happens meanwhile."""
 
 from __future__ import annotations
 

@@ -136,7 +136,16 @@ def test_a_run_that_never_steps_is_said():
     handle = attach(optimizer, Notes(), total_steps=2, model=layer())
     with pytest.warns(UserWarning, match=r"ends without a step of its optimizer.* base_optimizer"):
         handle.remove()
-    with warnings.catch_warnings(), pytest.raises(KeyError):
-        warnings.simplefilter("error")
+
+
+def test_an_error_of_the_loop_s_own_is_all_that_is_said():
+    optimizer = torch.optim.SGD(layer().parameters(), 0.1)
+
+    def fails():
         with attach(optimizer, Notes(), total_steps=2, model=layer()):
             raise KeyError("own")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(KeyError):
+            fails()

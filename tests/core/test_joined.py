@@ -201,3 +201,16 @@ def test_an_optimizer_that_mixes_all_parameters_is_refused():
     with pytest.raises(TypeError, match="optimizer must treat each parameter alone where further ones are to train, got LBFGS"):
         Joined(optimizer, [nn.Parameter(torch.ones(1))])
     assert len(optimizer.param_groups[0]["params"]) == 2
+
+
+def test_it_goes_over_to_another_optimizer_with_its_state():
+    model, extra = layer(), nn.Parameter(torch.ones(2))
+    first, second = (torch.optim.Adam(model.parameters(), 0.1) for _ in range(2))
+    joined = Joined(first, [extra], ["one"])
+    step(first, model, extra)
+    kept = first.state[extra]["exp_avg"].clone()
+    assert joined.moved(first) is joined
+    moved = joined.moved(second)
+    assert len(first.param_groups[0]["params"]) == 2 and extra not in first.state
+    assert torch.equal(second.state[extra]["exp_avg"], kept) and moved.owners == ["one"]
+    moved.leave()
