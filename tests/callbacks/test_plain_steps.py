@@ -149,3 +149,17 @@ def test_an_error_of_the_loop_s_own_is_all_that_is_said():
         warnings.simplefilter("error")
         with pytest.raises(KeyError):
             fails()
+
+
+def test_each_step_has_gradients_to_look_at_whoever_tells_of_them():
+    """A loop that clips some of its steps only."""
+    model, notes = layer(), Notes()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with attach(optimizer, notes, total_steps=3, model=model) as handle:
+        for clips in (True, False, True):
+            loss_of(model, handle).backward()
+            if clips:
+                handle.after_backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert notes.seen == "lbsa" * 3

@@ -110,6 +110,9 @@ def test_bad_parameters_and_optimizers_are_refused():
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(ValueError, match=r"parameters to train must be new to the optimizer, got one of shape \(2, 3\) twice"):
         Joined(optimizer, [model.weight])
+    extra = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match=r"parameters to train must be new to the optimizer, got one of shape \(1,\) twice"):
+        Joined(optimizer, [extra, extra])
     assert len(optimizer.param_groups[0]["params"]) == 2
     with pytest.raises(TypeError, match="optimizer must have param_groups for further parameters, got object"):
         Joined(object(), [nn.Parameter(torch.ones(1))])
@@ -214,3 +217,16 @@ def test_it_goes_over_to_another_optimizer_with_its_state():
     assert len(first.param_groups[0]["params"]) == 2 and extra not in first.state
     assert torch.equal(second.state[extra]["exp_avg"], kept) and moved.owners == ["one"]
     moved.leave()
+
+
+def test_what_is_saved_and_loaded_is_copied():
+    model, extra = layer(), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    joined = Joined(optimizer, [extra])
+    step(optimizer, model, extra)
+    state = joined.state_dict()
+    before = copy.deepcopy(state)
+    joined.load_state_dict(state)
+    step(optimizer, model, extra)
+    for name, value in before["states"][0].items():
+        assert torch.equal(state["states"][0][name], value)

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
 from fasterai.core.loop import Batch, Fit, Loop, Participant
+from fasterai.model.cuts import announce, announce_move
 
 
 class Diary(Participant):
@@ -292,3 +294,48 @@ def test_participants_of_one_name_are_numbered_whatever_it_is():
         name = "a:2"
 
     assert list(Loop([Named(), Named(), Named()]).state_dict()["participants"]) == ["a:2", "a:2:2", "a:2:3"]
+
+
+def test_the_end_comes_in_the_order_in_which_participants_were_given():
+    order = []
+
+    class Ends(Participant):
+        def __init__(self, number):
+            self.number = number
+
+        def on_fit_end(self, completed):
+            order.append(self.number)
+
+    loop = Loop([Ends(1), Ends(2), Ends(3)])
+    loop.start(Fit(total_steps=1))
+    loop.end(completed=True)
+    assert order == [1, 2, 3]
+
+
+def test_parameters_leave_an_optimizer_whose_run_does_not_begin():
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loop = Loop([Own([torch.nn.Parameter(torch.ones(1))]), Failing()])
+    loop.setup(model, optimizer)
+    assert len(optimizer.param_groups[0]["params"]) == 3
+    with pytest.raises(RuntimeError, match="no"):
+        loop.start(Fit(total_steps=3))
+    assert len(optimizer.param_groups[0]["params"]) == 2
+
+
+def test_who_hears_of_cuts_and_moves_follows_the_model_that_is_trained():
+    class Hears(Participant):
+        def __init__(self):
+            self.cuts, self.moves = [], []
+
+        def after_cut(self, cut):
+            self.cuts = [*self.cuts, cut]
+
+        def after_move(self, move):
+            self.moves = [*self.moves, move]
+
+    model, hears = torch.nn.Linear(3, 2), Hears()
+    Loop([hears, Participant()]).start(Fit(total_steps=1, model=model))
+    announce(model, {("weight", 1): np.array([0, 2])})
+    announce_move(model, "a move")
+    assert [list(cut) for cut in hears.cuts] == [[("weight", 1)]] and hears.moves == ["a move"]
