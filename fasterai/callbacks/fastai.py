@@ -107,9 +107,10 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
 
     def before_batch(self) -> None:
         """Begin the run with its first batch."""
-        if self.loop.running:
-            return
         learn = self.learn
+        if self.loop.running:
+            self.loop.move(learn.opt)  # `learn.export` makes a new one
+            return
         if self.is_late:
             self.loop = Loop(made(self._given, learn.model))
         self.loop.setup(learn.model, learn.opt)

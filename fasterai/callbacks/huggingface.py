@@ -21,10 +21,15 @@ try:
 except ImportError as error:
     raise ImportError("fasterai.callbacks.huggingface needs transformers: pip install 'fasterai[huggingface]'") from error
 
+from fasterai.callbacks.huggingface_trainer import batches_of_step, is_training, returned_loss, unscale
+
 __all__ = ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 
 #: What the Trainer adds to the batch itself.
 COUNT = "num_items_in_batch"
+
+#: Where arguments keep the limit of the clipping that is left to a callback, until it gives it back.
+KEPT = "_max_grad_norm_of_a_callback"
 
 
 class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
@@ -54,8 +59,10 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
         self._args: Any = None
         self._state: Any = None
         self._optimizer: Any = None
+        self._batches = 0
         self._clips_at = 0.0
         self._shares = 1
+        self._is_trained_on: bool | None = None  # None without a changed loss
 
     def folder(self) -> Path:
         """Return the Trainer's output folder."""
@@ -78,18 +85,44 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **given: Any
     ) -> None:
-        """Wait for the first batch, which begins the run."""
+        """Wait for the first batch, which begins the run.
+
+        Raises:
+            ValueError: Another callback of this class takes part in this training.
+        """
         self._end(completed=False)
+        self._end_earlier_runs(model, state)
+        args.max_grad_norm = vars(args).pop(KEPT, args.max_grad_norm)
+        self._batches = len(given["train_dataloader"]) if hasattr(given.get("train_dataloader"), "__len__") else 0
         self._args, self._state, self._optimizer, self.loop = args, state, given.get("optimizer"), Loop([])
         self._hooks.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
 
+    def _end_earlier_runs(self, model: nn.Module, state: TrainerState) -> None:
+        for hook in [*model._forward_pre_hooks.values()]:
+            other = getattr(hook, "__self__", None)
+            if not isinstance(other, ParticipantCallback):
+                continue
+            if other._state is not state:
+                other._end_forgotten()
+            elif type(other) is type(self):
+                kind = type(self).__name__
+                raise ValueError(f"callbacks must hold one {kind}, as its file has that name, got two; give one of them all")
+
+    def _end_forgotten(self) -> None:
+        warn(f"an earlier training was interrupted with its {type(self).__name__} on the model: its run ends here")
+        self._end(completed=False)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
         """Note the batch, and begin the run with the first one that trains."""
         if not (model.training and torch.is_grad_enabled()):
             return
+        if not is_training(self):
+            self._end_forgotten()
+            return
         self._batch = Batch(tuple(args), (), {name: value for name, value in keywords.items() if name != COUNT})
         # Losses that are divided by the items of all accumulated batches are shares of a mean.
-        self._shares = self._args.gradient_accumulation_steps if keywords.get(COUNT) is not None else 1
+        self._shares = batches_of_step(self._args, self._state, self._batches) if keywords.get(COUNT) is not None else 1
         if not self.loop.running:
             self._begin(model)
 
@@ -101,7 +134,7 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
             total_steps=state.max_steps,
             model=model,
             optimizer=innermost(self._optimizer),
-            loss=_returned_loss,
+            loss=returned_loss,
             batch=self._batch,
             steps_per_epoch=max(1, round(state.max_steps / max(1e-9, float(state.num_train_epochs)))),
         )
@@ -112,7 +145,9 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
             self._hooks.append(model.register_forward_hook(self._after_forward))
         if self.loop.wants("after_backward"):  # the Trainer clips before it calls a callback, so it is left to this one
             self._clips_at, args.max_grad_norm = args.max_grad_norm, 0.0
+            setattr(args, KEPT, self._clips_at)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Show the outputs, and return them with the loss that the participants give back."""
         if not (self.loop.running and model.training and torch.is_grad_enabled()):
@@ -121,11 +156,17 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
         self.loop.after_forward(batch)
         if not self.loop.wants("after_loss"):
             return output
-        loss = self.loop.after_loss(_returned_loss(output) * self._shares, batch) / self._shares
+        loss = self.loop.after_loss(returned_loss(output) * self._shares, batch) / self._shares
+        self._is_trained_on = bool(self._is_trained_on)
+        if loss.requires_grad:
+            loss.register_hook(self._note_backward)  # type: ignore[no-untyped-call]
         if not isinstance(output, Mapping):
             return (loss, *output[1:])
         output["loss"] = loss  # type: ignore[index]
         return output
+
+    def _note_backward(self, _: Tensor) -> None:
+        self._is_trained_on = True
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **given: Any
@@ -133,22 +174,28 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
         """Pass on that the gradients are complete, clip them if that was left to it, and that the optimizer steps."""
         if not self.loop.running:
             return
+        is_trained_on, self._is_trained_on = self._is_trained_on, None
+        if is_trained_on is False:
+            names = ", ".join(p.name for p in self.loop.participants if p.hears("after_loss"))
+            raise ValueError(
+                f"the Trainer must train on the loss that the model returns, which {names} changes, got one of its own "
+                "compute_loss; work it out in the model's forward"
+            )
         self.loop.step = min(state.global_step, self.loop.total_steps - 1)
+        unscale(self._optimizer)
         if self.loop.wants("after_backward"):
-            self._unscale()
             self.loop.after_backward()
             if self._clips_at:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), self._clips_at)
         self.loop.before_step()
 
-    def _unscale(self) -> None:
-        scaler = getattr(self._optimizer, "scaler", None)
-        if scaler is not None:
-            scaler.unscale_(innermost(self._optimizer))
-
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Pass on that the optimizer has stepped, unless the step was skipped for an overflow."""
-        if self.loop.running and not getattr(self._optimizer, "step_was_skipped", False):
+        if not self.loop.running:
+            return
+        if getattr(self._optimizer, "step_was_skipped", False):
+            self.loop.clear_gradients()  # the Trainer clears those of the model alone
+        else:
             self.loop.after_step()
 
     def on_log(
@@ -168,9 +215,9 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
     def _end(self, completed: bool) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._batch = [], Batch()
+        self._hooks, self._batch, self._is_trained_on = [], Batch(), None
         if self._clips_at:
-            self._args.max_grad_norm, self._clips_at = self._clips_at, 0.0
+            self._args.max_grad_norm, self._clips_at = vars(self._args).pop(KEPT, self._args.max_grad_norm), 0.0
         self.loop.end(completed)
 
     # --- saving and going on -----------------------------------------------------------------------------------------
@@ -192,6 +239,10 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
                 f"the Trainer resumes at step {step}, and no {self._file} is in {_checkpoint(self._args.output_dir, step)}: "
                 "the participants begin afresh; set the callback's resume_from to the checkpoint's folder"
             )
+        elif state["step"] not in (step, step - 1):  # one less if that step was skipped for an overflow
+            raise ValueError(
+                f"resume_from must be the folder that the Trainer resumes, at step {step}, got one of step {state['step']}"
+            )
         else:
             self.loop.load_state_dict(state)
 
@@ -201,21 +252,6 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
         folders = [Path(place) for place in named if isinstance(place, str | os.PathLike)] + list(places)
         found = next((file for folder in folders if (file := folder / self._file).is_file()), None)
         return None if found is None else torch.load(found, weights_only=True, map_location="cpu")
-
-
-def _returned_loss(output: Any, *_: Any) -> Tensor:
-    """Return the loss that a model has worked out itself.
-
-    Raises:
-        ValueError: Its result has none.
-    """
-    loss = output.get("loss") if isinstance(output, Mapping) else output[0] if isinstance(output, tuple | list) else None
-    if not isinstance(loss, Tensor) or loss.dim():
-        raise ValueError(
-            f"model must return its loss for participants that need it, got {type(output).__name__} without one; give it "
-            "labels in each batch"
-        )
-    return loss
 
 
 def _checkpoint(output_dir: str | None, step: int) -> Path:

@@ -104,7 +104,7 @@ class ParticipantCallback(pl.Callback):
         if self._resumed is not None:
             self.loop.load_state_dict(self._resumed)
             self._resumed = None
-        self._wraps = StepWraps(pl_module, self.loop, lambda: self._batch)
+        self._wraps = StepWraps(pl_module, self.loop, lambda: self._batch, lambda: self._takes_part(trainer))
         for optimizer in trainer.optimizers:
             self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._after_step(trainer)))
 
@@ -131,7 +131,13 @@ class ParticipantCallback(pl.Callback):
         if not pl_module.automatic_optimization:  # there Lightning clips nothing
             self.loop.before_step()
 
+    def _takes_part(self, trainer: pl.Trainer) -> bool:
+        """Whether steps are those of the run: searches for a rate or a batch size put the trainer's callbacks aside."""
+        return any(callback is self for callback in trainer.callbacks)  # type: ignore[attr-defined]
+
     def _after_step(self, trainer: pl.Trainer) -> None:
+        if not self._takes_part(trainer):
+            return
         self._count(trainer)
         self.loop.after_step()
         self._restart_trackers()
@@ -173,8 +179,11 @@ class ParticipantCallback(pl.Callback):
         return self.loop.state_dict() if self.loop.participants else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Note a checkpoint's state; the run that begins takes it over."""
-        self._resumed = state_dict
+        """Note a checkpoint's state; the run that begins takes it over, or the one under way."""
+        if self.loop.running:  # after a search for a learning rate in its middle
+            self.loop.load_state_dict(state_dict)
+        else:
+            self._resumed = state_dict
 
     # --- smaller models ----------------------------------------------------------------------------------------------
 

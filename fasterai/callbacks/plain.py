@@ -28,7 +28,7 @@ class Handle:
 
     def __init__(self, optimizer: torch.optim.Optimizer, loop: Loop) -> None:
         self.loop = loop
-        self._is_stepping = False
+        self._is_stepping = self._is_skipped = False
         self._has_seen = {"loss": False, "gradients": False}
         self._hooks = [
             optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),  # type: ignore[no-untyped-call]
@@ -57,20 +57,42 @@ class Handle:
         self._has_seen["gradients"] = True
         self.loop.after_backward()
 
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, optimizer: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Pass on that the gradients are complete: now, or as often as the optimizer calls a closure that makes them."""
+        self._is_skipped = bool(getattr(optimizer, "found_inf", None))  # a fused one finds out in its step, and does nothing
+        if self._is_skipped:
+            return None
+        self.loop.check_step()
+        self._is_stepping = True
+        closure = keywords.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._pass_on(optimizer)
+            return None
+
+        def followed() -> Any:
+            loss = closure()
+            self._pass_on(optimizer)
+            return loss
+
+        return (args[0], followed, *args[2:]), {name: value for name, value in keywords.items() if name != "closure"}
+
+    def _pass_on(self, optimizer: torch.optim.Optimizer) -> None:
         if not self._has_seen["loss"] and self.loop.wants(*IN_LOSS):
             names = ", ".join(p.name for p in self.loop.participants if any(p.hears(event) for event in IN_LOSS))
             raise ValueError(
                 f"the loop must show each batch to {names}, got a step without it; call "
                 "loss = handle.loss(loss, inputs, targets, outputs) before loss.backward()"
             )
+        _unscale(optimizer)
         if not self._has_seen["gradients"]:
             self.loop.after_backward()
         self._has_seen["gradients"] = False
         self.loop.before_step()
-        self._is_stepping = True
 
     def _after_step(self, *_: Any) -> None:
+        if self._is_skipped:
+            self.loop.clear_gradients()
+            return
         if not self._is_stepping:  # an optimizer that calls its base class's step: torch's hooks have counted that one
             self.loop.step -= 1
         self._is_stepping = False
@@ -83,6 +105,11 @@ class Handle:
             completed: Whether the training went to its end, so that the schedule's end is to be reached; by default
                 whether all steps were taken.
         """
+        if completed is None and self.loop.running and self.loop.step == 0:
+            warn(
+                "the run ends without a step of its optimizer, so that nothing has happened: attach to the optimizer whose "
+                "step() is called, such as the base_optimizer of one that has first_step and second_step"
+            )
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -104,7 +131,8 @@ class Handle:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.remove()
+        done = self.loop.step >= self.loop.total_steps
+        self.remove(None if kind is None else done)
 
 
 def attach(
@@ -149,6 +177,16 @@ def attach(
         raise ValueError(f"model must be given for {names}, which has parameters of its own, got None")
     loop.start(Fit(total_steps, model=whole, optimizer=inner, loss=loss))
     return Handle(inner, loop)
+
+
+def _unscale(optimizer: torch.optim.Optimizer) -> None:
+    """Divide the gradients of a fused optimizer by a GradScaler's scale, which it would do in its step."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is not None:
+        gradients = (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+        for gradient in gradients:
+            gradient.div_(scale.to(gradient.device))
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
 
 
 def _own(participant: Participant) -> Any:

@@ -7,6 +7,7 @@ saved with the loop's.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, MutableSequence, Sequence
 from typing import Any
 
@@ -35,22 +36,24 @@ class Joined:
     Args:
         optimizer: torch's, fastai's, or a wrapper of one.
         parameters: Leaves that require gradients, none of which the optimizer has.
+        owners: A name for each, by which their states are found again; by default they are one list.
 
     Raises:
-        TypeError: The optimizer has no parameter groups.
+        TypeError: The optimizer has no parameter groups, or mixes all its parameters in one vector, as LBFGS does.
         ValueError: One of the parameters is in the optimizer already.
     """
 
-    def __init__(self, optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, optimizer: Any, parameters: Sequence[nn.Parameter], owners: Sequence[str] = ()) -> None:
         self.parameters = list(parameters)
+        self.owners = list(owners) or [""] * len(self.parameters)
         self._optimizer = innermost(optimizer)
-        self._group = _last_group(self._optimizer)
+        group = _lists(self._optimizer)[-1]
         there = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         for p in self.parameters:
             if id(p) in there:
                 raise ValueError(f"parameters to train must be new to the optimizer, got one of shape {tuple(p.shape)} twice")
             there.add(id(p))
-        self._group.extend(self.parameters)
+        group.extend(self.parameters)
         self._hooks = []
         if isinstance(self._optimizer, torch.optim.Optimizer):
             self._hooks.append(self._optimizer.register_state_dict_post_hook(self._without))
@@ -70,9 +73,24 @@ class Joined:
         for p in self.parameters:
             self._optimizer.state.pop(p, None)
 
-    def _withdraw(self) -> None:
+    def moved(self, optimizer: Any) -> Joined:
+        """Go over, with the state, to an optimizer that has taken the other's place; itself if it is the same."""
+        if innermost(optimizer) is self._optimizer:
+            return self
+        state = self.state_dict()
+        self.leave()
+        other = Joined(optimizer, self.parameters, self.owners)
+        other.load_state_dict(state)
+        return other
+
+    def _is_mine(self) -> list[list[bool]]:
+        """Tell of each parameter in each group if it is one of these; groups may have been added since."""
         mine = {id(p) for p in self.parameters}
-        self._group[:] = [p for p in self._group if id(p) not in mine]
+        return [[id(p) in mine for p in group] for group in _lists(self._optimizer)]
+
+    def _withdraw(self) -> None:
+        for group, mine in zip(_lists(self._optimizer), self._is_mine(), strict=True):
+            group[:] = [p for p, own in zip(group, mine, strict=True) if not own]
 
     def clear_gradients(self) -> None:
         """Set the gradients to None, since a loop that clears the model's gradients does not know these parameters."""
@@ -80,68 +98,85 @@ class Joined:
             p.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of the optimizer's state of each parameter, in order."""
-        return {"states": [_copied(self._optimizer.state.get(p, {})) for p in self.parameters]}
+        """Return copies of the optimizer's state of each parameter, in order, and their owners."""
+        states = [_copied(self._optimizer.state.get(p, {})) for p in self.parameters]
+        return {"states": states, "owners": list(self.owners)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a saved state, as copies.
+        """Take over a saved state: copies. Parameters of owners that it does not know begin afresh.
 
         Raises:
-            ValueError: It is of another number of parameters.
+            ValueError: It is of another number of parameters of an owner.
         """
-        if len(state["states"]) != len(self.parameters):
-            raise ValueError(f"state must be of {len(self.parameters)} joined parameters, got {len(state['states'])}")
-        for p, own in zip(self.parameters, state["states"], strict=True):
-            if own:
-                self._optimizer.state[p] = _copied(own, p.device)
+        states, owners = state["states"], state.get("owners")
+        if owners is None and len(states) != len(self.parameters):  # one of before, in the order of the parameters
+            raise ValueError(f"state must be of {len(self.parameters)} joined parameters, got {len(states)}")
+        saved: dict[str, list[Any]] = {}
+        for owner, own in zip(owners or self.owners, states, strict=True):
+            saved.setdefault(owner, []).append(own)
+        for owner, found in saved.items():
+            count = self.owners.count(owner)
+            if count not in {0, len(found)}:
+                raise ValueError(f"state must be of {count} joined parameters of {owner}, got {len(found)}")
+        for p, owner in zip(self.parameters, self.owners, strict=True):
+            self._optimizer.state[p] = _copied(saved[owner].pop(0) if owner in saved else {}, p.device)
 
     def _without(self, _: Any, state: dict[str, Any]) -> dict[str, Any]:
-        """Return the optimizer's own state dict without these parameters, which come last in it."""
-        *groups, last = state["param_groups"]
-        kept = last["params"][: -len(self.parameters)]
-        gone = set(last["params"][len(kept) :])
-        states = {k: v for k, v in state["state"].items() if k not in gone}
-        return {**state, "state": states, "param_groups": [*groups, {**last, "params": kept}]}
+        """Return what the optimizer saves, less these parameters, numbered as if they had never been there."""
+        kept = [
+            [i for i, own in zip(group["params"], mine, strict=True) if not own]
+            for group, mine in zip(state["param_groups"], self._is_mine(), strict=True)
+        ]
+        number = {i: n for n, i in enumerate(i for group in kept for i in group)}
+        states = {number.get(k, k): v for k, v in state["state"].items() if k in number or not isinstance(k, int)}
+        groups = [{**group, "params": [number[i] for i in own]} for group, own in zip(state["param_groups"], kept, strict=True)]
+        return {**state, "state": states, "param_groups": groups}
 
     def _fastai_without(self) -> dict[str, Any]:
-        """Return the state of fastai's optimizer without these parameters, which come last in it."""
+        """Return what fastai's optimizer saves, less these parameters."""
         state: dict[str, Any] = type(self._optimizer).state_dict(self._optimizer)
-        return {**state, "state": state["state"][: -len(self.parameters)]}
+        mine = [own for group in self._is_mine() for own in group]
+        return {**state, "state": [s for s, own in zip(state["state"], mine, strict=True) if not own]}
 
     def _fastai_load(self, state: Mapping[str, Any]) -> None:
         """Load a state without these parameters into fastai's optimizer; the parameters keep their own state."""
         own = {p: self._optimizer.state[p] for p in self.parameters}
+        lists, before = _lists(self._optimizer), [list(group) for group in _lists(self._optimizer)]
         self._withdraw()
         try:
             type(self._optimizer).load_state_dict(self._optimizer, state)
         finally:
-            self._group.extend(self.parameters)
+            for group, parameters in zip(lists, before, strict=True):
+                group[:] = parameters
             self._optimizer.state.update(own)
 
     def _with(self, _: Any, state: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the state dict to load, with the present state of these parameters added."""
-        *groups, last = state["param_groups"]
-        if len(last["params"]) != len(self._group) - len(self.parameters):
+        """Return what the optimizer loads, with these parameters as they are now."""
+        mine, saved = self._is_mine(), state["param_groups"]
+        if [len(group["params"]) for group in saved] != [group.count(False) for group in mine]:
             return None
-        first = 1 + max((i for group in state["param_groups"] for i in group["params"]), default=-1)
-        added = {first + i: self._optimizer.state.get(p, {}) for i, p in enumerate(self.parameters)}
-        states = {**state["state"], **{i: own for i, own in added.items() if own}}
-        return {**state, "state": states, "param_groups": [*groups, {**last, "params": [*last["params"], *added]}]}
+        numbers = itertools.count(1 + max((i for group in saved for i in group["params"]), default=-1))
+        states, groups = dict(state["state"]), []
+        for group, own, parameters in zip(saved, mine, _lists(self._optimizer), strict=True):
+            known = iter(group["params"])
+            ids = [next(numbers) if added else next(known) for added in own]
+            groups.append({**group, "params": ids})
+            added_here = ((i, self._optimizer.state.get(p)) for i, p, added in zip(ids, parameters, own, strict=True) if added)
+            states.update({i: kept for i, kept in added_here if kept})
+        return {**state, "state": states, "param_groups": groups}
 
 
-def _last_group(optimizer: Any) -> MutableSequence[nn.Parameter]:
-    """Return the list of parameters of the optimizer's last group, as the optimizer reads it.
-
-    fastai's optimizer makes its groups anew at each access: a list added to there would be lost.
-    """
+def _lists(optimizer: Any) -> list[MutableSequence[nn.Parameter]]:
+    """Return the lists of parameters that the optimizer itself reads; fastai's makes its groups anew at each look."""
     lists = getattr(optimizer, "param_lists", None)
     if lists is None:
         groups = getattr(optimizer, "param_groups", None)
         if not groups:
             raise TypeError(f"optimizer must have param_groups for further parameters, got {type(optimizer).__name__}")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError("optimizer must treat each parameter alone where further ones are to train, got LBFGS")
         lists = [group["params"] for group in groups]
-    found: MutableSequence[nn.Parameter] = lists[-1]
-    return found
+    return list(lists)
 
 
 def _copied(state: Mapping[str, Any], device: torch.device | None = None) -> dict[str, Any]:

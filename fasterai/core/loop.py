@@ -13,13 +13,13 @@ figures. To add a kind of method: a `Participant`. To add a framework: a file in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from fasterai.core.batch import Batch, Fit
 from fasterai.core.checks import check_count, warn
 from fasterai.core.joined import Joined
 from fasterai.core.types import Move
@@ -32,72 +32,6 @@ EVENTS = (
     *("on_setup", "on_fit_start", "after_forward", "after_loss", "after_backward", "before_step", "after_step"),
     *("after_move", "after_cut", "metrics", "on_fit_end"),
 )
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch, as the loop has it: the model is called as `model(*inputs, **keywords)`.
-
-    Attributes:
-        inputs: The positional arguments of the model.
-        targets: The further arguments of the loss, `loss(outputs, *targets)`, if there are any.
-        keywords: The keyword arguments of the model.
-        outputs: The model's result, None before the forward pass or where the loop does not show it.
-    """
-
-    inputs: tuple[Any, ...] = ()
-    targets: tuple[Any, ...] = ()
-    keywords: Mapping[str, Any] = field(default_factory=dict)
-    outputs: Any = None
-
-    @property
-    def logits(self) -> Tensor:
-        """The outputs as one tensor: themselves, their `logits`, or the first tensor of a tuple.
-
-        Raises:
-            ValueError: There is no such tensor.
-        """
-        found = self.outputs
-        if isinstance(found, Mapping):
-            found = found.get("logits")
-        elif isinstance(found, tuple | list):
-            found = next((x for x in found if isinstance(x, Tensor)), None)
-        if not isinstance(found, Tensor):
-            raise ValueError(f"outputs must be a tensor, or have one of logits, got {type(self.outputs).__name__}")
-        return found
-
-    @property
-    def labels(self) -> Any:
-        """The first of the targets, or the keyword `labels`; None if there is neither."""
-        return self.targets[0] if self.targets else self.keywords.get("labels")
-
-
-@dataclass(frozen=True)
-class Fit:
-    """Description of one training run.
-
-    Attributes:
-        total_steps: Optimizer steps from the beginning to the end of the schedule, at least 1.
-        model: The model that is trained, wrapped or not; None only in a loop of your own that names none.
-        optimizer: The loop's optimizer, torch's or another; a list of several.
-        loss: The loss function `(output, *targets) -> scalar`, if the loop has one.
-        batch: The first batch, if the loop can say.
-        steps_per_epoch: Optimizer steps in an epoch, if the loop has epochs.
-    """
-
-    total_steps: int
-    model: nn.Module | None = None
-    optimizer: Any = None
-    loss: Callable[..., Tensor] | None = None
-    batch: Batch | None = None
-    steps_per_epoch: int | None = None
-
-    @property
-    def optimizers(self) -> list[Any]:
-        """The loop's optimizers: none, one or several."""
-        if isinstance(self.optimizer, list | tuple):
-            return list(self.optimizer)
-        return [] if self.optimizer is None else [self.optimizer]
 
 
 class Participant:
@@ -184,12 +118,17 @@ class Loop:
         """Let participants' parameters join the optimizer, until the run ends.
 
         Raises:
-            TypeError: The optimizer takes no further parameters.
+            TypeError: The optimizer takes no further parameters, or a participant returns something else.
             ValueError: A parameter is there twice.
         """
-        parameters = [p for participant in self.participants for p in participant.on_setup(model)]
-        if parameters:
-            self._joined = Joined(optimizer, parameters)
+        found = [(p, name) for name, one in self._named().items() for p in _own_parameters(one, model)]
+        if found:
+            self._joined = Joined(optimizer, [p for p, _ in found], [name for _, name in found])
+
+    def move(self, optimizer: Any) -> None:
+        """Let participants' parameters go over to an optimizer that has taken the other's place in the middle of a run."""
+        if self._joined is not None:
+            self._joined = self._joined.moved(optimizer)
 
     def start(self, fit: Fit) -> None:
         """Begin a run; participants that have begun it end it again if another one refuses.
@@ -215,9 +154,15 @@ class Loop:
             participant.after_forward(batch)
 
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
-        """Return the loss after every participant has had it."""
+        """Return the loss after every participant has had it.
+
+        Raises:
+            TypeError: A participant returns no loss.
+        """
         for participant in self.participants:
             loss = participant.after_loss(loss, batch)
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"{participant.name}.after_loss must return the loss to go on with, got {loss!r}")
         return loss
 
     def after_backward(self) -> None:
@@ -231,19 +176,31 @@ class Loop:
         Raises:
             ValueError: The run has had its `total_steps` already.
         """
+        self.check_step()
+        for participant in self.participants:
+            participant.before_step((self.step + 1) / self.total_steps)
+
+    def check_step(self) -> None:
+        """Refuse a step beyond the run's end.
+
+        Raises:
+            ValueError: The run has had its `total_steps` already.
+        """
         if self.step >= self.total_steps:
             raise ValueError(
                 f"total_steps must be at least the number of steps taken, got {self.total_steps} and a further step; end "
                 "the run first (handle.remove()), then train on, with the masks held if they should stay"
             )
-        for participant in self.participants:
-            participant.before_step((self.step + 1) / self.total_steps)
 
     def after_step(self) -> None:
         """Count a step of the optimizer, and pass it on."""
         self.step += 1
         for participant in self.participants:
             participant.after_step(self.step / self.total_steps)
+        self.clear_gradients()
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients of participants' parameters, after a step or one that was skipped."""
         if self._joined is not None:
             self._joined.clear_gradients()
 
@@ -252,8 +209,7 @@ class Loop:
         found: dict[str, float] = {}
         for participant in self.participants:
             for name, value in participant.metrics().items():
-                count = sum(known.rpartition("_")[0] == name or known == name for known in found)
-                found[f"{name}_{count + 1}" if count else name] = value
+                found[_numbered(name, "_", found)] = value
         return found
 
     def end(self, completed: bool) -> None:
@@ -275,8 +231,7 @@ class Loop:
     def _named(self) -> dict[str, Participant]:
         named: dict[str, Participant] = {}
         for participant in self.participants:
-            count = sum(name.partition(":")[0] == participant.name for name in named)
-            named[f"{participant.name}:{count + 1}" if count else participant.name] = participant
+            named[_numbered(participant.name, ":", named)] = participant
         return named
 
     def state_dict(self) -> dict[str, Any]:
@@ -323,6 +278,32 @@ class Loop:
             fate = "it is left out" if name in states else "it begins afresh"
             warn(f"state and loop differ in the participant {name}: {fate}")
         return [(named[name], own) for name, own in states.items() if name in named]
+
+
+def _own_parameters(participant: Participant, model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that a participant wants to train.
+
+    Raises:
+        TypeError: What it returns is no list of parameters; one parameter alone would be taken for its rows.
+    """
+    found = participant.on_setup(model)
+    own = list(found) if isinstance(found, Iterable) and not isinstance(found, Tensor) else [None]
+    if not all(isinstance(p, Tensor) and p.is_leaf for p in own):
+        raise TypeError(f"{participant.name}.on_setup must return a list of parameters, [] for none, got {_kind(found)}")
+    return [p for p in own if p is not None]
+
+
+def _kind(found: object) -> str:
+    return f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
+
+
+def _numbered(name: str, sign: str, taken: Container[str]) -> str:
+    """Return a name, with the next free number if it is taken."""
+    count, free = 1, name
+    while free in taken:
+        count += 1
+        free = f"{name}{sign}{count}"
+    return free
 
 
 def _summary(state: object) -> str:

@@ -110,6 +110,9 @@ def test_bad_parameters_and_optimizers_are_refused():
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(ValueError, match=r"parameters to train must be new to the optimizer, got one of shape \(2, 3\) twice"):
         Joined(optimizer, [model.weight])
+    extra = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match=r"parameters to train must be new to the optimizer, got one of shape \(1,\) twice"):
+        Joined(optimizer, [extra, extra])
     assert len(optimizer.param_groups[0]["params"]) == 2
     with pytest.raises(TypeError, match="optimizer must have param_groups for further parameters, got object"):
         Joined(object(), [nn.Parameter(torch.ones(1))])
@@ -134,3 +137,96 @@ def test_wrappers_are_looked_through():
     wrapped.optim = optimizer
     assert innermost(wrapped) is optimizer
     assert innermost(None) is None
+
+
+def test_groups_that_are_added_later_keep_their_own_state():
+    model, extra = layer(), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([model.weight], 0.1)
+    joined = Joined(optimizer, [extra])
+    optimizer.add_param_group({"params": [model.bias]})  # as a callback that unfreezes layers does
+    step(optimizer, model, extra)
+    alone = layer()
+    bare = torch.optim.Adam([{"params": [alone.weight]}, {"params": [alone.bias]}], 0.1)
+    step(bare, alone, torch.zeros(1))
+    saved, plain = optimizer.state_dict(), bare.state_dict()
+    assert [group["params"] for group in saved["param_groups"]] == [group["params"] for group in plain["param_groups"]]
+    assert all(torch.equal(saved["state"][i]["exp_avg"], plain["state"][i]["exp_avg"]) for i in (0, 1))
+    kept = optimizer.state[extra]["exp_avg"].clone()
+    optimizer.load_state_dict(copy.deepcopy(plain))
+    assert torch.equal(optimizer.state[extra]["exp_avg"], kept)
+    assert optimizer.state[model.bias]["exp_avg"].shape == (2,) and optimizer.state[model.weight]["exp_avg"].shape == (2, 3)
+    joined.leave()
+    assert [[id(p) for p in group["params"]] for group in optimizer.param_groups] == [[id(model.weight)], [id(model.bias)]]
+
+
+def test_states_find_their_owners():
+    model, one, two = layer(), nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    joined = Joined(optimizer, [one, two], ["one", "two"])
+    (model(torch.ones(1, 3)).sum() + one.sum() + 5 * two.sum()).backward()
+    optimizer.step()
+    state = joined.state_dict()
+    joined.leave()
+    again = Joined(optimizer, [two, one], ["two", "one"])
+    again.load_state_dict(state)
+    assert optimizer.state[one]["exp_avg"].tolist() == pytest.approx([0.1, 0.1])  # (1 - 0.9) * 1
+    assert optimizer.state[two]["exp_avg"].tolist() == pytest.approx([0.5, 0.5])
+    again.leave()
+    fresh = Joined(optimizer, [one], ["three"])
+    fresh.load_state_dict(state)
+    assert optimizer.state[one] == {}
+    fresh.leave()
+    with pytest.raises(ValueError, match="state must be of 2 joined parameters of one, got 1"):
+        Joined(optimizer, [one, two], ["one", "one"]).load_state_dict(state)
+
+
+def test_a_state_of_before_the_first_step_begins_anew():
+    model, extra = layer(), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    joined = Joined(optimizer, [extra])
+    state = joined.state_dict()
+    step(optimizer, model, extra)
+    joined.load_state_dict(state)
+    step(optimizer, model, extra)
+    assert float(optimizer.state[extra]["step"]) == 1
+
+
+def test_states_of_before_they_had_owners_are_taken_in_order():
+    model, extra = layer(), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    joined = Joined(optimizer, [extra], ["one"])
+    joined.load_state_dict({"states": [{"exp_avg": torch.full((2,), 3.0)}]})
+    assert optimizer.state[extra]["exp_avg"].tolist() == [3.0, 3.0]
+
+
+def test_an_optimizer_that_mixes_all_parameters_is_refused():
+    optimizer = torch.optim.LBFGS(layer().parameters())
+    with pytest.raises(TypeError, match="optimizer must treat each parameter alone where further ones are to train, got LBFGS"):
+        Joined(optimizer, [nn.Parameter(torch.ones(1))])
+    assert len(optimizer.param_groups[0]["params"]) == 2
+
+
+def test_it_goes_over_to_another_optimizer_with_its_state():
+    model, extra = layer(), nn.Parameter(torch.ones(2))
+    first, second = (torch.optim.Adam(model.parameters(), 0.1) for _ in range(2))
+    joined = Joined(first, [extra], ["one"])
+    step(first, model, extra)
+    kept = first.state[extra]["exp_avg"].clone()
+    assert joined.moved(first) is joined
+    moved = joined.moved(second)
+    assert len(first.param_groups[0]["params"]) == 2 and extra not in first.state
+    assert torch.equal(second.state[extra]["exp_avg"], kept) and moved.owners == ["one"]
+    moved.leave()
+
+
+def test_what_is_saved_and_loaded_is_copied():
+    model, extra = layer(), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    joined = Joined(optimizer, [extra])
+    step(optimizer, model, extra)
+    state = joined.state_dict()
+    before = copy.deepcopy(state)
+    joined.load_state_dict(state)
+    step(optimizer, model, extra)
+    for name, value in before["states"][0].items():
+        assert torch.equal(state["states"][0][name], value)

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
 from fasterai.core.loop import Batch, Fit, Loop, Participant
+from fasterai.model.cuts import announce, announce_move
 
 
 class Diary(Participant):
@@ -236,3 +238,104 @@ def test_a_participant_needs_no_event():
     loop.end(completed=True)
     assert plain.state_dict() == {}
     plain.load_state_dict({})
+
+
+class Own(Participant):
+    """Returns from its first event what it was told to."""
+
+    def __init__(self, found):
+        self.found = found
+
+    def on_setup(self, model):
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("found", "got"),
+    [
+        (torch.nn.Parameter(torch.ones(2, 3)), r"a tensor of shape \(2, 3\)"),  # its rows would never train
+        (None, "None"),
+        ([torch.ones(1, requires_grad=True) * 2], "tensor"),
+        ({"a": torch.ones(1)}, "'a'"),
+    ],
+)
+def test_what_is_no_list_of_parameters_is_refused(found, got):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(TypeError, match=rf"Own.on_setup must return a list of parameters, \[\] for none, got .*{got}"):
+        Loop([Own(found)]).setup(model, optimizer)
+    assert len(optimizer.param_groups[0]["params"]) == 2
+
+
+def test_a_lost_loss_is_said():
+    class Forgets(Participant):
+        def after_loss(self, loss, batch):
+            loss + 1
+
+    with pytest.raises(TypeError, match=r"Forgets\.after_loss must return the loss to go on with, got None"):
+        Loop([Forgets()]).after_loss(torch.tensor(1.0), BATCH)
+
+
+class Shows(Participant):
+    def __init__(self, **figures):
+        self.figures = figures
+
+    def metrics(self):
+        return self.figures
+
+
+def test_only_equal_names_of_figures_are_numbered():
+    loop = Loop([Shows(loss_teacher=1.0, loss=2.0, a_2=3.0), Shows(a=4.0, loss=5.0), Shows(a=6.0)])
+    assert loop.metrics() == {"loss_teacher": 1.0, "loss": 2.0, "a_2": 3.0, "a": 4.0, "loss_2": 5.0, "a_3": 6.0}
+
+
+def test_participants_of_one_name_are_numbered_whatever_it_is():
+    class Named(Diary):
+        name = "a:2"
+
+    assert list(Loop([Named(), Named(), Named()]).state_dict()["participants"]) == ["a:2", "a:2:2", "a:2:3"]
+
+
+def test_the_end_comes_in_the_order_in_which_participants_were_given():
+    order = []
+
+    class Ends(Participant):
+        def __init__(self, number):
+            self.number = number
+
+        def on_fit_end(self, completed):
+            order.append(self.number)
+
+    loop = Loop([Ends(1), Ends(2), Ends(3)])
+    loop.start(Fit(total_steps=1))
+    loop.end(completed=True)
+    assert order == [1, 2, 3]
+
+
+def test_parameters_leave_an_optimizer_whose_run_does_not_begin():
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loop = Loop([Own([torch.nn.Parameter(torch.ones(1))]), Failing()])
+    loop.setup(model, optimizer)
+    assert len(optimizer.param_groups[0]["params"]) == 3
+    with pytest.raises(RuntimeError, match="no"):
+        loop.start(Fit(total_steps=3))
+    assert len(optimizer.param_groups[0]["params"]) == 2
+
+
+def test_who_hears_of_cuts_and_moves_follows_the_model_that_is_trained():
+    class Hears(Participant):
+        def __init__(self):
+            self.cuts, self.moves = [], []
+
+        def after_cut(self, cut):
+            self.cuts = [*self.cuts, cut]
+
+        def after_move(self, move):
+            self.moves = [*self.moves, move]
+
+    model, hears = torch.nn.Linear(3, 2), Hears()
+    Loop([hears, Participant()]).start(Fit(total_steps=1, model=model))
+    announce(model, {("weight", 1): np.array([0, 2])})
+    announce_move(model, "a move")
+    assert [list(cut) for cut in hears.cuts] == [[("weight", 1)]] and hears.moves == ["a move"]

@@ -1,0 +1,77 @@
+"""The values that a training loop shows: one batch, and the description of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["Batch", "Fit"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch, as the loop has it: the model is called as `model(*inputs, **keywords)`.
+
+    Attributes:
+        inputs: The positional arguments of the model.
+        targets: The further arguments of the loss, `loss(outputs, *targets)`, if there are any.
+        keywords: The keyword arguments of the model.
+        outputs: The model's result, None before the forward pass or where the loop does not show it.
+    """
+
+    inputs: tuple[Any, ...] = ()
+    targets: tuple[Any, ...] = ()
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    outputs: Any = None
+
+    @property
+    def logits(self) -> Tensor:
+        """The outputs as one tensor: themselves, their `logits`, or the first tensor of a tuple.
+
+        Raises:
+            ValueError: There is no such tensor.
+        """
+        found = self.outputs
+        if isinstance(found, Mapping):
+            found = found.get("logits")
+        elif isinstance(found, tuple | list):
+            found = next((x for x in found if isinstance(x, Tensor)), None)
+        if not isinstance(found, Tensor):
+            raise ValueError(f"outputs must be a tensor, or have one of logits, got {type(self.outputs).__name__}")
+        return found
+
+    @property
+    def labels(self) -> Any:
+        """The first of the targets, or the keyword `labels`; None if there is neither."""
+        return self.targets[0] if self.targets else self.keywords.get("labels")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Description of one training run.
+
+    Attributes:
+        total_steps: Optimizer steps from the beginning to the end of the schedule, at least 1.
+        model: The model that is trained, wrapped or not; None only in a loop of your own that names none.
+        optimizer: The loop's optimizer, torch's or another; a list of several.
+        loss: The loss function `(output, *targets) -> scalar`, if the loop has one.
+        batch: The first batch, if the loop can say.
+        steps_per_epoch: Optimizer steps in an epoch, if the loop has epochs.
+    """
+
+    total_steps: int
+    model: nn.Module | None = None
+    optimizer: Any = None
+    loss: Callable[..., Tensor] | None = None
+    batch: Batch | None = None
+    steps_per_epoch: int | None = None
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """The loop's optimizers: none, one or several."""
+        if isinstance(self.optimizer, list | tuple):
+            return list(self.optimizer)
+        return [] if self.optimizer is None else [self.optimizer]
