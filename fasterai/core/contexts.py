@@ -1,8 +1,9 @@
-"""The catalogue of contexts: which units compete, and how many of each target go.
+"""The catalogue of contexts: the units that compete with each other, and the number that is removed of each target.
 
-A context is a frozen value: unit scores and a sparsity -> a decision per unit. Of the n units that compete exactly
-`round(s * n)` go (Python's `round`: halves to the even number), ties settled by position; at least `min_keep` units of every
-target stay.
+A context is a frozen value. From unit scores and a sparsity it makes a decision per unit: keep or remove. Of the n units that
+compete exactly `round(s * n)` are removed (Python's `round`: halves go to the even number). Among equal scores the position
+decides. At least `min_keep` units of every target are kept.
+Over 300 lines, since a catalogue is one file: five small classes, and the rounding that one of them needs.
 To add one: a frozen class, its ready-made value, its name in `__all__`, a row in `tests/core/test_contexts.py` and a line in
 `docs/contexts.md`.
 """
@@ -30,11 +31,11 @@ __all__ = ["erk", "global_", "lamp", "local", "two_four"]
 
 
 class Context(ABC):
-    """Which units compete.
+    """The base of all contexts: a choice of the units to keep, among those that compete.
 
     Attributes:
-        looks_at_pruned: Whether the scores of units that are pruned already have a say in the choice while the number rises.
-        joins_targets: Whether the sparsity is that of all targets together.
+        looks_at_pruned: True if the scores of units that are pruned already change the choice among the others.
+        joins_targets: True if all targets together reach the sparsity; False if each of them reaches it.
     """
 
     looks_at_pruned: ClassVar[bool] = False
@@ -43,13 +44,13 @@ class Context(ABC):
     def __call__(
         self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits | None = None
     ) -> list[Tensor]:
-        """Which units stay.
+        """Choose the units to keep.
 
         Args:
             scores: Unit scores of each target.
-            layouts: How each target's parameter is read, in the same order.
-            sparsity: The share of the units that go, in [0, 1].
-            limits: How many stay in each target, whether pruned units may come back, rounding of the kept counts.
+            layouts: The layout of each target's parameter, in the same order.
+            sparsity: The share of the units to remove, in [0, 1].
+            limits: The fewest kept units of a target, the rounding of kept counts, and the return of pruned units.
 
         Returns:
             For each target a bool tensor of the units' shape, True = keep.
@@ -64,7 +65,12 @@ class Context(ABC):
         return round_kept(scores, self.select(scores, layouts, sparsity, limits), limits)
 
     def _made_up(self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits) -> float:
-        """The highest sparsity at which no more go than asked for after kept counts have been rounded up."""
+        """Find the highest sparsity that still removes no more units than asked for, once kept counts are rounded up.
+
+        For two targets of 10 units at sparsity 0.5, with counts rounded up to a multiple of 4: to remove 10 units, 5 of each
+        are kept; rounded these are 8 of each, so that only 4 are removed. To remove 11, 4 and 5 are kept, rounded 4 and 8, so
+        that 8 are removed. To remove 12, 4 of each are kept and 12 removed, more than the 10 asked for. The result is 11 / 20.
+        """
         count = sum(s.count for s in scores)
         asked, low, high = round(sparsity * count), round(sparsity * count), count
         while low + 1 < high:
@@ -76,19 +82,21 @@ class Context(ABC):
         return max(sparsity, low / max(1, count)) if low > asked else sparsity
 
     def total(self, counts: Mapping[str, int], sparsity: float) -> int:
-        """How many units of all targets are to go, rounding of kept counts aside."""
+        """Return the number of units to remove of all targets together, before kept counts are rounded."""
         return round(sparsity * sum(counts.values()))
 
     @abstractmethod
     def select(self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits) -> list[Tensor]:
-        """The choice itself; what comes in has been checked."""
+        """Choose the units to keep, before kept counts are rounded; the arguments have been checked."""
 
     def asked(self, counts: Mapping[str, int], sparsity: float) -> tuple[int, ...]:
-        """How many units are asked for: as long as this stays the same, so do the masks.
+        """Return the numbers of units asked for; while these are equal, the masks need not move.
+
+        For targets of 10 and 20 units at sparsity 0.5: `(15, 5, 10)`, of all together and of each.
 
         Args:
             counts: Target name -> number of its units.
-            sparsity: The share of the units that go, in [0, 1].
+            sparsity: The share of the units to remove, in [0, 1].
         """
         return (round(sparsity * sum(counts.values())), *(round(sparsity * n) for n in counts.values()))
 
@@ -96,17 +104,17 @@ class Context(ABC):
         """Refuse a sparsity that the context can never reach.
 
         Raises:
-            ValueError: It is out of reach.
+            ValueError: The sparsity is out of reach.
         """
 
     def fits(self, shape: tuple[int, ...], layout: Layout) -> str | None:
-        """Why a target with units of this shape cannot take part; None if it can."""
+        """Return the reason for which a target with units of this shape cannot take part; None if it can."""
         return None
 
 
 @dataclass(frozen=True)
 class Local(Context):
-    """Each target by itself: `round(s * n)` of its n units go."""
+    """Choice in each target by itself: `round(s * n)` of its n units are removed."""
 
     joins_targets: ClassVar[bool] = False
 
@@ -119,7 +127,7 @@ class Local(Context):
 
 @dataclass(frozen=True)
 class Global(Context):
-    """All units of all targets together."""
+    """Choice among all units of all targets together."""
 
     def select(self, scores: Sequence[Scores], layouts: Sequence[Layout], sparsity: float, limits: Limits) -> list[Tensor]:
         return keep_highest(scores, round(sparsity * sum(s.count for s in scores)), limits)
@@ -127,10 +135,12 @@ class Global(Context):
 
 @dataclass(frozen=True)
 class PerTarget(Context):
-    """Each target by itself, with a sparsity of its own; the sparsity given at the call scales them.
+    """Choice in each target by itself, with a sparsity of its own.
+
+    The sparsity of the call scales them: 0.5 at the call and 0.8 for a target prune 0.4 of it.
 
     Attributes:
-        sparsities: Target name -> sparsity in [0, 1]; a target without one stays as it is.
+        sparsities: Target name -> sparsity in [0, 1]; a target without one is unchanged.
     """
 
     joins_targets: ClassVar[bool] = False
@@ -160,8 +170,8 @@ def _as_it_is(s: Scores) -> Tensor:
 class ERK(Context):
     """Erdős-Rényi-Kernel: a layer's density follows (n_in + n_out + kernel sizes) / (their product).
 
-    The whole reaches exactly the asked number of units; layers whose density would pass 1 stay dense and the others make up
-    for it (Evci et al. 2020, RigL, arXiv 1911.11134). Kept counts grow and shrink together, so that no unit comes
+    All layers together keep exactly the asked number of units. A layer whose density would pass 1 stays dense, and the others
+    keep fewer for it (Evci et al. 2020, RigL, arXiv 1911.11134). Kept counts grow and shrink together, so that no unit comes
     back while the sparsity rises.
     """
 
@@ -177,7 +187,7 @@ class ERK(Context):
 
 
 def _erdos_renyi(layout: Layout) -> float:
-    """Sum of the axes' sizes over their product; a grouped convolution's inputs are those that one filter reads."""
+    """Divide the sum of the axes' sizes by their product; a grouped convolution's inputs are those that one filter reads."""
     sizes = [layout.size("out")]
     sizes += [n for n, names in zip(layout.shape, layout.axes, strict=True) if "out" not in names]
     product = 1
@@ -187,12 +197,17 @@ def _erdos_renyi(layout: Layout) -> float:
 
 
 def apportion(total: int, shares: Sequence[float], floors: Sequence[int], ceilings: Sequence[int]) -> list[int]:
-    """Whole numbers in proportion to shares, between floors and ceilings, that add up to `total` (Sainte-Laguë).
+    """Divide a whole number in proportion to shares, each part between a floor and a ceiling (method of Sainte-Laguë).
 
-    One more in total never takes one away from anybody, which rounding by largest remainders does not promise.
+    The parts are whole numbers that add up to `total`. If `total` grows by one, no part shrinks; rounding by largest
+    remainders does not promise that.
+
+    In proportion 1 to 3 the parts of 10 would be 2.5 and 7.5. With at most 6 for the second, the first takes the rest:
 
     >>> apportion(10, [1.0, 3.0], [0, 0], [10, 6])
     [4, 6]
+    >>> apportion(10, [1.0, 3.0], [0, 0], [10, 10])
+    [3, 7]
     """
     total = min(max(total, sum(floors)), sum(ceilings))
     low, high = 0.0, 1.0
@@ -222,10 +237,11 @@ def _at_scale(scale: float, shares: Sequence[float], floors: Sequence[int], ceil
 
 @dataclass(frozen=True)
 class LAMP(Context):
-    """All together by layer-adaptive magnitude: `s_u^2 / sum of s_v^2 over the v of the target that score at least s_u`.
+    """Choice among all units by layer-adaptive score: `s_u^2 / sum of s_v^2 over all v of the target that score at least s_u`.
 
-    Lee et al. 2021 (arXiv 2010.07611), equation 2, there for magnitudes. The same formula is applied to the scores of any
-    criterion; where some are negative, a target's scores are first shifted to start at zero, which is ours.
+    For scores 1, 2, 3 of a target: 1/14, 4/13 and 9/9. Lee et al. 2021 (arXiv 2010.07611), equation 2, where the scores are
+    magnitudes. Here the formula is applied to the scores of any criterion. If some are negative, a target's scores are first
+    shifted to start at zero; that step is not in the paper.
     """
 
     looks_at_pruned: ClassVar[bool] = True
@@ -245,14 +261,15 @@ class LAMP(Context):
 
 @dataclass(frozen=True)
 class NM(Context):
-    """N:M: of every M neighbouring inputs at least N stay; at sparsity 1 - N/M exactly N do.
+    """N:M sparsity: of every M neighbouring inputs at least N are kept; at sparsity 1 - N/M exactly N are.
 
-    Groups run along the input axis, for each output and kernel position, as the hardware reads them (Zhou et al. 2021,
-    arXiv 2102.04010). Below 1 - N/M the lowest of those go that N:M lets go, target by target.
+    Groups of M run along the input axis, for each output and kernel position, as the hardware reads them (Zhou et al. 2021,
+    arXiv 2102.04010). The N highest of each group are never removed. At a sparsity below 1 - N/M the lowest of all others are
+    removed, target by target.
 
     Attributes:
-        n: How many of a group stay.
-        m: The size of a group.
+        n: The number of kept weights in a group.
+        m: The number of weights in a group.
     """
 
     looks_at_pruned: ClassVar[bool] = True
@@ -291,7 +308,10 @@ class NM(Context):
         return keeps
 
     def _winners(self, s: Scores, dim: int, nested: bool) -> Tensor:
-        """The N highest of every group, of equals the last; if nested, what is pruned cannot win against what is not."""
+        """Return a mask of the N highest of every group; among equal scores the last win.
+
+        If nested, a weight that is pruned already cannot win against one that is kept.
+        """
         values = s.tensor() if s.keep is None or not nested else s.tensor().masked_fill(~s.keep, -torch.inf)
         groups = values.movedim(dim, -1)
         groups = groups.reshape(*groups.shape[:-1], -1, self.m)
@@ -301,7 +321,7 @@ class NM(Context):
 
 
 def _input_dim(layout: Layout) -> int:
-    """The dimension of the view that runs over the inputs that one output reads."""
+    """Return the dimension of the view that runs over the inputs of one output."""
     return max(i for i, names in enumerate(layout.axes) if "in" in names)
 
 

@@ -1,8 +1,9 @@
-"""The catalogue of criteria: how much a weight matters. Higher is kept.
+"""The catalogue of criteria: scores that say how much a weight matters. Weights with higher scores are kept.
 
-A criterion is a frozen value of up to three parts: what is known of a target (the weight and, only if it says so, more) ->
-scores of the weight's shape; a reducer to scores of units; a rule on units that sees their weights. It never writes into what
-it is given.
+A criterion is a frozen value of up to three parts. A function turns evidence (the weight, and more if the criterion needs it)
+into scores of the weight's shape. A reducer turns these into scores of units. A rule on units, if there is one, changes the
+scores of units by their weights. A criterion never writes into the tensors that it is given.
+Over 300 lines, since a catalogue is one file: a formula of two lines for each criterion, and the value that holds them.
 To add one: a function `(evidence) -> scores`, a ready-made `Criterion`, its name in `__all__`, a row in
 `tests/core/test_criteria.py` and a line in `docs/criteria.md`.
 """
@@ -49,7 +50,7 @@ UnitRule = Callable[[Tensor, Tensor], Tensor]
 
 
 def _over(x: Tensor, scale: Tensor) -> Tensor:
-    """Quotients, and 0 where the scale is 0: equal scores stay equal."""
+    """Divide by a scale; where the scale is 0 the result is 0, so that equal scores stay equal."""
     return torch.where(scale == 0, torch.zeros_like(x), x / scale)
 
 
@@ -68,25 +69,25 @@ NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Criterion:
-    """How much a weight matters.
+    """A way to score weights by how much they matter.
 
     Attributes:
         function: Evidence -> scores, one per weight, higher is kept.
-        needs: What it reads besides the weight: names of evidence (`gradient`, `initial`, `previous`, `activation`,
-            `hessian_gradient`, `synaptic_flow`, ...), which are then fields of the evidence, and gatherers of your own:
-            functions or callable objects `(model, targets, source) -> target's name -> tensor` that broadcast against the
-            weight, found in `evidence.gathered` by the gatherer's `name`, or a function's own. One that reads the training's
-            batches has an attribute `reads_data = True`.
-        reducer: How the scores of a unit's weights become one: `mean` or `sum`.
-        normalizer: What the unit scores of a target are divided by or mapped through before targets are compared:
-            `sum`, `mean`, `max`, `standardise` (zero mean, unit deviation), `gaussian` (the normal distribution function
-            of these), a function of the unit scores that returns as many, or None. The named ones never change the order
-            inside a target as long as sum, mean and max are positive.
-        elementwise: Each score depends on nothing but the evidence at its own place, so a part can be scored alone.
-        nonnegative: No score is below 0, and a weight of 0 scores 0.
-        ufunc: The same function of the weight in numpy, if there is one: it can write into held memory.
-        unit_rule: Scores of a pool's units `(units,)` and their weights `(units, features)` -> scores `(units,)`; before any
-            normalizer. The weights of coupled channels are all of their slices, joined.
+        needs: The evidence that it reads besides the weight. A name (`gradient`, `initial`, `previous`, `activation`,
+            `hessian_gradient`, `synaptic_flow`, ...) is then a field of the evidence. A gatherer of your own is a function or
+            callable object `(model, targets, source) -> target's name -> tensor`; the tensors broadcast against the weight, and
+            are found in `evidence.gathered` by the gatherer's `name`, or the name of the function. A gatherer that reads the
+            batches of the training has an attribute `reads_data = True`.
+        reducer: The operation that makes one score of those of a unit's weights: `mean` or `sum`.
+        normalizer: A map that makes the unit scores of different targets comparable. Named ones divide by the target's `sum`,
+            `mean` or `max`, bring it to zero mean and unit deviation (`standardise`), or take the normal distribution
+            function of that (`gaussian`). A function of the unit scores that returns as many is allowed too; None leaves them
+            unchanged. Named ones do not change the order inside a target, as long as its sum, mean or max is positive.
+        elementwise: True if each score depends only on the evidence at its own place, so that a part can be scored alone.
+        nonnegative: True if no score is below 0, and a weight of 0 scores 0.
+        ufunc: The same function of the weight as a numpy ufunc, which can write into memory that is held already; or None.
+        unit_rule: A function of the scores of a pool's units `(units,)` and their weights `(units, features)` that returns new
+            scores `(units,)`, before any normalizer. The weights of a coupled channel are all of its slices, joined.
     """
 
     function: Callable[[Evidence], Tensor]
@@ -115,7 +116,7 @@ class Criterion:
 
     @property
     def title(self) -> str:
-        """What messages call it: the name of its function."""
+        """The name of its function, for messages."""
         return str(getattr(self.function, "__name__", self.function)).removeprefix("_")
 
     @property
@@ -129,7 +130,7 @@ class Criterion:
         return {gatherer_name(need): need for need in sorted((n for n in self.needs if callable(n)), key=gatherer_name)}
 
     def __call__(self, evidence: Evidence) -> Tensor:
-        """Scores of the weights, shape of the weight, in float32 at least.
+        """Return the scores of the weights, in the shape of the weight and in float32 at least.
 
         Raises:
             ValueError: The function's scores have another shape.
@@ -143,7 +144,7 @@ class Criterion:
         return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
 
     def normalize(self, scores: Tensor, name: str = "a target") -> Tensor:
-        """Return the unit scores of a target, made comparable with other targets'.
+        """Apply the normalizer to the unit scores of a target, so that they compare with those of others.
 
         Raises:
             ValueError: The normalizer, a function of the user's own, returns scores of another shape.
@@ -154,11 +155,11 @@ class Criterion:
         return _check_units(f"normalizer of criterion {self.title} for {name}", found, scores)
 
     def rank(self, scores: Tensor, weights: Callable[[], Tensor], name: str = "a target") -> Tensor:
-        """Return the unit scores of a pool after the rule on units, if there is one.
+        """Apply the rule on units, if there is one, to the unit scores of a pool.
 
         Args:
             scores: `(units,)`.
-            weights: Returns what the units are made of, `(units, features)`; called only for a rule.
+            weights: A function that returns the weights of the units, `(units, features)`; called only for a rule.
             name: The pool's name, for the message.
 
         Raises:
@@ -214,10 +215,10 @@ class WeightFunction:
 
 
 def as_criterion(criterion: Criterion | Callable[[Tensor], Tensor]) -> Criterion:
-    """A criterion from a criterion or a plain function of the weight.
+    """Make a criterion of a plain function of the weight; return a criterion unchanged.
 
     Raises:
-        TypeError: It is neither.
+        TypeError: The argument is neither.
     """
     if isinstance(criterion, Criterion):
         return criterion
@@ -248,7 +249,10 @@ class _Random:
 
 
 def Random(seed: int = 0) -> Criterion:  # noqa: N802 - reads as the other values that take settings
-    """Random scores that depend on the seed and the target's name alone; the global generator is not touched."""
+    """Make a criterion of random scores, which depend on the seed and the target's name alone.
+
+    The global generator of random numbers is not used.
+    """
     return Criterion(_Random(seed))
 
 

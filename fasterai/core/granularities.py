@@ -1,7 +1,8 @@
-"""The catalogue of granularities: which weights share one decision.
+"""The catalogue of granularities: ways to group the weights of a target into units, which are kept or removed as a whole.
 
-A granularity keeps some named axes apart and lets one decision stand for all others. It is a pair of inverse views:
-`reduce` (a target's scores -> scores of its units) and `expand` (a decision per unit -> the target's mask).
+A granularity names the axes that get decisions of their own; all weights along the other axes share one. It is a pair of
+inverse views: `reduce` (a target's scores -> scores of its units) and `expand` (a decision per unit -> the target's mask).
+Over 300 lines, since a catalogue is one file: four classes of small methods, and a value for each name.
 To add one: a frozen value below, its name in `__all__`, a row in `tests/core/test_granularities.py` and a line in
 `docs/granularities.md`.
 """
@@ -45,23 +46,26 @@ AXES = ("expert", "out", "in", "depth", "height", "width")
 
 
 class Granularity(ABC):
-    """Which weights of a target share one decision."""
+    """A way to group the weights of a target into units; the weights of a unit share one decision."""
 
     @abstractmethod
     def fits(self, layout: Layout) -> bool:
-        """Whether a parameter of this layout has such units."""
+        """Tell if a parameter of this layout has such units."""
 
     @abstractmethod
     def unit_shape(self, layout: Layout) -> tuple[int, ...]:
-        """The shape of the units' scores; as many dimensions as the layout's view."""
+        """Return the shape of the units' scores: as many dimensions as the layout's view, size 1 where a decision is shared.
+
+        Filters of a convolution weight `(8, 3, 5, 5)` have the unit shape `(8, 1, 1, 1)`.
+        """
 
     @abstractmethod
     def reduce(self, scores: Tensor, layout: Layout, reducer: str = "mean") -> Tensor:
-        """Scores of the units.
+        """Combine the scores of each unit's weights into one.
 
         Args:
-            scores: One score per weight, any shape with the parameter's number of elements.
-            layout: How the parameter is read.
+            scores: One score per weight, in any shape with the parameter's number of elements.
+            layout: The layout of the parameter.
             reducer: `mean` or `sum` over the weights of a unit.
 
         Returns:
@@ -69,48 +73,50 @@ class Granularity(ABC):
         """
 
     def reduce_parts(self, scores: Scores, layout: Layout, reducer: str = "mean") -> Tensor:
-        """Return what `reduce` does, of scores in the layout's view that are worked out where they are read."""
+        """Return the same as `reduce`, from scores in the layout's view that are computed part by part as they are read."""
         return self.reduce(scores.tensor(), layout, reducer)
 
     @abstractmethod
     def expand(self, keep: Tensor, layout: Layout) -> Tensor:
-        """A mask that broadcasts against `parameter.view(layout.shape)`.
+        """Return a mask that broadcasts against `parameter.view(layout.shape)`.
 
         Args:
             keep: One decision per unit, shape `unit_shape(layout)`.
-            layout: How the parameter is read.
+            layout: The layout of the parameter.
         """
 
     def drops_outputs(self, layout: Layout) -> bool:
-        """Whether a pruned unit silences whole outputs of the layer."""
+        """Tell if a pruned unit makes whole outputs of the layer zero."""
         return False
 
     def is_whole(self, layout: Layout) -> bool:
-        """Whether the target is one single unit by definition."""
+        """Tell if the whole target is one unit by definition."""
         return False
 
     @property
     def is_weight(self) -> bool:
-        """Whether every weight is a unit of its own."""
+        """True if every weight is a unit of its own."""
         return False
 
     @property
     def is_coarse(self) -> bool:
-        """Whether units are so large that by default only the main layers are pruned."""
+        """True if units are so large that by default only the main layers are pruned."""
         return not self.is_weight
 
     @property
     def shares_weights(self) -> bool:
-        """Whether a weight may belong to two units, as one between two groups of coupled channels does."""
+        """True if a weight may belong to two units, as one between two groups of coupled channels does."""
         return False
 
 
 @dataclass(frozen=True)
 class Keep(Granularity):
-    """One decision for every combination of indices of the named axes; `Keep("out")` drops outputs of any layer.
+    """One unit for every combination of indices of the named axes.
+
+    `Keep("out")` makes each output of any layer a unit; a convolution weight `(8, 3, 5, 5)` has 8 units of 75 weights.
 
     Attributes:
-        axes: Of `expert`, `out`, `in`, `depth`, `height`, `width`; none makes the whole parameter one unit.
+        axes: Some of `expert`, `out`, `in`, `depth`, `height`, `width`; none makes the whole parameter one unit.
     """
 
     axes: frozenset[str]
@@ -135,7 +141,7 @@ class Keep(Granularity):
         return tuple(n if names & kept else 1 for n, names in zip(layout.shape, layout.axes, strict=True))
 
     def _summed(self, layout: Layout) -> list[int]:
-        """The dimensions that share a decision."""
+        """List the dimensions of the view along which weights share a decision."""
         kept = self.kept(layout)
         return [i for i, names in enumerate(layout.axes) if not names & kept]
 
@@ -205,16 +211,16 @@ class Named(Keep):
 
 @dataclass(frozen=True, init=False, repr=False)
 class Coupled(Keep):
-    """Channels that go together through several parameters: those of a residual sum, a depthwise convolution, heads.
+    """Channels that several parameters have to lose together: those of a residual sum, a depthwise convolution, heads.
 
-    Which they are, a `Sparsifier` reads off the model's operations (`fasterai.graph.channels`). On a parameter seen by itself,
-    as here, they are its outputs.
+    A `Sparsifier` finds these groups by following the model's operations (`fasterai.graph.channels`). For a parameter alone,
+    as in this class, the channels are its outputs.
 
     Attributes:
-        over: How the scores of a channel's slices, one for each weight that it runs through, become one: `sum`, `mean` or
-            `max`.
-        relative: Whether scores are held against the mean of their group, so that groups of few and many, small and large
-            weights compare. Without it a context that lets groups compete empties some of them.
+        over: The operation that makes one score of those of a channel's slices, one slice for each weight that it runs through:
+            `sum`, `mean` or `max`.
+        relative: True to divide scores by the mean of their group, so that groups of few and many, small and large weights
+            compare. If False, a context that lets groups compete removes nearly all channels of some groups.
     """
 
     over: str
@@ -263,7 +269,7 @@ class Block(Granularity):
         return {"out", "in"} <= layout.names
 
     def _steps(self, layout: Layout) -> list[int]:
-        """How many neighbours of each dimension share a block. A group dimension, which is both, stays apart."""
+        """Return the size of a block along each dimension of the view; 1 along the groups of a grouped convolution."""
         sizes = {frozenset({"out"}): self.rows, frozenset({"in"}): self.columns}
         return [sizes.get(names, 1) for names in layout.axes]
 
@@ -271,7 +277,7 @@ class Block(Granularity):
         return tuple(-(-n // step) for n, step in zip(layout.shape, self._steps(layout), strict=True))
 
     def _pool(self, x: Tensor, layout: Layout) -> Tensor:
-        """The sum over each block of a tensor in the layout's view."""
+        """Sum a tensor in the layout's view over each block."""
         for dim, step in enumerate(self._steps(layout)):
             if step > 1:
                 x = x.movedim(dim, -1)
@@ -312,5 +318,5 @@ coupled = Coupled()
 
 
 def allowed(layout: Layout) -> list[str]:
-    """The names of the granularities that a parameter of this layout has by itself."""
+    """List the names of the granularities that fit a parameter of this layout."""
     return [name for name in __all__ if name != "coupled" and globals()[name].fits(layout)]

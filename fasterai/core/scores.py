@@ -1,4 +1,4 @@
-"""Unit scores of one target, held in a tensor or worked out where they are read."""
+"""Unit scores of one target, either held in a tensor or computed part by part as they are read."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Mark(Enum):
-    """What the masks so far mean for the next choice."""
+    """The meaning of the masks so far for the next choice."""
 
-    NONE = 0
-    PRUNED_FIRST = 1  # rising: what is pruned stays pruned
-    KEPT_LAST = 2  # falling: what is kept stays kept
+    NONE = 0  # none: all units are chosen among anew
+    PRUNED_FIRST = 1  # more are to be pruned: pruned units stay pruned
+    KEPT_LAST = 2  # fewer are to be pruned: kept units stay kept
 
 
 class Scores(ABC):
@@ -58,7 +58,7 @@ class Scores(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the scores are."""
+        """The device that the scores are on."""
 
     @abstractmethod
     def tensor(self) -> Tensor:
@@ -66,7 +66,10 @@ class Scores(ABC):
 
     @abstractmethod
     def part(self, where: slice, scratch: Array) -> Array:
-        """Return the scores of some units in their flat order; perhaps in `scratch`, so valid until the next part."""
+        """Return the scores of some units in their flat order.
+
+        The result may lie in `scratch`, so that it is valid only until the next call.
+        """
 
     @property
     def nonnegative(self) -> bool:
@@ -79,9 +82,10 @@ class Scores(ABC):
         return False
 
     def marked(self, where: slice, mark: Mark, scratch: Array, check: bool = False) -> tuple[Array, Array | None]:
-        """Return the scores of some units, and which of them can go: those that are kept so far, while the number rises.
+        """Return the scores of some units, and flags of those that may be removed; None for the flags if all may be.
 
-        While it falls, kept units score infinity, and all can go.
+        While the number of pruned units rises, only units that are kept so far may be removed. While it falls, all may be,
+        and kept units get the score infinity, so that they are removed last.
 
         Raises:
             ValueError: `check` is asked for and a score is NaN or infinite.
@@ -142,10 +146,10 @@ class TensorScores(Scores):
 
 @dataclass(frozen=True)
 class EvidenceScores(Scores):
-    """Scores of single weights, worked out part by part and held nowhere; for elementwise criteria on a CPU.
+    """Scores of single weights, computed part by part and never held; for elementwise criteria on a CPU.
 
     Attributes:
-        evidence: What is known of the target; its tensors contiguous.
+        evidence: The evidence of the target; its tensors are contiguous.
         criterion: An elementwise criterion without normaliser.
     """
 

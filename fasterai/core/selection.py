@@ -1,7 +1,8 @@
-"""The exact choice: which units of a pool stay when a given number goes.
+"""The exact choice of the units of a pool to keep, for a given number to remove.
 
-One function, `keep_highest`, makes every choice: exact, ties by position, with floors. On a CPU `core/partition.py` finds the
-lowest in one pass; on other devices torch's own selection does.
+One function, `keep_highest`, makes every choice. The number is exact, position decides among equal scores, and each target may
+have a floor: a number of units that are kept at least. On a CPU `core/partition.py` finds the lowest scores in one pass; on
+other devices torch's own selection does.
 """
 
 from __future__ import annotations
@@ -33,21 +34,30 @@ CHUNK = 1 << 22  # of ties that are counted at once, in 8 bytes each
 
 
 def keep_highest(pool: Sequence[Scores], prune: int, limits: Limits) -> list[Tensor]:
-    """Which units stay when the `prune` lowest of a pool go.
+    """Keep the highest units of a pool: choose its `prune` lowest for removal, and keep all others.
 
-    Ties are settled by position: in the order of the pool, and of each target's units, the first go first. While the number
-    rises no pruned unit comes back, whatever it scores; while it falls, no kept unit goes; unless `limits.nested` is False.
+    Among equal scores the first are removed first, in the order of the pool and of each target's units. Unless `limits.nested`
+    is False, pruned units stay pruned, whatever they score, while the number rises, and kept units stay kept while it falls.
 
     Args:
         pool: The scores of the targets that compete.
-        prune: How many units of the pool go. Fewer go, with a warning, if `limits.min_keep` would be broken.
-        limits: How many stay in each target, and whether the number may fall below what is pruned already.
+        prune: The number of units to remove. If `limits.min_keep` does not allow it, fewer are removed, with a warning.
+        limits: The fewest kept units of a target, and whether fewer units may be pruned than are already.
 
     Returns:
         For each target a new bool tensor of the units' shape, True = keep.
 
     Raises:
         ValueError: A score is NaN or infinite.
+
+    Two targets that compete; three units are to be removed, and at least one of each target is kept. The three lowest are 1, 2
+    and 3, but then the first target would keep none. So its highest, 3, is kept, and the next lowest, 4, is removed instead:
+
+    >>> import warnings
+    >>> pool = [TensorScores("a", torch.tensor([1.0, 3.0, 2.0])), TensorScores("b", torch.tensor([4.0, 9.0]))]
+    >>> with warnings.catch_warnings(action="ignore"):
+    ...     [keep.tolist() for keep in keep_highest(pool, 3, Limits(min_keep=1))]
+    [[False, True, False], [False, True]]
     """
     floors = [min(limits.min_keep, s.count) for s in pool]
     most = sum(s.count - floor for s, floor in zip(pool, floors, strict=True))
@@ -74,7 +84,10 @@ def warn_of_min_keep(asked: int, count: int, most: int, limits: Limits) -> None:
 
 
 def round_kept(scores: Sequence[Scores], keeps: Sequence[Tensor], limits: Limits) -> list[Tensor]:
-    """The decisions with the kept count of each target rounded up to a multiple of `limits.round_to`, as far as it goes."""
+    """Round the kept count of each target up to a multiple of `limits.round_to`, and at most to all of its units.
+
+    With `round_to=4` a target of 10 units that keeps 5 keeps 8 instead, and one that keeps 9 keeps all 10.
+    """
     if limits.round_to is None:
         return list(keeps)
     result = []
@@ -87,7 +100,7 @@ def round_kept(scores: Sequence[Scores], keeps: Sequence[Tensor], limits: Limits
 
 
 def _select_with_floors(pool: Sequence[Scores], prune: int, mark: Mark, floors: Sequence[int]) -> list[Tensor]:
-    """Select; where a target is left with too little, settle it alone and let the others make up for it."""
+    """Select; a target left below its floor keeps exactly its floor, and more are removed from the others in its place."""
     keeps, kept = _select(pool, prune, mark)
     short = {i for i, (count, floor) in enumerate(zip(kept, floors, strict=True)) if count < floor}
     if not short:
@@ -106,7 +119,7 @@ def _select_with_floors(pool: Sequence[Scores], prune: int, mark: Mark, floors: 
 
 
 def _at_floor(s: Scores, floor: int, mark: Mark) -> Tensor:
-    """The decisions of one target of which just so many units stay; earlier masks may have left fewer."""
+    """Keep exactly `floor` units of one target; if earlier masks have kept fewer, the last pruned ones return."""
     if s.keep is None or mark is not Mark.PRUNED_FIRST or s.count - s.pruned >= floor:
         (keep,), _ = _select([s], s.count - floor, mark)
         return keep
@@ -117,7 +130,7 @@ def _at_floor(s: Scores, floor: int, mark: Mark) -> Tensor:
 
 
 def _select(pool: Sequence[Scores], prune: int, mark: Mark) -> tuple[list[Tensor], list[int]]:
-    """The decisions, and how many units of each target stay."""
+    """Return the decisions, and the number of kept units of each target."""
     gone = sum(s.pruned for s in pool) if mark is Mark.PRUNED_FIRST else 0
     if prune <= gone:
         keeps = [torch.ones(s.shape, dtype=torch.bool) if s.keep is None or not gone else s.keep.clone() for s in pool]
@@ -133,7 +146,7 @@ def _select(pool: Sequence[Scores], prune: int, mark: Mark) -> tuple[list[Tensor
 
 
 def _select_on_device(pool: Sequence[Scores], prune: int, mark: Mark, floors: Sequence[int]) -> list[Tensor]:
-    """Make the same choice with torch's operations: one synchronisation, for the check; with one copy of the scores."""
+    """Make the same choice with torch's operations, with one copy of the scores and one synchronisation (for the check)."""
     sizes = [s.count for s in pool]
     scores = torch.cat([s.tensor().flatten() for s in pool])
     # The extremes carry NaN; isfinite would make an array of magnitudes.
@@ -151,7 +164,7 @@ def _select_on_device(pool: Sequence[Scores], prune: int, mark: Mark, floors: Se
 
 
 def _highest(flat: Tensor, count: int) -> Tensor:
-    """Return which are the `count` highest, the last by position among equals; `flat` is not changed."""
+    """Return flags of the `count` highest, among equals the last by position; `flat` is not changed."""
     if not 0 < count < len(flat):
         return torch.full_like(flat, count > 0, dtype=torch.bool)
     threshold = flat.kthvalue(len(flat) - count + 1).values

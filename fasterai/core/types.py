@@ -1,7 +1,7 @@
-"""The values that flow between the layers: how a parameter is read, what is known of it, and the limits of a choice.
+"""The values that are passed between the layers: layouts of parameters, targets, evidence, limits of a choice, moves.
 
-To add evidence: a `Gatherer` that a criterion names, in `gathered`; or, for what is asked for often, a field of `Evidence`, its
-name in `EVIDENCE`, and who gathers it in `fasterai/units/evidence.py`.
+To add evidence: a `Gatherer` that a criterion names, whose result is in `gathered`; or, for evidence that many criteria need, a
+field of `Evidence`, its name in `EVIDENCE`, and a function that gathers it in `fasterai/units/evidence.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EVIDENCE = (
 
 @dataclass(frozen=True)
 class Layout:
-    """How a parameter's dimensions are read.
+    """The meaning of a parameter's dimensions: the axes that each one belongs to.
 
     A grouped convolution's weight `(O, I/G, *K)` is viewed as `(G, O/G, I/G, *K)`; its first dimension then belongs to
     the axis `out` and to the axis `in`. For all other parameters the view is the parameter's own shape.
@@ -45,11 +45,11 @@ class Layout:
 
     @property
     def has_kernel(self) -> bool:
-        """Whether there are kernel axes, as a convolution's weight has."""
+        """True if there are kernel axes, as a convolution's weight has."""
         return bool(self.names & {"depth", "height", "width"})
 
     def size(self, axis: str) -> int:
-        """How many indices an axis has (1 if the parameter has not got it)."""
+        """Return the number of indices of an axis (1 if the parameter does not have it)."""
         result = 1
         for length, names in zip(self.shape, self.axes, strict=True):
             result *= length if axis in names else 1
@@ -65,7 +65,7 @@ class Target:
         module: The module that holds it.
         attribute: Its name in that module.
         kind: `convolution`, `linear`, `attention`, `recurrent`, `embedding` or `other`.
-        layout: How its dimensions are read.
+        layout: The meaning of its dimensions.
         aliases: Further names of the same (tied) parameter.
     """
 
@@ -101,7 +101,7 @@ def _apply(function: Callable[[Tensor], Tensor], masked: Callable[[], Tensor | N
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of one target when it is scored.
+    """The tensors that a criterion may read to score one target.
 
     Attributes:
         name: The target's name.
@@ -114,9 +114,9 @@ class Evidence:
         activation_mean: The mean magnitude of every input feature, likewise.
         hessian_gradient: Hg, shape of the weight (GraSP).
         synaptic_flow: dR/d|w|, shape of the weight (SynFlow).
-        layout: How the weight's dimensions are read; None where a part of the weight is scored alone.
-        gathered: Gatherer's name -> what a gatherer of the user's own has brought; broadcasts against the weight.
-        masked: Returns the mask so far, None where nothing is pruned; `keep` calls it.
+        layout: The meaning of the weight's dimensions; None where a part of the weight is scored alone.
+        gathered: Gatherer's name -> tensor from a gatherer of the user's own; broadcasts against the weight.
+        masked: A function that returns the mask so far, None where nothing is pruned; `keep` calls it.
     """
 
     name: str
@@ -135,7 +135,7 @@ class Evidence:
 
     @property
     def keep(self) -> Tensor | None:
-        """The mask so far: bool, shape of the weight, True = keep; None where nothing is pruned. Made when it is asked for."""
+        """The mask so far: bool, shape of the weight, True = keep; None where nothing is pruned. Computed at each access."""
         return self.masked()
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Evidence:
@@ -150,21 +150,25 @@ class Evidence:
         return replace(self, **changed)
 
     def at_least_float32(self) -> Evidence:
-        """The same evidence with half precision widened, so that scores do not tie; others are not copied."""
+        """Return the same evidence with half precision converted to float32, which gives fewer equal scores.
+
+        Tensors of other types are not copied.
+        """
         return self.map(lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a context has to respect besides the sparsity.
+    """The limits of a choice besides the sparsity.
 
     Attributes:
-        min_keep: How many units of each target stay, whatever is asked.
-        may_fall: Whether pruned units may come back. If not, what is pruned stays pruned.
-        round_to: Kept units of each target are rounded up to a multiple of it; one number, or one for each target.
-        make_up: Where all targets compete, whether others make up for what the rounding keeps, as far as that goes.
-        nested: Whether pruned units stay pruned while the number rises, and kept ones kept while it falls. If not, the units
-            are chosen anew, and the decisions so far only say how many may go.
+        min_keep: The number of units of each target that are kept at least.
+        may_fall: True if the number of pruned units may fall, so that some come back; False if it may only rise.
+        round_to: A multiple that the kept count of each target is rounded up to; one number, or one for each target.
+        make_up: True to remove more units elsewhere for those that rounding keeps, as far as possible; only where all targets
+            compete.
+        nested: True if pruned units stay pruned while their number rises, and kept units stay kept while it falls. If False,
+            all units are chosen anew, and the decisions so far only count for `may_fall`.
     """
 
     min_keep: int = 1
@@ -176,7 +180,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Move:
-    """A change of masks, by the names of the pools whose decisions are others than before.
+    """A change of masks: the decisions of the pools that have changed, before and after.
 
     Attributes:
         before: Pool's name -> bool of the units' shape, True = keep; a pool that was dense is all True.

@@ -1,11 +1,11 @@
-"""A forward pass as steps: which operation reads what. Norms and outputs are read off them in `norms.py`.
+"""A forward pass as steps: each operation with the tensors that it reads. `norms.py` finds norms and outputs in them.
 
 Steps come from three places, since none shows everything:
 
-- autograd's graph of one run shows what changes in place, through views too, and the inside of attention; it misses what is
-  read without a gradient;
-- the functions that one run calls show all readers, of buffers and of detached tensors too, and what the model keeps;
-  attention is a single call;
+- autograd's graph of one run shows changes in place, also those through views, and the inside of attention; it misses readers
+  that need no gradient;
+- the functions that one run calls show all readers, also of buffers and of detached tensors, and the tensors that the model
+  keeps; attention is a single call;
 - a torch.fx graph, of a symbolic trace or of an export, needs no run.
 """
 
@@ -64,10 +64,10 @@ class Step:
     Attributes:
         operation: Its name, such as `conv2d`; "" of an input, `HELD` of a parameter or buffer.
         arguments: The steps whose results it reads, in order; None for one left out.
-        name: The parameter or buffer, or the layer or batch norm that it is a call of; None if of none.
-        dims: How many dimensions its result has, None if that is not known.
-        readers: The operations that read its result, less in steps from autograd.
-        stays: Whether its result outlives the forward pass, as an output or kept by the model.
+        name: The name of the parameter or buffer, or of the layer or batch norm that the step is a call of; else None.
+        dims: The number of dimensions of its result, None if it is not known.
+        readers: The operations that read its result; in steps from autograd some are missing.
+        stays: True if its result outlives the forward pass, as an output or kept by the model.
     """
 
     operation: str = ""
@@ -84,26 +84,30 @@ class Step:
 
 
 def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The parameters and buffers of a module itself, by attribute."""
+    """List the parameters and buffers of a module itself, without those of its sub-modules, as (attribute, tensor)."""
     own = chain(module._parameters.items(), module._buffers.items())
     return [(name, tensor) for name, tensor in own if tensor is not None]
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters and buffers in each of their places, by name; a module that goes by several names is one place."""
+    """Yield the parameters and buffers in each place that holds them, as (name, tensor).
+
+    A tensor that two modules share is yielded twice; a module that has several names is visited once.
+    """
     for prefix, module in model.named_modules():
         yield from ((f"{prefix}.{name}" if prefix else name, tensor) for name, tensor in own_tensors(module))
 
 
 def held_by(model: nn.Module) -> dict[int, Step]:
-    """All parameters and buffers of a model, by identity and under their first names."""
+    """Return a step for each parameter and buffer of a model: its `id` -> the step, under the tensor's first name."""
     return {id(x): Step(HELD, name=name, dims=x.dim()) for name, x in reversed(list(_places(model)))}
 
 
 def leaves(model: nn.Module) -> dict[str, Tensor]:
-    """Stand-ins for each place, for `functional_call(..., tie_weights=False)`: what is shared has one stand-in.
+    """Make stand-ins for a model's tensors, by name, for `functional_call(..., tie_weights=False)`.
 
-    Parameters are fresh leaves that share their memory, buffers are copies.
+    A parameter's stand-in is a new leaf that shares its memory, a buffer's is a copy. A tensor that is held in several places
+    has one stand-in for all of them.
     """
     held: dict[int, Tensor] = {}
     for _, tensor in _places(model):
@@ -135,7 +139,7 @@ def from_autograd(model: nn.Module, inputs: tuple[Any, ...], part: nn.Module | N
 
 
 def _backwards(roots: list[Any], held: Mapping[int, Step]) -> dict[Any, Step]:
-    """The nodes of autograd's graph as steps."""
+    """Make a step of each node of autograd's graph, starting from the outputs."""
     steps: dict[Any, Step] = {}
     stack = list(roots)
     while stack:
@@ -149,13 +153,13 @@ def _backwards(roots: list[Any], held: Mapping[int, Step]) -> dict[Any, Step]:
 
 
 def _derived(node: Any) -> str:
-    """The operation that a node is the derivative of: `split_with_sizes` of `SplitWithSizesBackward0`."""
+    """Name the operation whose derivative a node computes: `split_with_sizes` for `SplitWithSizesBackward0`."""
     name = re.sub(r"Backwards?\d*$", "", node.name().rpartition("::")[2])
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
 class _Calls(TorchFunctionMode):
-    """Notes each call of a function as a step; holds no tensor that the model lets go."""
+    """A recorder of function calls, each as a step; it keeps no tensor alive that the model drops."""
 
     def __init__(self, model: nn.Module, held: Mapping[int, Step]) -> None:
         super().__init__()
@@ -184,7 +188,7 @@ class _Calls(TorchFunctionMode):
         return result
 
     def note(self, operation: str, read: Any, result: Any) -> None:
-        """Add a step that read some tensors and made others; a tensor that nothing made is an input."""
+        """Add a step that read some tensors and made others; a tensor made by no step is an input of the model."""
         arguments = tuple(self.held.get(id(x)) or self.made.setdefault(x, Step()) for x in _tensors(read))
         step = Step(operation, arguments, self.layers.get(arguments[1:]) if operation in LAYERS else None)
         if operation == "batch_norm":
@@ -194,12 +198,12 @@ class _Calls(TorchFunctionMode):
             self.made[tensor], step.dims = step, tensor.dim()
 
     def enter(self, norm: nn.Module, _: Any) -> None:
-        """Note as a hook that the next batch norm is that of a module."""
+        """Note, as a hook before a batch norm runs, the module that the next call of a batch norm belongs to."""
         self.norm = self.names[norm]
 
 
 class _Unseen(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes what no function call shows: the operations of a compiled script."""
+    """A recorder of the operations that no function call shows: those of a compiled script."""
 
     def __init__(self, calls: _Calls) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -217,7 +221,10 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def from_calls(probe: nn.Module, inputs: tuple[Any, ...], held: Mapping[int, Step]) -> tuple[list[Step], Any]:
-    """Run a model once in its present mode; what its forward pass changes stays changed. Return its output, too."""
+    """Run a model once in its present mode, and return the steps and its output.
+
+    Changes that the forward pass makes to the model, such as running statistics, are not undone.
+    """
     calls = _Calls(probe, held)
     try:
         with torch.no_grad(), ExitStack() as stack:
@@ -255,7 +262,13 @@ def from_symbols(probe: nn.Module, held: Mapping[int, Step]) -> list[Step]:
 def from_graph(
     graph: fx.Graph, held: Mapping[fx.Node, Step], modules: Mapping[str, tuple[nn.Module, list[Step]]] | None = None
 ) -> list[Step]:
-    """Read a torch.fx graph, with the nodes that stand for tensors, and the modules that are called, with their tensors."""
+    """Make a step of each node of a torch.fx graph.
+
+    Args:
+        graph: The graph of a symbolic trace or of an export.
+        held: Node -> the step of the parameter or buffer that the node stands for.
+        modules: Name of a module that the graph may call -> the module and the steps of its own tensors.
+    """
     made = dict(held)
     for node in graph.nodes:
         if node in held:

@@ -49,7 +49,8 @@ def _multiply_(x: Array, mask: Array, scratch: Array) -> None:
 def _multiply_shared_(tensor: Tensor, mask: Tensor, scratch: Array) -> None:
     """Multiply a mask in which one decision stands for several weights into a tensor.
 
-    A product that broadcasts along a dimension of 3 costs up to ten times that of equal shapes. So decisions are spread before.
+    A product that broadcasts along a dimension of 3 costs up to ten times a product of equal shapes. So the decisions are first
+    copied to the shape of the weights.
     """
     shape = tensor.shape
     lead = next(d for d, n in enumerate(shape) if mask.shape[d] != n)
@@ -85,7 +86,7 @@ def _multiply_rows_(rows: Tensor, keep: Tensor, pattern: Tensor, scratch: Array)
 
 
 def _flat(x: Tensor) -> Tensor | None:
-    """All elements of a dense tensor in the order of its memory, without a copy; None if it is not dense."""
+    """Return a view of all elements of a dense tensor in the order of its memory; None if it is not dense."""
     if x.is_contiguous():
         return x.view(-1)
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
@@ -94,7 +95,7 @@ def _flat(x: Tensor) -> Tensor | None:
 
 
 def like(weight: Tensor, mask: Tensor) -> Tensor:
-    """A mask of the weight's shape in the weight's memory format, so that the two are read in the same order."""
+    """Return the mask in the weight's memory format, so that both are read in the same order; other shapes as they are."""
     if mask.shape != weight.shape or mask.stride() == weight.stride():
         return mask
     return torch.empty_like(weight, dtype=torch.bool).copy_(mask)

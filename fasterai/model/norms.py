@@ -1,8 +1,10 @@
-"""Which norm reads which layer: read off the steps of a forward pass, never off the order in which modules stand.
+"""Pairs of a layer and the norm that reads its output, found in the steps of a forward pass.
 
-`watch` answers for the sparsifier: what falls silent with a weight's outputs. `norms_behind` answers for the channel graph:
-layers that are heard through a norm alone. `read_folds` answers for folding: batch norms that a layer can take up, and why
-others not.
+The order in which modules are registered says nothing about it, and is not used. Three users ask for three things:
+
+- `watch`, for the sparsifier: the norms whose scale and shift become zero with the outputs of a weight;
+- `norms_behind`, for the channel graph: the layers whose outputs are read by a norm alone;
+- `read_folds`, for folding: the batch norms that can be folded into a layer, and the reasons for which others cannot.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ DEMANDED = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
 
 
 def read_norms(steps: Iterable[Step]) -> Iterator[tuple[Step, Step]]:
-    """Each call of a norm, and the step whose result it reads."""
+    """Yield each call of a norm together with the step whose result it reads."""
     for step in steps:
         # Autograd and scripts have other names for batch norms: `native_batch_norm`, `cudnn_batch_norm`.
         if "batch_norm" in step.operation or step.operation in ("instance_norm", "group_norm", "layer_norm"):
@@ -39,7 +41,7 @@ def read_norms(steps: Iterable[Step]) -> Iterator[tuple[Step, Step]]:
 
 
 def _held(step: Step | None) -> Step | None:
-    """The parameter or buffer that a step shows, None if it shows none."""
+    """Find the parameter or buffer that a step is, or is a view of; None if it is neither."""
     while step is not None and step.operation.lstrip("_") in VIEWS:
         shown = [a for a in step.arguments if a is not None]
         step = shown[0] if len(shown) == 1 else None
@@ -47,7 +49,7 @@ def _held(step: Step | None) -> Step | None:
 
 
 def _weights(step: Step) -> list[str | None]:
-    """The names of the weights that a step, or what it is a cast of, mixes channels with."""
+    """List the names of the weights (of two or more dimensions) by which a step mixes channels; a cast is looked through."""
     while step.operation == "to_copy" and step.arguments[0] is not None:
         step = step.arguments[0]
     held = [] if step.operation in ELEMENTWISE else [_held(a) for a in step.arguments]
@@ -55,17 +57,17 @@ def _weights(step: Step) -> list[str | None]:
 
 
 def _names(arguments: Iterable[Step | None]) -> list[str | None]:
-    """The names of the parameters and buffers that some steps show."""
+    """List the names of the parameters and buffers that some steps are, or are views of; None for any other step."""
     return [None if (held := _held(a)) is None else held.name for a in arguments]
 
 
 @dataclass(frozen=True)
 class Flow:
-    """What one forward pass shows of a model's weights.
+    """The norms and the outputs of a model's weights, as one forward pass shows them.
 
     Attributes:
         norms: Weight name -> (scale, shift) names of the batch norms that read that weight's output and nothing else.
-        outputs: Names of the weights between which and an output no other weight stands.
+        outputs: Names of the weights that make an output of the model: no other weight comes between.
     """
 
     norms: Mapping[str, tuple[tuple[str | None, str | None], ...]]
@@ -78,7 +80,8 @@ def watch(model: nn.Module, inputs: tuple[Any, ...], part: nn.Module | None = No
     Args:
         model: The model, wrapped or not; it stays as it is.
         inputs: Its positional arguments, on its device.
-        part: A module of the model: its parameters go by their names in it, all others by names that nothing else has.
+        part: A module of the model. Its parameters are called by their names in it, all others by names that are not used
+            elsewhere.
 
     Raises:
         ValueError: The model does not run on these inputs, or its outputs depend on no parameter.
@@ -96,7 +99,7 @@ def watch(model: nn.Module, inputs: tuple[Any, ...], part: nn.Module | None = No
 
 
 def _outputs(steps: Iterable[Step]) -> Iterator[str]:
-    """The first weights on every way back from the outputs."""
+    """Yield the first weight on every way back from the outputs."""
     stack = [step for step in steps if step.stays]
     seen = set(stack)
     while stack:
@@ -117,7 +120,7 @@ class Norm:
         scale: Name of the norm's weight.
         shift: Name of its bias.
         mean: Name of its running mean; None if it has none.
-        is_by_channel: Whether it treats each channel by itself, so that one of zeros is worth `shift` where the mean is zero.
+        is_by_channel: True if it treats each channel by itself, so that a channel of zeros becomes `shift` if the mean is zero.
     """
 
     layer: tuple[str, ...]
@@ -128,9 +131,9 @@ class Norm:
 
 
 def norms_behind(network: Exported) -> Iterator[Norm]:
-    """The norms that alone read a layer, whose tensors nothing else reads.
+    """Yield the norms that are the only readers of a layer; the layer's tensors have no other readers either.
 
-    They are read off the export, which is there and knows all readers; autograd, after one more run, does not.
+    They are found in the export: it is at hand and knows all readers, which autograd's graph does not.
     """
     nodes = {node: network.names[node.name] for node in network.program.graph.nodes if node.name in network.names}
     steps = dataflow.from_graph(network.program.graph, {node: Step(HELD, name=name) for node, name in nodes.items()})
@@ -145,11 +148,11 @@ def read_folds(probe: nn.Module, inputs: tuple[Any, ...] | None) -> tuple[dict[s
     """Find the batch norms that can be folded into the layer that they alone read.
 
     Args:
-        probe: A copy of the model in eval mode: what its forward pass changes stays changed.
+        probe: A copy of the model in eval mode; changes that its forward pass makes are not undone.
         inputs: Its positional arguments; None to follow it symbolically.
 
     Returns:
-        Norm -> layer; norm -> why it cannot be folded; and the output on the inputs.
+        Norm -> layer; norm -> the reason for which it cannot be folded; and the output on the inputs.
 
     Raises:
         ValueError: The model does not run on the inputs; or there are none, and it depends on values or shapes.
@@ -166,7 +169,7 @@ def read_folds(probe: nn.Module, inputs: tuple[Any, ...] | None) -> tuple[dict[s
 
 
 class _Folds:
-    """What a model holds, by name, and what its forward pass did with it."""
+    """A model's modules and tensors, with the calls and readers that its forward pass shows."""
 
     def __init__(self, model: nn.Module, held: Mapping[int, Step], steps: list[Step]) -> None:
         self.held, self.modules = held, dict(model.named_modules())
@@ -175,7 +178,7 @@ class _Folds:
         self.sources = {norm.name: source for norm, source in read_norms(steps)}
 
     def why_not(self, name: str, norm: _BatchNorm) -> str:
-        """Return why no layer can take a norm up, "" if one can."""
+        """Return the reason for which a norm cannot be folded into a layer, "" if it can."""
         if why := _why_not_norm(norm) or self._why_not_called(name) or self._why_not_tensors(norm):
             return f"it {why}" if why.startswith("is called") else why
         source = self.sources[name]
@@ -193,7 +196,7 @@ class _Folds:
         return "" if self.calls[name] == 1 else f"is called {self.calls[name]} times"
 
     def _why_not_tensors(self, module: nn.Module) -> str:
-        """A parameter or buffer that has other users would change for them too."""
+        """Return the reason against changing a module's tensors: one of them is used elsewhere too; "" if none is."""
         for attribute, tensor in own_tensors(module):
             if self.holders[id(tensor)] > 1:
                 return f"its {attribute} is shared with another module"

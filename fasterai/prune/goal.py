@@ -1,4 +1,4 @@
-"""What a pruner was asked for: its arguments read and checked, before anything is changed."""
+"""Arguments of a pruner, read and checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_context(context: Context | str, ratio: Ratio) -> Context:
 
 
 def read_ratio(ratio: Ratio, context: Context, model: nn.Module, pools: Sequence[ChannelPool]) -> Goal | None:
-    """Return what is asked for of the groups; None for a `Budget`, which is of the whole model.
+    """Return the context and the sparsity asked for of the groups; None for a `Budget`, which is of the whole model.
 
     Raises:
         TypeError: A key of a dict is neither a name nor a module of the model.
@@ -85,7 +85,7 @@ def read_layers(model: nn.Module, layers: Iterable[nn.Module | str]) -> frozense
 
 
 def free_pools(pools: Sequence[ChannelPool], graph: ChannelGraph, ignored: frozenset[str]) -> tuple[ChannelPool, ...]:
-    """Return the pools whose channels no ignored layer makes.
+    """Return the pools of channels that may be removed: no ignored layer makes them.
 
     Raises:
         ValueError: There are none.

@@ -1,4 +1,4 @@
-"""Removal during a training: a schedule's share of the channels goes at each of a few moments, the optimizer goes on."""
+"""Removal of channels during a training, in a few steps that follow a schedule; the optimizer goes on with the rest."""
 
 from __future__ import annotations
 
@@ -34,29 +34,28 @@ __all__ = ["GradualPruner"]
 
 
 class GradualPruner(Participant):
-    """Takes channels out of a model while it trains.
+    """Removal of channels from a model while it trains.
 
-    After a step at which the schedule has gone on far enough, the channels that matter least are masked and removed, the
-    removal is checked, and the optimizer's state is cut alike. At most `max_updates` times a run: where the schedule comes
-    closest to another stair, and the last time exactly to its end. The ratio counts from the model there was before the first
-    run. Layers whose weights are frozen are left alone until they train.
+    The schedule is followed at `max_updates` steps of a run at most, the last of which reaches its end exactly. At each of them
+    the channels that matter least are masked and removed, the removal is checked, and the optimizer's state is cut alike. The
+    ratio counts from the model before the first run. Layers whose weights are frozen are left alone until they train.
 
     Args:
         model: The model, or a part of the one that is trained; changed in place.
-        pruning_ratio: The share of the channels that go, in [0, 1), or a dict of names of layers to shares (context `local`).
+        pruning_ratio: The share of the channels to remove, in [0, 1), or a dict of names of layers to shares (context `local`).
         context: `local` ranks inside each group of coupled channels, `global` all together; or its name.
-        criteria: How much a weight matters: a criterion, its name, or a function of the weight.
-        schedule: Which share of the ratio is gone at which position of the training; it must not fall.
-        ignored_layers: Modules, or their names, whose outputs stay, besides all that has to stay anyway.
+        criteria: The criterion that says how much a weight matters, its name, or a function of the weight.
+        schedule: A map from the position of the training to the share of the ratio that is removed by then; it must not fall.
+        ignored_layers: Modules, or their names, whose outputs are kept, besides all that have to be kept anyway.
         example_inputs: A tensor or tuple that the model runs on; a few samples of the loop's batch if left out.
-        max_updates: How often channels go in a run, at most; each time costs some forward passes.
+        max_updates: The most removals in a run; each costs some forward passes.
         copies: Modules of the same structure, such as moving averages of the weights, or a function that gives them, asked
             at each removal; they are cut alike.
         **options: Of the `Pruner`: `round_to`, `over_places` and others.
 
     Attributes:
-        removal: What the last removal took out, and what not; None before the first.
-        plans: What was taken out since the first run, in order.
+        removal: The result of the last removal; None before the first.
+        plans: The channels removed since the first run, one plan for each removal, in order.
         channels: Group's name -> (channels at first, channels now).
 
     Raises:
@@ -103,7 +102,7 @@ class GradualPruner(Participant):
 
     @property
     def sparsity(self) -> float:
-        """The share of the channels that may go, and are gone, in [0, 1]."""
+        """The share of the removable channels that are removed so far, in [0, 1]."""
         first = sum(before for before, _ in self.channels.values())
         return sum(before - now for before, now in self.channels.values()) / first if first else 0.0
 
@@ -128,13 +127,13 @@ class GradualPruner(Participant):
         self._updates = plan_updates(self.schedule, self._highest_ratio(), fit.total_steps, self.max_updates)
 
     def _highest_ratio(self) -> float:
-        """Return the highest share of channels, or of what a `Budget` counts, that is to go."""
+        """Return the highest share of channels, or of the cost that a `Budget` counts, that is to be removed."""
         if isinstance(self._ratio, Budget):
             return 1 - self._ratio.share
         return max(self._ratio.values(), default=0.0) if isinstance(self._ratio, Mapping) else float(self._ratio)
 
     def hears(self, event: str) -> bool:
-        """Tell if it has an answer to an event; to batches only if its criterion reads them."""
+        """Tell if it takes part in an event; in batches only if its criterion reads them."""
         return super().hears(event) and (event != "after_forward" or self._reads_batches)
 
     @property
@@ -148,11 +147,11 @@ class GradualPruner(Participant):
             self._pruner.see(batch, self._loss)
 
     def metrics(self) -> dict[str, float]:
-        """Return the share of the channels that are gone, in [0, 1]."""
+        """Return the share of the removable channels that are removed so far, in [0, 1]."""
         return {"removed": self.sparsity}
 
     def after_step(self, position: float) -> None:
-        """Remove what the schedule asks for, if it has gone on far enough."""
+        """Remove the channels that the schedule asks for, if it asks for more than are removed already."""
         self._replayed = []
         share = self.schedule(1.0) if position >= 1 else self._updates.share(position)
         if share > self._done:
@@ -176,14 +175,17 @@ class GradualPruner(Participant):
                 self._pruner.end()
 
     def _look(self, fit: Fit) -> None:
-        """Count the channels that may go, if something has changed since the last run."""
+        """Count the removable channels, if something has changed since the last run."""
         frozen = _frozen_layers(self.model)
         if self._key_with(frozen) != self._key:
             self._examples = self._inputs if self._inputs is not None else batch_inputs(self.model, fit)
             self._count(frozen)
 
     def _look_for_thawed(self) -> None:
-        """Count again if layers have begun to train; not if they stop, as those that train in turns do at each step."""
+        """Count again if layers have begun to train.
+
+        Layers that stop are no reason to: those that train in turns do so at each step.
+        """
         frozen = set(_frozen_layers(self.model))
         if not frozen.issuperset(self._frozen):
             self._count([name for name in self._frozen if name in frozen])
@@ -192,7 +194,7 @@ class GradualPruner(Participant):
         return (frozen, *next(((p.device, p.dtype) for p in self.model.parameters()), ()))
 
     def _count(self, frozen: list[str]) -> None:
-        """Count the channels that may go; those of frozen layers later, when they train."""
+        """Count the removable channels; those of frozen layers are counted later, when they train."""
         pruner: Pruner | None = self._pruner_without(())
         if frozen:
             try:
@@ -206,7 +208,7 @@ class GradualPruner(Participant):
         self._pruner, self._key, self._frozen, self._done = pruner, self._key_with(frozen), frozen, 0.0
 
     def _pruner_without(self, frozen: Iterable[str]) -> Pruner:
-        """A pruner that counts from the first model, and leaves some layers alone."""
+        """Make a pruner that leaves some layers alone, and whose ratio counts from the channels of the first model."""
         ignored = [*self._ignored, *frozen]
         pruner = Pruner(self.model, self._ratio, *self._axes, self.schedule, ignored, self._examples, **self._options)
         if pruner.dense is not None:
@@ -234,7 +236,7 @@ class GradualPruner(Participant):
     # --- saving and going on -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What was taken out so far, how far the schedule was followed, and what the criterion remembers."""
+        """Return the removals so far, the share that the schedule has reached, and the weights that the criterion remembers."""
         return {
             "format": GRADUAL_FORMAT,
             "plans": [plan.to_dict() for plan in self.plans],
@@ -245,7 +247,7 @@ class GradualPruner(Participant):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state: what was taken out then is taken out of a model that still has it.
+        """Go on from a saved state: channels that were removed then are removed from a model that still has them.
 
         Call it before the small weights and the optimizer's state are loaded. The caller's dict is not changed.
 
@@ -265,7 +267,7 @@ class GradualPruner(Participant):
             self._pruner.load_state_dict(state["pruner"])
 
     def _take_back(self, shapes: Shapes) -> None:
-        """Undo what an earlier load has taken out, as far as it takes."""
+        """Undo removals of an earlier load, the last first, until the shapes are those that are wanted."""
         if not self._replayed or shapes_of(self.model) == shapes:
             return
         while self._replayed and shapes_of(self.model) != shapes:
@@ -279,12 +281,12 @@ class GradualPruner(Participant):
 
 
 def _path(part: nn.Module, whole: nn.Module | None) -> str:
-    """The name of a part in the whole model."""
+    """Find the name of a part in the whole model; empty if it is the whole, or there is none."""
     return next((name for name, module in whole.named_modules() if module is part), "") if whole is not None else ""
 
 
 def _frozen_layers(model: nn.Module) -> list[str]:
-    """Modules with a weight of their own that does not train."""
+    """List the names of modules with a weight of their own that does not train."""
     return [
         name
         for name, module in unwrap(model).named_modules()

@@ -1,4 +1,4 @@
-"""Score coupled channels, mask the lowest, take them out, check: in one call."""
+"""Removal of channels in one call: score coupled channels, mask the lowest, remove them, check the outputs."""
 
 from __future__ import annotations
 
@@ -44,28 +44,28 @@ Weights = Mapping[nn.Parameter, Tensor]
 
 
 class Pruner:
-    """Takes the channels that matter least out of a model.
+    """Removal of the channels of a model that matter least.
 
     Args:
         model: The model; `prune_model` changes it in place.
-        pruning_ratio: The share of the channels that go, in [0, 1), at least one of a group staying; a dict of layers, their
-            names or globs to shares (context `local`; other layers stay as they are); or a `Budget`.
+        pruning_ratio: The share of the channels to remove, in [0, 1), where at least one of each group is kept; a dict of
+            layers, their names or globs to shares (context `local`; other layers are unchanged); or a `Budget`.
         context: `local` ranks inside each group of coupled channels, `global` all together; or another of the contexts.
-        criteria: How much a weight matters: a criterion, its name, or a function of the weight.
-        schedule: Which share of the ratio is reached at which of the `iterative_steps`.
-        ignored_layers: Modules, or their names, whose outputs stay, besides all that has to stay anyway.
+        criteria: The criterion that says how much a weight matters, its name, or a function of the weight.
+        schedule: A map from the share of the `iterative_steps` that is done to the share of the ratio reached by then.
+        ignored_layers: Modules, or their names, whose outputs are kept, besides all that have to be kept anyway.
         example_inputs: A tensor or tuple that the model runs on.
-        iterative_steps: In how many calls of `prune_model` the ratio is reached.
-        over_places: How the scores of a channel's slices, one for each weight it runs through, become one: `sum`, `mean`
-            or `max`.
-        round_to: Kept channels of a group are rounded up to a multiple of it; by default to 8, in groups of at least 32. Pass
-            1 for exact counts. With a `Budget` the counts are exact unless it is given.
+        iterative_steps: The number of calls of `prune_model` in which the ratio is reached.
+        over_places: The operation that makes one score of those of a channel's slices, one slice for each weight that it runs
+            through: `sum`, `mean` or `max`.
+        round_to: A multiple that the kept channels of a group are rounded up to; by default 8, in groups of at least 32. Pass 1
+            for exact counts. With a `Budget` the counts are exact unless it is given.
         data: Batches `(x, y)` for criteria that need data.
         loss: The loss function for criteria that need gradients of `data`.
-        exact: Whether channels that a norm averages over stay. If not they may go, and the outputs move when they do.
+        exact: True to keep all channels that a norm averages over. If False they may be removed, which changes the outputs.
 
     Attributes:
-        original: Group's name -> how many channels it had at first.
+        original: Group's name -> number of its channels at first.
         dense: For a `Budget`, the model as it was at first; else None.
 
     Raises:
@@ -119,15 +119,15 @@ class Pruner:
         return {name: (first, now.get(name, 1)) for name, first in self.original.items()}  # one channel alone is no group
 
     def prune_model(self, optimizer: Any = None, *, copies: Copies = None, measure: bool = True) -> Removal:
-        """Score, mask, take out, check; the next of `iterative_steps`.
+        """Remove channels: take the next of the `iterative_steps`.
 
         Args:
-            optimizer: Whose state is cut alike; torch's or fastai's.
+            optimizer: An optimizer whose state is cut alike; torch's or fastai's.
             copies: Models of the same structure that lose the same channels.
-            measure: Whether to count and time the model before and after.
+            measure: True to count and time the model before and after.
 
         Returns:
-            What was taken out, what could not go and why, and how far the outputs moved at the removal.
+            The removed channels, those that could not be removed with the reasons, and the change of the outputs.
 
         Raises:
             ValueError: All steps were taken, or the criterion's evidence is not there. Nothing is changed then.
@@ -142,10 +142,10 @@ class Pruner:
         return removal
 
     def prune_to(self, share: float, optimizer: Any = None, *, copies: Copies = None, measure: bool = True) -> Removal:
-        """Take out channels until a share of the `pruning_ratio` is reached, counted from the channels there were at first.
+        """Remove channels until a share of the `pruning_ratio` is reached, counted from the channels there were at first.
 
         Args:
-            share: Of the ratio, in [0, 1].
+            share: The share of the ratio, in [0, 1].
             optimizer: As for `prune_model`.
             copies: As for `prune_model`.
             measure: As for `prune_model`.
@@ -175,7 +175,7 @@ class Pruner:
         return replace(removal, refused=refused)
 
     def _warn_of_a_miss(self, kept: Sequence[Flags], refused: Mapping[str, str]) -> None:
-        """Say that rounding, or channels that the check put back, leave more than was asked for."""
+        """Warn if more channels are kept than asked for, by rounding or because the check has put some back."""
         if self._goal is not None:
             first, alone = sum(self.original.values()), len(self.original) - len(kept)
             gone = first - alone - sum(int(k.sum()) for k in kept)
@@ -184,7 +184,7 @@ class Pruner:
             warn(f"{self.pruning_ratio} is missed: channels of {', '.join([*refused][:5])} stay; refused says why")
 
     def is_within_reach(self) -> bool:
-        """Whether enough channels may go for the `Budget`, whatever they are worth; a ratio is always within reach."""
+        """Tell if the `Budget` is met once all removable channels are removed; a ratio is always within reach."""
         if not isinstance(self.pruning_ratio, Budget):
             return True
         equal: list[Scores] = [TensorScores(p.name, torch.zeros(p.shape)) for p in self._pools]
@@ -192,16 +192,16 @@ class Pruner:
         return least_left(self.model, self._graph_now(), self.inputs, least, budget, self.dense) <= budget.share
 
     def see(self, batch: Batch, loss: Callable[..., Tensor] | None = None) -> None:
-        """Note a training's batch and loss, for a criterion that needs data and was given none."""
+        """Note the batch and loss of a training, for a criterion that needs data where the user gave none."""
         self._scorer.begin(loss)
         self._scorer.see(batch)
 
     def end(self) -> None:
-        """Let go of what the training gave."""
+        """Forget the batch and loss of the training."""
         self._scorer.end()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next choice depends on besides the weights: plain numbers, and copies of earlier weights."""
+        """Return all that the next choice depends on besides the weights: plain numbers, and copies of earlier weights."""
         alone = [name for name, (_, now) in self.channels.items() if now == 1]
         return {"original": dict(self.original), "alone": alone, **self._scorer.state_dict()}
 
@@ -222,12 +222,12 @@ class Pruner:
         follow(self.model, self._scorer)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy follows its own model."""
+        """Restore a copy or pickle, which then follows the cuts of its own model."""
         self.__dict__.update(state)
         self._follow()
 
     def print_sparsity(self) -> None:
-        """Print how many channels of each group are left."""
+        """Print the number of channels of each group, now and at first."""
         for name, (before, now) in self.channels.items():
             print(f"{name}: {now} of {before} channels")  # noqa: T201 - what it is for
 
@@ -247,7 +247,7 @@ class Pruner:
         return self._keep(scores, self._goal.at(share).left(self.original, {p.name: p.count for p in self._pools}))
 
     def _try(self, scores: Sequence[Scores], sparsity: float) -> list[Flags]:
-        """Return a choice that a search looks at, and most likely discards: not worth a warning."""
+        """Return a choice for a search; it gives no warnings, since most such choices are discarded."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return self._keep(scores, Goal(self.context, sparsity))
@@ -258,7 +258,11 @@ class Pruner:
         return [keep.cpu().numpy() for keep in choose(self._pools, scores, goal, limits)]
 
     def _mask_sound(self, graph: ChannelGraph, kept: list[Flags], before: Weights) -> tuple[Sound, dict[str, str]]:
-        """Mask the channels that can go; those of a group that cannot get their weights back. The reasons are told beside."""
+        """Mask the channels that can be removed; groups whose channels cannot be get their weights back.
+
+        Returns:
+            The channels to remove, and group's name -> the reason for which its channels cannot be removed.
+        """
         mask_channels_(self.model, graph, kept)
         sound = largest_sound(self.model, graph, kept, self.inputs, exact=self.exact)
         if not sound.refused:
@@ -271,14 +275,17 @@ class Pruner:
 
 @torch.no_grad()
 def _restore(weights: Weights) -> None:
-    """Give the weights back; where channels have gone, the masked ones went with them."""
+    """Copy the weights back, except to parameters that have lost channels: those have lost the masked ones."""
     for parameter, before in weights.items():
         if parameter.shape == before.shape:
             parameter.copy_(before)
 
 
 def _silent_first(scores: Sequence[Scores], silent: Sequence[Flags]) -> list[Scores]:
-    """The scores with channels that are silent already below all others: without them the outputs stay as they are."""
+    """Rank channels that are always zero below all others: removing them does not change the outputs.
+
+    Scores 5, 2, 7, where the first channel is always zero, become 1, 2, 7: one less than the lowest.
+    """
     values = [s.tensor() for s in scores]
     below = min(float(v.min()) for v in values) - 1
     flags = [torch.as_tensor(f, device=v.device) for f, v in zip(silent, values, strict=True)]

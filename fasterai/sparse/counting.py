@@ -1,4 +1,4 @@
-"""What a record of masks holds, counted: the sparsity, and the report target by target."""
+"""Sparsity and report, counted from the masks that a record holds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def count_reached(record: MaskRecord) -> Reached:
 
 
 def write_report(record: MaskRecord) -> SparsityReport:
-    """Return what is held, target by target, and what was left out and why."""
+    """Return a report of the pruned units and weights of each target, and of the targets left out with the reasons."""
     rows = tuple(_row(record, p) for p in record.pools)
     active = {p.name for p in record.active}
     left_out = {**record.selection.left_out, **{p.name: "frozen" for p in record.pools if p.name not in active}}
@@ -56,12 +56,18 @@ def _together(record: MaskRecord, rows: Sequence[Row]) -> Row:
 
 
 def _masked(record: MaskRecord) -> int:
-    """Return how many weights of the targets the masks set to zero; channels of two pools cross in the weight between them."""
+    """Return the number of weights of the targets that the masks set to zero, each counted once.
+
+    Channels of two pools cross in the weight between them, so that the pools' counts would not add up.
+    """
     return sum(_hidden(weight, mask) for weight, mask in record.masks_of_targets())
 
 
 def _hidden(tensor: Tensor, mask: Tensor) -> int:
-    """Return how many weights a mask sets to zero; it is smaller than its weight where one decision stands for several."""
+    """Return the number of weights that a mask sets to zero.
+
+    A mask `(4, 1)` with one False stands for a tensor `(4, 9)`: 9 weights are zero.
+    """
     return (mask.numel() - count_true(mask)) * (tensor.numel() // max(1, mask.numel()))
 
 

@@ -1,4 +1,4 @@
-"""What a sparsifier was asked for: its arguments read and checked, before anything is changed."""
+"""Arguments of a sparsifier, read and checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Sparsity = float | Mapping[str, float]
 
 
 def check_sources(model: Any, data: Any, loss: Any) -> None:
-    """Refuse what cannot be a model, batches or a loss function.
+    """Refuse a model, batches or a loss function of a wrong type.
 
     Raises:
         TypeError: One of them is of the wrong type.
@@ -80,7 +80,7 @@ def read_rule(rule: Rule | str, context: Context) -> Rule:
 
 
 def find_misfit(target: Target, granularity: Granularity, context: Context) -> str | None:
-    """Return why a target cannot be pruned by a granularity and a context; None if it can."""
+    """Return the reason for which a granularity and a context cannot prune a target; None if they can."""
     if granularity.fits(target.layout):
         return context.fits(granularity.unit_shape(target.layout), target.layout)
     allowed = ", ".join(granularities.allowed(target.layout))
@@ -89,14 +89,14 @@ def find_misfit(target: Target, granularity: Granularity, context: Context) -> s
 
 
 def read_goal(sparsity: Sparsity, context: Context, model: nn.Module, pools: Sequence[Pool], targets: Sequence[Target]) -> Goal:
-    """Return what is asked for of the pools.
+    """Return the context and the sparsity asked for of the pools.
 
     Args:
         sparsity: A share, or a dict of shares by target names, globs or modules of the model.
-        context: Which units compete; `local` for a dict.
+        context: The context that chooses among units; `local` for a dict.
         model: The model, wrapped or not.
-        pools: The units; none as long as they are not known, shares are then by target.
-        targets: What may be named.
+        pools: The pools of units; empty while they are not known, and shares are then kept by target.
+        targets: The targets that a dict may name.
 
     Raises:
         TypeError: A share or a key is of the wrong type.

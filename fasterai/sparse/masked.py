@@ -1,4 +1,4 @@
-"""Masks that are held: applied now and in later training, counted, reported and saved with the weights."""
+"""Masks that a model keeps: applied now and in later training, counted, reported and saved with the weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Masked"]
 
 
 class Masked(Participant, ABC):
-    """What can be done with the masks of a model, however they were chosen."""
+    """The masks of a model, with all that can be done with them; subclasses choose the masks."""
 
     _record: MaskRecord
     _holds: list[Any]
@@ -46,15 +46,15 @@ class Masked(Participant, ABC):
 
     @property
     def moves(self) -> int:
-        """How often the masks have moved so far."""
+        """The number of times that the masks have changed so far."""
         return self._record.moves
 
     def made(self, move: Move) -> bool:
-        """Tell if a move of masks, as it is announced, is one of its own."""
+        """Tell if an announced change of masks is one of these masks."""
         return all(self._record.keep.get(name) is keep for name, keep in move.after.items())
 
     def apply_masks(self) -> None:
-        """Set all masked weights to zero, and the biases and norms of silent outputs."""
+        """Set all masked weights to zero, and with removed outputs their biases and their norms' scales and shifts."""
         self._record.apply_()
 
     def hold(self, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -64,7 +64,7 @@ class Masked(Participant, ABC):
             optimizer: A torch optimizer; after each of its steps the masks are applied.
 
         Returns:
-            A handle whose `remove()` ends it; without an optimizer a participant for any loop's callback.
+            A handle whose `remove()` ends it; without an optimizer, a participant for the callback of any training loop.
 
         Raises:
             TypeError: `optimizer` is none of torch's.
@@ -87,7 +87,7 @@ class Masked(Participant, ABC):
         self.apply_masks()
 
     def _end_holds(self) -> None:
-        """Leave the zeros in the weights, and let go of optimizers and of what was noted for outputs that might return."""
+        """End all holds; zeros stay in the weights, and values noted for outputs that might return are dropped."""
         self.apply_masks()
         for handle in self._holds:
             handle.remove()
@@ -95,16 +95,16 @@ class Masked(Participant, ABC):
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Target name -> bool tensor of the parameter's shape, True = keep; all True where nothing was chosen yet."""
+        """The masks: target name -> bool tensor of the parameter's shape, True = keep; all True before the first choice."""
         return self._record.masks()
 
     @property
     def sparsity(self) -> Reached:
-        """What the masks hold, per target and overall; counted from the masks."""
+        """The sparsity that is reached, per target and overall, counted from the masks."""
         return count_reached(self._record)
 
     def report(self) -> SparsityReport:
-        """What was reached, target by target, and what was left out and why."""
+        """Return a report of the sparsity of each target, and of the targets left out with the reasons."""
         return write_report(self._record)
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -121,5 +121,5 @@ class Masked(Participant, ABC):
         torch.save(unwrap(model or self.model).state_dict(), path)
 
     def metrics(self) -> dict[str, float]:
-        """Return the share of units that the masks prune now, in [0, 1]."""
+        """Return the share of units that are pruned now, in [0, 1]."""
         return {"sparsity": self.sparsity.overall}

@@ -1,4 +1,4 @@
-"""When the masks of a training move: its updates, and how far the run has come."""
+"""The steps of a training at which the masks change, and the share of the schedule that is done."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["Pace"]
 
 
 class Pace:
-    """Follows a schedule, at most `max_updates` times a run.
+    """The progress of a run along a schedule, in at most `max_updates` changes of the masks.
 
     Attributes:
-        share: The share of the asked sparsity that the masks were moved to last, in [0, 1].
-        asked: The counts that were asked for last; as long as they are the same, the masks stay.
-        finished: Whether the run has been to its end.
+        share: The share of the asked sparsity at the last change of the masks, in [0, 1].
+        asked: The counts of units that were asked for last; while they are the same, the masks stay.
+        finished: True if the run has reached its end.
     """
 
     _total_steps = 0  # pickles of earlier versions have none
@@ -42,11 +42,11 @@ class Pace:
         self.finished = True
 
     def at(self, position: float) -> float:
-        """Return the share that the masks are to be at, at a position of the training; both in [0, 1]."""
+        """Return the share of the asked sparsity that is due at a position of the training; both in [0, 1]."""
         return self.schedule(1.0) if position >= 1 else self._updates.share(position)
 
     def is_due(self, position: float) -> bool:
-        """Tell if the masks may move at a position: if they are not where they are to be, and at the end in any case."""
+        """Tell if the masks may change at a position: if a share is due that is not reached, and always at the end."""
         return position >= 1 or self.at(position) != self.share
 
     def moment(self, position: float) -> Moment:
@@ -54,10 +54,10 @@ class Pace:
         return Moment(round(position * self._total_steps), position)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how far the run has come: numbers only."""
+        """Return the progress of the run: numbers only."""
         return {"share": self.share, "asked": list(self.asked), "finished": self.finished}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from a saved state."""
         self.share, self.asked = state["share"], tuple(state["asked"])
         self.finished = bool(state.get("finished", False))  # states of earlier versions have none

@@ -1,4 +1,4 @@
-"""Keeps the masks of a model: the one record of what is pruned, and the one place that applies it."""
+"""The record of a model's masks: the one place that knows the pruned units, and that sets their weights to zero."""
 
 from __future__ import annotations
 
@@ -30,19 +30,18 @@ PIECE = 1 << 16  # decisions compared at once
 
 
 class MaskRecord:
-    """The decisions per unit of a model's targets, and what follows from them.
+    """The decisions for each unit of a model's targets, and the masks that follow from them.
 
     Attributes:
         model: The model, wrapped or not.
-        granularity: What a unit is.
-        selection: The targets, and what was left out and why.
-        maker: Who makes its pools, and knows what example inputs have shown.
-        pools: The units; none as long as example inputs have not shown those that need them.
-        keep: Pool's name -> decisions so far, bool of the units' shape; a pool without any is dense.
-        noted: Name of a bias, or a norm's scale or shift -> its values for outputs that are pruned, to give back if they
-            return.
-        moves: How often the masks have moved.
-        trained: Names of pools that have trained in the run under way, or in the last one if it was not completed.
+        granularity: The granularity that makes units of the weights.
+        selection: The targets, and the parameters left out with the reasons.
+        maker: The maker of its pools, which also looks at example inputs.
+        pools: The pools of units; empty while example inputs are needed and have not been seen.
+        keep: Pool's name -> decisions so far, bool of the units' shape; a pool without an entry is dense.
+        noted: Name of a bias, or a norm's scale or shift -> its values for pruned outputs, to restore if they return.
+        moves: The number of times that the masks have changed.
+        trained: Names of pools that have trained in the present run, or in the last one if it was not completed.
     """
 
     def __init__(self, model: nn.Module, granularity: Granularity, selection: Selection) -> None:
@@ -66,31 +65,31 @@ class MaskRecord:
 
     @property
     def active(self) -> list[Pool]:
-        """The pools that train, or have trained in the run under way, or were named.
+        """The pools to prune: those that train, have trained in the present run, or were named by the user.
 
-        Networks that take turns in a batch, as in a GAN, are frozen for moments.
+        Networks that take turns in a batch, as in a GAN, are frozen for moments, and are pruned all the same.
         """
         return [p for p in self.pools if p.trains or p.name in self.trained or p.makers & self.selection.named]
 
     def note_trained(self) -> None:
-        """Note what trains at this moment of a run."""
+        """Note the pools that train at this moment of a run."""
         self.trained |= {p.name for p in self.pools if p.name not in self.trained and p.trains}
 
     def name(self, names: Iterable[str]) -> None:
-        """Take targets as named by the user, so that they are not left out again."""
+        """Note targets as named by the user, so that they are not left out."""
         self.selection = replace(self.selection, named=self.selection.named | frozenset(names))
 
     def look(self, inputs: tuple[Any, ...]) -> None:
-        """Take over what example inputs show of the model, and make the pools anew.
+        """Look at the model with example inputs, and make the pools anew.
 
         Raises:
-            ValueError: The model does not run on them, or there is no unit that may go.
+            ValueError: The model does not run on them, or there is no unit that may be removed.
         """
         self.maker.look(self.model, inputs)
         self._make_pools()
 
     def look_at_batch(self, fit: Fit) -> None:
-        """Take over what a training's first batch shows, likewise."""
+        """Look at the model with the first batch of a training, and make the pools anew."""
         self.maker.look_at_batch(self.model, fit)
         self._make_pools()
 
@@ -110,7 +109,7 @@ class MaskRecord:
         self._counted = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy follows its own model."""
+        """Restore a copy or pickle, which then follows the cuts of its own model."""
         made = {"trained": set(), "maker": maker_of(state["granularity"])}  # pickles of earlier versions have none
         self.__dict__.update({**made, **state})
         follow(self.model, self)
@@ -139,10 +138,12 @@ class MaskRecord:
             )
 
     def replace(self, chosen: Mapping[str, Tensor]) -> Move:
-        """Take over new decisions for some pools; the weights are not touched, vectors of returning outputs are.
+        """Replace the decisions of some pools.
+
+        Weights are unchanged. Outputs that return get back the bias, scale and shift that they had when they were pruned.
 
         Returns:
-            The pools whose decisions are others than before; none if the masks have not moved.
+            The decisions of the pools that have changed, before and after; empty if none has.
         """
         by_name = {p.name: p for p in self.pools}
         held = {n: by_name[n].laid_out(k) for n, k in chosen.items()}
@@ -154,7 +155,7 @@ class MaskRecord:
         return Move({n: _or_dense(before.get(n), held[n]) for n in moved}, {n: held[n] for n in moved})
 
     def apply_(self) -> None:
-        """Set all masked weights to zero, and the biases and norms of silent outputs.
+        """Set all masked weights to zero, and with removed outputs their biases and their norms' scales and shifts.
 
         Raises:
             ValueError: A weight that is masked is no plain tensor any more. Nothing is changed then.
@@ -167,7 +168,14 @@ class MaskRecord:
             yield pool.tensor(name), mask
 
     def _merge(self) -> dict[str, tuple[Pool, Tensor]]:
-        """One mask for each weight and vector, made once per decision: channels of two pools cross in the weight between."""
+        """Combine the masks of all pools into one for each weight and vector; the result is held until decisions change.
+
+        Channels of two pools cross in the weight between them. There a weight is kept only if both pools keep it: for a weight
+        `(2, 3)` whose first output and last input are pruned,
+
+            [[0, 0, 0],     [[1, 1, 0],     [[0, 0, 0],
+             [1, 1, 1]]  &   [1, 1, 0]]  =   [1, 1, 0]]
+        """
         if self._merged_of is not self.keep:
             merged: dict[str, tuple[Pool, Tensor]] = {}
             for pool in self.pools:
@@ -187,17 +195,20 @@ class MaskRecord:
                     yield name, pool.tensor(name), was, new
 
     def forget_stale(self) -> bool:
-        """Drop masks that the weights no longer obey: others were loaded, or they trained without being held."""
+        """Drop the masks of pools where a masked weight is not zero any more, and tell if there were any.
+
+        Other weights may have been loaded, or the model has trained without its masks.
+        """
         stale = [p.name for p in self.pools if self.disobeying(p)]
         self.keep = {n: k for n, k in self.keep.items() if n not in stale}
         return bool(stale)
 
     def disobeying(self, pool: Pool) -> int:
-        """Return how many masked weights of a pool are not zero."""
+        """Count the masked weights of a pool that are not zero."""
         return sum(count_true(weight.ne(0) & ~mask) for weight, mask in self.masks_of(pool))
 
     def mask_of(self, name: str) -> Tensor | None:
-        """Return the mask of a target, bool of the parameter's shape and contiguous; None where nothing was chosen yet."""
+        """Return the mask of a target, bool of the parameter's shape and contiguous; None before the first choice."""
         if name not in self._merge():
             return None
         pool, mask = self._merge()[name]
@@ -207,7 +218,7 @@ class MaskRecord:
     # --- what is held ------------------------------------------------------------------------------------------------
 
     def masks(self) -> dict[str, Tensor]:
-        """Target name -> a new bool tensor of the parameter's shape, True = keep."""
+        """Return the mask of each target: its name -> a new bool tensor of the parameter's shape, True = keep."""
         shapes = {t.name: t.parameter.shape for t in self.targets}
         result = {t.name: torch.ones_like(t.parameter, dtype=torch.bool) for t in self.targets}
         for name, (pool, mask) in self._merge().items():
@@ -216,7 +227,7 @@ class MaskRecord:
         return result
 
     def masks_of(self, pool: Pool) -> list[tuple[Tensor, Tensor]]:
-        """Return the weights of a pool with the masks that it puts on them; none where nothing was chosen yet."""
+        """Return the weights of a pool with the masks of this pool alone; empty before the first choice."""
         keep = self.keep.get(pool.name)
         crossed: dict[str, Tensor] = {}
         for name, mask in () if keep is None else pool.masks(keep):  # channels may run along two dimensions of a weight
@@ -224,12 +235,12 @@ class MaskRecord:
         return [(pool.tensor(name), mask) for name, mask in crossed.items()]
 
     def masks_of_targets(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the targets' weights with their masks, one for each; none where nothing was chosen yet."""
+        """Return the targets' weights with their masks, of all pools together; empty before the first choice."""
         names = {t.name for t in self.targets}
         return [(pool.tensor(name), mask) for name, (pool, mask) in self._merge().items() if name in names]
 
     def pruned(self, pool: Pool) -> int:
-        """Return how many units of a pool are pruned."""
+        """Return the number of pruned units of a pool."""
         keep = self.keep.get(pool.name)
         if keep is None:
             return 0
@@ -241,7 +252,7 @@ class MaskRecord:
     # --- saving ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of what is held, by name, and what it belongs to."""
+        """Return copies of the decisions and noted values, with the granularity and shapes that they belong to."""
         return {
             "granularity": repr(self.granularity),
             "shapes": {t.name: list(t.parameter.shape) for t in self.targets},
@@ -251,10 +262,10 @@ class MaskRecord:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what was saved: copies, on the parameters' devices.
+        """Load a saved state, as copies on the parameters' devices.
 
         Raises:
-            ValueError: It is of another model or granularity; what differs is named.
+            ValueError: The state is of another model or granularity; the message names the difference.
         """
         check_masks(state, self.granularity, self.targets, self.pools)
         devices = {p.name: p.device for p in self.pools}
@@ -269,7 +280,7 @@ class MaskRecord:
 
 
 def _differ(before: Tensor | None, after: Tensor) -> bool:
-    """Tell if decisions differ, None being those of a dense pool; on a CPU they are read up to the first difference."""
+    """Tell if two decisions differ; None is a dense pool, all True. On a CPU they are read up to the first difference."""
     if before is None:
         return not bool(after.all())
     if after.device.type != "cpu" or before.stride() != after.stride():

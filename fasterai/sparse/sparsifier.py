@@ -1,4 +1,7 @@
-"""The sparsifier: granularity x context x criteria x schedule, and the one record of the masks."""
+"""The sparsifier: granularity x context x criteria x schedule, and the one record of the masks.
+
+Over 300 lines, since a third of it states the arguments, which pruning at once and pruning over a training have in common.
+"""
 
 from __future__ import annotations
 
@@ -51,37 +54,37 @@ __all__ = ["Sparsifier", "Sparsity"]
 
 
 class Sparsifier(Masked):
-    """Makes the weights of a model sparse, at once or over a training, and keeps them so.
+    """A tool that makes the weights of a model sparse, at once or over a training, and keeps them sparse.
 
     Nothing is added to the model: no buffer, no hook, no renamed parameter. All state is here and in `state_dict()`.
 
     Args:
         model: The model, wrapped by DDP or compiled or not; changed only where masks are multiplied into weights.
-        granularity: Which weights share one decision: a granularity or its name.
-        context: Which units compete: a context, its name, or a dict of target names or globs to sparsities.
-        criteria: How much a weight matters: a criterion, its name, or a function of the weight.
+        granularity: The granularity that groups weights into units, or its name.
+        context: The context that chooses among units, its name, or a dict of target names or globs to sparsities.
+        criteria: The criterion that says how much a weight matters, its name, or a function of the weight.
         sparsity: The share of units to prune by the end of a training, in [0, 1], or a dict of names or globs to shares
             (context `local`; targets that it does not name stay dense).
-        schedule: How much of it is pruned at which position of the training.
+        schedule: A map from the position of the training to the share of the sparsity that is reached by then.
         nm: Prune two of every four neighbouring inputs; short for context `two_four`.
         layer_type: Module classes whose weights are the targets, instead of the default ones.
         targets: Names of parameters, modules or containers, globs, or a predicate (name, parameter); instead of the default.
-        data: Batches `(x, y)` for criteria that need data; a callback has the batch at hand for it.
+        data: Batches `(x, y)` for criteria that need data; a callback passes the batches of the training instead.
         loss: The loss function for criteria that need gradients of `data`.
-        example_inputs: A tensor or tuple that the model runs on: shows which batch norm reads which filter, and which
-            target makes the output; for granularity `coupled`, which channels go together. Callbacks of fastai and Lightning
-            have a batch for it.
-        min_keep: Units that stay in each target, whatever is asked. At granularity `layer` whole targets go.
-        round_to: Kept units of each target are rounded up to a multiple of it. Coupled channels are by default rounded up to
+        example_inputs: A tensor or tuple that the model runs on. It shows the batch norm that reads each filter, and the
+            target that makes the output; for granularity `coupled`, the groups of coupled channels. Callbacks of fastai and
+            Lightning pass a batch instead.
+        min_keep: The number of units of each target that are kept at least. At granularity `layer` whole targets are pruned.
+        round_to: A multiple that the kept units of each target are rounded up to. Coupled channels are by default rounded up to
             8, in groups of at least 32; pass 1 for exact counts.
-        rule: How the masks of a training follow from those before: `nested` (pruned stays pruned while the sparsity rises),
-            `free` (chosen anew at each move), their names, or `DropAndGrow(...)`.
-        max_updates: How often at most the masks follow the schedule in one training, each time for an even share of the units
-            that are left; a schedule that moves at fewer steps is followed at each. The last move is exact. Moves of a rule
-            come on top.
+        rule: The way in which new masks of a training follow from the old: `nested` (pruned units stay pruned while the
+            sparsity rises), `free` (all units are chosen anew), their names, or `DropAndGrow(...)`.
+        max_updates: The most times that the masks follow the schedule in one training, each time with an even share of the
+            units that are left. A schedule that moves at fewer steps is followed at each of them. The last time the count is
+            exact. Changes by a rule come in addition.
 
     Raises:
-        ValueError: An argument is out of range or unknown, no target is found, a target has not got such units, or a
+        ValueError: An argument is out of range or unknown, no target is found, a target does not have such units, or a
             weight is parametrised, sharded or no plain tensor.
         TypeError: An argument is of the wrong type.
     """
@@ -144,12 +147,12 @@ class Sparsifier(Masked):
 
     @property
     def schedule(self) -> Schedule:
-        """How much of the sparsity is pruned at which position of a training."""
+        """The map from the position of a training to the share of the sparsity that is reached by then."""
         return self._pace.schedule
 
     @property
     def max_updates(self) -> int:
-        """How often at most the masks move in one training."""
+        """The most times that the masks follow the schedule in one training."""
         return self._pace.max_updates
 
     def _misfit(self, target: Target) -> str | None:
@@ -160,14 +163,14 @@ class Sparsifier(Masked):
         return any(self.granularity.drops_outputs(t.layout) for t in self.targets)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy follows its own model."""
+        """Restore a copy or pickle, which then follows the cuts of its own model."""
         plan = state.pop("_plan", None)  # of pickles of earlier versions, which have no rule either
         goal = None if plan is None else Goal(*plan)
         self.__dict__.update({"_parallel": None, "rule": nested, "_goal": goal, **state})
         follow(self.model, self._scorer)
 
     def _warn_without_flow(self) -> None:
-        """Say once what cannot be known without example inputs."""
+        """Warn once that norms and outputs are not known without example inputs."""
         if not (self._warned or self._record.maker.is_seen) and self._drops_outputs:
             self._warned = True
             warn_without_flow(self._record)
@@ -175,11 +178,11 @@ class Sparsifier(Masked):
     # --- pruning at once --------------------------------------------------------------------------------------------
 
     def sparsify_model(self, sparsity: Sparsity | None = None, round_to: int | None = None) -> None:
-        """Prune now, to exactly the sparsity asked for; a lower one than before lets units return (as zeros).
+        """Prune now, to exactly the sparsity asked for; if it is lower than before, units return, with zero weights.
 
         Args:
             sparsity: A share in [0, 1], or a dict of target names or globs to shares; the constructor's if left out.
-            round_to: Kept units of each target are rounded up to a multiple of it; the constructor's if left out.
+            round_to: A multiple that the kept units of each target are rounded up to; the constructor's if left out.
 
         Raises:
             ValueError: The sparsity is out of range or names no target, a weight is NaN or infinite, every target is
@@ -198,7 +201,7 @@ class Sparsifier(Masked):
         self.apply_masks()
 
     def sparsify_layer(self, m: nn.Module, sparsity: float, round_to: int | None = None) -> None:
-        """Prune the targets of one module now; the others stay as they are.
+        """Prune the targets of one module now; all others are unchanged.
 
         Raises:
             ValueError: `m` holds no target, or the sparsity is out of range.
@@ -226,7 +229,7 @@ class Sparsifier(Masked):
         return read_goal(sparsity, self.context, self.model, self._record.pools, self.targets)
 
     def _read_own_sparsity(self) -> None:
-        """Read the constructor's sparsity; what it names is not left out."""
+        """Read the constructor's sparsity; targets that it names are not left out."""
         self._goal = None if self._sparsity is None else self._read_sparsity(self._sparsity)
         if self._goal is not None and isinstance(self._goal.context, PerTarget):
             self._record.name(self._goal.context.sparsities)
@@ -240,7 +243,7 @@ class Sparsifier(Masked):
         round_to: int | None = None,
         moment: Moment | None = None,
     ) -> None:
-        """Choose what is pruned; the masks and what is noted with them change together, or not at all."""
+        """Choose the units to prune and replace the masks; if anything fails, nothing is changed."""
         round_to = self.round_to if round_to is None else check_count("round_to", round_to)
         limits = limits_of(pools, min_keep=self.min_keep, may_fall=may_fall, round_to=round_to)
         together = partial(
@@ -260,7 +263,7 @@ class Sparsifier(Masked):
     # --- pruning over a training: the participant -------------------------------------------------------------------
 
     def on_fit_start(self, fit: Fit) -> None:
-        """Take up a run: what is pruned already stays so until the schedule has passed it.
+        """Begin a run; units that are pruned already stay pruned until the schedule has reached their sparsity.
 
         Raises:
             ValueError: No sparsity was given, or the criterion's evidence will not be there.
@@ -287,12 +290,12 @@ class Sparsifier(Masked):
             self._goal = self._read_sparsity(self._sparsity or 0.0)
 
     def _highest_sparsity(self) -> float:
-        """Return the highest sparsity that any pool is asked for; half a unit at least is left."""
+        """Return the highest sparsity asked for of any pool, at most that which leaves half a unit of all (so below 1)."""
         assert self._goal is not None
         return min(self._goal.highest, 1 - 0.5 / max(1, sum(p.count for p in self._record.pools)))
 
     def hears(self, event: str) -> bool:
-        """Tell if it has an answer to an event; to batches only if its criterion reads them."""
+        """Tell if it takes part in an event; in batches only if its criterion reads them."""
         return super().hears(event) and (event != "after_forward" or self._scorer.reads_batches)
 
     def after_forward(self, batch: Batch) -> None:
@@ -304,7 +307,7 @@ class Sparsifier(Masked):
         self._stepping = True
 
     def after_step(self, position: float) -> None:
-        """Move the masks if it is time to, and apply them."""
+        """Move the masks if the schedule or the rule asks for it at this position, and apply them."""
         self._record.note_trained()
         if self._pace.is_due(position) or self.rule.is_due(self._pace.moment(position)):
             with suppress(NotYetError):  # the next step is asked again
@@ -326,9 +329,10 @@ class Sparsifier(Masked):
             self._pace.finish()
 
     def on_fit_end(self, completed: bool) -> None:
-        """End a run: if it was completed, the schedule's end is reached exactly; if it failed in a step, the masks are applied.
+        """End a run.
 
-        Other weights than those of the last step are the user's, who has loaded them since: they stay.
+        If it was completed, the end of the schedule is reached exactly. If it failed in the middle of a step, the masks are
+        applied. If it failed between two steps the weights are not touched: the user may have loaded others since.
         """
         if completed and not self._pace.finished:
             try:
@@ -344,25 +348,25 @@ class Sparsifier(Masked):
         self._scorer.end()
 
     def finalize(self) -> None:
-        """Bake the masks in for good: zeros stay in the weights, holds end, copies of weights are let go."""
+        """End sparse training: the zeros stay in the weights, holds end, and copies of earlier weights are dropped."""
         self._end_holds()
         self._scorer.forget()
 
     def reset(self) -> None:
-        """Forget the masks; the weights stay as they are."""
+        """Forget the masks; the weights are unchanged."""
         self._record.keep, self._record.noted, self._pace.asked = {}, {}, ()
 
     # --- saving and going on -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The masks and what is needed to go on bit for bit: copies, by parameter name."""
+        """Return the masks and all else that is needed to go on bit for bit, as copies by parameter name."""
         return {"format": FORMAT, **self._record.state_dict(), **self._scorer.state_dict(), **self._pace.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state; the weights are not touched, and the caller's dict is not changed.
+        """Load a saved state; the weights and the caller's dict are unchanged.
 
         Raises:
-            ValueError: It is no sparsifier's state, or of another model or granularity; what differs is named.
+            ValueError: It is no sparsifier's state, or of another model or granularity; the message names the difference.
         """
         check_state(state)
         self._record.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Lottery tickets: go back to early weights each time the masks move."""
+"""Lottery tickets: the weights go back to early values each time the masks change."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["LotteryTicket"]
 
 
 class LotteryTicket(Participant):
-    """Rewinds the surviving weights whenever a sparsifier's masks move (Frankle & Carbin 2019; rewinding: Frankle et al. 2020).
+    """Rewinding of kept weights whenever a sparsifier's masks change (Frankle & Carbin 2019; rewinding: Frankle et al. 2020).
 
-    All parameters and buffers, those of batch norms included, go back to what they were at `rewind_epoch`, the masks are
-    applied, and the optimizers' states are cleared. A copy of the model's state is held for it. Meant for schedules with
-    few moves (`iterative`, `one_shot`); comes after the sparsifier in a loop.
+    All parameters and buffers, those of batch norms included, get the values back that they had at `rewind_epoch`. Then the
+    masks are applied, and the optimizers' states are cleared. A copy of the model's state is held for it. Use it with schedules
+    that change the masks few times (`iterative`, `one_shot`), and put it after the sparsifier in a loop.
 
     Args:
-        sparsifier: Whose masks are followed.
+        sparsifier: The sparsifier whose masks are followed.
         rewind: Go back at every move. If not, only `reset_end` does.
         rewind_epoch: The epoch whose beginning is gone back to; 0 is the start of the training.
         reset_end: Go back once more when the run has been completed, which leaves the mask on early weights (a supermask).
@@ -58,7 +58,7 @@ class LotteryTicket(Participant):
         self._moved_at = -2
 
     def on_fit_start(self, fit: Fit) -> None:
-        """Note the weights, if this is the epoch.
+        """Note the weights, if `rewind_epoch` is 0; later epochs are noted when they begin.
 
         Raises:
             ValueError: `rewind_epoch` is not within the run.
@@ -98,7 +98,7 @@ class LotteryTicket(Participant):
                 self.sparsifier.save_model(self.save_tickets / f"winning_ticket_{self.sparsifier.sparsity.overall:.4f}.pt")
 
     def on_fit_end(self, completed: bool) -> None:
-        """Go back once more, if asked for."""
+        """Rewind once more, if `reset_end` asks for it."""
         if completed and self.reset_end and self._saved:
             self._rewind()
         self._fit = None
@@ -124,10 +124,10 @@ class LotteryTicket(Participant):
                 optimizer.state.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """The noted weights: copies."""
+        """Return copies of the noted weights."""
         return {"saved": {n: x.clone() for n, x in self._saved.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over noted weights; the caller's dict is not changed."""
+        """Load noted weights; the caller's dict is not changed."""
         device = next(iter(self.sparsifier.model.parameters())).device
         self._saved = {n: x.to(device, copy=True) for n, x in state["saved"].items()}

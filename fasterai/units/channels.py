@@ -1,4 +1,4 @@
-"""Pools of coupled channels: those of one kind, through all parameters that they run through."""
+"""Pools of coupled channels: one pool for each group of channels that several parameters have to lose together."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ OVER: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class ChannelPool(Pool):
-    """Coupled channels of one kind.
+    """A group of coupled channels, whose units are the channels.
 
     Attributes:
-        name: The first weight that makes them.
-        targets: The weights that they run through.
-        makers: Those of them that make the channels.
-        layout: That of the first maker, where the channels are its outputs.
+        name: The name of the first weight that makes the channels as its outputs.
+        targets: The weights that the channels run through, as outputs of one layer and inputs of the next.
+        makers: The names of those weights that make the channels as their outputs.
+        layout: The layout of the first maker, or a bare row of channels where one channel is not one of its outputs.
         shape: `(channels,)`.
-        group: Which indices of which parameters belong to each channel.
-        granularity: How the scores of a channel's slices become one, and whether they are held against the group's mean.
+        group: The indices, in each parameter and dimension, that belong to each channel.
+        granularity: The operation that makes one score of a channel's slices, and the choice to divide by the group's mean.
         parameters: Name -> target, for every parameter that the channels run through, vectors included.
     """
 
@@ -62,7 +62,7 @@ class ChannelPool(Pool):
 
     @property
     def trains(self) -> bool:
-        """Whether all that its channels run through trains, biases and norms included."""
+        """True if all parameters that its channels run through train, biases and norms included."""
         return all(t.parameter.requires_grad for t in self.parameters.values())
 
     @property
@@ -74,7 +74,11 @@ class ChannelPool(Pool):
         return sum(int(g.sum()) for g in gone.values())
 
     def step(self, round_to: int | None, first: int | None = None) -> int:
-        """By default a multiple that suits the hardware, unless there were few; heads count by their width."""
+        """Return the multiple that the number of kept channels is rounded up to.
+
+        By default 8, which suits the hardware, for at least 32 units, and 1 for fewer. A unit may be a head of several
+        channels: with a width of 4 channels and `round_to=8`, the number of kept heads is rounded up to a multiple of 2.
+        """
         if round_to is None:
             round_to = ROUND_TO if (first or self.count) >= ENOUGH else 1
         width = min((i.shape[1] for (n, _), i in self.group.places.items() if n in self.makers), default=1)
@@ -122,7 +126,7 @@ class ChannelPool(Pool):
                 yield name, kept
 
     def _kept(self, keep: Tensor) -> Iterator[tuple[str, int, Tensor]]:
-        """(parameter, dimension, which of its indices stay)."""
+        """Yield (parameter, dimension, flags of the indices to keep along it) for each place that the channels run through."""
         for (name, d), indices in self.group.places.items():
             if name in self.parameters:
                 parameter = self.parameters[name].parameter
@@ -153,7 +157,7 @@ class ChannelPool(Pool):
         return keep[torch.as_tensor(self._staying(cut), device=keep.device)]
 
     def _staying(self, cut: Cut) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Which channels have all of their indices left."""
+        """Return flags of the channels that have all of their indices left after a cut."""
         stay = np.ones(self.shape, np.bool_)
         for place, indices in self.group.places.items():
             if place in cut:
@@ -162,7 +166,7 @@ class ChannelPool(Pool):
 
 
 def channel_pools(model: nn.Module, graph: ChannelGraph, granularity: Coupled) -> tuple[ChannelPool, ...]:
-    """The coupled channels of a model, as pools."""
+    """Make a pool of each group of coupled channels of a model."""
     known = {t.name: t for t in all_targets(unwrap(model))}
     return tuple(_channel_pool(group, graph, known, granularity) for group in graph.groups)
 
@@ -187,14 +191,14 @@ def _channel_pool(group: Group, graph: ChannelGraph, known: Mapping[str, Target]
 
 
 def _layout(maker: Target | None, channels: int) -> Layout:
-    """The maker's layout where each of its outputs is one channel, a bare row of channels elsewhere."""
+    """Return the maker's layout if each of its outputs is one channel, else the layout of a bare row of channels."""
     if maker is not None and maker.layout.size("out") == channels:
         return maker.layout
     return Layout((channels,), (frozenset({"out"}),))
 
 
 def warn_of_rounding(asked: int, gone: int, count: int, round_to: int | None) -> None:
-    """Say that rounding keeps channels that were to go, if it is more than one in a hundred of all."""
+    """Warn if rounding keeps more than one in a hundred of all channels that were to be removed."""
     if asked - gone > count / 100:
         where = f"in groups of at least {ENOUGH} " if round_to is None else ""
         warn(

@@ -1,4 +1,4 @@
-"""From unit scores to masks, in one place for the sparsifier, which masks, and the pruners, which remove."""
+"""The one choice from unit scores to masks, for the sparsifier (which masks) and the pruners (which remove)."""
 
 from __future__ import annotations
 
@@ -19,40 +19,48 @@ __all__ = ["Goal", "choose", "limits_of"]
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked for.
+    """A context and the sparsity asked of it.
 
     Attributes:
-        context: Which units compete.
-        sparsity: The share of them that goes, in [0, 1].
+        context: The context that chooses among units.
+        sparsity: The share of the units to remove, in [0, 1].
     """
 
     context: Context
     sparsity: float
 
     def at(self, share: float) -> Goal:
-        """Return the goal when a share of it is asked for."""
+        """Return a share of the goal: half of a sparsity of 0.8 is one of 0.4."""
         return replace(self, sparsity=self.sparsity * share)
 
     def asked(self, counts: Mapping[str, int]) -> tuple[int, ...]:
-        """Return how many units are asked for, of pools with so many units each."""
+        """Return the numbers of units to remove, given the units of each pool; while they are equal, so are the masks."""
         return self.context.asked(counts, self.sparsity)
 
     def total(self, counts: Mapping[str, int]) -> int:
-        """Return how many units of all pools together are to go."""
+        """Return the number of units to remove of all pools together, given the units of each pool."""
         return self.context.total(counts, self.sparsity)
 
     @property
     def highest(self) -> float:
-        """The highest sparsity that any pool is asked for."""
+        """The highest sparsity asked for of any pool."""
         shares = self.context.sparsities if isinstance(self.context, PerTarget) else {"": 1.0}
         return self.sparsity * max(shares.values(), default=0.0)
 
     def left(self, first: Mapping[str, int], now: Mapping[str, int]) -> Goal:
-        """Return what is still to go where units have been removed, as shares of those that are there.
+        """Return the goal for the units that are left, where some have been removed already.
+
+        A sparsity of 0.5 of 16 channels asks to remove 8. If 12 are left, 4 are removed already and 4 are still to go: a third
+        of those that are left. A pool that has more removed than it asks for loses none.
+
+        >>> from fasterai.core.contexts import local
+        >>> goal = Goal(local, 0.5).left({"conv1": 16, "conv2": 8}, {"conv1": 12, "conv2": 2})
+        >>> {name: round(share, 3) for name, share in goal.context.sparsities.items()}
+        {'conv1': 0.333, 'conv2': 0.0}
 
         Args:
-            first: Pool's name -> its units at first.
-            now: Pool's name -> its units now; a pool that is none any more has one unit left.
+            first: Pool's name -> number of its units at first.
+            now: Pool's name -> number of its units now; a pool that is not there any more has one unit left.
         """
         if not isinstance(self.context, Local | PerTarget):
             gone = sum(n - now.get(name, 1) for name, n in first.items())
@@ -70,14 +78,14 @@ def limits_of(
     round_to: int | None = None,
     first: Mapping[str, int] | None = None,
 ) -> Limits:
-    """Return what a choice among pools has to respect.
+    """Return the limits of a choice among pools.
 
     Args:
-        pools: Whose units compete.
-        min_keep: Units that stay in each pool, except where a pool is one unit by definition.
-        may_fall: Whether pruned units may return.
-        round_to: Kept units of each pool are rounded up to a multiple of it; None leaves it to the pool.
-        first: Pool's name -> its units before any were removed, where some have been.
+        pools: The pools whose units compete.
+        min_keep: The number of units of each pool that are kept at least; 0 is used where a pool is one unit by definition.
+        may_fall: True if pruned units may return.
+        round_to: A multiple that the kept units of each pool are rounded up to; None for the pool's own.
+        first: Pool's name -> number of its units before any were removed, where some have been.
     """
     steps = {p.name: p.step(round_to, (first or {}).get(p.name)) for p in pools}
     return Limits(
@@ -98,16 +106,16 @@ def choose(
     moment: Moment | None = None,
     grow: Callable[[Criterion], Sequence[Scores]] | None = None,
 ) -> list[Tensor]:
-    """Return which units stay.
+    """Choose the units to keep.
 
     Args:
-        pools: Whose units compete.
+        pools: The pools whose units compete.
         scores: Their unit scores, with the decisions so far.
-        goal: How many are to go.
-        limits: What has to be respected besides.
-        rule: How the decisions follow from those so far.
+        goal: The context and the sparsity.
+        limits: The limits of the choice.
+        rule: The rule by which new decisions follow from those so far.
         moment: The moment of the training; None for pruning at once.
-        grow: Criterion -> the pools' scores by it, asked for if the rule exchanges units.
+        grow: Criterion -> the pools' scores by it; called only if the rule exchanges units.
 
     Returns:
         For each pool a bool tensor of the units' shape, True = keep.
@@ -125,7 +133,11 @@ def choose(
 
 
 def _exchange(scores: Scores, keep: Tensor, grow: Scores, share: float) -> Tensor:
-    """Drop the lowest units of `keep`, of equals the first, and grow the best of those pruned before, of equals the last."""
+    """Drop a share of the kept units, the lowest, and keep as many instead that were pruned before, the highest by `grow`.
+
+    Among equal scores the first are dropped, and the last take their place. At share 0.5, where `keep` is as before,
+    `[1, 1, 0, 0]`, with the scores `[5, 1, 0, 0]` and the scores to grow by `[0, 0, 2, 7]`, the result is `[1, 0, 0, 1]`.
+    """
     if scores.keep is None:
         return keep
     grounds = ~(scores.keep | keep)

@@ -1,7 +1,7 @@
-"""Gathers what criteria need beyond the weight, without leaving a trace in the model.
+"""Gatherers of the evidence that criteria need beyond the weight; they leave the model unchanged.
 
-One function per kind of evidence, `(model, targets, source) -> target name -> tensor`; to add one, write it and put it
-into `GATHERERS`. A gatherer of the user's own is such a function, too, named by the criterion itself.
+There is one function per kind of evidence, `(model, targets, source) -> target name -> tensor`. To add one, write it and put it
+into `GATHERERS`. A gatherer of the user's own is such a function too, named by the criterion itself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["GATHERERS", "Gatherer", "NotYetError", "Source", "gather"]
 
 
 class NotYetError(ValueError):
-    """Evidence that is not there now, and may be after a later step of a training."""
+    """The error for evidence that is missing now, but may be there after a later step of a training."""
 
 
 WHERE_GRADIENTS_ARE = (
@@ -37,11 +37,11 @@ WHERE_GRADIENTS_ARE = (
 
 @dataclass(frozen=True)
 class Source:
-    """Where evidence comes from.
+    """The data, loss function and inputs that evidence is computed from.
 
     Attributes:
         data: Batches given by the user, else None.
-        batch: The batch at hand in the loop, else None.
+        batch: The present batch of the training, else None.
         loss: The loss function `(output, *targets) -> scalar`, else None.
         inputs: Example inputs of the model, else None.
     """
@@ -52,10 +52,13 @@ class Source:
     inputs: tuple[Any, ...] | None = None
 
     def batches(self, what: str) -> list[Batch]:
-        """The batches to work with.
+        """Return the batches that evidence is computed from: the user's, else the present one of the training.
+
+        Args:
+            what: The kind of evidence, for the message.
 
         Raises:
-            ValueError: There are none.
+            ValueError: There are no batches.
         """
         if self.data is not None:
             batches = [as_batch(item) for item in self.data]
@@ -69,7 +72,7 @@ class Source:
 
 
 def gradients(model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, Tensor]:
-    """dL/dw: of the given data, or what the last backward pass left in `parameter.grad`.
+    """Compute the gradients dL/dw of the given data; without data, read those of the last backward pass in `parameter.grad`.
 
     Over several batches it is the root of the mean square, so that `(g w)^2` is averaged over them as in Molchanov et al. 2019.
     """
@@ -95,7 +98,10 @@ def gradients(model: nn.Module, targets: Sequence[Target], source: Source) -> di
 
 
 def hessian_gradients(model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, Tensor]:
-    """Hg, the gradient of `g . stop(g)`, with the outputs divided by 200 (Wang et al. 2020, GraSP, official code)."""
+    """Compute Hg, the Hessian times the gradient, which is the gradient of `g . stop(g)`.
+
+    The model's outputs are divided by 200 first, as in the official code (Wang et al. 2020, GraSP).
+    """
     loss = _loss(source)
 
     def tempered(output: Any, *wanted: Any) -> Tensor:
@@ -112,7 +118,10 @@ def hessian_gradients(model: nn.Module, targets: Sequence[Target], source: Sourc
 
 
 def synaptic_flow(model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, Tensor]:
-    """dR/d|w| for R = the sum of the outputs of the network of absolute values on ones, in float64 (Tanaka et al. 2020)."""
+    """Compute dR/d|w| in float64 (Tanaka et al. 2020, SynFlow).
+
+    R is the sum of the model's outputs on inputs of ones, with the absolute values of all weights in place of the weights.
+    """
     if source.inputs is None and source.data is None and source.batch is None:
         raise ValueError("example_inputs must be given for synflow, which feeds ones of their shape")
     inputs = source.inputs or arguments(model, source.batches("example inputs")[0])
@@ -139,12 +148,12 @@ def _is_floats(x: Any) -> bool:
 
 @dataclass(frozen=True)
 class Statistic:
-    """What is made of an input feature's values over batch and positions.
+    """A number computed for each input feature, from its values over batch and positions.
 
     Attributes:
-        part: `(N, C)` -> `(C,)`: of one call of the layer.
-        join: Of two calls.
-        finish: Of all calls, and how many values there were.
+        part: The result of one call of the layer: `(N, C)` -> `(C,)`.
+        join: The joined result of two calls.
+        finish: The number itself, of the joined result of all calls and the count of values.
     """
 
     part: Callable[[Tensor], Tensor]
@@ -158,7 +167,7 @@ MEAN = Statistic(lambda x: x.abs().sum(0), torch.add, lambda total, n: total / n
 
 
 def activations(model: nn.Module, targets: Sequence[Target], source: Source, statistic: Statistic = NORM) -> dict[str, Tensor]:
-    """A statistic of each input feature, by default the 2-norm (Sun et al. 2023), to broadcast against the weight."""
+    """Compute a statistic of each input feature, by default the 2-norm (Sun et al. 2023); it broadcasts against the weight."""
     found: dict[str, tuple[Tensor, int]] = {}
     inner = unwrap(model)
     handles = []
@@ -189,10 +198,10 @@ GATHERERS: dict[str, Gatherer] = {
 
 
 def gather(criterion: Criterion, model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, dict[str, Tensor]]:
-    """Return what the criterion's own gatherers bring: gatherer's name -> target's name -> tensor.
+    """Run the criterion's own gatherers, and return gatherer's name -> target's name -> tensor.
 
     Raises:
-        TypeError: One brings something else than tensors by name.
+        TypeError: One returns something else than tensors by name.
         ValueError: A target is missing, or a tensor does not broadcast against its weight.
     """
     return {
@@ -203,7 +212,7 @@ def gather(criterion: Criterion, model: nn.Module, targets: Sequence[Target], so
 
 
 def _brought(gatherer: str, found: Any, target: Target) -> Tensor:
-    """Return what a gatherer has brought for a target, checked."""
+    """Check the result of a gatherer for a target, and return the tensor."""
     if not isinstance(found, Mapping):
         raise TypeError(f"{gatherer} must return a dict of target names to tensors, got a {type(found).__name__}")
     value, shape = found.get(target.name), tuple(target.parameter.shape)
@@ -229,7 +238,7 @@ def _loss(source: Source) -> Callable[..., Tensor]:
 
 
 def _held_targets(model: nn.Module, held: Mapping[str, Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
-    """The targets' stand-ins among the leaves; names of compiled sub-modules carry a part that target names do not."""
+    """Find the targets' stand-ins among the leaves; by parameter, since names in compiled sub-modules are longer."""
     by_parameter = {id(p): held[n] for n, p in model.named_parameters()}
     return {t.name: by_parameter[id(t.parameter)] for t in targets}
 
@@ -237,7 +246,10 @@ def _held_targets(model: nn.Module, held: Mapping[str, Tensor], targets: Sequenc
 def _differentiate(
     model: nn.Module, targets: Sequence[Target], batch: Batch, loss: Callable[..., Tensor], create_graph: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The gradients of one batch's loss, and the leaves they belong to; the model's mode counts, its buffers stay."""
+    """Return the gradients of one batch's loss, and the leaves that they belong to.
+
+    The model runs in its present mode (train or eval), and its buffers are unchanged.
+    """
     model = unwrap(model)
     held = leaves(model)
     weights = _held_targets(model, held, targets)
@@ -262,7 +274,7 @@ def _watch_inputs(
 
 
 def _features(target: Target, args: tuple[Any, ...]) -> Tensor | None:
-    """What a layer's weight reads, with the features last: `(..., C)`; None if the layer's input does not tell."""
+    """Return the features that a layer's weight reads, in the last dimension, `(..., C)`; None if the input hides them."""
     if target.attribute == "in_proj_weight" and isinstance(target.module, nn.MultiheadAttention):
         same = len(args) >= 3 and args[0] is args[1] and args[1] is args[2]
         return args[0] if same else None
@@ -276,7 +288,10 @@ def _features(target: Target, args: tuple[Any, ...]) -> Tensor | None:
 
 
 def _spread(norms: Tensor, target: Target) -> Tensor:
-    """Norms of the inputs `(C,)` in the weight's shape, or in one that broadcasts against it."""
+    """Lay out one number per input, `(C,)`, so that they broadcast against the weight.
+
+    For a convolution weight `(8, 3, 5, 5)` the shape `(3,)` becomes `(1, 3, 1, 1)`.
+    """
     layout = target.layout
     sizes = [n if "in" in names else 1 for n, names in zip(layout.shape, layout.axes, strict=True)]
     spread = norms.view(sizes)

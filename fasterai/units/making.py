@@ -1,4 +1,4 @@
-"""From a granularity to pools: what example inputs have to show for it, and the units that it then makes of the targets.
+"""Makers of pools: for each granularity, the units that it makes of the targets, and the example inputs that it needs for it.
 
 To add units that span several parameters: a `Maker`, registered for its granularity with `maker_of`, and its `Pool`.
 """
@@ -29,12 +29,12 @@ __all__ = ["ChannelMaker", "Maker", "TargetMaker", "maker_of"]
 
 
 class Maker(ABC):
-    """Makes the pools of a granularity.
+    """The maker of the pools of a granularity.
 
     Attributes:
-        is_seen: Whether example inputs have shown all that they can.
-        needs_inputs: Whether there are no pools before example inputs have been seen.
-        rounds_by_default: Whether kept units are rounded up to a multiple although the user names none.
+        is_seen: True if the model has been followed with example inputs.
+        needs_inputs: True if there are no pools before that.
+        rounds_by_default: True if kept units are rounded up to a multiple although the user gives none.
     """
 
     needs_inputs: ClassVar[bool] = False
@@ -43,7 +43,7 @@ class Maker(ABC):
 
     @abstractmethod
     def look(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """See what example inputs show of the model.
+        """Follow the model with example inputs, and note its data flow.
 
         Raises:
             ValueError: The model does not run on them, or cannot be followed.
@@ -51,30 +51,30 @@ class Maker(ABC):
 
     @abstractmethod
     def look_at_batch(self, model: nn.Module, fit: Fit) -> None:
-        """See what a training's first batch shows of the model, which may be a part of the one that is trained.
+        """Follow the model with the first batch of a training; it may be a part of the model that is trained.
 
         Raises:
-            ValueError: It does not show what there must be.
+            ValueError: The pools need the data flow, and the batch does not show it.
         """
 
     @abstractmethod
     def make(self, model: nn.Module, selection: Selection) -> tuple[Selection, tuple[Pool, ...]]:
-        """Return the targets and their pools, by what is known so far; what is left out comes with its reason.
+        """Return the targets and their pools, as far as the data flow is known; parameters left out come with the reason.
 
         Raises:
-            ValueError: There is no unit that may go; why is said.
+            ValueError: There is no unit that may be removed; the message says why.
         """
 
     def check_seen(self) -> None:
-        """Refuse to go on without what has to be seen.
+        """Refuse to go on without example inputs, if they are needed.
 
         Raises:
-            ValueError: There are no pools before example inputs have been seen.
+            ValueError: There are no pools, since no example inputs have been given.
         """
 
 
 class TargetMaker(Maker):
-    """Makes one pool of each target; inputs show norms that read a target, and targets that make the output."""
+    """The maker of one pool per target; example inputs show norms that read a target, and targets that make the output."""
 
     def __init__(self, granularity: Granularity) -> None:
         self.granularity = granularity
@@ -104,7 +104,7 @@ class TargetMaker(Maker):
 
 
 class ChannelMaker(Maker):
-    """Makes a pool of each group of coupled channels, which inputs show."""
+    """The maker of one pool per group of coupled channels; example inputs show the groups."""
 
     needs_inputs = True
     rounds_by_default = True
@@ -146,14 +146,14 @@ def _left_out(selection: Selection, weights: Sequence[str] | dict[str, Target], 
 
 
 def _why_pinned(target: Target, graph: ChannelGraph) -> str:
-    """Return why the outputs of a target may not go."""
+    """Return the reason for which the outputs of a target must be kept."""
     outputs = 1 if target.layout.axes[0] == {"in"} else 0
     return graph.pinned.get((target.name, outputs), "its channels may not go")
 
 
 @singledispatch
 def maker_of(granularity: Granularity) -> Maker:
-    """Return who makes the pools of a granularity."""
+    """Return the maker of the pools of a granularity."""
     return TargetMaker(granularity)
 
 

@@ -1,4 +1,7 @@
-"""What falls silent with a pruned output: the layer's bias, and the scale and shift of the batch norm that reads it."""
+"""Partners of targets: the vectors that become zero with a pruned output, so that it is zero after bias and norm too.
+
+These are the layer's bias, and the scale and shift of the batch norm that reads the output.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ class Partner:
 
 
 def find_partners(model: nn.Module, selection: Selection, granularity: Granularity, flow: Flow | None) -> tuple[Partner, ...]:
-    """The partners of all targets whose units are whole outputs; norms only where the data flow is known."""
+    """Find the partners of all targets whose units are whole outputs; norms only where the data flow is known."""
     found = []
     places = {name: (module, attribute) for name, module, attribute, _ in walk_parameters(unwrap(model))}
     for target in selection.targets:
@@ -64,9 +67,9 @@ def find_partners(model: nn.Module, selection: Selection, granularity: Granulari
 
 
 def without_outputs(selection: Selection, granularity: Granularity, flow: Flow) -> Selection:
-    """The selection less the targets that make the model's outputs, where units are whole outputs.
+    """Drop the targets that make the model's outputs from a selection, where units are whole outputs.
 
-    What the user named stays, and so does a target that is the only one.
+    Targets that the user named are not dropped. If all targets make outputs, none is dropped, and a warning says so.
     """
     drop = {
         t.name
@@ -84,17 +87,17 @@ def without_outputs(selection: Selection, granularity: Granularity, flow: Flow) 
 
 
 def kept_outputs(keep: Tensor, target: Target) -> Tensor:
-    """Which outputs stay, `(O,)`, from the decisions per unit of a granularity that drops outputs."""
+    """Return flags of the outputs to keep, `(O,)`, from the decisions per unit of a granularity that removes outputs."""
     layout = target.layout
     return keep.expand([n if "out" in names else 1 for n, names in zip(layout.shape, layout.axes, strict=True)]).reshape(-1)
 
 
 @torch.no_grad()
 def revive_(vectors: Iterator[tuple[str, Tensor, Tensor, Tensor]], noted: dict[str, Tensor]) -> None:
-    """Note the biases, scales and shifts of outputs that go, and give them back to outputs that return.
+    """Note the biases, scales and shifts of outputs that are pruned, and give them back to outputs that return.
 
-    Without its norm's scale a returning output, whose weights are zero, would never learn again; behind a ReLU it learns
-    only where its bias or shift is positive.
+    A returning output has zero weights. If its norm's scale were zero as well, it would never learn again; before a ReLU it
+    learns only where its bias or shift is positive.
 
     Args:
         vectors: (name, vector, entries kept so far, entries kept from now on), the last three `(O,)`.

@@ -1,6 +1,6 @@
 """Pools of units that compete under one name, and shares given to them by name.
 
-To add units that span several parameters: a `Pool` that can score them, say what their masks are, and be cut.
+To add units that span several parameters: a `Pool` that scores them, makes their masks, and can be cut.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ __all__ = ["Pool", "WeightScores", "at_least_float32", "by_pool"]
 
 
 class WeightScores:
-    """The scores of targets' weights, each worked out once where several pools want them.
+    """The scores of targets' weights, each computed once where several pools read them.
 
     Args:
         score: Target -> scores of the shape of its weight.
         reducer: `mean` or `sum` over the weights of a unit.
-        by_part: Target -> its scores in the layout's view, worked out where they are read; None if that cannot be done.
+        by_part: Target -> its scores in the layout's view, computed part by part as they are read; None if that is impossible.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class WeightScores:
         self._along: dict[tuple[str, int], Tensor] = {}
 
     def along(self, target: Target, dim: int) -> Tensor:
-        """The scores of the indices of a dimension of the parameter, over all others."""
+        """Combine the scores of a parameter's weights into one for each index of a dimension; the result is remembered."""
         if (target.name, dim) not in self._along:
             scores = self.of(target).reshape(target.parameter.shape)
             for d in {*range(min(2, scores.dim())), dim}:  # the two that channels run along
@@ -63,9 +63,9 @@ class Pool(ABC):
     Attributes:
         name: The target's name, or that of the weight that makes the channels.
         targets: The weights that the units are scored by.
-        makers: Names of targets that the pool may be called by.
-        layout: How the contexts read it.
-        shape: Of its units.
+        makers: The names of targets under which users may give the pool a share.
+        layout: The layout that contexts read.
+        shape: The shape of its units.
     """
 
     name: str
@@ -76,86 +76,100 @@ class Pool(ABC):
 
     @property
     def count(self) -> int:
-        """How many units there are."""
+        """The number of units."""
         return math.prod(self.shape)
 
     @property
     def places(self) -> tuple[Place, ...]:
-        """Where the parameters are held that its masks are multiplied into."""
+        """The places that hold the parameters that its masks are multiplied into."""
         return self.targets
 
     @property
     def trains(self) -> bool:
-        """Whether all of its weights train."""
+        """True if all of its weights train."""
         return all(t.parameter.requires_grad for t in self.targets)
 
     @property
     @abstractmethod
     def weights(self) -> int:
-        """How many weights its units are made of."""
+        """The number of weights of all of its units, each counted once."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is one single unit by definition."""
+        """True if it is one single unit by definition."""
         return False
 
     def step(self, round_to: int | None, first: int | None = None) -> int:
-        """What kept units are rounded up to a multiple of, of `first` units before any went; by default single ones are not."""
+        """Return the multiple that the number of kept units is rounded up to.
+
+        Args:
+            round_to: The multiple that the user gave; None for the pool's own, which is 1 unless it says otherwise.
+            first: The number of units before any were removed; None if none have been.
+        """
         return round_to or 1
 
     @property
     def device(self) -> torch.device:
-        """Where its decisions are held."""
+        """The device that its decisions are on."""
         return self.targets[0].parameter.device
 
     @property
     def shown_shape(self) -> tuple[int, ...]:
-        """The shape that reports show: of the parameter, or of the units where they span several."""
+        """The shape that reports show: of the parameter, or of the units if they span several parameters."""
         return self.shape
 
     def laid_out(self, keep: Tensor) -> Tensor:
-        """Return decisions in the order of memory in which their masks are read."""
+        """Return decisions in the memory format in which their masks are read."""
         return keep
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
-        """The weight or vector of a name as its mask sees it: detached, in its layout's view, looked up anew each time."""
+        """Return the weight or vector of a name in the view that its mask broadcasts against: detached, looked up each time."""
 
     @abstractmethod
     def score(self, scores: WeightScores) -> Tensor:
-        """The scores of its units."""
+        """Return the scores of its units."""
 
     @abstractmethod
     def vectors_of_units(self) -> Tensor:
-        """Return the weights that each unit is made of: `(units, features)`, in float32 at least; never to be written to."""
+        """Return the weights of each unit, `(units, features)`, in float32 at least; they must not be written to."""
 
     def on_one_scale(self, scores: Tensor, keep: Tensor | None) -> Tensor:
-        """The scores as they are compared with those of other pools; as they are, unless the pool says otherwise."""
+        """Scale scores so that they compare with those of other pools; unchanged unless the pool says otherwise."""
         return scores
 
     @abstractmethod
     def masks(self, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(name of a weight, mask that broadcasts against `tensor(name)`), for decisions of the units' shape."""
+        """Yield (name of a weight, mask that broadcasts against `tensor(name)`), for decisions of the units' shape."""
 
     @abstractmethod
     def vectors(self, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(name of a bias or a norm's scale or shift, which of its entries stay)."""
+        """Yield (name of a bias, or a norm's scale or shift; flags of its entries to keep)."""
 
     def is_left(self, fresh: Mapping[str, Target]) -> bool:
-        """Whether the model still has any of its weights."""
+        """Tell if the model still has any of its weights.
+
+        Args:
+            fresh: Name -> target, of the model as it is now.
+        """
         return any(t.name in fresh for t in self.targets)
 
     @abstractmethod
     def cut(self, cut: Cut, fresh: Mapping[str, Target]) -> Pool:
-        """The same pool after parameters have got smaller; `fresh` are the targets as they are now, at least one of its own."""
+        """Return the same pool after parameters have got smaller.
+
+        Args:
+            cut: The indices that each parameter has kept.
+            fresh: Name -> target, of the model as it is now; at least one is a target of this pool.
+        """
 
     @abstractmethod
     def cut_keep(self, keep: Tensor, cut: Cut, after: Pool) -> Tensor:
-        """Decisions for what is left of the units, which `after` is the pool of."""
+        """Return the decisions for the units that are left after a cut; `after` is the pool of these units."""
 
 
 def by_pool(pools: Sequence[Pool], values: Mapping[str, float], targets: Sequence[Target], argument: str) -> dict[str, float]:
-    """Shares by name or glob of a target that makes units, or by a pool's own name, as shares by pool name.
+    """Match shares to pools: from shares by target's name, glob or pool's own name, make shares by pool's name.
 
     Raises:
         ValueError: A name matches nothing; the known ones are listed. Or layers whose channels are coupled, or a tied

@@ -1,8 +1,9 @@
-"""The catalogue of rules: how the masks of a training follow from those before.
+"""The catalogue of rules: ways in which new masks of a training follow from the masks before.
 
-A rule is a frozen value. How many units go is the context's answer, exact with every rule; the rule says whether pruned units
-may take the place of kept ones, and at which steps. To add one: a frozen class below, its ready-made value if it needs no
-settings, its name in `__all__`, a case in `tests/units/test_choice.py` and a line in `docs/contexts.md`.
+A rule is a frozen value. The context alone sets the number of units to prune, which is exact with every rule. The rule decides
+if pruned units may take the place of kept ones, and at which steps.
+To add one: a frozen class below, its ready-made value if it needs no settings, its name in `__all__`, a case in
+`tests/units/test_choice.py` and a line in `docs/contexts.md`.
 """
 
 from __future__ import annotations
@@ -36,44 +37,44 @@ class Moment:
 
 
 class Rule(ABC):  # noqa: B024 - each answer has a default, that of `nested`
-    """How the masks of a training follow from those before; a frozen value.
+    """The base of all rules: the way in which new masks of a training follow from the masks before.
 
     Every rule prunes exactly as many units as the context asks for. The moment is None for pruning at once.
     """
 
     def is_due(self, moment: Moment) -> bool:
-        """Tell if the masks move at this moment, also where as many units are asked for as before."""
+        """Tell if the masks change at this moment even though as many units are to be pruned as before."""
         return False
 
     def chooses_anew(self, moment: Moment | None) -> bool:
-        """Tell if the masks so far have no say in the choice, so that pruned units compete like all others."""
+        """Tell if the choice ignores the masks so far, so that pruned units compete like all others."""
         return False
 
     def exchanged(self, moment: Moment | None) -> float:
-        """Return the share of each pool's kept units that pruned ones take the place of, in [0, 1]."""
+        """Return the share of each pool's kept units that are replaced by pruned ones, in [0, 1]."""
         return 0.0
 
     def growing(self, moment: Moment | None) -> Criterion | None:
-        """Return how pruned units are ranked that may take the place of kept ones."""
+        """Return the criterion that ranks pruned units to replace kept ones; None if there is none."""
         return None
 
     @property
     def criteria(self) -> tuple[Criterion, ...]:
-        """What it scores units by, besides the sparsifier's criterion."""
+        """The criteria that it scores units by, besides the sparsifier's criterion."""
         return ()
 
 
 @dataclass(frozen=True)
 class Nested(Rule):
-    """What is pruned stays pruned while the sparsity rises, and what is kept stays kept while it falls."""
+    """A rule by which pruned units stay pruned while the sparsity rises, and kept units stay kept while it falls."""
 
 
 @dataclass(frozen=True)
 class _Periodic(Rule):
-    """A rule by which masks move every few steps, up to a position.
+    """A rule by which masks change every few steps, up to a position.
 
     Attributes:
-        every: Optimizer steps from one move to the next.
+        every: The number of optimizer steps from one change to the next.
         until: The position of the training, in [0, 1], from which on the rule is that of `nested`.
     """
 
@@ -90,15 +91,15 @@ class _Periodic(Rule):
 
 @dataclass(frozen=True)
 class Free(_Periodic):
-    """The masks are chosen anew at each move, of all units: what is pruned may return, for what scores less.
+    """A rule by which all units are chosen anew at each change: pruned units return if they score higher than kept ones.
 
-    The scores are those of the weights as the optimizer's step has left them, pruned ones included, and these return with that
-    value. A participant that goes before the sparsifier may keep dense weights and put them there, as SR-STE does
-    (Zhou et al. 2021, arXiv 2102.04010).
+    The scores are those of the weights after the optimizer's step, pruned ones included; a unit returns with these weights. A
+    participant before the sparsifier may hold dense weights and put them there, as SR-STE does (Zhou et al. 2021,
+    arXiv 2102.04010).
 
     Attributes:
-        every: Optimizer steps from one move to the next; the masks also move when the asked number changes.
-        until: The position of the training from which on masks stay, but for what the schedule asks.
+        every: The number of optimizer steps from one change to the next; masks also change when the asked number does.
+        until: The position of the training from which on masks change only as the schedule asks.
     """
 
     def chooses_anew(self, moment: Moment | None) -> bool:
@@ -115,18 +116,18 @@ large_gradient = Criterion(_large_gradient, frozenset({"gradient"}), elementwise
 
 @dataclass(frozen=True)
 class DropAndGrow(_Periodic):
-    """In each pool the lowest kept units are dropped, and as many pruned ones grow, the best by a second criterion.
+    """A rule that exchanges units in each pool: it drops the lowest kept ones and grows as many pruned ones.
 
-    The count of each pool stays what the context makes it. Grown units start at zero. What is dropped does not grow at the same
-    move; where fewer are pruned than were to be dropped, fewer are. With `grow="random"`, drawn anew at each move, this is SET
-    (Mocanu et al. 2018, arXiv 1707.04780); with the gradient RigL (Evci et al. 2020, arXiv 1911.11134), which may also take
-    back what it has just dropped.
+    A second criterion ranks the pruned units. The context sets the number of kept units of each pool. Grown units start at
+    zero. A dropped unit does not grow at the same change. If fewer units are pruned than are to be exchanged, only as many are.
+    With `grow="random"`, drawn anew at each change, this is SET (Mocanu et al. 2018, arXiv 1707.04780). With the gradient it is
+    RigL (Evci et al. 2020, arXiv 1911.11134), except that RigL may grow a unit again that it has just dropped.
 
     Attributes:
-        every: Optimizer steps from one move to the next.
+        every: The number of optimizer steps from one change to the next.
         until: The last position of the training at which units are exchanged.
         fraction: The share of the kept units that is exchanged, in [0, 1], or a function from the position to it.
-        grow: A criterion, its name or a function of the weight: which pruned units grow, the highest first.
+        grow: The criterion that ranks the pruned units, its name, or a function of the weight; the highest grow.
     """
 
     every: int = 100

@@ -1,4 +1,4 @@
-"""From targets to unit scores: a criterion with its evidence, and a granularity that makes units of it."""
+"""Unit scores of targets: a criterion scores weights by its evidence, and a granularity makes scores of units of these."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ READS_DATA = frozenset(GATHERERS) - {"gradient"}
 
 
 class Scorer:
-    """Scores the units of targets, and remembers earlier weights if the criterion asks for them.
+    """A scorer of the units of targets; it remembers earlier weights if the criterion needs them.
 
     Attributes:
-        criterion: How much a weight matters.
-        granularity: What a unit is.
-        source: Where evidence comes from that is not in the weights.
-        others: Further criteria that it may be asked to score by.
+        criterion: The criterion that scores weights.
+        granularity: The granularity that makes units of weights.
+        source: The data, loss and inputs that evidence is computed from.
+        others: Further criteria that it can score by.
     """
 
     others: tuple[Criterion, ...] = ()  # pickles of earlier versions have none
@@ -55,7 +55,7 @@ class Scorer:
 
     @property
     def needs(self) -> frozenset[str]:
-        """All that is gathered or remembered for its criteria."""
+        """The evidence that its criteria need, gathered or remembered."""
         return self.criterion.needs.union(*(other.needs for other in self.others))
 
     def _copies(self, need: str, targets: Sequence[Target]) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ class Scorer:
 
     @property
     def looks_at_pruned(self) -> bool:
-        """Whether the weights of pruned units have a say in the scores of others."""
+        """True if the weights of pruned units change the scores of others."""
         apart = self.criterion.elementwise and self.criterion.normalizer is None and self.criterion.unit_rule is None
         return not (apart and not self.granularity.shares_weights and self.criterion.needs <= {"initial"})
 
@@ -73,7 +73,7 @@ class Scorer:
 
     @property
     def reads_batches(self) -> bool:
-        """Whether evidence is gathered from the loop's batches: the criterion reads data, and the user gave none."""
+        """True if evidence is gathered from the batches of the training: the criterion reads data, and the user gave none."""
         needs = {n for n in self.needs if getattr(n, "reads_data", n in READS_DATA)}
         known = {"synaptic_flow"} if self._given.inputs is not None else set()
         return self._given.data is None and bool(needs - known)
@@ -84,7 +84,7 @@ class Scorer:
             self.source = replace(self.source, batch=batch)
 
     def end(self) -> None:
-        """Let go of what the loop gave."""
+        """Forget the loss and the batch of the training."""
         self.source = self._given
 
     def __call__(
@@ -100,13 +100,14 @@ class Scorer:
 
         Args:
             model: The model, for evidence that is found by running it.
-            pools: What to score; masked weights are zero.
+            pools: The pools to score; masked weights are zero.
             keep: Pool's name -> decisions so far.
-            criterion: Another one of `others` to score by; the scorer's own if left out.
-            masks: Target's name -> its mask so far, None where it is dense; called for criteria that read it.
+            criterion: One of `others` to score by; the scorer's own if left out.
+            masks: A function of a target's name that returns its mask so far, None where it is dense; called only for criteria
+                that read it.
 
         Raises:
-            ValueError: The criterion's evidence is not there.
+            ValueError: The criterion's evidence is missing.
         """
         by = self.criterion if criterion is None else criterion
         targets = list({t.name: t for pool in pools for t in pool.targets}.values())
@@ -133,7 +134,7 @@ class Scorer:
             )
 
         def by_part(target: Target, so_far: Tensor | None = None) -> Scores | None:
-            """The scores of a target's weights, worked out where they are read; None if that cannot be done."""
+            """Return scores that are computed part by part as they are read; None if the criterion or the device forbids it."""
             found = replace(evidence(target), layout=None)
             if not by.elementwise or found.weight.device.type != "cpu" or not _is_dense(found):
                 return None
@@ -154,7 +155,7 @@ class Scorer:
 
     @torch.no_grad()
     def note_move(self, pools: Sequence[Pool]) -> None:
-        """Remember the weights as those of the last move of the masks."""
+        """Remember the weights as those at the last change of the masks."""
         for t in (t for pool in pools for t in pool.targets) if self._previous else ():
             self._previous[t.name].copy_(t.parameter)
 
@@ -164,23 +165,23 @@ class Scorer:
         self._previous = {n: sliced(w, cut, n) for n, w in self._previous.items()}
 
     def retarget(self, targets: Sequence[Target]) -> None:
-        """Score other targets from now on; of those that are new, the weights are remembered as they are now."""
+        """Score other targets from now on; for new ones, the present weights are remembered as the earlier ones."""
         self._initial = {**self._copies("initial", targets), **_of(self._initial, targets)}
         self._previous = {**self._copies("previous", targets), **_of(self._previous, targets)}
 
     def forget(self) -> None:
-        """Let go of the copies of earlier weights."""
+        """Drop the copies of earlier weights."""
         self._initial, self._previous = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of the remembered weights, by target name."""
+        """Return copies of the remembered weights, by target name."""
         return {
             "initial": {n: w.clone() for n, w in self._initial.items()},
             "previous": {n: w.clone() for n, w in self._previous.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any], targets: Sequence[Target]) -> None:
-        """Take over remembered weights: copies, on the targets' devices."""
+        """Load remembered weights, as copies on the targets' devices."""
         devices = {t.name: t.parameter.device for t in targets}
         self._initial = {n: w.to(devices[n], copy=True) for n, w in state["initial"].items()}
         self._previous = {n: w.to(devices[n], copy=True) for n, w in state["previous"].items()}
