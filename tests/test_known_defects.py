@@ -289,7 +289,7 @@ def test_rounding_works_with_single_weights():
 @pytest.mark.filterwarnings("default:.*min_keep=1")
 def test_everything_goes_where_it_is_allowed_and_is_warned_of_where_not():
     model = net()
-    with pytest.warns(UserWarning, match=r"288 of 288 units were to go, 287 do: min_keep=1 .* min_keep=0"):
+    with pytest.warns(UserWarning, match=r"asked to prune 288 of 288 units, pruned 287: min_keep=1 .* min_keep=0"):
         sparsified(model, 1.0)
     assert [int(model[i].weight.count_nonzero()) for i in (0, 3)] == [1, 1]
     sparsified(model, 1.0, min_keep=0)

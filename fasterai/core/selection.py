@@ -76,10 +76,10 @@ def keep_highest(pool: Sequence[Scores], prune: int, limits: Limits) -> list[Ten
 
 
 def warn_of_min_keep(asked: int, count: int, most: int, limits: Limits) -> None:
-    """Say that fewer units go than were asked for."""
+    """Warn that `most` units are pruned in place of the `asked`, since each target keeps some."""
     warn(
-        f"{asked} of {count} units were to go, {most} do: min_keep={limits.min_keep} of each target stay; a Sparsifier with "
-        "min_keep=0 lets whole targets go",
+        f"asked to prune {asked} of {count} units, pruned {most}: min_keep={limits.min_keep} of each target are kept; a "
+        "Sparsifier with min_keep=0 prunes whole targets",
     )
 
 
@@ -107,7 +107,7 @@ def _select_with_floors(pool: Sequence[Scores], prune: int, mark: Mark, floors: 
         return keeps
     if len(pool) > 1:
         names = ", ".join(pool[i].name for i in sorted(short)[:5])
-        warn(f"but for min_keep no unit of {names} would stay; a normalizer makes the scores of targets comparable")
+        warn(f"only min_keep keeps units of {names}, which score lowest; a normalizer makes the scores of targets comparable")
     for i in short:
         keeps[i] = _at_floor(pool[i], floors[i], mark)
     rest = [i for i in range(len(pool)) if i not in short]
@@ -170,7 +170,7 @@ def _highest(flat: Tensor, count: int) -> Tensor:
     threshold = flat.kthvalue(len(flat) - count + 1).values
     ties = flat == threshold
     found = flat > threshold
-    spare = ties.sum() - (count - found.sum())  # of the ties that go
+    spare = ties.sum() - (count - found.sum())  # of the ties that are removed
     for part in torch.split(ties, CHUNK):
         counts = part.cumsum(0)
         part &= counts > spare

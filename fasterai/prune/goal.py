@@ -94,7 +94,7 @@ def free_pools(pools: Sequence[ChannelPool], graph: ChannelGraph, ignored: froze
     free = tuple(p for p, names in zip(pools, made, strict=True) if not names & ignored)
     if pools and not free:
         makers = ", ".join(sorted(p.name for p in pools)[:5])
-        raise ValueError(f"ignored_layers must leave some channels that may go, got all layers that make them ({makers})")
+        raise ValueError(f"ignored_layers must leave some channels to remove, got all layers that make them ({makers})")
     if not free:
-        raise ValueError("model must have channels that may go, got none; channel_graph(model, inputs).pinned says why")
+        raise ValueError("model must have channels that can be removed, got none; channel_graph(model, inputs).pinned says why")
     return free

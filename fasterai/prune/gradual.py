@@ -93,7 +93,7 @@ class GradualPruner(Participant):
         self._frozen: list[str] = []
         self._examples: Any = None  # the inputs that the model was last looked at with
         self._updates = Updates()
-        self._done = 0.0  # the share of the ratio that was gone to
+        self._done = 0.0  # the share of the ratio that is reached
         self._dense: nn.Module | None = None
         self._optimizer: Any = None
         self._loss: Callable[..., Tensor] | None = None
@@ -168,7 +168,7 @@ class GradualPruner(Participant):
             if completed:
                 self._warn_of_refusals()
         except ValueError as error:
-            warn(f"the run ended before its last step, with {self.sparsity:.4f} of the channels gone ({error})")
+            warn(f"the run ended before its last step, with {self.sparsity:.4f} of the channels removed ({error})")
         finally:
             self._optimizer, self._loss, self._replayed = None, None, []
             if self._pruner is not None:
@@ -199,11 +199,12 @@ class GradualPruner(Participant):
         if frozen:
             try:
                 pruner = self._pruner_without(frozen)
-            except ValueError:  # the frozen layers make all channels that may go
+            except ValueError:  # the frozen layers make all removable channels
                 pruner = None
         if frozen and pruner is not None and not pruner.is_within_reach():
             asked = f"{self._ratio.kind}={self._ratio.share:g}"
-            warn(f"{asked} is out of reach while layers are frozen ({', '.join(frozen[:5])}): no channels go until they train")
+            layers = ", ".join(frozen[:5])
+            warn(f"{asked} is out of reach while layers are frozen ({layers}): no channels are removed until they train")
             pruner = None
         self._pruner, self._key, self._frozen, self._done = pruner, self._key_with(frozen), frozen, 0.0
 
@@ -231,7 +232,8 @@ class GradualPruner(Participant):
         refused = {} if self.removal is None else self.removal.refused
         if refused:
             name, why = next(iter(refused.items()))
-            warn(f"pruning_ratio was not reached: {len(refused)} of {len(self.channels)} groups stay; {name}: {why}")
+            groups = f"{len(refused)} of {len(self.channels)} groups"
+            warn(f"pruning_ratio was not reached: {groups} keep more channels than asked for; {name}: {why}")
 
     # --- saving and going on -----------------------------------------------------------------------------------------
 

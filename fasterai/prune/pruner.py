@@ -181,7 +181,8 @@ class Pruner:
             gone = first - alone - sum(int(k.sum()) for k in kept)
             warn_of_rounding(self._goal.total(self.original), gone, first, self.round_to)
         elif refused:
-            warn(f"{self.pruning_ratio} is missed: channels of {', '.join([*refused][:5])} stay; refused says why")
+            names = ", ".join([*refused][:5])
+            warn(f"{self.pruning_ratio} was not reached: channels of {names} cannot be removed; the result's refused says why")
 
     def is_within_reach(self) -> bool:
         """Tell if the `Budget` is met once all removable channels are removed; a ratio is always within reach."""

@@ -127,7 +127,7 @@ class ChannelMaker(Maker):
         pools = tuple(p for p in channel_pools(model, graph, self.granularity) if p.makers & chosen)
         if not pools:
             why = "; ".join(f"{t.name}: {_why_pinned(t, graph)}" for t in selection.targets[:3])
-            raise ValueError(f"targets must make channels that may go, got none that do ({why})")
+            raise ValueError(f"targets must make channels that can be removed, got none that do ({why})")
         self.is_seen = True
         weights = {t.name: t for p in pools for t in p.targets}
         return Selection(tuple(weights.values()), _left_out(selection, weights, graph), selection.named), pools

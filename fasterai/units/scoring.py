@@ -117,7 +117,7 @@ class Scorer:
                 known[need] = GATHERERS[need](model, targets, self.source)
             elif lost := [t.name for t in targets if t.name not in known[need]]:
                 raise ValueError(
-                    f"criteria needs the {need} weights of {lost[0]}, which are not held any more: finalize() let them go, or "
+                    f"criteria needs the {need} weights of {lost[0]}, which are not held any more: finalize() dropped them, or "
                     "the loaded state had none"
                 )
 

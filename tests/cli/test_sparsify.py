@@ -48,7 +48,7 @@ def test_a_run_from_the_folder_of_images_to_the_folder_of_results(
     assert main(command(images, folder)) == 0
 
     printed = capsys.readouterr()
-    assert [line for line in printed.err.splitlines() if not line.startswith("fasterai: warning: but for min_keep")] == []
+    assert [line for line in printed.err.splitlines() if not line.startswith("fasterai: warning: only min_keep")] == []
     assert "16 images to train on, 4 to validate on (a fifth of each class), 2 classes, 32x32" in printed.out
     for text in ("stage2.0.branch1.0.weight", "fc.weight", "whole network", "dense", "sparse", "accuracy", "time"):
         assert text in printed.out

@@ -99,7 +99,9 @@ def test_min_keep_by_hand_and_the_others_make_up_for_it():
 
 def test_more_than_min_keep_allows_warns_and_does_what_it_can():
     pool = [TensorScores("a", torch.tensor([1.0, 2.0])), TensorScores("b", torch.tensor([4.0, 3.0]))]
-    with pytest.warns(UserWarning, match="4 of 4 units were to go, 2 do: min_keep=1 of each target stay; a Sparsifier with"):
+    with pytest.warns(
+        UserWarning, match="asked to prune 4 of 4 units, pruned 2: min_keep=1 of each target are kept; a Sparsifier"
+    ):
         a, b = keep_highest(pool, 4, Limits())
     assert (a.tolist(), b.tolist()) == ([False, True], [True, False])
 
@@ -122,7 +124,7 @@ def test_the_last_of_the_pruned_come_back_where_more_are_to_stay_than_are_left(m
         TensorScores("low", torch.tensor([9.0, 8.0, 7.0, 6.0]), torch.tensor([False, False, False, True])),
         TensorScores("high", torch.arange(10.0, 18.0)),
     ]
-    with pytest.warns(UserWarning, match="but for min_keep no unit of low would stay"):
+    with pytest.warns(UserWarning, match="only min_keep keeps units of low"):
         found = keep_highest(pool, 5, Limits(min_keep=min_keep))
     gone = 5 - low.count(0)
     assert [keep.int().tolist() for keep in found] == [low, [0] * gone + [1] * (8 - gone)]
@@ -163,7 +165,7 @@ def test_empty_targets_and_pools():
 
 
 def test_one_unit_stays():
-    with pytest.warns(UserWarning, match="1 of 1 units were to go, 0 do"):
+    with pytest.warns(UserWarning, match="asked to prune 1 of 1 units, pruned 0"):
         assert keep_highest([TensorScores("a", torch.tensor([1.0]))], 1, Limits())[0].tolist() == [True]
     assert keep_highest([TensorScores("a", torch.tensor([1.0]))], 1, Limits(min_keep=0))[0].tolist() == [False]
 

@@ -1406,7 +1406,7 @@ def test_it_warns_where_only_min_keep_saves_a_layer():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     with torch.no_grad():
         model[0].weight.mul_(1e-3)
-    with pytest.warns(UserWarning, match=r"but for min_keep no unit of 0\.weight would stay"):
+    with pytest.warns(UserWarning, match=r"only min_keep keeps units of 0\.weight, which score lowest"):
         Sparsifier(model, "weight", "global").sparsify_model(0.6)
 
 

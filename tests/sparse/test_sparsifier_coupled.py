@@ -286,15 +286,15 @@ def test_only_what_has_the_batchs_length_is_cut_to_a_few_samples():
 
 def test_a_ratio_that_rounding_misses_is_said():
     model = residual(40, 12)
-    message = r"44.2% of the channels were to go, 40.4% do: .* multiples of 8; pass round_to=1 for exact counts"
-    with pytest.warns(UserWarning, match=message):  # 18 and 5 of 52 were to go, 16 and 5 do
+    message = r"asked to prune 44.2% of the channels, pruned 40.4%: .* multiples of 8; pass round_to=1 for exact counts"
+    with pytest.warns(UserWarning, match=message):  # asked for 18 and 5 of 52, pruned 16 and 5
         Sparsifier(model, "coupled", "local", "large_final", example_inputs=X).sparsify_model(0.45)
     with pytest.warns(UserWarning, match=message):
         Pruner(residual(40, 12), 0.45, "local", "large_final", example_inputs=X).prune_model(measure=False)
 
 
 def test_a_ratio_that_rounding_by_hand_misses_is_said():
-    message = r"44.2% of the channels were to go, 38.5% do: the kept channels .* multiples of 8; pass round_to=1"
+    message = r"asked to prune 44.2% of the channels, pruned 38.5%: kept channels .* multiples of 8; pass round_to=1"
     with pytest.warns(UserWarning, match=message):  # 16 and 4 of 40 and 12 go
         Sparsifier(residual(40, 12), "coupled", "local", "large_final", example_inputs=X, round_to=8).sparsify_model(0.45)
     with pytest.warns(UserWarning, match=message):
