@@ -90,8 +90,8 @@ class All(Participant):
 
     def after_loss(self, loss: Tensor, batch: Any) -> Tensor:
         assert loss.dim() == 0 and loss.requires_grad
+        torch.testing.assert_close(loss, F.cross_entropy(self.logits, batch.labels))  # whole: not divided for accumulation
         self.seen.append("after_loss")
-        self.losses = (*getattr(self, "losses", ()), float(loss))
         return loss + 10 * (self.logits.detach() - self.shift).square().mean()
 
     def after_backward(self) -> None:
