@@ -24,7 +24,7 @@ except ImportError as error:
 __all__ = ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 
 NOT_TRAINING = {"lr_finder", "gather_preds"}  # fastai's names of the callbacks of `lr_find` and of predictions
-LIGHTNING_ASKS_FOR = {"setup", "on_exception"}  # the first thing of a callback in a Trainer's fit, and the last if it fails
+LIGHTNING_ASKS_FOR = {"state_key", "setup", "on_exception"}  # what a Trainer wants first, at its making and in a fit
 
 
 class ParticipantCallback(Callback):  # type: ignore[misc]

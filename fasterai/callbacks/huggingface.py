@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, made
+from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
 from fasterai.core.checks import warn
 from fasterai.core.joined import innermost
 from fasterai.core.loop import Batch, Fit, Loop
@@ -104,8 +104,8 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
                 continue
             if other._state is not state:
                 other._end_forgotten()
-            elif type(other) is type(self):
-                kind = type(self).__name__
+            elif other._file == self._file:
+                kind = key_of(self, self._given)
                 raise ValueError(f"callbacks must hold one {kind}, as its file has that name, got two; give one of them all")
 
     def _end_forgotten(self) -> None:
@@ -140,7 +140,7 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
         )
         self.loop.start(fit)
         if state.global_step:
-            self._resume(state.global_step)
+            self._resume(state.global_step, model)
         if self.loop.wants("after_forward", "after_loss"):
             self._hooks.append(model.register_forward_hook(self._after_forward))
         if self.loop.wants("after_backward"):  # the Trainer clips before it calls a callback, so it is left to this one
@@ -226,13 +226,13 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
         """Save the participants' states beside the checkpoint that was just written."""
         folder = _checkpoint(args.output_dir, state.global_step)
         if state.is_world_process_zero and self.loop.participants and folder.is_dir():
-            torch.save(self.loop.state_dict(), folder / self._file)
+            torch.save({**self.loop.state_dict(), "weights": _sums(given["model"])}, folder / self._file)
 
     @property
     def _file(self) -> str:
-        return f"{type(self).__name__}.pt"
+        return f"{key_of(self, self._given)}.pt"
 
-    def _resume(self, step: int) -> None:
+    def _resume(self, step: int, model: nn.Module) -> None:
         state = self._saved(_checkpoint(self._args.output_dir, step))
         if state is None:
             warn(
@@ -243,6 +243,11 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
             raise ValueError(
                 f"resume_from must be the folder that the Trainer resumes, at step {step}, got one of step {state['step']}"
             )
+        elif state.get("weights", _sums(model)) != _sums(model):
+            raise ValueError(
+                f"resume_from must be the folder that the Trainer resumes, got none, and the {self._file} of "
+                f"{_checkpoint(self._args.output_dir, step)} is that of another run: set the callback's resume_from"
+            )
         else:
             self.loop.load_state_dict(state)
 
@@ -252,6 +257,12 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
         folders = [Path(place) for place in named if isinstance(place, str | os.PathLike)] + list(places)
         found = next((file for folder in folders if (file := folder / self._file).is_file()), None)
         return None if found is None else torch.load(found, weights_only=True, map_location="cpu")
+
+
+def _sums(model: nn.Module) -> list[float]:
+    """Return a few sums of the weights, by which two states of a training are told apart."""
+    parameters = [p.detach() for p in model.parameters()]
+    return [float(p.double().abs().sum()) for p in (*parameters[:2], *parameters[-2:])]
 
 
 def _checkpoint(output_dir: str | None, step: int) -> Path:

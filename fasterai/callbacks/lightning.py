@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, made
+from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
 from fasterai.core.loop import Batch, Fit, Loop
 from fasterai.model.cuts import Cut, follow
 from fasterai.model.inputs import as_batch
@@ -56,6 +56,11 @@ class ParticipantCallback(pl.Callback):
         raise TypeError(f"cbs must be fastai's, got Lightning's {kind}; from fasterai.callbacks.fastai import {kind}")
 
     learn = property(fset=_refuse_learner)  # what a fastai learner sets first
+
+    @property
+    def state_key(self) -> str:
+        """Name of the callback's state in a checkpoint."""
+        return key_of(self, self._given)
 
     def folder(self) -> Path:
         """Return the trainer's root folder."""

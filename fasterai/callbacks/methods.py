@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fasterai.prune.gradual import GradualPruner
     from fasterai.prune.surgery.model_copies import Copies
 
-__all__ = ["HoldMethod", "Makes", "Method", "PruneMethod", "SparsifyMethod", "made"]
+__all__ = ["HoldMethod", "Makes", "Method", "PruneMethod", "SparsifyMethod", "key_of", "made"]
 
 #: A participant, or a function that makes some for a model.
 Makes = Participant | Callable[[nn.Module], Participant | Iterable[Participant]]
@@ -45,6 +45,15 @@ def made(given: Sequence[Makes], model: nn.Module) -> list[Participant]:
         if not isinstance(one, Participant):
             raise TypeError(f"participants must be participants, or functions of the model that make some, got {one!r}")
     return found
+
+
+def key_of(callback: object, given: Sequence[Makes]) -> str:
+    """Return the name under which a callback's state is saved; callbacks of other participants have another one."""
+    kind = type(callback).__name__
+    if isinstance(callback, Method):
+        return kind
+    names = [one.name if isinstance(one, Participant) else getattr(one, "__name__", type(one).__name__) for one in given]
+    return f"{kind}({', '.join(names)})"
 
 
 class Method:

@@ -195,3 +195,41 @@ def test_a_function_makes_participants_for_the_model(tmp_path):
 
     trainer(Net(), tmp_path, ParticipantCallback(make), data=rows()).train()
     assert len(made) == 1 and made[0].sparsity.overall == 0.5
+
+
+class Remembers(Participant):
+    """Counts its steps, under a name of its own."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self.steps = name, 0
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def after_step(self, position) -> None:
+        self.steps += 1
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state) -> None:
+        self.steps = state["steps"]
+
+
+def test_two_callbacks_keep_a_state_each(tmp_path):
+    for resumed in (None, str(tmp_path / f"checkpoint-{STEPS}")):
+        ours = [Remembers("one"), Remembers("two")]
+        callbacks = [ParticipantCallback(one) for one in ours]
+        trainer(Net(), tmp_path, *callbacks, save_strategy="epoch").train(resume_from_checkpoint=resumed)
+        assert [one.steps for one in ours] == [2 * STEPS] * 2
+
+
+def test_the_state_of_another_run_is_refused(tmp_path):
+    trainer(bert(0), tmp_path / "first", sparsify(), save_strategy="epoch").train()
+    trainer(bert(1), tmp_path / "second", sparsify(), save_strategy="epoch").train()
+    folder = str(tmp_path / "first" / f"checkpoint-{STEPS}")
+    with pytest.raises(
+        ValueError, match=r"resume_from must be the folder that the Trainer resumes, got none, and .* another run"
+    ):
+        trainer(bert(0), tmp_path / "second", sparsify()).train(resume_from_checkpoint=folder)
