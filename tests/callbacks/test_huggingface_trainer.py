@@ -95,7 +95,7 @@ def rows(batches: int = 4) -> list[dict[str, torch.Tensor]]:
 
 
 def trainer(model, args, *callbacks, batches: int = 4, kind=Trainer) -> Trainer:
-    return kind(model, args, train_dataset=rows(batches), callbacks=list(callbacks))
+    return kind(model, args, train_dataset=rows(batches), eval_dataset=rows(1), callbacks=list(callbacks))
 
 
 @pytest.fixture
@@ -238,9 +238,7 @@ def test_scaled_gradients_are_shown_unscaled_and_a_skipped_step_leaves_nothing(t
 
 def test_evaluations_in_between_show_nothing(tmp_path):
     follows = Follows()
-    run = trainer(Net(), arguments(tmp_path, eval_strategy="steps", eval_steps=1), ParticipantCallback(follows))
-    run.eval_dataset = rows(1)
-    run.train()
+    trainer(Net(), arguments(tmp_path, eval_strategy="steps", eval_steps=1), ParticipantCallback(follows)).train()
     assert follows.seen == "lba" * 4 + " True"
 
 
