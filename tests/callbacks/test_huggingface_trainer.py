@@ -95,7 +95,7 @@ def rows(batches: int = 4) -> list[dict[str, torch.Tensor]]:
 
 
 def trainer(model, args, *callbacks, batches: int = 4, kind=Trainer) -> Trainer:
-    return kind(model, args, train_dataset=rows(batches), callbacks=list(callbacks))
+    return kind(model, args, train_dataset=rows(batches), eval_dataset=rows(1), callbacks=list(callbacks))
 
 
 @pytest.fixture
@@ -234,3 +234,29 @@ def test_scaled_gradients_are_shown_unscaled_and_a_skipped_step_leaves_nothing(t
     assert follows.seen == "lbalblbalba True"
     assert follows.norms[0] == pytest.approx(plain.norms[0], rel=1e-4)
     assert follows.own.tolist() == pytest.approx([1 - 0.8**3] * 3)
+
+
+def test_evaluations_in_between_show_nothing(tmp_path):
+    follows = Follows()
+    trainer(Net(), arguments(tmp_path, eval_strategy="steps", eval_steps=1), ParticipantCallback(follows)).train()
+    assert follows.seen == "lba" * 4 + " True"
+
+
+def test_a_loss_in_a_tuple_is_changed(tmp_path):
+    class Pair(Net):
+        def forward(self, x, labels=None):
+            return tuple(super().forward(x, labels).values())
+
+    follows = Follows()
+    trainer(Pair(), arguments(tmp_path, max_grad_norm=0.0), ParticipantCallback(follows)).train()
+    assert follows.own.tolist() == pytest.approx([1 - 0.8**4] * 3)
+
+
+def test_a_training_that_is_stopped_is_not_completed(tmp_path):
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop = state.global_step == 2
+
+    follows = Follows()
+    trainer(Net(), arguments(tmp_path), ParticipantCallback(follows), Stops()).train()
+    assert follows.seen == "lbalba False"

@@ -215,3 +215,53 @@ def test_what_is_compiled_is_compiled_once(tmp_path, whole):
     assert follows.seen == "flbsa" * 4 + " True"
     assert count == (0 if whole else 1)
     assert any("compile the network in the module" in str(w.message) for w in said) is whole
+
+
+class Watches(Participant):
+    def __init__(self) -> None:
+        self.seen, self.shapes = "", []
+
+    def after_forward(self, batch) -> None:
+        self.seen += "f"
+        self.shapes.append(tuple(batch.outputs.shape))
+
+    def after_backward(self) -> None:
+        self.seen += "g"
+
+    def before_step(self, position) -> None:
+        self.seen += "s"
+
+    def after_step(self, position) -> None:
+        self.seen += "a"
+
+
+def test_outputs_are_shown_before_a_backward_pass_of_the_module_s_own(tmp_path):
+    watches = Watches()
+
+    class Manual(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            watches.seen += "b"
+            self.manual_backward(loss)
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+    trainer(tmp_path, ParticipantCallback(watches)).fit(Manual(), loader())
+    assert watches.seen == "fbgsa" * 4
+
+
+def test_of_inputs_that_are_mixed_the_first_outputs_are_shown_once(tmp_path):
+    class Mixed(Net):
+        def __init__(self):
+            super().__init__()
+            self.measure = nn.Linear(3, 1)
+
+        def training_step(self, batch, batch_idx):
+            outputs = self.net(batch[0] * 0.5)
+            return F.cross_entropy(outputs, batch[1]) + self.measure(outputs).mean()
+
+    watches = Watches()
+    trainer(tmp_path, ParticipantCallback(watches)).fit(Mixed(), loader())
+    assert watches.seen == "fgsa" * 4 and watches.shapes == [(8, 3)] * 4

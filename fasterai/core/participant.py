@@ -1,0 +1,76 @@
+"""Anything that takes part in a training loop: the events that it can answer to. `core/loop.py` passes them on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fasterai.core.batch import Batch, Fit
+from fasterai.core.types import Move
+from fasterai.model.cuts import Cut
+
+__all__ = ["EVENTS", "Participant"]
+
+#: The events of a participant, in the order in which a run has them.
+EVENTS = (
+    *("on_setup", "on_fit_start", "after_forward", "after_loss", "after_backward", "before_step", "after_step"),
+    *("after_move", "after_cut", "metrics", "on_fit_end"),
+)
+
+
+class Participant:
+    """Anything that takes part in training; every event has a default that does nothing."""
+
+    @property
+    def name(self) -> str:
+        """Its name in saved states and messages; participants of one name in a loop are numbered."""
+        return type(self).__name__
+
+    def hears(self, event: str) -> bool:
+        """Tell if it answers to an event; loops leave out what nobody hears, and refuse what they cannot give."""
+        return getattr(type(self), event) is not getattr(Participant, event)
+
+    def on_setup(self, model: nn.Module) -> Iterable[nn.Parameter]:
+        """Return parameters of its own that the optimizer is to train; called once, before the run."""
+        return ()
+
+    def on_fit_start(self, fit: Fit) -> None:
+        """Begin a run, before its first step."""
+
+    def after_forward(self, batch: Batch) -> None:
+        """Look at a batch with the model's outputs, before the backward pass."""
+
+    def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
+        """Return the loss to go on with; `loss` is that of the batch, before any scaling for accumulation or precision."""
+        return loss
+
+    def after_backward(self) -> None:
+        """Look at or change the gradients of a step: all accumulated, unscaled, not clipped yet."""
+
+    def before_step(self, position: float) -> None:
+        """Prepare for the optimizer's step, after clipping; `position` in (0, 1] is the one after it."""
+
+    def after_step(self, position: float) -> None:
+        """Go on after the optimizer's step; `position` in (0, 1] is the one after it, 1 after the last."""
+
+    def after_move(self, move: Move) -> None:
+        """Answer to masks of the model that have moved; the weights under them may not be zero yet."""
+
+    def after_cut(self, cut: Cut) -> None:
+        """Follow the model's parameters, which have got smaller."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return figures for the loop's own table or logger: name -> value."""
+        return {}
+
+    def on_fit_end(self, completed: bool) -> None:
+        """End the run; `completed` is False if it was stopped or failed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is needed to go on later: tensors, numbers and text only."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state; the caller's dict is not changed."""
