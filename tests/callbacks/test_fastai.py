@@ -833,36 +833,13 @@ def test_the_old_home_and_the_short_import():
 
 def test_in_a_trainer_of_lightning_it_names_the_right_import():
     pl = pytest.importorskip("lightning.pytorch")
-
-    class Module(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(6, 4)
-
-        def training_step(self, batch, batch_idx):
-            return self.layer(batch[0]).sum()
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), 0.1)
-
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        callbacks=[SparsifyCallback(0.5, "weight", "local", "large_final", one_cycle)],
-    )
-    expected = (
-        r"callbacks must be Lightning's, got fastai's SparsifyCallback; "
-        r"from fasterai\.callbacks\.lightning import SparsifyCallback$"
-    )
-    with pytest.raises(TypeError, match=expected):
-        trainer.fit(Module(), torch.utils.data.DataLoader(TensorDataset(torch.randn(4, 6)), 2))
+    right = r"callbacks must be Lightning's, got fastai's SparsifyCallback; from fasterai.callbacks.lightning import "
+    with pytest.raises(TypeError, match=right):
+        pl.Trainer(callbacks=[SparsifyCallback(0.5, "weight", "local", "large_final", one_cycle)], logger=False)
 
 
 def test_what_it_has_not_is_missing_as_ever():
     callback = SparsifyCallback(0.5, "weight", "local", "large_final", one_cycle)
     with pytest.raises(AttributeError, match="nothing"):
         callback.nothing  # noqa: B018 - asked for
-    assert not hasattr(callback, "state_key")
+    assert not hasattr(callback, "on_save_checkpoint")
