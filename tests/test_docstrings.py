@@ -30,13 +30,6 @@ MOST_LINES_OF_FUNCTION, MOST_LINES_OF_FILE = 40, 300
 #: The line in a long file's head that says why it is long.
 REASON = re.compile(r"^Over 300 lines, since \w", re.MULTILINE)
 
-#: Files whose docstrings do not read so yet. A file that does must be taken off this list.
-PENDING_WORDS = _words(
-    "callbacks/fastai.py callbacks/lightning.py callbacks/missing.py callbacks/settings.py core/loop.py",
-)
-#: Long files without a reason in their head, or with a function that is too long; likewise.
-PENDING_LENGTH = _words("")
-
 
 class Documented(NamedTuple):
     """A part of a file that may have a docstring: a module, a class, a function, or a property (a noun as well)."""
@@ -91,25 +84,13 @@ def _body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 @pytest.mark.parametrize("name", FILES)
 def test_docstrings_open_with_a_verb_or_a_noun(name):
     found = riddles(FILES[name].read_text(encoding="utf-8"))
-    if name in PENDING_WORDS:
-        assert found, f"{name} reads well: take it off PENDING_WORDS"
-    else:
-        assert not found, "\n".join(
-            [f"{name}: docstrings of functions begin with a verb of VERBS, none with a question", *found]
-        )
+    assert not found, "\n".join([f"{name}: docstrings of functions begin with a verb of VERBS, none with a question", *found])
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_functions_are_short_and_long_files_say_why(name):
     found = too_long(FILES[name].read_text(encoding="utf-8"))
-    if name in PENDING_LENGTH:
-        assert found, f"{name} is in order: take it off PENDING_LENGTH"
-    else:
-        assert not found, "\n".join([name, *found])
-
-
-def test_pending_files_are_there():
-    assert not (PENDING_WORDS | PENDING_LENGTH) - FILES.keys()
+    assert not found, "\n".join([name, *found])
 
 
 def test_verbs_are_imperatives():

@@ -69,7 +69,7 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
 
     @property
     def run(self) -> bool:
-        """Whether events count: not in `lr_find` and predictions, nor when switched off until the end of a fit."""
+        """True if events count: not in `lr_find` and predictions, nor when switched off until the end of a fit."""
         switched_on: bool = self.__dict__.get("_run", True)
         return switched_on and (self.learn is None or not NOT_TRAINING & vars(self.learn).keys())
 

@@ -137,7 +137,7 @@ class ParticipantCallback(pl.Callback):
             self.loop.before_step()
 
     def _takes_part(self, trainer: pl.Trainer) -> bool:
-        """Whether steps are those of the run: searches for a rate or a batch size put the trainer's callbacks aside."""
+        """Tell if steps are those of the run: searches for a rate or a batch size put the trainer's callbacks aside."""
         return any(callback is self for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
     def _after_step(self, trainer: pl.Trainer) -> None:
@@ -248,7 +248,7 @@ class PruneCallback(PruneMethod, ParticipantCallback):  # noqa: D101 - the metho
 
 
 def _counts_steps(trainer: pl.Trainer) -> bool:
-    """Whether a run is measured in steps; in manual optimization nobody knows how many an epoch will take."""
+    """Tell if a run is measured in steps; in manual optimization nobody knows how many an epoch will take."""
     return trainer.lightning_module.automatic_optimization or trainer.max_steps != -1
 
 
@@ -264,7 +264,7 @@ def _total_steps(trainer: pl.Trainer) -> int:
 
 
 def _estimated_steps(trainer: pl.Trainer) -> float:
-    """Lightning's estimate, less the epoch without steps that SWA adds to measure batch norms anew."""
+    """Return Lightning's estimate, less the epoch without steps that SWA adds to measure batch norms anew."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     ends = [c.swa_end + 1 for c in callbacks if isinstance(c, StochasticWeightAveraging)]
     per_epoch = _steps_per_epoch(trainer)
@@ -277,7 +277,7 @@ def _steps_per_epoch(trainer: pl.Trainer) -> int | None:
 
 
 def _steps_done(trainer: pl.Trainer) -> int:
-    """Steps, or batches, before the one under way."""
+    """Count the steps, or batches, before the one under way."""
     return trainer.global_step if _counts_steps(trainer) else trainer.fit_loop.total_batch_idx
 
 

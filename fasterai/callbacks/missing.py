@@ -1,4 +1,4 @@
-"""What stands for fastai's callbacks where fastai is not installed: an error that names the extra."""
+"""Stand-ins for fastai's callbacks where fastai is not installed: errors that name the extra."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class SparsifySettings:
         self.sparsifier: Sparsifier | None = None
 
     def participants(self, model: nn.Module, tickets: str | Path | None = None) -> list[Participant]:
-        """The sparsifier, the one of the last run if it is the same model, and the lottery ticket if there is one.
+        """Return the sparsifier, the one of the last run if it is the same model, and the lottery ticket if there is one.
 
         Args:
             model: What is sparsified.
@@ -147,7 +147,7 @@ class PruneSettings:
         self.pruner: GradualPruner | None = None
 
     def participant(self, model: nn.Module, copies: Copies = None) -> GradualPruner:
-        """The `GradualPruner`, the one of the last run if it is the same model.
+        """Return the `GradualPruner`, the one of the last run if it is the same model.
 
         Args:
             model: What channels go from.

@@ -45,7 +45,7 @@ class Loop:
 
     @property
     def running(self) -> bool:
-        """Whether a run is under way."""
+        """True if a run is under way."""
         return self.total_steps > 0
 
     def wants(self, *events: str) -> bool:
