@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from fasterai.cli.arguments import check_seed
-from fasterai.cli.comparison import Job, compare
 from fasterai.cli.data import digits
 from fasterai.cli.errors import UsageError
+from fasterai.cli.experiment import Job, compare
 from fasterai.cli.networks import digits_network
 from fasterai.cli.output import holds_run, load_report, prepare_folder, remove_checkpoint
 from fasterai.cli.tables import result_table

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.cli.arguments import check_prune_arguments, read_budget
-from fasterai.cli.comparison import versions
 from fasterai.cli.data import Data
 from fasterai.cli.errors import UsageError, told_as_usage
+from fasterai.cli.experiment import versions
 from fasterai.cli.folders import read_data
 from fasterai.cli.networks import check_runs, choose_device, how_to_make
 from fasterai.cli.output import SMALL, check_new_folder, file_of, new_folder, write_report

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from fasterai.cli.arguments import check_arguments
-from fasterai.cli.comparison import Job, compare, finished_report, make_sparsifier
 from fasterai.cli.data import Data
 from fasterai.cli.errors import UsageError
+from fasterai.cli.experiment import Job, compare, finished_report, make_sparsifier
 from fasterai.cli.folders import read_data
 from fasterai.cli.networks import check_runs, choose_device, make_classifier
 from fasterai.cli.output import holds_run, prepare_folder

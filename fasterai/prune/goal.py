@@ -14,7 +14,7 @@ from fasterai.graph.channels import ChannelGraph
 from fasterai.model.names import unwrap
 from fasterai.model.targets import all_targets
 from fasterai.prune.choice.budget import Budget
-from fasterai.units.channels import OVER, ChannelPool
+from fasterai.units.channel_pools import OVER, ChannelPool
 from fasterai.units.choice import Goal
 from fasterai.units.pool import by_pool
 

@@ -33,7 +33,7 @@ from fasterai.prune.removal import Removal, mask_channels_, silent_channels, tak
 from fasterai.prune.surgery.model_copies import Copies, matching_copies
 from fasterai.prune.surgery.optimizers import check_optimizer, check_trained
 from fasterai.prune.surgery.plan import cut_normed
-from fasterai.units.channels import channel_pools, warn_of_rounding
+from fasterai.units.channel_pools import channel_pools, warn_of_rounding
 from fasterai.units.choice import Goal, choose, limits_of
 from fasterai.units.evidence import Source
 from fasterai.units.scoring import Scorer

@@ -13,7 +13,7 @@ from fasterai.core.selection import count_true
 from fasterai.core.types import Limits
 from fasterai.model.cuts import announce_move
 from fasterai.sparse.record import MaskRecord
-from fasterai.units.channels import warn_of_rounding
+from fasterai.units.channel_pools import warn_of_rounding
 from fasterai.units.choice import Goal, choose
 from fasterai.units.pool import Pool
 from fasterai.units.rules import Moment, Rule

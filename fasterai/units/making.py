@@ -20,10 +20,10 @@ from fasterai.graph.channels import ChannelGraph, channel_graph
 from fasterai.model.inputs import arguments, batch_inputs
 from fasterai.model.norms import Flow, watch
 from fasterai.model.targets import Selection
-from fasterai.units.channels import channel_pools
+from fasterai.units.channel_pools import channel_pools
 from fasterai.units.partners import find_partners, without_outputs
 from fasterai.units.pool import Pool
-from fasterai.units.targets import TargetPool
+from fasterai.units.target_pools import TargetPool
 
 __all__ = ["ChannelMaker", "Maker", "TargetMaker", "maker_of"]
 

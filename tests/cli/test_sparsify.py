@@ -10,7 +10,7 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 
-from fasterai.cli import comparison, main, training
+from fasterai.cli import experiment, main, training
 from fasterai.prune.small_files import load_small
 from fasterai.sparse.sparsifier import Sparsifier
 
@@ -181,7 +181,7 @@ def test_an_interruption_of_the_removal_loses_no_training(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(comparison, "make_small", interrupted)
+        patch.setattr(experiment, "make_small", interrupted)
         assert main(command(images, tmp_path / "run", *axes)) == 130
     assert "--resume goes on" in capsys.readouterr().err
     weights = (tmp_path / "run" / "sparse.safetensors").read_bytes()

@@ -18,7 +18,7 @@ from fasterai.prune.choice.budget import Budget
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.small_files import load_small, save_small
 from fasterai.sparse.sparsifier import Sparsifier
-from fasterai.units.channels import channel_pools
+from fasterai.units.channel_pools import channel_pools
 from fasterai.units.pool import WeightScores
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -17,7 +17,7 @@ from fasterai.model.targets import all_targets
 from fasterai.units import rules
 from fasterai.units.choice import Goal, choose, limits_of
 from fasterai.units.rules import DropAndGrow, Free, Moment, Nested, Rule, free, large_gradient, nested
-from fasterai.units.targets import TargetPool
+from fasterai.units.target_pools import TargetPool
 
 LOCAL, HALF = contexts.local, Goal(contexts.local, 0.5)
 T, F = True, False

@@ -11,9 +11,9 @@ from fasterai.core.loop import Batch, Fit, Loop
 from fasterai.model.targets import find_targets
 from fasterai.sparse.record import MaskRecord
 from fasterai.sparse.sparsifier import Sparsifier
-from fasterai.units.channels import ChannelPool
+from fasterai.units.channel_pools import ChannelPool
 from fasterai.units.making import ChannelMaker, TargetMaker, maker_of
-from fasterai.units.targets import TargetPool
+from fasterai.units.target_pools import TargetPool
 
 X = torch.ones(2, 3, 8, 8)
 

@@ -18,10 +18,10 @@ from fasterai.model.targets import all_targets
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.testing import check_criterion
-from fasterai.units.channels import channel_pools
+from fasterai.units.channel_pools import channel_pools
 from fasterai.units.evidence import Source
 from fasterai.units.scoring import Scorer
-from fasterai.units.targets import TargetPool
+from fasterai.units.target_pools import TargetPool
 
 
 def linear(rows, bias=False):

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
-from fasterai.cli import comparison, pictures, training
-from fasterai.cli.comparison import Job, compare, finished_report
+from fasterai.cli import experiment, pictures, training
 from fasterai.cli.data import Data
 from fasterai.cli.errors import UsageError
+from fasterai.cli.experiment import Job, compare, finished_report
 from fasterai.cli.training import Recipe
 
 STEPS = 3  # of an epoch: 20 images in batches of at most 8
@@ -116,11 +116,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
 def test_an_interrupted_end_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(make_job(tmp_path / "whole"))
-    whole = comparison.output.save_weights
-    monkeypatch.setattr(comparison.output, "save_weights", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    whole = experiment.output.save_weights
+    monkeypatch.setattr(experiment.output, "save_weights", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         compare(make_job(tmp_path / "broken"))
-    monkeypatch.setattr(comparison.output, "save_weights", whole)
+    monkeypatch.setattr(experiment.output, "save_weights", whole)
     compare(make_job(tmp_path / "broken"))
     assert same(written(tmp_path / "broken"), written(tmp_path / "whole"))
 

@@ -8,7 +8,7 @@ from fasterai.core.types import Evidence
 from fasterai.prune.removal import remove
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.units.pool import WeightScores
-from fasterai.units.targets import TargetPool
+from fasterai.units.target_pools import TargetPool
 from tests.networks import residual
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))

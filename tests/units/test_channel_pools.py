@@ -7,7 +7,7 @@ from torch import nn
 
 from fasterai.core.granularities import Coupled
 from fasterai.graph.channels import channel_graph
-from fasterai.units.channels import channel_pools
+from fasterai.units.channel_pools import channel_pools
 from fasterai.units.pool import WeightScores
 from tests.networks import residual
 
