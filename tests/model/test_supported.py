@@ -164,7 +164,7 @@ class Branching(nn.Module):
 
 def test_a_model_that_cannot_be_exported_is_told_where_and_what_would_help() -> None:
     line = Branching.forward.__code__.co_firstlineno + 1
-    match = rf"model must be one that torch\.export can read .*\(forward, line {line} of test_supported\.py\); data-dependent"
+    match = rf"model must be one that torch\.export can read .*\(forward, line {line} of test_supported\.py\); remove branches"
     refused(Branching(), X, ValueError, match)
 
 
