@@ -83,7 +83,7 @@ def moves(repeats: int) -> None:
                 w.add_(n)
 
         def move(s: Sparsifier = sparsifier, sparsities: Iterator[float] = sparsities) -> None:
-            s._move((s.context, next(sparsities)), 1.0, s._record.active, may_fall=False)
+            s._move(Goal(s.context, next(sparsities)), 1.0, s._record.active, may_fall=False)
             s.apply_masks()
 
         def read(weights: list[Tensor] = weights) -> list[Tensor]:
