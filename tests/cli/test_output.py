@@ -4,6 +4,7 @@ import json
 import resource
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -137,26 +138,29 @@ def test_what_cannot_be_written_is_named(tmp_path: Path, spoil, write) -> None:
         write(folder)
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may be larger than 4 KiB, which a full disk tells in the same way."""
+    """No file may be larger than 4 KiB, which a full disk tells in the same way; not that of the test's own output either."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, full_disk: None) -> None:
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     save_checkpoint({"step": 1}, tmp_path)
-    with pytest.raises(UsageError, match=r"checkpoint\.pt cannot be written"):
+    with pytest.raises(UsageError, match=r"checkpoint\.pt cannot be written"), full_disk():
         save_checkpoint({"step": 2, "weights": torch.ones(10_000)}, tmp_path)
-    with pytest.raises(UsageError, match=r"dense\.safetensors cannot be written \(File too large\)"):
+    with pytest.raises(UsageError, match=r"dense\.safetensors cannot be written \(File too large\)"), full_disk():
         save_weights(nn.Linear(100, 100), tmp_path / "dense.safetensors", ("a", "b"))
     assert load_checkpoint(tmp_path)["step"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
-    with pytest.raises(UsageError, match=r"small cannot be written \(File too large\)"), new_folder(tmp_path / "small") as part:
+    wanted = r"small cannot be written \(File too large\)"
+    with pytest.raises(UsageError, match=wanted), full_disk(), new_folder(tmp_path / "small") as part:
         (part / "file").write_bytes(bytes(10_000))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
