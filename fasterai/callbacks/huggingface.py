@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -243,10 +244,10 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
             raise ValueError(
                 f"resume_from must be the folder that the Trainer resumes, at step {step}, got one of step {state['step']}"
             )
-        elif state.get("weights", _sums(model)) != _sums(model):
+        elif not _are_alike(state.get("weights"), _sums(model)):
             raise ValueError(
-                f"resume_from must be the folder that the Trainer resumes, got none, and the {self._file} of "
-                f"{_checkpoint(self._args.output_dir, step)} is that of another run: set the callback's resume_from"
+                f"resume_from must be the folder that the Trainer resumes, got {self.resume_from!r}, and the {self._file} that "
+                "was found is that of another run: set the callback's resume_from"
             )
         else:
             self.loop.load_state_dict(state)
@@ -263,6 +264,11 @@ def _sums(model: nn.Module) -> list[float]:
     """Return a few sums of the weights, by which two states of a training are told apart."""
     parameters = [p.detach() for p in model.parameters()]
     return [float(p.double().abs().sum()) for p in (*parameters[:2], *parameters[-2:])]
+
+
+def _are_alike(saved: Sequence[float] | None, now: Sequence[float]) -> bool:
+    """Tell if sums are those of the same weights, on another device too; files of before have none."""
+    return saved is None or all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in zip(saved, now, strict=False))
 
 
 def _checkpoint(output_dir: str | None, step: int) -> Path:

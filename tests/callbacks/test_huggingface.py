@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from fasterai.callbacks.huggingface import HoldCallback, ParticipantCallback, PruneCallback, SparsifyCallback
+from fasterai.callbacks.huggingface import HoldCallback, ParticipantCallback, PruneCallback, SparsifyCallback, _are_alike
 from fasterai.core.loop import Participant
 from fasterai.sparse.sparsifier import Sparsifier
 
@@ -230,6 +230,12 @@ def test_the_state_of_another_run_is_refused(tmp_path):
     trainer(bert(1), tmp_path / "second", sparsify(), save_strategy="epoch").train()
     folder = str(tmp_path / "first" / f"checkpoint-{STEPS}")
     with pytest.raises(
-        ValueError, match=r"resume_from must be the folder that the Trainer resumes, got none, and .* another run"
+        ValueError, match=r"resume_from must be the folder that the Trainer resumes, got None, and .* another run"
     ):
         trainer(bert(0), tmp_path / "second", sparsify()).train(resume_from_checkpoint=folder)
+
+
+def test_sums_of_the_same_weights_on_another_device_are_alike():
+    assert _are_alike([1.0, 2.0, 0.0], [1.0 + 1e-9, 2.0, 0.0])
+    assert not _are_alike([1.0, 2.0], [1.0, 2.001])
+    assert _are_alike(None, [1.0])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasterai.core import schedules
-from fasterai.core.schedules import DSD, Linear, OneShot, Piecewise, lin
+from fasterai.core.schedules import DSD, Linear, OneCycle, OneShot, Piecewise, lin
 from fasterai.core.updates import Updates, plan_updates
 
 
@@ -105,3 +105,18 @@ def test_a_share_out_of_range_is_refused():
 def test_a_run_of_a_million_steps_is_planned_at_once():
     plan = plan_updates(schedules.one_cycle, 0.99, 1_000_000, 50)
     assert 40 <= len(plan.positions) <= 50 and plan.shares[-1] == 1.0
+
+
+def test_the_figures_of_the_files_head():
+    """Updates even in the share: at one of 50 ticks, if the share has gone on by a fiftieth; what is left, at the last step."""
+    schedule, steps, most = OneCycle(beta=5), 4000, 50
+    plan = plan_updates(schedule, 0.99, steps, most)
+    left = [1.0, *(1 - 0.99 * s for s in plan.shares)]
+    assert round(100 * max(1 - b / a for a, b in itertools.pairwise(left))) == 12 and plan.positions[-1] < 1
+    share, before = 0.0, [1.0]
+    for tick in range(1, most + 1):
+        now = schedule(tick / most)
+        if tick == most or now - share >= 1 / most:
+            share = now
+            before.append(1 - 0.99 * share)
+    assert round(100 * (1 - before[-1] / before[-2])) == 65
