@@ -27,7 +27,7 @@ class Plan:
         shapes: Name of each parameter and buffer that shrinks -> its shape before.
         keep: Its name and dimension -> the indices that stay.
         attributes: (module name, attribute, value before, value after).
-        slim: Names of `nn.MultiheadAttention`s that lose heads -> heads that stay.
+        slim: Names of `nn.MultiheadAttention` modules that lose heads -> heads that stay.
         scales: Names of weights of norms that average over what goes -> by how much what stays of them grows. With a share r
             of the channels, the others silent, the mean of squares is 1 / r of what it was: the weight grows by its root.
     """
