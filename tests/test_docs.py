@@ -8,6 +8,7 @@ compared with that value.
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -23,7 +24,10 @@ from torch import nn
 from fasterai.core import contexts, criteria, granularities, schedules
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*GUIDES, *sorted((ROOT / "docs" / "reference").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+WIDEST = 88  # columns of code that a page of the site shows without scrolling
 BLOCK = re.compile(r"^(?P<before>[^\n]*)\n```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 RUN, NOT_RUN = "<!-- run -->", re.compile(r"<!-- not run: .+ -->")
 CATALOGUES = {
@@ -161,16 +165,49 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
 
 
+def too_wide(text: str) -> list[str]:
+    """List the lines of blocks of code and output that are too wide; blocks of directives show something else."""
+    found, opened = [], ""
+    for line in text.splitlines():
+        if line.startswith("```"):
+            opened = "" if opened else line
+        elif opened and not opened.startswith("```{") and len(line) > WIDEST:
+            found.append(line)
+    return found
+
+
+@by_page
+def test_code_and_output_fit_into_the_page(page: Path) -> None:
+    assert too_wide(page.read_text()) == []
+
+
+def test_a_line_that_is_too_wide_is_noticed() -> None:
+    assert too_wide(f"{'x' * 99}\n```python\n{'y' * 88}\n{'z' * 89}\n```\n") == ["z" * 89]
+
+
 def resolves(link: str, page: Path) -> bool:
     path, _, anchor = link.partition("#")
     there = page.parent / path if path else page
     return there.exists() and (not anchor or anchor in {slug(h) for h in re.findall(r"^#+ (.*)$", prose(there), re.MULTILINE)})
 
 
+def dead_links(text: str, page: Path) -> list[str]:
+    """List the links to files, headings and pictures of the repository that lead nowhere."""
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    inside = [link for link in links if not re.match(r"https?:|attachment:|data:", link) and link != "genindex"]
+    return [link for link in inside if not resolves(link, page)]
+
+
 @by_page
 def test_links_resolve(page: Path) -> None:
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)) if not re.match(r"https?:", link)]
-    assert [link for link in links if not resolves(link, page)] == []
+    assert dead_links(prose(page), page) == []
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_links_of_notebooks_resolve(notebook: Path) -> None:
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    assert dead_links(text, notebook) == []
 
 
 def test_a_broken_link_is_noticed() -> None:
@@ -178,17 +215,65 @@ def test_a_broken_link_is_noticed() -> None:
     assert resolves("sparsifying.md#a-second-fit", page)
     assert not resolves("sparsifying.md#a-third-fit", page)
     assert not resolves("sparsify.md", page)
+    text = '[a](sparsify.md) [b](https://nowhere) ![c](images/none.png) <img src="none.png"> [d](#nowhere) [e](index.md)'
+    assert dead_links(text, page) == ["sparsify.md", "images/none.png", "#nowhere", "none.png"]
 
 
-def test_every_page_is_in_the_table_of_contents() -> None:
-    contents = re.findall(r"```\{toctree\}\n(.*?)```", (ROOT / "docs/index.md").read_text(), re.DOTALL)
-    listed = {line for block in contents for line in block.splitlines() if line and not line.startswith(":")}
-    pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
-    notebooks = {f"nbs/{notebook.stem}" for notebook in (ROOT / "nbs").glob("*.ipynb")}
-    assert listed == pages | notebooks
+def contents(page: str) -> list[str]:
+    """List what the tables of contents of a page name, as paths below docs/ without an ending."""
+    blocks = re.findall(r"```\{toctree\}\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line and not line.startswith(":")]
+    return [(Path(page).parent / line).as_posix() for line in lines]
+
+
+def test_every_page_is_in_the_table_of_contents_once() -> None:
+    listed = contents("index.md") + contents("reference/index.md")
+    pages = [page.relative_to(ROOT / "docs").with_suffix("").as_posix() for page in PAGES[1:]]
+    assert sorted(listed) == sorted([page for page in pages if page != "index"] + [f"nbs/{one.stem}" for one in NOTEBOOKS])
+
+
+@by_page
+def test_every_page_begins_with_its_only_title(page: Path) -> None:
+    text = prose(page)
+    assert text.startswith("# ")
+    assert len(re.findall(r"^# ", text, re.MULTILINE)) == 1
 
 
 @pytest.mark.parametrize(("page", "name"), [(page, name) for page, names in CATALOGUES.items() for name in names])
 def test_catalogue_pages_name_every_entry(page: str, name: str) -> None:
     rows = [line for line in (ROOT / "docs" / page).read_text().splitlines() if line.startswith("| `")]
     assert any(f"`{name}`" in row.split("|")[1] for row in rows)
+
+
+def column(page: str, row: str, position: int) -> list[float]:
+    """Read one column of the rows of a page's tables that begin as given."""
+    lines = (ROOT / "docs" / page).read_text().splitlines()
+    return [float(line.split("|")[position]) for line in lines if re.match(row, line)]
+
+
+def test_the_figures_of_the_guide_are_those_of_the_tables() -> None:
+    """docs/choosing.md says in words what other pages have measured, and must follow when they are measured anew."""
+    guide = (ROOT / "docs/choosing.md").read_text()
+    bench, classifiers = "removal-benchmarks.md", r"\| (alexnet|vgg11_bn|resnet18|resnet50|resnext50_32x4d|wide_resnet50_2) \| "
+    faster = column(bench, r"\| resnet18 \| \w+ \| \d+ \| 0.5 \|", 8)
+    arrives = column(bench, r"\| (resnet18|vgg16_bn) \| \w+ \| \d+ \| 0.5 \|", 9)
+    last = column(bench, r"\| (resnet18|vgg16_bn) \| channels_last \| \d+ \| 0.5 \|", 9)
+    (left,), (macs,) = column("networks.md", r"\| resnet18 \| pass \| 3e", 4), column(bench, r"\| resnet18 \| local \| fast", 5)
+    one, all_ = (column(bench, classifiers + context + r" \| fasterai", 4) for context in ("local", "global"))
+    (vit,), (convnext,) = (column("networks.md", rf"\| {name} \| pass", 4) for name in ("vit_b_16", "convnext_tiny"))
+    texts = (ROOT / "docs/networks.md").read_text().partition("| bert | pass")[2].partition("| whisper |")[0]
+    words = [float(line.split("|")[4]) for line in ("| bert | pass" + texts).splitlines()]
+    said = [
+        f"{left:.0%}".replace("%", " % of the [parameters]"),
+        f"{macs:.0%}".replace("%", " % of the [MACs]"),
+        f"{min(faster):.1f} to {max(faster):.1f} times as fast",
+        f"vit_b_16 {vit * 100:.0f} %, convnext_tiny {convnext * 100:.0f} %",
+        f"of tiny configurations, {min(words) * 100:.0f} to {max(words) * 100:.0f} %",
+        f"[{min(arrives):.2f} to {max(arrives):.2f} of it]",
+        f"in `channels_last` at least {min(last):.2f}",
+        f"[between {min(all_):.3f} and {max(all_):.3f}]",
+        f"`local` between {min(one):.3f} and {max(one):.3f}",
+    ]
+    assert [words for words in said if words not in guide] == []
+    elsewhere = {"command-line.md": ["36.00%", "32.00%", "14.25%", "(51.3%)"], "from-sparse-to-small.md": ["1:51", "71.66%"]}
+    assert all(figure in (ROOT / "docs" / page).read_text() for page, figures in elsewhere.items() for figure in figures)

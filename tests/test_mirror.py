@@ -27,6 +27,7 @@ OTHERS = {
     "test_layers.py": "who imports whom",
     "test_mirror.py": "this",
     "test_notebooks.py": "notebooks",
+    "test_reference.py": "reference pages, and the build of the site",
     "test_story.py": "from a dense network to a small one",
     "test_tutorial.py": "the script of the first page",
 }

@@ -1,4 +1,4 @@
-"""The script of docs/from-sparse-to-small.md, as it stands there, on a folder of made images."""
+"""The scripts of docs/: from-sparse-to-small.md on a folder of made images, many-machines.md in two processes."""
 
 import os
 import re
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-PAGE = Path(__file__).parents[1] / "docs" / "from-sparse-to-small.md"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
-def script() -> str:
-    (block,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+def script(page: str) -> str:
+    (block,) = re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
     return block
 
 
@@ -33,7 +33,7 @@ def test_the_script_makes_a_small_network_of_images(tmp_path):
     pytest.importorskip("fastai.vision.all")
     pytest.importorskip("onnxruntime")
     make_images(tmp_path / "images")
-    (tmp_path / "small.py").write_text(script())
+    (tmp_path / "small.py").write_text(script("from-sparse-to-small.md"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
     command = [sys.executable, "small.py", "images", "1"]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500, check=False)
@@ -46,3 +46,12 @@ def test_the_script_makes_a_small_network_of_images(tmp_path):
     assert after < 0.26 * before
     assert re.search(r"onnxruntime: \d+ of 16 images right", run.stdout)
     assert (tmp_path / "small.onnx").stat().st_size + (tmp_path / "small.safetensors").stat().st_size < 30e6
+
+
+def test_the_script_for_several_processes_ends_with_equal_weights(tmp_path):
+    (tmp_path / "train.py").write_text(script("many-machines.md"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.strip() == "sparsity 0.80, equal weights: True"
