@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 from fasterai.graph.exported import Exported, exported
 from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim
 from fasterai.graph.rules import RULES, Trace, Value, unknown
+from fasterai.graph.rules.trace import values_in
 from fasterai.model.dataflow import VIEWS
 from fasterai.model.inputs import positional
 from fasterai.model.names import plain_name, unwrap
@@ -86,7 +87,7 @@ def channel_graph(model: nn.Module, inputs: tuple[Any, ...], exact: bool = True)
 
     The network is exported in eval mode (`torch.export`); the labels of every tensor's dimensions are followed through its
     operations. An operation without a rule pins what it reads. Where eval mode leaves weights out, as of auxiliary classifiers,
-    the network of training mode is followed as well, if it can be exported. The model is not changed.
+    or training mode returns other tensors, the network of training mode is followed as well, if it can be exported. The model is not changed.
 
     Args:
         model: The model, wrapped or not.
@@ -175,7 +176,7 @@ def _follow(
 def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value]) -> None:
     names, parameters = program.names, program.program.graph_signature.inputs_to_parameters
     values: dict[Any, Any] = {}
-    idle = program.idle()
+    idle, unused = program.idle_and_unused()
     for node in program.program.graph.nodes:
         if node in idle:
             continue
@@ -186,6 +187,8 @@ def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value]) -> N
                 trace.labels.pin_all(value.dims, "it is an output of the network")
         else:
             values[node] = _apply(trace, node, values)
+        for value in values_in(values[node]) if node in unused else ():
+            trace.labels.pin_all(value.dims, f"{node.name} is returned in training alone, or not at all")
 
 
 def _placeholder(trace: Trace, node: Any, name: str | None, weights: dict[str, Value], is_parameter: bool) -> Any:
