@@ -210,7 +210,7 @@ def _apply(trace: Trace, node: Any, values: dict[Any, Any]) -> Any:
         return arguments[0][arguments[1]]
     name = str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
     found: Callable[..., Any] | None = RULES.get(name)
-    result = (found or unknown)(trace, node, *arguments, **keywords)
+    result = _ruled(trace, found or unknown, node, arguments, keywords)
     if name.endswith("_") and not name.endswith("__") and isinstance(result, Value) and isinstance(arguments[0], Value):
         _written(trace, node, arguments[0], result)
         values[node.args[0]] = result
@@ -220,8 +220,26 @@ def _apply(trace: Trace, node: Any, values: dict[Any, Any]) -> Any:
     return [_seen(v, shown) for v in result] if isinstance(result, list) else _seen(result, shown)
 
 
+def _ruled(trace: Trace, rule: Callable[..., Any], node: Any, arguments: Any, keywords: Any) -> Any:
+    """Return what a rule makes of an operation; where it does not know how the operation is called, pin what it reads.
+
+    Tensors without dimensions, alone, have no channels to follow.
+    """
+    made, read = node.meta.get("val"), values_in([arguments, keywords])
+    if isinstance(made, torch.Tensor) and not made.dim() and not any(value.shape for value in read):
+        return Value((), ())
+    try:
+        return rule(trace, node, *arguments, **keywords)
+    except Exception as error:
+        note = f"{node.target} is called as its rule does not know ({node.name}, {type(error).__name__})"
+        trace.labels.pin_all([dim for value in read for dim in value.dims], note)
+        return unknown(trace, node, *arguments, **keywords)
+
+
 def _written(trace: Trace, node: Any, before: Value, after: Value) -> None:
     """Pin the labels that are written in place into a tensor of unlabelled size, since its other views do not learn of them."""
+    if len(before.shape) != len(after.shape):  # `unsqueeze_` and the like give the tensor another shape, and write nothing
+        return
     for size, was, now in zip(before.shape, before.dims, after.dims, strict=True):
         if size > 1 and was is FREE:
             trace.labels.pin(now, f"{node.name} writes it into another tensor")

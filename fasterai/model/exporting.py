@@ -67,7 +67,9 @@ def _for_this_thread(holder: Any, name: str, other: Callable[..., Any], thread: 
 def _silence(thread: int) -> Iterator[None]:
     """Drop what a thread writes to stderr, and what it logs as torch, for a while."""
     dropped = _Dropped(thread)
-    names = [] if os.environ.get("TORCH_LOGS") else [n for n in logging.root.manager.loggerDict if n.partition(".")[0] == "torch"]
+    names = (
+        [] if os.environ.get("TORCH_LOGS") else [n for n in logging.root.manager.loggerDict if n.partition(".")[0] == "torch"]
+    )
     loggers = [logging.getLogger(name) for name in names]
     before = sys.stderr
     for logger in loggers:
