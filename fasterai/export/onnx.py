@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fasterai.core.checks import check_choice, check_count
 from fasterai.export.checking import as_inputs, model_outputs, require, written
+from fasterai.model.exporting import exporting
 from fasterai.model.inputs import batch_of
 from fasterai.model.names import unwrap
 from fasterai.model.outputs import check_same
@@ -134,7 +135,7 @@ def _write(model: nn.Module, inputs: tuple[Any, ...], place: Path, dynamic_batch
     batch = torch.export.Dim("batch")
     shapes = tuple({0: batch} if isinstance(x, Tensor) and x.dim() else None for x in inputs) if dynamic_batch else None
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    with evaluating(model), undisturbed(model), torch.no_grad(), open(os.devnull, "w") as silence:
+    with exporting(), evaluating(model), undisturbed(model), torch.no_grad(), open(os.devnull, "w") as silence:
         try:
             with contextlib.redirect_stdout(silence), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "# The axis name")  # of a second input with the same batch

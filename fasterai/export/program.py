@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fasterai.export.checking import as_inputs, model_outputs, written
+from fasterai.model.exporting import exporting
 from fasterai.model.names import unwrap
 from fasterai.model.outputs import check_same
 from fasterai.model.running import evaluating, undisturbed
@@ -37,7 +38,7 @@ def export_program(model: nn.Module, sample: Any, path: str | os.PathLike[str]) 
     model, inputs = unwrap(model), tree_map(_plain, as_inputs(sample))
     expected = model_outputs(model, inputs)
     with written(path) as place:
-        with evaluating(model), undisturbed(model), torch.no_grad():
+        with exporting(), evaluating(model), undisturbed(model), torch.no_grad():
             try:
                 torch.export.save(torch.export.export(model, inputs, strict=False), place)
             except Exception as error:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 from fasterai.graph.exported import Exported, exported
 from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim
 from fasterai.graph.rules import RULES, Trace, Value, unknown
+from fasterai.graph.rules.trace import values_in
 from fasterai.model.dataflow import VIEWS
 from fasterai.model.inputs import positional
 from fasterai.model.names import plain_name, unwrap
@@ -86,7 +87,7 @@ def channel_graph(model: nn.Module, inputs: tuple[Any, ...], exact: bool = True)
 
     The network is exported in eval mode (`torch.export`); the labels of every tensor's dimensions are followed through its
     operations. An operation without a rule pins what it reads. Where eval mode leaves weights out, as of auxiliary classifiers,
-    the network of training mode is followed as well, if it can be exported. The model is not changed.
+    or training mode returns other tensors, the network of training mode is followed as well, if it can be exported. The model is not changed.
 
     Args:
         model: The model, wrapped or not.
@@ -175,7 +176,7 @@ def _follow(
 def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value]) -> None:
     names, parameters = program.names, program.program.graph_signature.inputs_to_parameters
     values: dict[Any, Any] = {}
-    idle = program.idle()
+    idle, unused = program.idle_and_unused()
     for node in program.program.graph.nodes:
         if node in idle:
             continue
@@ -186,6 +187,8 @@ def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value]) -> N
                 trace.labels.pin_all(value.dims, "it is an output of the network")
         else:
             values[node] = _apply(trace, node, values)
+        for value in values_in(values[node]) if node in unused else ():
+            trace.labels.pin_all(value.dims, f"{node.name} is returned in training alone, or not at all")
 
 
 def _placeholder(trace: Trace, node: Any, name: str | None, weights: dict[str, Value], is_parameter: bool) -> Any:
@@ -207,7 +210,7 @@ def _apply(trace: Trace, node: Any, values: dict[Any, Any]) -> Any:
         return arguments[0][arguments[1]]
     name = str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
     found: Callable[..., Any] | None = RULES.get(name)
-    result = (found or unknown)(trace, node, *arguments, **keywords)
+    result = _ruled(trace, found or unknown, node, arguments, keywords)
     if name.endswith("_") and not name.endswith("__") and isinstance(result, Value) and isinstance(arguments[0], Value):
         _written(trace, node, arguments[0], result)
         values[node.args[0]] = result
@@ -217,8 +220,26 @@ def _apply(trace: Trace, node: Any, values: dict[Any, Any]) -> Any:
     return [_seen(v, shown) for v in result] if isinstance(result, list) else _seen(result, shown)
 
 
+def _ruled(trace: Trace, rule: Callable[..., Any], node: Any, arguments: Any, keywords: Any) -> Any:
+    """Return what a rule makes of an operation; where it does not know how the operation is called, pin what it reads.
+
+    Tensors without dimensions, alone, have no channels to follow.
+    """
+    made, read = node.meta.get("val"), values_in([arguments, keywords])
+    if isinstance(made, torch.Tensor) and not made.dim() and not any(value.shape for value in read):
+        return Value((), ())
+    try:
+        return rule(trace, node, *arguments, **keywords)
+    except Exception as error:
+        note = f"{node.target} is called as its rule does not know ({node.name}, {type(error).__name__})"
+        trace.labels.pin_all([dim for value in read for dim in value.dims], note)
+        return unknown(trace, node, *arguments, **keywords)
+
+
 def _written(trace: Trace, node: Any, before: Value, after: Value) -> None:
     """Pin the labels that are written in place into a tensor of unlabelled size, since its other views do not learn of them."""
+    if len(before.shape) != len(after.shape):  # `unsqueeze_` and the like give the tensor another shape, and write nothing
+        return
     for size, was, now in zip(before.shape, before.dims, after.dims, strict=True):
         if size > 1 and was is FREE:
             trace.labels.pin(now, f"{node.name} writes it into another tensor")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fasterai.core.checks import warn
+from fasterai.model.exporting import exporting
 from fasterai.model.names import plain_name
-from fasterai.model.running import in_mode, undisturbed, without_fast_path
+from fasterai.model.running import at_rest, copies, in_mode, undisturbed, without_fast_path
 from fasterai.model.supported import check_runs, said
 
 __all__ = ["Exported", "exported"]
@@ -47,21 +48,47 @@ class Exported:
         uses = self.uses()
         return [n for node in self.program.graph_signature.inputs_to_parameters if not uses[n := self.names[node]]]
 
-    def idle(self) -> set[Any]:
-        """Find the operations without weights whose results are unused, such as the mean over heads of attention weights.
+    def idle_and_unused(self) -> tuple[set[Any], set[Any]]:
+        """Find the operations whose results are unused: those without weights, and those with weights.
 
-        Those with weights run in the model all the same: their weights have to fit what they read.
+        The first, such as the mean over heads of attention weights, need not be followed. The second, such as a head whose
+        result is returned in training alone, run in the model all the same: their weights have to fit what they read. A change
+        in place is used if the tensor that it changes, or a view of it, is read later.
         """
-        idle: set[Any] = set()
+        roots = self._roots()
+        idle, unused, read = set[Any](), set[Any](), set[Any]()
         for node in reversed(self.program.graph.nodes):
-            is_pure = node.op == "call_function" and not node.is_impure()
-            if is_pure and idle.issuperset(node.users) and not any(n.name in self.names for n in node.all_input_nodes):
-                idle.add(node)
-        return idle
+            if node.op == "call_function" and not _is_used(node, read, roots):
+                if not any(n.name in self.names for n in node.all_input_nodes):
+                    idle.add(node)
+                    continue
+                unused.add(node)
+            read.update(node.all_input_nodes, [roots[n] for n in node.all_input_nodes])
+        return idle, unused
+
+    def _roots(self) -> dict[Any, Any]:
+        """Return for each result the tensor that holds its memory: itself, or the one that it is a view of."""
+        roots: dict[Any, Any] = {}
+        for node in self.program.graph.nodes:
+            returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+            is_view = node.target is operator.getitem or any(r.alias_info is not None for r in returns)
+            roots[node] = roots[node.all_input_nodes[0]] if is_view and node.all_input_nodes else node
+        return roots
+
+
+def _is_used(node: Any, read: set[Any], roots: Mapping[Any, Any]) -> bool:
+    """Tell if an operation's result is read later, or if it writes into the model, its inputs, or what is read later."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return node in read or node.is_impure()
+    given = {**dict(zip((a.name for a in schema.arguments), node.args, strict=False)), **node.kwargs}
+    written = tree_leaves([given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write])
+    places = [roots[x] for x in written if isinstance(x, torch.fx.Node)]
+    return node in read or any(place.op == "placeholder" or place in read for place in places)
 
 
 def exported(model: nn.Module, inputs: tuple[Any, ...]) -> list[Exported]:
-    """Export the network in eval mode; if that leaves parameters unread, in training mode as well.
+    """Export the network in eval mode; if that leaves parameters unread, or training returns other tensors, in both modes.
 
     Raises:
         ValueError: It does not run on the inputs, or cannot be exported; the message says where, and the repair.
@@ -74,29 +101,52 @@ def exported(model: nn.Module, inputs: tuple[Any, ...]) -> list[Exported]:
             f"model must be one that torch.export can read on example_inputs, got {said(error)}; "
             "remove branches and shapes that depend on data, or prune the part without them by itself"
         ) from error
-    if unread := found[0].unread():
-        found += [one for one in _training(model, inputs, unread) if set(one.unread()) < set(unread)]
+    unread = found[0].unread()
+    if unread or _training_returns_other(model, inputs):
+        found += [one for one in _training(model, inputs, unread) if not unread or set(one.unread()) < set(unread)]
     return found
+
+
+def _training_returns_other(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
+    """Tell if training mode returns other tensors than eval mode, by number or shape; False where it does not run."""
+    for given in (inputs, _twice(inputs)):  # a batch norm in training mode fails on one sample
+        shapes = []
+        try:
+            for training in (False, True):
+                with at_rest(model), in_mode(model, training):
+                    shapes.append([x.shape for x in tree_leaves(model(*copies(given))) if isinstance(x, torch.Tensor)])
+        except Exception:  # noqa: S112 - it may ask for targets in training mode
+            continue
+        return shapes[0] != shapes[1]
+    return False
+
+
+def _twice(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    several: tuple[Any, ...] = tree_map(lambda x: torch.cat([x, x]) if isinstance(x, torch.Tensor) and x.dim() else x, inputs)
+    return several
 
 
 def _training(model: nn.Module, inputs: tuple[Any, ...], unread: Sequence[str]) -> list[Exported]:
     """Export the network in training mode, on two samples or else on the inputs as given; warn if both fail."""
-    several = tree_map(lambda x: torch.cat([x, x]) if isinstance(x, torch.Tensor) and x.dim() else x, inputs)
     failures = []
-    for given in (several, inputs):
+    for given in (_twice(inputs), inputs):
         try:
             return [_exported(model, given, training=True)]
         except Exception as error:
             failures.append(said(error))
-    warn(
-        f"{len(unread)} parameters take no part in eval mode, such as {unread[0]}, and training mode cannot be "
-        f"followed ({failures[0]}): they keep their size, and may not fit their inputs when the model trains"
-    )
+    cannot = f"training mode cannot be followed ({failures[0]})"
+    if unread:
+        warn(
+            f"{len(unread)} parameters take no part in eval mode, such as {unread[0]}, and {cannot}: "
+            "they keep their size, and may not fit their inputs when the model trains"
+        )
+    else:
+        warn(f"training mode returns other outputs than eval mode, and {cannot}: what it alone returns may lose channels")
     return []
 
 
 def _exported(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> Exported:
-    with undisturbed(model), in_mode(model, training), torch.no_grad(), without_fast_path(), _plain():
+    with exporting(), undisturbed(model), in_mode(model, training), torch.no_grad(), without_fast_path():
         program = torch.export.export(model, inputs, strict=False)
     first: dict[int, str] = {}
     called: dict[str, str] = {}
@@ -105,18 +155,3 @@ def _exported(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> Expo
     signature = program.graph_signature
     found = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     return Exported(program, {node: called.get(name, plain_name(name)) for node, name in found.items()})
-
-
-@contextmanager
-def _plain() -> Iterator[None]:
-    """Keep tensors free of subclasses for a while: fastai's layers cast to its own class, which export cannot handle."""
-    cast = torch.Tensor.as_subclass
-    torch.Tensor.as_subclass = _as_it_is  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        torch.Tensor.as_subclass = cast  # type: ignore[method-assign]
-
-
-def _as_it_is(tensor: Any, cls: Any) -> Any:
-    return tensor

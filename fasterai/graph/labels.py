@@ -81,6 +81,8 @@ class Labels:
 
     def new(self, size: int) -> Array:
         """Return `size` new labels for a dimension."""
+        if size < 0:
+            raise ValueError(f"size must not depend on data, got {size}")
         self.count += size
         return np.arange(self.count - size, self.count)
 

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fasterai.model.attributes import attributes_kept
+from fasterai.model.names import unwrap
+
 __all__ = [
     "at_rest",
     "copies",
@@ -42,9 +45,9 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Restore the random generators of the CPU and the model's GPUs at the end, as if nothing had been drawn."""
+    """Restore the random generators of the CPU and the model's GPUs at the end, and the attributes of the model's modules."""
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
+    with torch.random.fork_rng(devices=[d for d in devices if d is not None]), attributes_kept(unwrap(model)):
         yield
 
 

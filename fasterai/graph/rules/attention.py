@@ -18,18 +18,18 @@ def attention(
     labels, name = trace.labels, node.name
     labels.pin_all([q.dims[-1], k.dims[-1]], f"{name}'s scale depends on the width of a head")
     labels.pin_all([q.dims[-2], k.dims[-2], v.dims[-2]], f"{name} computes across it")
-    batch = q.shape[:-2]
+    shape = shape_of(node)
     mask = mask if mask is not None else keywords.get("attn_mask")
     heads = [Value(x.shape[:-2], x.dims[:-2]) for x in (q, k, v)]
-    if keywords.get("enable_gqa") and q.shape[-3] != k.shape[-3]:
-        heads = [heads[0], *(_repeat_heads(trace, x, q.shape[-3]) for x in heads[1:])]
+    if keywords.get("enable_gqa"):
+        heads = [_repeat_heads(x, q.shape[-3]) for x in heads]
     if mask is not None:
         labels.pin_all(mask.dims[-2:], f"{name} computes across it")
         heads.append(Value(mask.shape[:-2], mask.dims[:-2]))
-    return Value(shape_of(node), (*broadcast(trace, name, heads, batch).dims, q.dims[-2], v.dims[-1]))
+    return Value(shape, (*broadcast(trace, name, heads, shape[:-2]).dims, q.dims[-2], v.dims[-1]))
 
 
-def _repeat_heads(trace: Trace, x: Value, heads: int) -> Value:
+def _repeat_heads(x: Value, heads: int) -> Value:
     """Repeat the labels of the keys' heads, since in grouped queries each serves a run of the queries' heads."""
     dim = x.dims[-1]
     repeated = np.repeat(dim, heads // x.shape[-1]) if isinstance(dim, np.ndarray) else dim

@@ -7,15 +7,15 @@ from typing import Any
 
 from fasterai.graph.labels import FIXED
 from fasterai.graph.rules.elementwise import elementwise
-from fasterai.graph.rules.trace import Trace, Value, argument_of, rule, settled, shape_of, unknown, without
+from fasterai.graph.rules.trace import Trace, Value, argument_of, rule, settled, shape_of, shapes_of, unknown, without
 
 __all__: list[str] = []
 
 
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "argmax", "argmin")
-def along_one(trace: Trace, node: Any, x: Value, dim: int = -1, *rest: Any, **keywords: Any) -> Any:
-    if not isinstance(dim, int):
-        return unknown(trace, node, x)
+def along_one(trace: Trace, node: Any, x: Value, dim: int | None = None, *rest: Any, **keywords: Any) -> Any:
+    if dim is None:
+        return reduction(trace, node, x)
     trace.labels.pin(x.dims[dim], f"{node.name} mixes its entries")
     shape = shape_of(node)
     return settled(x, [dim]) if shape == x.shape else Value(shape, without(x.dims, [dim], len(shape)))
@@ -51,8 +51,7 @@ def extremes(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any
     if trace.exact or not _is_average(node):
         trace.labels.pin_all([x.dims[d] for d in gone], f"{node.name} picks entries of it by their values")
     fixed = [FIXED if i in gone else d for i, d in enumerate(x.dims)]
-    shapes = [tuple(int(n) for n in value.shape) for value in node.meta["val"]]
-    return [Value(s, tuple(fixed) if len(s) == len(fixed) else without(x.dims, gone, len(s))) for s in shapes]
+    return [Value(s, tuple(fixed) if len(s) == len(fixed) else without(x.dims, gone, len(s))) for s in shapes_of(node)]
 
 
 @rule("flip")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fasterai.graph.labels import FREE
-from fasterai.graph.rules.trace import Trace, Value, all_fixed, broadcast, rule, shape_of
+from fasterai.graph.rules.trace import Trace, Value, all_fixed, broadcast, rule, shape_of, unknown
 
 __all__ = ["elementwise"]
 
@@ -17,18 +18,32 @@ __all__ = ["elementwise"]
     *("abs", "neg", "exp", "log", "log1p", "expm1", "sqrt", "rsqrt", "reciprocal", "square", "sign", "erf", "sin", "cos"),
     *("clamp", "clamp_min", "clamp_max", "floor", "ceil", "round", "trunc", "masked_fill", "eq", "ne", "gt", "ge", "lt", "le"),
     *("logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not", "isnan", "isinf", "nan_to_num"),
-    *("dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach", "to", "_to_copy", "type_as"),
+    *("dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach"),
     *("lift_fresh_copy", "copy", "fill", "zero", "multiply", "divide", "subtract", "true_divide", "floor_divide", "clip"),
     *("log2", "log10", "exp2", "tan", "atan", "sinh", "cosh", "isfinite", "logical_xor", "bitwise_xor", "addcdiv", "atan2"),
     *("erfc", "__and__", "__or__", "__xor__"),
 )
-def elementwise(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Value:
+def elementwise(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Any:
     """Join the dimensions of the operands that meet in an elementwise operation."""
+    if not hasattr(node.meta["val"], "shape"):  # `where(condition)` gives the indices at which it holds
+        return unknown(trace, node, *arguments, **keywords)
     values = [a for a in (*arguments, *keywords.values()) if isinstance(a, Value)]
     return broadcast(trace, node.name, values, shape_of(node))
 
 
-@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
+@rule("to", "_to_copy", "type_as")
+def cast(trace: Trace, node: Any, x: Value, *other: Any, **keywords: Any) -> Value:
+    """Keep the labels of the tensor that is cast; another tensor only lends its type and device."""
+    return Value(shape_of(node), x.dims)
+
+
+@rule("zeros_like", "ones_like", "full_like", "empty_like")
+def like(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any) -> Value:
+    """Give the labels of the tensor whose sizes are taken: what meets the new tensor shrinks with that one."""
+    return Value(shape_of(node), x.dims)
+
+
+@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor")
 def created(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Value:
     shape = shape_of(node)
     return Value(shape, (FREE,) * len(shape))
@@ -47,8 +62,8 @@ def assertion(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> None
 
 @rule("prelu")
 def prelu(trace: Trace, node: Any, x: Value, weight: Value) -> Value:
-    if weight.shape == (1,):
-        trace.labels.pin(weight.dims[0], "prelu has one slope for all channels")
+    if math.prod(weight.shape) == 1:
+        trace.labels.pin_all(weight.dims, "prelu has one slope for all channels")
     else:
         trace.labels.join(x.dims[1], weight.dims[0], "prelu")
     return x

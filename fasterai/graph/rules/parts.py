@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fasterai.graph.labels import FIXED, Dim
-from fasterai.graph.rules.trace import Trace, Value, broadcast, rule, shape_of, unknown_tensor, values_in, without
+from fasterai.graph.rules.trace import Trace, Value, broadcast, rule, shape_of, shapes_of, unknown_tensor, values_in, without
 
 __all__: list[str] = []
 
@@ -54,9 +54,9 @@ def parts(trace: Trace, node: Any, x: Value, sizes: Any = None, dim: int = 0, **
     if "unbind" in str(node.target):
         dim = keywords.get("dim", sizes if isinstance(sizes, int) else 0)
         trace.labels.pin(x.dims[dim], f"{node.name} splits it into single entries")
-        shapes = [tuple(v.shape) for v in node.meta["val"]]
+        shapes = shapes_of(node)
         return [Value(s, without(x.dims, [dim], len(s))) for s in shapes]
-    shapes = [tuple(int(n) for n in v.shape) for v in node.meta["val"]]
+    shapes = shapes_of(node)
     cut = x.dims[dim]
     lengths = [s[dim] for s in shapes]
     if isinstance(cut, np.ndarray):

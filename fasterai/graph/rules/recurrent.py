@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fasterai.graph.labels import FIXED, Array, Dim, is_labelled
-from fasterai.graph.rules.trace import Trace, Value, rule, unknown
+from fasterai.graph.rules.trace import Trace, Value, rule, shapes_of, unknown
 
 __all__: list[str] = []
 
@@ -36,7 +36,7 @@ def recurrent(
     first = [_hidden(cell) for cell in cells]
     for other in [*first[1:], *(state.dims[-1] for state in given)]:
         labels.join(first[0], other, f"{name} is given its states")
-    values = [tuple(int(n) for n in v.shape) for v in node.meta["val"]]
+    values = shapes_of(node)
     outputs = [Value(values[0], (*x.dims[:-1], read))]
     return outputs + [Value(s, (FIXED, FIXED, first[0])) for s in values[1:]]
 

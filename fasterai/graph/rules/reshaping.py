@@ -49,6 +49,11 @@ def reshape(trace: Trace, node: Any, x: Value, *rest: Any, **keywords: Any) -> V
     for number, (before, after) in enumerate(_matching(x.shape, shape)):
         flat = _merge(trace, node.name, [x.dims[i] for i in before], [x.shape[i] for i in before])
         dims += _split(trace, f"{node.name}/{number}", flat, [shape[j] for j in after])
+    if rest and isinstance(rest[0], Value):  # `view_as(other)` takes the other's sizes
+        dims = [
+            trace.labels.join(mine, its, f"{node.name} meets a dimension of fixed size")
+            for mine, its in zip(dims, rest[0].dims, strict=True)
+        ]
     return Value(shape, tuple(dims))
 
 

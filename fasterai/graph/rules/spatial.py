@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fasterai.graph.labels import FIXED
-from fasterai.graph.rules.trace import Trace, Value, all_fixed, rule, shape_of
+from fasterai.graph.rules.trace import Trace, Value, all_fixed, rule, shape_of, shapes_of
 
 __all__: list[str] = []
 
@@ -23,10 +23,10 @@ __all__: list[str] = []
 def spatial(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any) -> Any:
     kept = len(x.shape) - int(next(c for c in str(node.target) if c in "123"))
     trace.labels.pin_all(x.dims[kept:], f"{node.name} computes across it")
-    values = node.meta["val"]
-    shapes = [tuple(int(n) for n in v.shape) for v in (values if isinstance(values, list | tuple) else [values])]
+    has_several = isinstance(node.meta["val"], list | tuple)
+    shapes = shapes_of(node) if has_several else [shape_of(node)]
     results = [Value(shape, (*x.dims[:kept], *all_fixed(shape[kept:]))) for shape in shapes]
-    return results if isinstance(values, list | tuple) else results[0]
+    return results if has_several else results[0]
 
 
 @rule("pad", "constant_pad_nd")

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
 from fasterai.graph.labels import FIXED, FREE, Dim, Labels, is_labelled
 
 __all__ = [
@@ -19,11 +21,15 @@ __all__ = [
     "rule",
     "settled",
     "shape_of",
+    "shapes_of",
     "unknown",
     "unknown_tensor",
     "values_in",
     "without",
 ]
+
+
+DATA = -1  # the size of a dimension that depends on data, as the results of `nonzero` have
 
 
 @dataclass(frozen=True)
@@ -109,8 +115,17 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def shape_of(node: Any) -> tuple[int, ...]:
-    """Return the shape of an operation's result."""
-    return tuple(int(n) for n in node.meta["val"].shape)
+    """Return the shape of an operation's result; -1 stands for a size that depends on data."""
+    return _sizes(node.meta["val"])
+
+
+def shapes_of(node: Any) -> list[tuple[int, ...]]:
+    """Return the shapes of the results of an operation that makes several."""
+    return [_sizes(value) for value in node.meta["val"]]
+
+
+def _sizes(tensor: Any) -> tuple[int, ...]:
+    return tuple(n if isinstance(n, int) else int(n) if is_concrete_int(n) else DATA for n in tensor.shape)
 
 
 def all_fixed(shape: Sequence[int]) -> tuple[Dim, ...]:
@@ -137,8 +152,12 @@ def unknown(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Any:
         trace.labels.pin_all(value.dims, f"{node.target} is not understood ({node.name})")
     result = node.meta.get("val")
     if isinstance(result, list | tuple):
-        return [Value(tuple(v.shape), all_fixed(v.shape)) if hasattr(v, "shape") else v for v in result]
-    return Value(tuple(result.shape), all_fixed(result.shape)) if hasattr(result, "shape") else result
+        return [_fixed(v) for v in result]
+    return _fixed(result)
+
+
+def _fixed(result: Any) -> Any:
+    return Value(_sizes(result), all_fixed(result.shape)) if hasattr(result, "shape") else result
 
 
 def unknown_tensor(trace: Trace, node: Any, *arguments: Any) -> Value:

@@ -15,6 +15,8 @@ __all__: list[str] = []
 
 @rule("linear")
 def linear(trace: Trace, node: Any, x: Value, weight: Value, bias: Value | None = None) -> Value:
+    if len(weight.shape) != 2:
+        return unknown_tensor(trace, node, x, weight, bias)
     _read(trace, x, -1, weight, 1, node.name)
     out = weight.dims[0]
     if bias is not None:
