@@ -1,8 +1,17 @@
-"""Look of reports: numbers in words, tables as text, one palette for all pictures."""
+"""Look of reports: numbers in words, tables as text and as HTML, one line for each value, one style for all pictures.
+
+Over 300 lines, since all that is seen of the library is formed here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -11,32 +20,74 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AREA",
+    "DPI",
     "EMPTY",
     "GRID",
     "HEAT",
     "INK",
+    "PAPER",
     "QUIET",
     "SERIES",
+    "SMALL",
+    "Brief",
+    "Shown",
+    "Table",
+    "as_percent",
+    "brief",
     "counted",
     "dress",
     "line_colors",
     "new_axes",
     "new_figure",
+    "of_batch",
+    "one_line",
     "ruled",
+    "save_figure",
+    "settings",
     "short",
     "short_bytes",
     "short_time",
+    "styled",
     "table",
     "units_word",
 ]
 
-INK, QUIET, GRID, EMPTY = "#22303c", "#6b7a88", "#e3e8ed", "#eef1f4"
+INK, QUIET, GRID, EMPTY, PAPER = "#22303c", "#6b7a88", "#e3e8ed", "#eef1f4", "#ffffff"
 #: Colours of models or lines, in their order: the first is the one that the others are held against.
 SERIES = ("#7b8794", "#f0a35e", "#d9480f", "#1c7293", "#5c7c3a", "#8e5a9b")
 #: Ground under a line of the third colour.
 AREA = "#fbe3d3"
 #: Matplotlib's name of the colours of a map, from nothing to the most.
 HEAT = "OrRd"
+#: Sizes of text: titles, all else, and what stands beside bars and in maps. Dots per inch of files.
+TITLE, TEXT, SMALL, DPI = 12.0, 10.0, 8.5, 150
+#: Matplotlib's settings of every picture of the library, of its command line, of the docs and of the benchmarks.
+STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": GRID,
+    "axes.facecolor": PAPER,
+    "axes.labelcolor": QUIET,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": TITLE,
+    "axes.titleweight": "bold",
+    "figure.facecolor": PAPER,
+    "font.family": "DejaVu Sans",
+    "font.size": TEXT,
+    "grid.color": GRID,
+    "legend.fontsize": SMALL,
+    "legend.frameon": False,
+    "legend.labelcolor": QUIET,
+    "text.color": INK,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+}
+
+
+#: Characters of a `repr` at most; items of a collection that it lists.
+LONGEST_LINE, MOST_ITEMS = 120, 4
 
 
 def short(number: float) -> str:
@@ -85,6 +136,15 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def of_batch(samples: int | None) -> str:
+    """Name the batch that a figure is of; nothing if there is none.
+
+    >>> "MACs" + of_batch(1), "MACs" + of_batch(8), "MACs" + of_batch(None)
+    ('MACs of 1 sample', 'MACs of 8 samples', 'MACs')
+    """
+    return "" if samples is None else f" of {counted(samples, 'sample')}"
+
+
 def units_word(granularity: str) -> str:
     """Name the units of a granularity, in the plural.
 
@@ -128,16 +188,151 @@ def ruled(rows: Sequence[Sequence[str]], rules: Sequence[int], left: int = 1, ga
     return lines
 
 
+@dataclass(frozen=True)
+class Table:
+    """Table of a report, laid out as text or as HTML with the same cells.
+
+    Attributes:
+        header: The columns' heads.
+        body: The rows.
+        left: The number of first columns that are aligned to the left.
+        foot: The number of last rows that stand below a rule.
+        text: Lines to print in place of the laid-out table, with the same cells.
+    """
+
+    header: Sequence[str]
+    body: Sequence[Sequence[str]]
+    left: int = 1
+    foot: int = 0
+    text: Sequence[str] | None = None
+
+    def lines(self) -> list[str]:
+        """Lay out the table as lines of text."""
+        return table(self.header, self.body, self.left, self.foot) if self.text is None else list(self.text)
+
+    def html(self) -> str:
+        """Lay out the table as HTML, all cells escaped."""
+        split = len(self.body) - self.foot
+        parts = [("thead", "th", [self.header]), ("tbody", "td", self.body[:split]), ("tfoot", "th", self.body[split:])]
+        inner = "".join(
+            f"<{part}>{''.join(self._row(cells, tag) for cells in rows)}</{part}>" for part, tag, rows in parts if rows
+        )
+        return f"<table>{inner}</table>"
+
+    def _row(self, cells: Sequence[str], tag: str) -> str:
+        sides = ["left"] * self.left + ["right"] * (len(cells) - self.left)
+        written = [f'<{tag} style="text-align:{side}">{escape(cell)}</{tag}>' for cell, side in zip(cells, sides, strict=False)]
+        return f"<tr>{''.join(written)}</tr>"
+
+
+class Shown(ABC):
+    """Value that is seen in three ways: `repr` is one line, `print` shows all of it, and a notebook shows that as tables."""
+
+    @abstractmethod
+    def _line(self) -> str:
+        """Return the line that `repr` shows."""
+
+    @abstractmethod
+    def _parts(self) -> Iterable[Table | str]:
+        """Return tables and lines of text, in their order; an empty line sets them apart."""
+
+    def __repr__(self) -> str:
+        return one_line(self._line())
+
+    def __str__(self) -> str:
+        return "\n".join(line for part in self._parts() for line in (part.lines() if isinstance(part, Table) else [part]))
+
+    def _repr_html_(self) -> str:
+        parts = [part.html() if isinstance(part, Table) else f"<div>{escape(part)}</div>" for part in self._parts() if part]
+        return f"<div>{''.join(parts)}</div>"
+
+
+class Brief:
+    """Dataclass whose `repr` is one line: long values in it are described. Use it with `@dataclass(repr=False)`."""
+
+    def __repr__(self) -> str:
+        own: Any = self
+        values = ", ".join(f"{f.name}={brief(getattr(own, f.name))}" for f in fields(own) if f.repr)
+        return one_line(f"{type(self).__name__}({values})")
+
+
+def one_line(text: str) -> str:
+    r"""Shorten a text to one line of at most 120 characters.
+
+    >>> one_line("a  b\\n c")
+    'a b c'
+    """
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST_LINE else f"{text[: LONGEST_LINE - 4].rstrip()} ..."
+
+
+def brief(value: Any) -> str:
+    """Describe a value in a few words, without an address.
+
+    >>> brief(0.5), brief({"a": 1}), brief([1] * 9), brief(len)
+    ('0.5', "{'a': 1}", '9 items', 'len')
+    """
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{type(value).__name__}({', '.join(map(str, value.shape))})"
+    if isinstance(value, Mapping | list | tuple | set | frozenset) and len(value) > MOST_ITEMS:
+        return counted(len(value), "item")
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {brief(one)}' for key, one in value.items())}}}"
+    if type(value) in (list, tuple):
+        inner = ", ".join(map(brief, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
+    text = repr(value)
+    if " at 0x" in text or "\n" in text or len(text) > LONGEST_LINE:
+        return str(getattr(value, "__name__", type(value).__name__))
+    return text
+
+
+def settings(pairs: Mapping[str, Any]) -> Table:
+    """Return a table of settings and their values."""
+    body = [(name, value if isinstance(value, str) else brief(value)) for name, value in pairs.items()]
+    return Table(("setting", "value"), body, left=2)
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Apply the library's style to all that is drawn inside; also a decorator, `@styled()`, of functions that draw."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(STYLE):
+        yield
+
+
+@styled()
 def new_axes(width: float, height: float, columns: int = 1) -> Any:
     """Make a figure, and return its axes: one, or an array of as many as there are columns."""
     return new_figure(width, height).subplots(1, columns)
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """Make an empty figure on white ground; sizes in inches."""
+@styled()
+def new_figure(width: float, height: float, *, shown: bool = True) -> Figure:
+    """Make an empty figure; sizes in inches.
+
+    Args:
+        width: Its width.
+        height: Its height.
+        shown: True if a notebook is to show it by itself; False for a figure that is only written to a file.
+    """
+    if not shown:
+        from matplotlib.figure import Figure  # not pyplot: no window, no state that others could see
+
+        return Figure(figsize=(width, height), layout="constrained")
     import matplotlib.pyplot as plt
 
-    return plt.figure(figsize=(width, height), layout="constrained", facecolor="white")
+    return plt.figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file, and close it where a notebook would show it."""
+    try:
+        figure.savefig(path, format="png", backend="agg", dpi=DPI)
+    finally:
+        if "matplotlib.pyplot" in sys.modules:
+            sys.modules["matplotlib.pyplot"].close(figure)
 
 
 def line_colors(count: int) -> list[Any]:
@@ -147,13 +342,14 @@ def line_colors(count: int) -> list[Any]:
     return [colormaps["turbo"](0.08 + 0.84 * i / max(1, count - 1)) for i in range(count)]
 
 
-def dress(axes: Axes, title: str, grid: Literal["x", "y"] | None = None) -> None:
-    """Apply the library's look to axes.
+def dress(axes: Axes, title: str, grid: Literal["x", "y"] | None = None, below: str = "") -> None:
+    """Apply the library's style to axes, of whatever style they were made.
 
     Args:
         axes: The axes, with all that was drawn.
         title: The title above it, at the left.
         grid: `x` or `y`, the axis whose values are read off lines across; None for no lines.
+        below: A line under the title, such as the conditions.
     """
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
@@ -163,4 +359,13 @@ def dress(axes: Axes, title: str, grid: Literal["x", "y"] | None = None) -> None
     axes.set_axisbelow(True)
     if grid is not None:
         axes.grid(axis=grid, color=GRID, linewidth=0.8)
-    axes.set_title(title, loc="left", pad=12, fontsize=12, weight="bold", color=INK)
+    axes.set_title(title, loc="left", pad=26 if below else 12, fontsize=TITLE, weight="bold", color=INK)
+    if below:
+        axes.annotate(
+            below, (0, 1), xytext=(0, 9), xycoords="axes fraction", textcoords="offset points", color=QUIET, fontsize=SMALL
+        )
+
+
+def as_percent(value: float, _: float = 0.0) -> str:
+    """Write a share at a tick: whole percents where they are."""
+    return f"{value:.0%}" if abs(100 * value - round(100 * value)) < 1e-6 else f"{value:.1%}"

@@ -23,8 +23,8 @@ VERBS = _words(
     "Decompose Describe Distribute Divide Draw Drop End Evaluate Explain Export Factorise Find Fix Fold Follow Forget",
     "Give Go Import Join Keep Lay Let List Listen Load Log Look Make Mask Match Measure Move Multiply Name Note Pair Pass",
     "Pin Plan Prepare Print Prune Put Rank Rate Read Refuse Register Remember Remove Renumber Repeat Replace Restore",
-    "Resume Return Rewind Round Run Save Say Scale Score Select Set Shift Show Shrink Skip Split Start Stop Sum Summarise",
-    "Switch Take Tell Time Train Try Turn Undo Wait Walk Warn Work Write Yield",
+    "Resume Return Rewind Round Run Save Say Scale Score Select Set Shift Shorten Show Shrink Skip Split Start Stop Sum",
+    "Summarise Switch Take Tell Time Train Try Turn Undo Wait Walk Warn Work Write Yield",
 )
 MOST_LINES_OF_FUNCTION, MOST_LINES_OF_FILE = 40, 300
 #: The line in a long file's head that says why it is long.

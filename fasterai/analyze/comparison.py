@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,22 @@ from torch import nn
 from fasterai.analyze.cost import Cost, cost
 from fasterai.analyze.latency import LatencyComparison, compare_latency
 from fasterai.analyze.layers import LayerComparison, LayerRow
-from fasterai.display import QUIET, SERIES, dress, new_axes, short, short_bytes, short_time, table
+from fasterai.display import (
+    QUIET,
+    SERIES,
+    SMALL,
+    Shown,
+    Table,
+    as_percent,
+    counted,
+    dress,
+    new_axes,
+    of_batch,
+    short,
+    short_bytes,
+    short_time,
+    styled,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,8 +45,8 @@ MEASURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Shown):
     """Costs and speeds of several models; `print` shows a table, and a sentence for each model after the first.
 
     Attributes:
@@ -64,7 +79,7 @@ class Comparison:
         for layer in names:
             timings = {n: tuple(t.layers.get(layer) for t in ts) for n, ts in timed.items()} if sizes else {}
             rows.append(LayerRow(layer, {n: by_model[n].get(layer) for n in self.costs}, timings))
-        return LayerComparison(tuple(self.costs), tuple(rows), sizes)
+        return LayerComparison(tuple(self.costs), tuple(rows), sizes, self.batch_size)
 
     def verdicts(self) -> tuple[str, ...]:
         """Return one sentence for each model after the first: its size and speed compared with the first model's."""
@@ -86,9 +101,10 @@ class Comparison:
         """Return the end of a verdict: `unchanged` if the times are equal within the noise, else the measured ratios."""
         if self.latency is None:
             return "; its time was not measured"
-        ratios = zip(self.latency.batch_sizes, self.latency.ratios[name], strict=True)
-        figures = ", ".join(f"{r:.2f}x as fast" + ("" if b is None else f" at batch {b}") for b, r in ratios)
-        return f"{unchanged} (measured: {figures})" if self.latency.is_same(name) else f"; measured: {figures}"
+        speeds = {size: self.latency.speed(name, size) for size in self.latency.batch_sizes}
+        figures = ", ".join(speed.words(size) for size, speed in speeds.items())
+        is_same = all(speed.is_same for speed in speeds.values())
+        return f"{unchanged} (measured: {figures})" if is_same else f"; measured: {figures}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON."""
@@ -96,16 +112,27 @@ class Comparison:
         costs = {name: one.to_dict() for name, one in self.costs.items()}
         return {"costs": costs, "latency": measured, "verdicts": list(self.verdicts())}
 
-    def __str__(self) -> str:
+    @property
+    def batch_size(self) -> int | None:
+        """Number of samples that the models were counted on."""
+        return self.costs[self.first].batch_size
+
+    def _line(self) -> str:
+        return f"<Comparison of {counted(len(self.costs), 'model')}: {'; '.join(self.verdicts()) or self.first}>"
+
+    def _parts(self) -> Iterator[Table | str]:
         names = tuple(self.costs)
         body = []
         for label, field, write in MEASURES:
             shares = ["", *(f" ({self.share(name, field):.1%})" for name in names[1:])]
-            body.append([label, *(write(getattr(self.costs[n], field)) + s for n, s in zip(names, shares, strict=True))])
+            named = f"{label}{of_batch(self.batch_size)}" if field == "macs" else label
+            body.append([named, *(write(getattr(self.costs[n], field)) + s for n, s in zip(names, shares, strict=True))])
         body += [[label, *cells] for label, cells in self._times()]
         uncounted = dict.fromkeys(op for one in self.costs.values() for op in one.uncounted)
-        lines = [*table(["", *names], body), *self.verdicts()]
-        return "\n".join([*lines, *([f"not counted, without a rule: {', '.join(uncounted)}"] if uncounted else [])])
+        yield Table(["", *names], body)
+        yield from self.verdicts()
+        if uncounted:
+            yield f"not counted, without a rule: {', '.join(uncounted)}"
 
     def _times(self) -> list[tuple[str, list[str]]]:
         if self.latency is None:
@@ -114,39 +141,45 @@ class Comparison:
         for i, size in enumerate(self.latency.batch_sizes):
             cells = []
             for name, one in self.latency.models.items():
-                ratio = "" if name == self.first else f" ({self.latency.ratios[name][i]:.2f}x as fast)"
-                cells.append(short_time(one.timings[i].median) + ratio)
+                speed = "" if name == self.first else f" ({self.latency.speed(name, size).words()})"
+                cells.append(short_time(one.timings[i].median) + speed)
             rows.append(("time" if size is None else f"time, batch {size}", cells))
         return rows
 
+    @styled()
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw every figure as a share of the first model's; time as well, if it was measured.
 
         Args:
             ax: Where to draw; a new figure if it is left out.
         """
-        groups = [(label, [self.share(name, field) for name in self.costs]) for label, field, _ in MEASURES]
+        names = list(self.costs)
+        groups = [
+            (label, [self.share(name, field) for name in names], [f"{self.share(name, field):.0%}" for name in names])
+            for label, field, _ in MEASURES
+        ]
         if self.latency is not None:
-            for i, size in enumerate(self.latency.batch_sizes):
+            for size in self.latency.batch_sizes:
                 label = "time" if size is None else f"time,\nbatch {size}"
-                groups.append((label, [1 / self.latency.ratios[name][i] for name in self.costs]))
+                speeds = [self.latency.speed(name, size) for name in names]
+                groups.append((label, [1 / speed.ratio for speed in speeds], [speed.share for speed in speeds]))
         axes = new_axes(max(6.0, 1.3 * len(groups)), 4.0) if ax is None else ax
         width = 0.84 / len(self.costs)
         for i, name in enumerate(self.costs):
             places = np.arange(len(groups)) + (i - (len(self.costs) - 1) / 2) * width
-            heights = [values[i] for _, values in groups]
+            heights, said = [values[i] for _, values, _ in groups], [words[i] for _, _, words in groups]
             axes.bar(places, heights, width * 0.92, color=SERIES[i % len(SERIES)], label=name)
-            for place, height in zip(places, heights, strict=True) if i else ():
+            for place, height, words in zip(places, heights, said, strict=True) if i else ():
+                text = words.replace(" to ", "\nto ")
                 axes.annotate(
-                    f"{height:.0%}", (place, height), xytext=(0, 2), textcoords="offset points", ha="center", color=QUIET,
-                    fontsize=8,
-                )  # fmt: skip
-        axes.set_xticks(range(len(groups)), [label for label, _ in groups])
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.set_ylim(0, 1.12 * max(max(values) for _, values in groups))
+                    text, (place, height), xytext=(0, 2), textcoords="offset points", ha="center", color=QUIET, fontsize=SMALL
+                )
+        axes.set_xticks(range(len(groups)), [label for label, *_ in groups])
+        axes.yaxis.set_major_formatter(as_percent)
+        axes.set_ylim(0, 1.12 * max(max(values) for _, values, _ in groups))
         axes.set_ylabel(f"share of {self.first}")
         dress(axes, f"{', '.join(self.costs)}: less is better", grid="y")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(self.costs), frameon=False, labelcolor=QUIET)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(self.costs))
         return axes
 
 

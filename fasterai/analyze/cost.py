@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.analyze.counting import Tally, count
-from fasterai.display import QUIET, SERIES, dress, new_axes, short, short_bytes, table
-from fasterai.model.inputs import positional
+from fasterai.display import (
+    QUIET,
+    SERIES,
+    SMALL,
+    Brief,
+    Shown,
+    Table,
+    as_percent,
+    dress,
+    new_axes,
+    of_batch,
+    short,
+    short_bytes,
+    styled,
+)
+from fasterai.model.inputs import positional, sample_count
 from fasterai.model.names import unwrap
 from fasterai.model.running import at_rest, copies
 from fasterai.model.supported import check_model
@@ -25,8 +39,8 @@ __all__ = ["Cost", "LayerCost", "cost", "file_size"]
 MOST_BARS, LEAST_BAR = 40, 0.001
 
 
-@dataclass(frozen=True)
-class LayerCost:
+@dataclass(frozen=True, repr=False)
+class LayerCost(Brief):
     """Cost of one module without its submodules, which have rows of their own.
 
     Attributes:
@@ -53,8 +67,8 @@ class LayerCost:
     file_bytes: int = 0
 
 
-@dataclass(frozen=True)
-class Cost:
+@dataclass(frozen=True, repr=False)
+class Cost(Shown):
     """Cost of one forward pass of a model on the given inputs; `print` shows a table.
 
     Attributes:
@@ -69,6 +83,7 @@ class Cost:
         file_bytes: Length of the state dict as a safetensors file.
         layers: The modules that hold or do something, in the order of `named_modules()`; their shares add up to the whole.
         uncounted: Operations that may multiply and that no rule counts; `register_flop_formula` of torch adds one.
+        batch_size: Number of samples in the inputs, which MACs and activations are of; None if they hold none.
     """
 
     parameters: int
@@ -82,12 +97,17 @@ class Cost:
     file_bytes: int
     layers: tuple[LayerCost, ...]
     uncounted: tuple[str, ...] = ()
+    batch_size: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON."""
         return asdict(self)
 
-    def __str__(self) -> str:
+    def _line(self) -> str:
+        macs = f"{short(self.macs)} MACs{of_batch(self.batch_size)}"
+        return f"<Cost: {short(self.parameters)} parameters, {macs}, file {short_bytes(self.file_bytes)}>"
+
+    def _parts(self) -> Iterator[Table | str]:
         header = ("layer", "kind", "output", "parameters", "non-zero", "MACs", "file", "activations")
         rows = [row for row in self.layers if row.parameters or row.macs]
         body = [(r.name or "(model)", r.kind, _shape(r), *_figures(r)) for r in rows]
@@ -95,15 +115,17 @@ class Cost:
             memory = [short_bytes(sum(getattr(row, field) for row in rest)) for field in ("file_bytes", "activation_bytes")]
             body.append((f"{len(rest)} others", "", "", "0", "0", "0", *memory))
         body.append(("whole model", "", "", *_figures(self)))
-        lines = table(header, body, left=3, foot=1)
-        lines.append(
+        yield Table(header, body, left=3, foot=1)
+        yield (
             f"weights {short_bytes(self.weight_bytes)}, buffers {short_bytes(self.buffer_bytes)}, "
             f"file {short_bytes(self.file_bytes)}, activations at most {short_bytes(self.peak_bytes)} at once"
         )
+        if self.batch_size is not None:
+            yield f"MACs and activations{of_batch(self.batch_size)}"
         if self.uncounted:
-            lines.append(f"not counted, without a rule: {', '.join(self.uncounted)}")
-        return "\n".join(lines)
+            yield f"not counted, without a rule: {', '.join(self.uncounted)}"
 
+    @styled()
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the MACs and parameters of each layer as shares of the whole; at most the costliest layers, none below 0.1 %.
 
@@ -120,16 +142,16 @@ class Cost:
             axes.barh(place - 0.19, macs, height=0.36, color=SERIES[2], label="MACs" if not place else None)
             axes.barh(place + 0.19, parameters, height=0.36, color=SERIES[0], label="parameters" if not place else None)
             text = f"{short(row.macs)} MACs, {short(row.parameters)} parameters"
-            axes.text(max(macs, parameters), place, "  " + text, va="center", color=QUIET, fontsize=8)
+            axes.text(max(macs, parameters), place, "  " + text, va="center", color=QUIET, fontsize=SMALL)
         axes.set_yticks(range(len(shown)), [row.name or "(model)" for row in shown])
         axes.set(ylim=(len(shown) - 0.4, -0.6), xlabel="share of the whole model")
         axes.set_xlim(0, 1.8 * max([*weight.values(), 0.01]))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.xaxis.set_major_formatter(as_percent)
         left_out = f" ({len(rows) - len(shown)} cheaper layers not shown)" if len(shown) < len(rows) else ""
-        title = f"{short(self.macs)} MACs, {short(self.parameters)} parameters{left_out}"
+        title = f"{short(self.macs)} MACs{of_batch(self.batch_size)}, {short(self.parameters)} parameters{left_out}"
         dress(axes, title, grid="x")
         if shown:
-            axes.legend(loc="lower right", frameon=False, labelcolor=QUIET)
+            axes.legend(loc="lower right")
         return axes
 
 
@@ -174,6 +196,7 @@ def cost(model: nn.Module, example_inputs: Any) -> Cost:
         file_bytes=_length(tensors),
         layers=layers,
         uncounted=uncounted,
+        batch_size=sample_count(inputs) or None,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,18 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fasterai.analyze.latency_report import NOISE, Latency, LatencyComparison, Timing, against_first, timing_of
+from fasterai.analyze.latency_report import NOISE, Latency, LatencyComparison, Speed, Timing, against_first, timing_of
 from fasterai.analyze.layer_times import layer_times
-from fasterai.analyze.timing import by_turns, on_threads, passes_in, seconds_per_pass
+from fasterai.analyze.timing import by_turns, on_threads, passes_in, seconds_per_pass, spread_of
 from fasterai.core.checks import check_count
 from fasterai.model.inputs import batch_of, positional
 from fasterai.model.running import at_rest, copies, device_name
 from fasterai.model.supported import check_model
 
-__all__ = ["NOISE", "Latency", "LatencyComparison", "Timing", "batch_of", "compare_latency", "latency", "timing_of"]
+__all__ = ["NOISE", "Latency", "LatencyComparison", "Speed", "Timing", "batch_of", "compare_latency", "latency", "timing_of"]
 
 #: In how many turns each model is measured, so that a machine that grows slower or faster does so for all of them.
 TURNS = 15
+#: The spread of the ratios at which there are enough turns, and how many times as long it takes at most until then.
+SETTLED, LONGER = 1.05, 3
 #: In how many of them each layer is timed as well, and in how many passes of a quick model in each.
 LAYER_TURNS, LAYER_PASSES = 5, 4
 WARM_UP = 6
@@ -72,6 +73,8 @@ def compare_latency(
 ) -> LatencyComparison:
     """Measure several models in turns, in changing order, so that a slower or faster machine affects all alike.
 
+    Where the ratios of the times still spread by more than 5 % at the end, turns go on, for three times as long at most.
+
     Args:
         models: Name -> model; the others are held against the first.
         example_inputs: As for `latency`; all models get the same.
@@ -98,8 +101,8 @@ def compare_latency(
     with _all_at_rest(models):
         for size in sizes:
             blocks, passes = _take_turns(models, batch_of(inputs, size), threads, min_run_time)
-            medians = {name: [statistics.median(turn) for turn in turns] for name, turns in blocks.items()}
-            for name, ratio in against_first(medians).items():
+            fastest = {name: [min(turn) for turn in turns] for name, turns in blocks.items()}
+            for name, ratio in against_first(fastest).items():
                 timings[name].append(timing_of(size, [seconds for turn in blocks[name] for seconds in turn], passes[name]))
                 ratios[name].append(ratio)
     device = device_name(next(iter(models.values())), inputs)
@@ -131,8 +134,18 @@ def _take_turns(
     with on_threads(threads):
         fastest = {name: _warm_up(model, inputs) for name, model in models.items()}
         runs = {name: partial(turn, name) for name in models}
-        blocks = by_turns(runs, lambda found, _: all(len(turns) >= TURNS for turns in found.values()))
+        blocks = by_turns(runs, partial(_is_enough, longest=LONGER * min_run_time * len(models)))
     return blocks, passes
+
+
+def _is_enough(found: Mapping[str, Sequence[Sequence[float]]], seconds: float, longest: float) -> bool:
+    """Tell if there are enough turns: all that were asked for, and more while the ratios spread, for so many seconds."""
+    if len(next(iter(found.values()))) < TURNS:
+        return False
+    if seconds >= longest:
+        return True
+    first, *others = ([min(turn) for turn in turns] for turns in found.values())
+    return all(spread_of(first, own) <= SETTLED for own in others)
 
 
 def _warm_up(model: nn.Module, inputs: tuple[Any, ...]) -> float:

@@ -3,31 +3,76 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fasterai.analyze.layer_times import LayerTiming, layer_timings
-from fasterai.analyze.timing import quartiles
-from fasterai.display import INK, QUIET, SERIES, counted, dress, new_axes, short_time, table
+from fasterai.analyze.timing import dealt, quartiles
+from fasterai.display import INK, QUIET, SERIES, SMALL, Brief, Shown, Table, counted, dress, new_axes, short_time, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["NOISE", "Latency", "LatencyComparison", "Timing", "against_first", "timing_of"]
+__all__ = ["NOISE", "NOISY", "Latency", "LatencyComparison", "Speed", "Timing", "against_first", "timing_of"]
 
 #: Times closer to each other than this are called the same.
 NOISE = 0.05
+#: A ratio whose third quartile is more than so many times its first is not named.
+NOISY = 1.25
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Time of one forward pass: median and spread over the blocks.
+class Speed(NamedTuple):
+    """Speed of a model relative to another, with how much it spread: 2.0 is twice as fast.
+
+    Attributes:
+        ratio: The other's time by its own.
+        low: The first quartile of it.
+        high: The third quartile.
+    """
+
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def is_noisy(self) -> bool:
+        """True if the middle half of the measured ratios lies so far apart that none of them can be named."""
+        return self.high > NOISY * self.low
+
+    @property
+    def is_same(self) -> bool:
+        """True if the times are equal within 5 %, or within a small spread."""
+        return not self.is_noisy and (abs(self.ratio - 1) <= NOISE or self.low <= 1 <= self.high)
+
+    @property
+    def cell(self) -> str:
+        """The ratio for a table: `1.84`, `same`, or the range where it spreads too far."""
+        return "same" if self.is_same else f"{self.low:.2g} to {self.high:.2g}" if self.is_noisy else f"{self.ratio:.2f}"
+
+    @property
+    def share(self) -> str:
+        """The share of the other's time for a table or picture: `54 %`, `same`, or the range where it spreads too far."""
+        if self.is_noisy:
+            return f"{1 / self.high:.0%} to {1 / self.low:.0%}"
+        return "same" if self.is_same else f"{1 / self.ratio:.0%}"
+
+    def words(self, batch_size: int | None = None) -> str:
+        """Write the speed in words, with the batch that it is of if there is one."""
+        at = "" if batch_size is None else f" at batch {batch_size}"
+        if self.is_noisy:
+            return f"between {self.low:.2g}x and {self.high:.2g}x as fast{at}: too noisy to name one"
+        return f"{'the same time' if self.is_same else f'{self.ratio:.2f}x as fast'}{at}"
+
+
+@dataclass(frozen=True, repr=False)
+class Timing(Brief):
+    """Time of one forward pass. The blocks are dealt out to five hands, and the fastest of each hand counts.
 
     Attributes:
         batch_size: The number of samples; None where the inputs were taken as they are.
-        median: Seconds, the median over the measured blocks.
-        iqr: Seconds between the first and the third quartile of the blocks.
+        median: Seconds, the median over the hands.
+        iqr: Seconds between the first and the third quartile of the hands.
         blocks: The number of measured blocks of forward passes.
         layers: Name of a module -> the time of its own part, in passes apart from the blocks. These hold a few microseconds
             for each module, and need not add up to the whole. Empty for compiled models, which do not run layer by layer.
@@ -40,8 +85,8 @@ class Timing:
     layers: Mapping[str, LayerTiming] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Latency:
+@dataclass(frozen=True, repr=False)
+class Latency(Shown):
     """Latency of a model; `print` shows it as a table.
 
     Attributes:
@@ -67,14 +112,20 @@ class Latency:
         """Return plain data, ready for JSON."""
         return asdict(self)
 
-    def __str__(self) -> str:
+    def _line(self) -> str:
+        times = ", ".join(f"{short_time(t.median)} {_batch_words(t)}" for t in self.timings)
+        return f"<Latency: {times}; {_conditions(self)}>"
+
+    def _parts(self) -> Iterator[Table | str]:
         header = ("batch", "median", "IQR", "per sample", "blocks")
         body = [
             (_batch(t), short_time(t.median), short_time(t.iqr), short_time(t.median / (t.batch_size or 1)), str(t.blocks))
             for t in self.timings
         ]
-        return "\n".join([*table(header, body), _conditions(self)])
+        yield Table(header, body)
+        yield _conditions(self)
 
+    @styled()
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the median of each batch size, with the spread.
 
@@ -87,15 +138,16 @@ class Latency:
         return axes
 
 
-@dataclass(frozen=True)
-class LatencyComparison:
+@dataclass(frozen=True, repr=False)
+class LatencyComparison(Shown):
     """Latencies of several models, measured in turns in one run; `print` shows them side by side.
 
     Attributes:
         models: Name -> its latency. The first is the one that the others are held against.
-        ratios: Name -> for each batch size how many times as fast as the first it is: the median over the turns of the
-            first's time by its own, so that 2.0 is twice as fast.
-        quartiles: Name -> for each batch size the first and the third quartile of that over the turns.
+        ratios: Name -> for each batch size how many times as fast as the first it is: the first's time by its own, so that 2.0
+            is twice as fast. The turns are dealt out to five hands, and the fastest of each hand counts; this is the median
+            over the hands.
+        quartiles: Name -> for each batch size the first and the third quartile of that over the hands.
     """
 
     models: Mapping[str, Latency]
@@ -111,6 +163,11 @@ class LatencyComparison:
         """Return the first model's time divided by the named model's: 2.0 means twice as fast."""
         return self.ratios[name][self.batch_sizes.index(batch_size)]
 
+    def speed(self, name: str, batch_size: int | None) -> Speed:
+        """Return how many times as fast as the first model it is, with the spread; its text names no figure that is noise."""
+        place = self.batch_sizes.index(batch_size)
+        return Speed(self.ratios[name][place], *self.quartiles[name][place])
+
     def is_same(self, name: str) -> bool:
         """Tell if a model is as fast as the first one at every batch size: within 5 %, or within the spread of the turns."""
         pairs = zip(self.ratios[name], self.quartiles[name], strict=True)
@@ -122,17 +179,32 @@ class LatencyComparison:
         ratios = {name: list(values) for name, values in self.ratios.items()}
         return {"models": models, "ratios": ratios, "quartiles": {n: [list(q) for q in qs] for n, qs in self.quartiles.items()}}
 
-    def __str__(self) -> str:
+    def _line(self) -> str:
+        first = next(iter(self.models))
+        speeds = [
+            f"{name} {self.speed(name, size).words(size)}" for name in self.models if name != first for size in self.batch_sizes
+        ]
+        return f"<LatencyComparison against {first}: {', '.join(speeds) or 'no other model'}>"
+
+    def _parts(self) -> Iterator[Table | str]:
         first = next(iter(self.models))
         header = ("model", "batch", "median", "IQR", f"against {first}")
         body = [
-            (name, _batch(t), short_time(t.median), short_time(t.iqr), f"{self.ratio(name, t.batch_size):.2f}x as fast")
+            (
+                name,
+                _batch(t),
+                short_time(t.median),
+                short_time(t.iqr),
+                "" if name == first else self.speed(name, t.batch_size).words(),
+            )
             for batch_size in self.batch_sizes
             for name, one in self.models.items()
             for t in (one[batch_size],)
         ]
-        return "\n".join([*table(header, body), f"{_conditions(self.models[first])}, measured in turns"])
+        yield Table(header, body)
+        yield f"{_conditions(self.models[first])}, measured in turns"
 
+    @styled()
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the medians side by side, with the spread and each model's speed relative to the first.
 
@@ -140,27 +212,33 @@ class LatencyComparison:
             ax: Where to draw; a new figure if it is left out.
         """
         axes = new_axes(max(5.0, 1.6 + 1.1 * len(self.models) * len(self.batch_sizes)), 3.8) if ax is None else ax
-        _draw_bars(axes, self.models, self.ratios)
+        _draw_bars(axes, self.models, self.speed)
         dress(axes, f"Time of a forward pass, {_conditions(next(iter(self.models.values())))}", grid="y")
-        axes.legend(loc="upper left", frameon=False, labelcolor=QUIET)
+        axes.legend(loc="upper left")
         return axes
 
 
 def timing_of(batch_size: int | None, times: Sequence[float], passes: Sequence[Mapping[str, float]]) -> Timing:
     """Summarise times: the seconds per pass of each block, and of separate passes the seconds of each layer."""
-    first, third = quartiles(times)
-    return Timing(batch_size, statistics.median(times), third - first, len(times), layer_timings(passes))
+    fastest = dealt(times)
+    first, third = quartiles(fastest)
+    return Timing(batch_size, statistics.median(fastest), third - first, len(times), layer_timings(passes))
 
 
 def against_first(turns: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, tuple[float, float]]]:
-    """Return name -> (first model's time / its time as the median over the turns, the quartiles of it).
+    """Return name -> (first model's time / its time as the median over the five hands of turns, the quartiles of it).
 
     Args:
         turns: Name -> seconds of a forward pass, turn by turn.
     """
-    first = next(iter(turns.values()))
-    ratios = {name: [a / b for a, b in zip(first, times, strict=True)] for name, times in turns.items()}
+    fastest = {name: dealt(times) for name, times in turns.items()}
+    first = next(iter(fastest.values()))
+    ratios = {name: [a / b for a, b in zip(first, times, strict=True)] for name, times in fastest.items()}
     return {name: (statistics.median(values), quartiles(values)) for name, values in ratios.items()}
+
+
+def _batch_words(timing: Timing) -> str:
+    return "as given" if timing.batch_size is None else f"at batch {timing.batch_size}"
 
 
 def _batch(timing: Timing) -> str:
@@ -172,7 +250,7 @@ def _conditions(one: Latency) -> str:
     return f"{one.device}, {counted(one.threads, 'thread')}{layout}"
 
 
-def _draw_bars(axes: Axes, models: Mapping[str, Latency], ratios: Mapping[str, tuple[float, ...]] | None = None) -> None:
+def _draw_bars(axes: Axes, models: Mapping[str, Latency], speed: Callable[[str, int | None], Speed] | None = None) -> None:
     width = 0.8 / len(models)
     sizes = [_batch(t) for t in next(iter(models.values())).timings]
     for i, (name, one) in enumerate(models.items()):
@@ -182,10 +260,17 @@ def _draw_bars(axes: Axes, models: Mapping[str, Latency], ratios: Mapping[str, t
         axes.bar(places, medians, width * 0.92, yerr=spreads, color=color, label=name or None, ecolor=INK)
         for group, (place, height, spread) in enumerate(zip(places, medians, spreads, strict=True)):
             text = short_time(height / 1e3)
-            if ratios is not None and i:
-                text += f"\n{ratios[name][group]:.2f}x"
+            if speed is not None and i:
+                found = speed(name, one.timings[group].batch_size)
+                text += f"\n{found.cell}" + ("" if found.is_same else "x")
             axes.annotate(
-                text, (place, height + spread), xytext=(0, 3), textcoords="offset points", ha="center", color=QUIET, fontsize=8
+                text,
+                (place, height + spread),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+                color=QUIET,
+                fontsize=SMALL,
             )
     axes.set_xticks(range(len(sizes)), [f"batch {size}" if size.isdigit() else size for size in sizes])
     axes.set_ylabel("ms")

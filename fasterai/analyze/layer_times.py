@@ -14,14 +14,15 @@ from torch import nn
 
 from fasterai.analyze.counting import followed
 from fasterai.analyze.timing import quartiles
+from fasterai.display import Brief
 from fasterai.model.names import unwrap
 from fasterai.model.running import device_of, wait_for
 
 __all__ = ["LayerTiming", "layer_times", "layer_timings", "quartiles"]
 
 
-@dataclass(frozen=True)
-class LayerTiming:
+@dataclass(frozen=True, repr=False)
+class LayerTiming(Brief):
     """Time of one module without its submodules, which have times of their own.
 
     Attributes:

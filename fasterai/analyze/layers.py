@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,21 @@ import numpy as np
 
 from fasterai.analyze.cost import LayerCost
 from fasterai.analyze.layer_times import LayerTiming
-from fasterai.display import QUIET, SERIES, dress, new_axes, short, short_bytes, short_time, table
+from fasterai.display import (
+    SERIES,
+    SMALL,
+    Brief,
+    Shown,
+    Table,
+    counted,
+    dress,
+    new_axes,
+    of_batch,
+    short,
+    short_bytes,
+    short_time,
+    styled,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,8 +42,8 @@ FIGURES: tuple[tuple[str, str, Callable[[float], str], Callable[[float], str]], 
 )
 
 
-@dataclass(frozen=True)
-class LayerRow:
+@dataclass(frozen=True, repr=False)
+class LayerRow(Brief):
     """Figures of one layer in all models.
 
     Attributes:
@@ -43,8 +57,8 @@ class LayerRow:
     timings: Mapping[str, tuple[LayerTiming | None, ...]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class LayerComparison:
+@dataclass(frozen=True, repr=False)
+class LayerComparison(Shown):
     """Costs and times of several models, layer by layer; `print` shows a table, `plot` draws it.
 
     Times are of passes apart from those of the whole model, with some microseconds for each layer in them: they show where the
@@ -54,11 +68,13 @@ class LayerComparison:
         names: The models.
         rows: The layers, in the order of the first model that has them.
         batch_sizes: Timed batch sizes, as for `LatencyComparison`; empty if nothing was.
+        batch_size: The number of samples that MACs and activations are of; None if the inputs had none.
     """
 
     names: tuple[str, ...]
     rows: tuple[LayerRow, ...]
     batch_sizes: tuple[int | None, ...] = ()
+    batch_size: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON."""
@@ -66,9 +82,14 @@ class LayerComparison:
         timings = {
             row.name: {n: [None if t is None else asdict(t) for t in ts] for n, ts in row.timings.items()} for row in self.rows
         }
-        return {"names": list(self.names), "layers": costs, "batch_sizes": list(self.batch_sizes), "timings": timings}
+        return {"names": list(self.names), "layers": costs, "batch_sizes": list(self.batch_sizes), "timings": timings} | {
+            "batch_size": self.batch_size
+        }
 
-    def __str__(self) -> str:
+    def _line(self) -> str:
+        return f"<LayerComparison of {', '.join(self.names)}: {counted(len(self.rows), 'layer')}>"
+
+    def _parts(self) -> Iterator[Table | str]:
         times = ["time" + _at(size) for size in self.batch_sizes]
         header = ("layer", "model", "output", *(label for label, *_ in FIGURES), *times)
         body = []
@@ -79,11 +100,17 @@ class LayerComparison:
                 figures = ("" if cost is None else write(getattr(cost, key)) for _, key, write, _ in FIGURES)
                 seconds = ("" if t is None else short_time(t.median) for t in row.timings.get(name, ()))
                 body.append((("" if i else row.name or "(model)"), name, shape, *figures, *seconds))
-        return "\n".join(table(header, body, left=3))
+        yield Table(header, body, left=3)
+        if self.batch_size is not None:
+            yield f"MACs and activations{of_batch(self.batch_size)}"
 
+    @styled()
     def plot(self) -> Figure:
         """Draw MACs, file size, activations and, at the first batch size, time of each layer; of many layers the costliest."""
-        panels = [(label, write, self._values(key)) for label, key, _, write in FIGURES[2:]]
+        panels = [
+            (label + (of_batch(self.batch_size) if key == "macs" else ""), write, self._values(key))
+            for label, key, _, write in FIGURES[2:]
+        ]
         if self.batch_sizes:
             panels.append(("time" + _at(self.batch_sizes[0]), short_time, self._times()))
         shares = np.max([values.max(axis=1) / max(values.sum(), 1e-300) for _, _, values in panels], axis=0, initial=0.0)
@@ -103,10 +130,10 @@ class LayerComparison:
                 ax.set_xticks(np.arange(0.0, most, step))
             ax.xaxis.set_major_formatter(lambda value, _, write=write: write(value))
             dress(ax, label, grid="x")
-        axes[0].set_yticks(range(len(shown)), [self.rows[i].name or "(model)" for i in shown], fontsize=8)
+        axes[0].set_yticks(range(len(shown)), [self.rows[i].name or "(model)" for i in shown], fontsize=SMALL)
         figure: Figure = axes[0].figure
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(self.names), frameon=False, labelcolor=QUIET)
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(self.names))
         return figure
 
     def _values(self, key: str) -> np.ndarray[Any, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +11,22 @@ from torch import nn
 
 from fasterai.analyze.allocation import allocate
 from fasterai.core.checks import check_count, check_fraction
-from fasterai.display import HEAT, INK, QUIET, dress, line_colors, new_axes, table, units_word
+from fasterai.display import (
+    HEAT,
+    INK,
+    PAPER,
+    QUIET,
+    SMALL,
+    Shown,
+    Table,
+    as_percent,
+    counted,
+    dress,
+    line_colors,
+    new_axes,
+    styled,
+    units_word,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,8 +49,8 @@ class Ranked(NamedTuple):
     drop: float
 
 
-@dataclass(frozen=True)
-class Sensitivity:
+@dataclass(frozen=True, repr=False)
+class Sensitivity(Shown):
     """Scores of a model with one target pruned at a time; `print` shows them as a table.
 
     Attributes:
@@ -138,7 +153,11 @@ class Sensitivity:
             "granularity": self.granularity,
         }
 
-    def __str__(self) -> str:
+    def _line(self) -> str:
+        worst = ", ".join(f"{one.name} ({one.drop:.3g})" for one in self.top(2))
+        return f"<Sensitivity of {counted(len(self.scores), 'target')}, baseline {self.baseline:.4g}; largest drops: {worst}>"
+
+    def _parts(self) -> Iterator[Table | str]:
         header = (
             "target",
             units_word(self.granularity),
@@ -146,12 +165,13 @@ class Sensitivity:
         )
         body = [(name, f"{self.units[name]:,}", *(f"{v:.4g}" for v in values)) for name, values in self.scores.items()]
         better = "higher" if self.higher_is_better else "lower"
-        lines = [*table(header, body), f"baseline {self.baseline:.4g}, {better} is better; one target pruned at a time"]
+        yield Table(header, body)
+        yield f"baseline {self.baseline:.4g}, {better} is better; one target pruned at a time"
         off = max(abs(got - s) for shares in self.reached.values() for got, s in zip(shares, self.sparsities, strict=True))
         if off >= LEAST_OFF:
-            lines.append(f"the columns are what was asked; `reached` has what was pruned, {off:.1%} from it at most")
-        return "\n".join(lines)
+            yield f"the columns are what was asked; `reached` has what was pruned, {off:.1%} from it at most"
 
+    @styled()
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw a line for each target; for more than a dozen targets a map with one row each.
 
@@ -169,10 +189,10 @@ class Sensitivity:
             places = [0.0, *self.reached[name]]
             axes.plot(places, [self.baseline, *values], color=color, linewidth=1.8, marker="o", markersize=4, label=name)
         axes.axhline(self.baseline, color=QUIET, linewidth=1.0, linestyle=(0, (4, 3)))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.xaxis.set_major_formatter(as_percent)
         axes.set(xlim=(0, 1), xlabel=f"share of the target's {units_word(self.granularity)} pruned", ylabel="score")
         dress(axes, f"Score with one target pruned at a time; {self.baseline:.4g} as it is", grid="y")
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, labelcolor=QUIET, fontsize=8)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
     def _draw_map(self, axes: Axes) -> None:
         import numpy as np
@@ -184,12 +204,12 @@ class Sensitivity:
         for row, values in enumerate(self.scores.values()):
             for column, value in enumerate(values):
                 dark = not np.isfinite(drops[row, column]) or drops[row, column] > 0.6 * top
-                axes.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=7, color="white" if dark else INK)
-        axes.set_yticks(range(len(self.scores)), list(self.scores), fontsize=8)
+                axes.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=SMALL, color=PAPER if dark else INK)
+        axes.set_yticks(range(len(self.scores)), list(self.scores), fontsize=SMALL)
         axes.set_xticks(range(len(self.sparsities)), [f"{s:.0%}" for s in self.sparsities])
         axes.set_xlabel(f"share of the target's {units_word(self.granularity)} pruned")
         dress(axes, f"Score with one target pruned at a time; {self.baseline:.4g} as it is")
         if axes.figure is not None:
             bar = axes.figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02, label="drop")
             bar.outline.set_visible(False)  # type: ignore[operator]
-            bar.ax.tick_params(colors=QUIET, length=0, labelsize=8)
+            bar.ax.tick_params(colors=QUIET, length=0, labelsize=SMALL)

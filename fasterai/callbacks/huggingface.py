@@ -65,6 +65,9 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
         self._shares = 1
         self._is_trained_on: bool | None = None  # None without a changed loss
 
+    def __repr__(self) -> str:
+        return f"<{key_of(self, self._given)}>"
+
     def folder(self) -> Path:
         """Return the Trainer's output folder."""
         return Path("." if self._args is None else self._args.output_dir)

@@ -62,6 +62,9 @@ class ParticipantCallback(pl.Callback):
         """Name of the callback's state in a checkpoint."""
         return key_of(self, self._given)
 
+    def __repr__(self) -> str:
+        return f"<{key_of(self, self._given)}>"
+
     def folder(self) -> Path:
         """Return the trainer's root folder."""
         return Path("." if self._trainer is None else self._trainer.default_root_dir)

@@ -18,6 +18,7 @@ from fasterai.core.criteria import Criterion
 from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Participant
 from fasterai.core.schedules import Schedule
+from fasterai.display import brief, one_line
 from fasterai.model.targets import LayerTypes
 from fasterai.sparse.sparsifier import Sparsifier, Sparsity
 
@@ -56,6 +57,10 @@ def key_of(callback: object, given: Sequence[Makes]) -> str:
     return f"{kind}({', '.join(names)})"
 
 
+def _word(setting: Any) -> str:
+    return setting.title if isinstance(setting, Criterion) else setting if isinstance(setting, str) else brief(setting)
+
+
 class Method:
     """Callback of one method; the framework's `ParticipantCallback` comes behind it, with what is declared here.
 
@@ -64,6 +69,13 @@ class Method:
     """
 
     is_late = True
+
+    def __repr__(self) -> str:
+        return one_line(f"<{type(self).__name__}: {self._settings()}>")
+
+    def _settings(self) -> str:
+        """Return the settings in a few words."""
+        raise NotImplementedError
 
     if TYPE_CHECKING:
 
@@ -136,6 +148,10 @@ class SparsifyMethod(Method):
         folder = self.folder() if self.save_tickets is True else self.save_tickets or None
         return self.settings.participants(model if self.part is None else self.part, folder)
 
+    def _settings(self) -> str:
+        sparsity = "the context's" if self.sparsity is None else brief(self.sparsity)
+        return f"{sparsity} pruned; {', '.join(map(_word, self.settings.axes))}"
+
     @property
     def sparsifier(self) -> Sparsifier | None:
         """The sparsifier of the last run, None before the first."""
@@ -160,6 +176,9 @@ class HoldMethod(Method):
             raise TypeError(f"sparsifier must be a Sparsifier, got {got}; after a fit pass its callback's `.sparsifier`")
         super().__init__(sparsifier.hold())
         self.sparsifier = sparsifier
+
+    def _settings(self) -> str:
+        return f"{self.sparsifier.sparsity.overall:.1%} pruned"
 
     def metrics(self) -> dict[str, float]:
         """Return the sparsity, counted from the masks."""
@@ -225,6 +244,9 @@ class PruneMethod(Method):
 
     def _copies(self) -> list[Any]:
         return [self.settings.copies, *self.copies()]
+
+    def _settings(self) -> str:
+        return f"{brief(self.pruning_ratio)} removed; {', '.join(map(_word, self.settings.axes[1:]))}"
 
     @property
     def pruner(self) -> GradualPruner | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fasterai.core.checks import check_count, warn
 from fasterai.core.joined import innermost
 from fasterai.core.loop import Batch, Fit, Loop, Participant
+from fasterai.display import one_line
 
 __all__ = ["Handle", "attach"]
 
@@ -34,6 +35,10 @@ class Handle:
             optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),  # type: ignore[no-untyped-call]
             optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),  # type: ignore[no-untyped-call]
         ]
+
+    def __repr__(self) -> str:
+        names = ", ".join(p.name for p in self.loop.participants)
+        return one_line(f"<Handle: step {self.loop.step} of {self.loop.total_steps}; {names}>")
 
     def loss(self, loss: Tensor, inputs: Any = (), targets: Any = (), outputs: Any = None) -> Tensor:
         """Show a batch to the participants, and return the loss to go on with.

@@ -6,9 +6,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fasterai.analyze.latency import Speed
 from fasterai.cli.output import write_atomically
 from fasterai.cli.tables import columns, is_by_channel, unit_name
-from fasterai.display import AREA, EMPTY, GRID, INK, QUIET, SERIES, short, short_bytes, short_time
+from fasterai.display import (
+    AREA,
+    EMPTY,
+    INK,
+    PAPER,
+    QUIET,
+    SERIES,
+    SMALL,
+    as_percent,
+    dress,
+    new_figure,
+    save_figure,
+    short,
+    short_bytes,
+    short_time,
+    styled,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,44 +48,36 @@ def write_all(report: Mapping[str, Any], folder: Path) -> None:
 
 def write_removal(removal: Removal, path: Path) -> None:
     """Write the picture of a removal."""
-    import matplotlib.pyplot as plt
-
-    figure = removal.plot()
-    try:
-        write_atomically(path, lambda part: figure.savefig(part, format="png", backend="agg", dpi=110))
-    finally:
-        plt.close(figure)
+    _write(removal.plot(), path)
 
 
+@styled()
 def write_training(report: Mapping[str, Any], path: Path) -> None:
     """Draw the accuracy over the epochs, dense and sparse, above the sparsity over the steps."""
-    figure = _figure(8.0, 5.6)
+    figure = new_figure(8.0, 5.6, shown=False)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     _draw_accuracy(above, report)
     _draw_schedule(below, report)
-    for axes in (above, below):
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
-        axes.spines["left"].set_visible(False)
     figure.align_ylabels([above, below])
     _write(figure, path)
 
 
+@styled()
 def write_sparsity(report: Mapping[str, Any], path: Path) -> None:
     """Draw the sparsity of each layer, with the count of kept channels or weights beside it."""
     layers = report["layers"]
-    figure = _figure(8.0, 1.5 + 0.3 * len(layers))
+    figure = new_figure(8.0, 1.5 + 0.3 * len(layers), shown=False)
     axes = figure.subplots()
     axes.barh(range(len(layers)), [1.0] * len(layers), color=EMPTY, height=0.74)
     for place, layer in enumerate(layers):
         _draw_layer(axes, place, layer, _left(report, layer))
     unit = "channels" if is_by_channel(report) else "weights"
-    axes.text(1.02, -0.8, f"{unit} left", va="center", color=QUIET, fontsize=8.5, weight="bold")
+    axes.text(1.02, -0.8, f"{unit} left", va="center", color=QUIET, fontsize=SMALL, weight="bold")
     _draw_overall(axes, layers)
     axes.set_yticks(range(len(layers)), [layer["name"].removesuffix(".weight") for layer in layers])
     axes.set(xlim=(0, 1), ylim=(len(layers) - 0.45, -0.55), xlabel=f"share of {unit_name(report)} pruned")
-    axes.xaxis.set_major_formatter(_percent)
-    axes.spines["left"].set_visible(False)
-    axes.set_title("What is gone, layer by layer", loc="left", pad=24, fontsize=14, weight="bold", color=INK)
+    axes.xaxis.set_major_formatter(as_percent)
+    dress(axes, "What is gone, layer by layer", below=" ")
     _write(figure, path)
 
 
@@ -83,48 +92,53 @@ def _draw_layer(axes: Axes, place: int, layer: Mapping[str, Any], left: str) -> 
     share = layer["pruned"] / max(1, layer["units"])
     axes.barh(place, share, color=COLORS["sparse"], height=0.74)
     inside = share > 0.1
-    at, color = (0.01, "white") if inside else (share + 0.01, INK)
-    axes.text(at, place, f"{share:.1%}", va="center", color=color, fontsize=8.5, weight="bold")
-    axes.text(1.02, place, left, va="center", color=QUIET, fontsize=8.5)
+    at, color = (0.01, PAPER) if inside else (share + 0.01, INK)
+    axes.text(at, place, f"{share:.1%}", va="center", color=color, fontsize=SMALL, weight="bold")
+    axes.text(1.02, place, left, va="center", color=QUIET, fontsize=SMALL)
 
 
+@styled()
 def write_small(report: Mapping[str, Any], path: Path) -> None:
     """Draw size, MACs and time of each network, as shares of the first network's."""
     names, rows = columns(report), _shares(report)
-    figure = _figure(8.0, 1.6 + 0.72 * len(rows))
+    figure = new_figure(8.0, 1.6 + 0.72 * len(rows), shown=False)
     axes = figure.subplots()
     thickness = 0.78 / len(names)
-    most = max(share for _, bars in rows for share, _ in bars.values())
+    most = max(share for _, bars in rows for share, *_ in bars.values())
     for place, (_, bars) in enumerate(rows):
         for i, name in enumerate(names):
-            (share, text), at = bars[name], place + (i - (len(names) - 1) / 2) * thickness
+            (share, text, said), at = bars[name], place + (i - (len(names) - 1) / 2) * thickness
             axes.barh(at, share, height=0.88 * thickness, color=COLORS[name])
-            label = text if i == 0 else f"{text}   {share:.0%}"
-            axes.text(share + 0.012 * most, at, label, va="center", color=COLORS[name], fontsize=8.5, weight="bold")
+            label = text if i == 0 else f"{text}   {said}"
+            weight = "bold" if said.endswith("%") and " to " not in said else "normal"
+            axes.text(share + 0.012 * most, at, label, va="center", color=COLORS[name], fontsize=SMALL, weight=weight)
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
     axes.set(xlim=(0, 1.2 * most), ylim=(len(rows) - 0.5, -0.5))
-    axes.set_xlabel(_conditions(report), loc="left", fontsize=8.5)
+    axes.set_xlabel(_conditions(report), loc="left", fontsize=SMALL)
     axes.set_xticks([])
     title = f"{report['arguments']['arch']}: masked, and without what is masked"
-    axes.set_title(title, loc="left", pad=26, fontsize=14, weight="bold", color=INK)
+    dress(axes, title, below=" ")
     _accuracies(axes, report)
     _write(figure, path)
 
 
-def _shares(report: Mapping[str, Any]) -> list[tuple[str, dict[str, tuple[float, str]]]]:
-    """Return (label, {network: (share of the first network's figure, the figure as text)}) for each figure."""
+def _shares(report: Mapping[str, Any]) -> list[tuple[str, dict[str, tuple[float, str, str]]]]:
+    """Return (label, {network: (share of the first network's figure, the figure, the share in words)}) for each figure."""
     small, names = report["small"], columns(report)
     first, rows = small["costs"][names[0]], []
     for label, key, write in (
         ("parameters", "parameters", "{:,}".format),
-        ("MACs", "macs", short),
+        ("MACs of\n1 image", "macs", short),
         ("file", "file_bytes", short_bytes),
     ):
         values = {name: small["costs"][name][key] for name in names}
-        rows.append((label, {name: (value / max(1, first[key]), write(value)) for name, value in values.items()}))
+        shares = {name: value / max(1, first[key]) for name, value in values.items()}
+        rows.append((label, {name: (share, write(values[name]), f"{share:.0%}") for name, share in shares.items()}))
     for batch in small["times"]["batches"]:
         label = f"time,\n{batch['images']} image{'s' if batch['images'] > 1 else ''}"
-        rows.append((label, {name: (1 / batch["as_fast"][name], short_time(batch["seconds"][name])) for name in names}))
+        speeds = {name: Speed(batch["as_fast"][name], *batch["quartiles"][name]) for name in names}
+        times = {name: short_time(batch["seconds"][name]) for name in names}
+        rows.append((label, {name: (1 / speed.ratio, times[name], speed.share) for name, speed in speeds.items()}))
     return rows
 
 
@@ -133,24 +147,26 @@ def _conditions(report: Mapping[str, Any]) -> str:
     threads = f"{times['threads']} thread{'s' if times['threads'] > 1 else ''}"
     return (
         f"sparse: only {sparse['nonzero']:,} of its {sparse['parameters']:,} parameters are not zero, but a mask changes no "
-        f"tensor's size\ntimes: median forward passes on {times['device']}, {threads}, measured in turns"
+        f"tensor's size\ntimes: the fastest forward passes on {times['device']}, {threads}, measured in turns"
     )
 
 
 def _accuracies(axes: Axes, report: Mapping[str, Any]) -> None:
     accuracies = {name: result["accuracy"] for name, result in report["results"].items()}
     accuracies["small"] = report["small"]["accuracy"]
-    axes.text(0, 1.02, "accuracy", transform=axes.transAxes, color=QUIET, fontsize=10)
+    axes.text(0, 1.02, "accuracy", transform=axes.transAxes, color=QUIET)
     for i, (name, accuracy) in enumerate(accuracies.items()):
         at = 0.13 + 0.2 * i
-        axes.text(at, 1.02, f"{name} {accuracy:.1%}", transform=axes.transAxes, color=COLORS[name], fontsize=10, weight="bold")
+        axes.text(at, 1.02, f"{name} {accuracy:.1%}", transform=axes.transAxes, color=COLORS[name], weight="bold")
 
 
 def _draw_overall(axes: Axes, layers: list[Mapping[str, Any]]) -> None:
     overall = sum(layer["pruned"] for layer in layers) / max(1, sum(layer["units"] for layer in layers))
     axes.plot([overall, overall], [-1.05, len(layers) - 0.6], color=INK, linewidth=1.1, linestyle=(0, (4, 3)), clip_on=False)
     side, nudge = ("right", -0.01) if overall > 0.25 else ("left", 0.01)
-    axes.text(overall + nudge, -0.8, f"all layers {overall:.1%}", ha=side, va="center", color=INK, fontsize=9, weight="bold")
+    axes.text(
+        overall + nudge, -0.8, f"all layers {overall:.1%}", ha=side, va="center", color=INK, fontsize=SMALL, weight="bold"
+    )
 
 
 def _draw_accuracy(axes: Axes, report: Mapping[str, Any]) -> None:
@@ -159,12 +175,12 @@ def _draw_accuracy(axes: Axes, report: Mapping[str, Any]) -> None:
         epochs, accuracy = [e["epoch"] for e in history], [e["accuracy"] for e in history]
         marker = "o" if len(epochs) <= 30 else ""
         axes.plot(
-            epochs, accuracy, color=COLORS[stage], linewidth=2.4, marker=marker, markersize=7, markeredgecolor="white",
+            epochs, accuracy, color=COLORS[stage], linewidth=2.4, marker=marker, markersize=7, markeredgecolor=PAPER,
             clip_on=False, zorder=3,
         )  # fmt: skip
         ends[stage] = (epochs[-1], accuracy[-1])
     _label_ends(axes, ends)
-    axes.yaxis.set_major_formatter(_percent)
+    axes.yaxis.set_major_formatter(as_percent)
     axes.set_ylabel("accuracy")
     _title(axes, report)
 
@@ -196,37 +212,20 @@ def _draw_schedule(axes: Axes, report: Mapping[str, Any]) -> None:
     axes.plot(epochs, sparsity, color=COLORS["sparse"], linewidth=2.0, clip_on=False)
     _label_end(axes, f"{sparsity[-1]:.1%}", (epochs[-1], sparsity[-1]), COLORS["sparse"])
     axes.set(xlabel="epoch", ylabel="sparsity", ylim=(0, 1), xlim=(0, epochs[-1]))
-    axes.yaxis.set_major_formatter(_percent)
+    axes.yaxis.set_major_formatter(as_percent)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    dress(axes, "", grid="y")
 
 
 def _title(axes: Axes, report: Mapping[str, Any]) -> None:
     arguments = report["arguments"]
     title = f"{arguments['arch']}: dense and sparse" if "dense" in report["results"] else f"{arguments['arch']}: sparse"
-    axes.set_title(title, loc="left", pad=26, fontsize=14, weight="bold", color=INK)
     line = (
         f"{arguments['sparsity']:.0%} of the {unit_name(report)} pruned, {arguments['context']}, "
         f"by {arguments['criteria']}, on schedule {arguments['schedule']}"
     )
-    axes.text(0, 1.06, line, transform=axes.transAxes, color=QUIET, fontsize=10)
-
-
-def _percent(value: float, _: float) -> str:
-    return f"{value:.0%}" if abs(100 * value - round(100 * value)) < 1e-6 else f"{value:.1%}"
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure  # not pyplot: no window, no state that others could see
-
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    dress(axes, title, grid="y", below=line)
 
 
 def _write(figure: Figure, path: Path) -> None:
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(GRID)
-        axes.tick_params(colors=QUIET, length=0)
-        axes.xaxis.label.set_color(QUIET)
-        axes.yaxis.label.set_color(QUIET)
-        axes.set_axisbelow(True)
-    write_atomically(path, lambda part: figure.savefig(part, format="png", backend="agg", dpi=150))
+    write_atomically(path, lambda part: save_figure(figure, part))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fasterai.analyze.latency import NOISE
+from fasterai.analyze.latency import Speed
 from fasterai.display import counted, ruled, short, short_bytes, short_time, units_word
 
 __all__ = ["columns", "epoch_line", "is_by_channel", "result_table", "small_line", "unit_name"]
@@ -119,8 +119,7 @@ def _figures(report: Report) -> list[list[str]]:
 
 
 def _as_fast(batch: Report, name: str) -> str:
-    ratio, (low, high) = batch["as_fast"][name], batch["quartiles"][name]
-    return "same" if abs(ratio - 1) <= NOISE or low <= 1 <= high else f"{ratio:.2f}"
+    return Speed(batch["as_fast"][name], *batch["quartiles"][name]).cell
 
 
 def _results(report: Report, accuracy: str, seconds: str) -> list[list[str]]:
@@ -141,8 +140,8 @@ def _notes(report: Report) -> str:
         f"sparse: {zeros:.1%} of its parameters are masked to zero, in tensors of full size; a mask alone makes no network "
         "smaller or faster",
         f"small: the sparse network without its silent channels; its outputs are the same to {moved:.0e} of their scale",
-        f"times: median forward passes on {small['times']['device']}, {counted(threads, 'thread')}, measured "
-        "in turns; same: within 5 %, or within the spread of the turns",
+        f"times: the fastest forward passes on {small['times']['device']}, {counted(threads, 'thread')}, measured in turns; "
+        "same: within 5 %, or within the spread; a range: half of them lie there, too far apart to name one",
     ]
     lines += [f"silent and still there: {name} ({why})" for name, why in small["removal"]["refused"].items()]
     return "\n".join(lines)

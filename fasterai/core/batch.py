@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fasterai.display import Brief
+
 __all__ = ["Batch", "Fit"]
 
 
-@dataclass(frozen=True)
-class Batch:
+@dataclass(frozen=True, repr=False)
+class Batch(Brief):
     """One batch, as the loop has it: the model is called as `model(*inputs, **keywords)`.
 
     Attributes:
@@ -49,8 +51,8 @@ class Batch:
         return self.targets[0] if self.targets else self.keywords.get("labels")
 
 
-@dataclass(frozen=True)
-class Fit:
+@dataclass(frozen=True, repr=False)
+class Fit(Brief):
     """Description of one training run.
 
     Attributes:

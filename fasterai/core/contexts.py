@@ -25,6 +25,7 @@ from fasterai.core.lamp import lamp_scores, sorted_lamp
 from fasterai.core.scores import Scores, TensorScores, count_true
 from fasterai.core.selection import keep_highest, round_kept, warn_of_min_keep
 from fasterai.core.types import Layout, Limits
+from fasterai.display import Brief
 
 # `global` is a Python keyword, so the value is `global_`; its name, as text, is "global".
 __all__ = ["erk", "global_", "lamp", "local", "two_four"]
@@ -133,8 +134,8 @@ class Global(Context):
         return keep_highest(scores, round(sparsity * sum(s.count for s in scores)), limits)
 
 
-@dataclass(frozen=True)
-class PerTarget(Context):
+@dataclass(frozen=True, repr=False)
+class PerTarget(Brief, Context):
     """Choice in each target by itself, with a sparsity of its own.
 
     The sparsity of the call scales them: 0.5 at the call and 0.8 for a target prune 0.4 of it.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fasterai.core.checks import check_choice
 from fasterai.core.types import EVIDENCE, Evidence
+from fasterai.display import brief, one_line
 
 __all__ = [
     "grasp",
@@ -67,7 +68,11 @@ NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
+#: The fields that change the choice, and are shown; the others say how scores may be computed.
+SHOWN = ("reducer", "normalizer", "unit_rule")
+
+
+@dataclass(frozen=True, repr=False)
 class Criterion:
     """A way to score weights by how much they matter.
 
@@ -114,10 +119,19 @@ class Criterion:
         if self.unit_rule is not None and not callable(self.unit_rule):
             raise TypeError(f"unit_rule must be a function of unit scores and their weights, got {self.unit_rule!r}")
 
+    def __repr__(self) -> str:
+        changed = [f for f in fields(self) if f.name in SHOWN and getattr(self, f.name) != f.default]
+        settings = [f"{f.name}={brief(getattr(self, f.name))}" for f in changed]
+        if self.needs:
+            needs = sorted(need if isinstance(need, str) else gatherer_name(need) for need in self.needs)
+            settings.insert(0, f"needs={', '.join(needs)}")
+        return one_line(f"Criterion({'; '.join([self.title, *settings])})")
+
     @property
     def title(self) -> str:
         """The name of its function, for messages."""
-        return str(getattr(self.function, "__name__", self.function)).removeprefix("_")
+        function = self.function.function if isinstance(self.function, WeightFunction) else self.function
+        return str(getattr(function, "__name__", None) or brief(function)).removeprefix("_")
 
     @property
     def evidence_names(self) -> tuple[str, ...]:

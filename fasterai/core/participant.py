@@ -23,6 +23,9 @@ EVENTS = (
 class Participant:
     """Anything that takes part in training; every event has a default that does nothing."""
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}>"
+
     @property
     def name(self) -> str:
         """Its name in saved states and messages; participants of one name in a loop are numbered."""

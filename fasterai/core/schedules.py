@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fasterai.core.checks import check_count, check_fraction
+from fasterai.display import SERIES, Brief, as_percent, dress, new_axes, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +41,7 @@ class Schedule(ABC):
             ValueError: `position` is not in [0, 1].
         """
 
+    @styled()
     def plot(self, target: float = 1.0, num_points: int = 1000, ax: Axes | None = None) -> Axes:
         """Draw the sparsity over the training.
 
@@ -48,14 +50,15 @@ class Schedule(ABC):
             num_points: Number of positions to draw.
             ax: Axes to draw on; a new figure if it is left out.
         """
-        import matplotlib.pyplot as plt
-
         check_fraction("target", target)
         check_count("num_points", num_points, 2)
-        axes = ax or plt.subplots(figsize=(5, 3))[1]
+        axes = new_axes(5.0, 3.0) if ax is None else ax
         positions = [i / (num_points - 1) for i in range(num_points)]
-        axes.plot(positions, [target * self(p) for p in positions], label=repr(self))
+        axes.plot(positions, [target * self(p) for p in positions], color=SERIES[2], linewidth=2.0, label=repr(self))
         axes.set(xlabel="position in the training", ylabel="sparsity", xlim=(0, 1), ylim=(-0.02, 1.02))
+        axes.xaxis.set_major_formatter(as_percent)
+        axes.yaxis.set_major_formatter(as_percent)
+        dress(axes, type(self).__name__, grid="y")
         return axes
 
 
@@ -229,8 +232,8 @@ class DSD(_Windowed):
         return sched_dsd(0.0, 1.0, pos)
 
 
-@dataclass(frozen=True)
-class Piecewise(Schedule):
+@dataclass(frozen=True, repr=False)
+class Piecewise(Brief, Schedule):
     """Straight lines between points `(position, share)`.
 
     Before the first point the share is the first one's, after the last point the last one's. Two points at one position
@@ -264,8 +267,8 @@ class Piecewise(Schedule):
         return s0 + (s1 - s0) * (position - p0) / (p1 - p0)
 
 
-@dataclass(frozen=True)
-class Custom(Schedule):
+@dataclass(frozen=True, repr=False)
+class Custom(Brief, Schedule):
     """Schedule from a function `f(start, end, pos)`; `Schedule(f, ...)` makes one.
 
     Inside the window the share is `f(start_val, end_val, pos)`, before it `start_val`, after it what `f` gives at `pos` 1.
@@ -298,8 +301,8 @@ class Custom(Schedule):
         return check_fraction("what sched_func returns", self.sched_func(self.start_val, self.end_val, pos))
 
 
-@dataclass(frozen=True)
-class Phases(Schedule):
+@dataclass(frozen=True, repr=False)
+class Phases(Brief, Schedule):
     """Several schedules one after the other: at each position the last one whose window has begun.
 
     A list of schedules, given where a schedule is expected, makes one.
@@ -317,8 +320,8 @@ class Phases(Schedule):
         return (begun[-1] if begun else self.schedules[0])(position)
 
 
-@dataclass(frozen=True)
-class Position(Schedule):
+@dataclass(frozen=True, repr=False)
+class Position(Brief, Schedule):
     """Schedule from a plain function of the position."""
 
     function: Callable[[float], float]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.core.checks import check_choice, check_count
+from fasterai.display import one_line
 from fasterai.export.checking import as_inputs, model_outputs, require, written
 from fasterai.model.exporting import exporting
 from fasterai.model.inputs import batch_of
@@ -184,6 +185,9 @@ class ONNXModel:
             self.session = runtime.InferenceSession(str(path), providers=[provider])
         except Exception as error:
             raise ValueError(f"path must be an ONNX file that onnxruntime reads, got {str(path)!r}: {error}") from error
+
+    def __repr__(self) -> str:
+        return one_line(f"<ONNXModel: {self.path.name}>")
 
     def outputs(self, inputs: tuple[Any, ...]) -> list[Tensor]:
         """Run the file, and return all outputs as a flat list.

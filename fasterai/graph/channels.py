@@ -20,8 +20,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from fasterai.display import Shown, Table, counted
 from fasterai.graph.exported import Exported, exported
 from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim
+from fasterai.graph.reasons import summed_reasons
 from fasterai.graph.rules import RULES, Trace, Value, unknown
 from fasterai.graph.rules.trace import values_in
 from fasterai.model.dataflow import VIEWS
@@ -37,8 +39,8 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 Place = tuple[str, int]  # a parameter's or buffer's name, and one of its dimensions
 
 
-@dataclass(frozen=True)
-class Group:
+@dataclass(frozen=True, repr=False)
+class Group(Shown):
     """Group of coupled channels: each channel is a slice of the same dimensions of the same tensors.
 
     Attributes:
@@ -57,9 +59,18 @@ class Group:
         """Number of channels of the group."""
         return len(next(iter(self.places.values())))
 
+    def _line(self) -> str:
+        tensors = counted(len({name for name, _ in self.places}), "tensor")
+        return f"<Group {self.name}: {counted(self.channels, 'channel')} in {tensors}>"
 
-@dataclass(frozen=True)
-class ChannelGraph:
+    def _parts(self) -> Iterator[Table | str]:
+        yield f"{self.name}: {counted(self.channels, 'channel')}"
+        body = [(name, str(dim), str(indices.size // len(indices))) for (name, dim), indices in self.places.items()]
+        yield Table(("tensor", "dimension", "indices per channel"), body)
+
+
+@dataclass(frozen=True, repr=False)
+class ChannelGraph(Shown):
     """Channels of a network that may be removed, group by group, and those that must stay.
 
     Attributes:
@@ -80,6 +91,16 @@ class ChannelGraph:
     rescaled: frozenset[str] = frozenset()
     norms: tuple[Norm, ...] = ()
     shared: frozenset[str] = frozenset()
+
+    def _line(self) -> str:
+        channels = counted(sum(group.channels for group in self.groups), "channel")
+        groups = counted(len(self.groups), "group")
+        return f"<ChannelGraph: {channels} in {groups} may go, {counted(len(self.pinned), 'dimension')} must stay>"
+
+    def _parts(self) -> Iterator[Table | str]:
+        body = [(g.name, str(g.channels), str(len({name for name, _ in g.places}))) for g in self.groups]
+        yield Table(("group", "channels", "tensors"), body) if body else "no channel may go"
+        yield from summed_reasons([why for why in self.pinned.values() if not why.endswith("kernel size")])
 
 
 def channel_graph(model: nn.Module, inputs: tuple[Any, ...], exact: bool = True) -> ChannelGraph:

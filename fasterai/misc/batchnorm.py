@@ -7,7 +7,7 @@ In eval mode a batch norm is a scale and a shift of each channel, so conv, then 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten
 
 from fasterai.core.checks import warn
+from fasterai.display import Shown, Table
 from fasterai.model.inputs import as_tuple
 from fasterai.model.layouts import read_module
 from fasterai.model.names import unwrap
@@ -28,8 +29,8 @@ from fasterai.model.running import evaluating, undisturbed
 __all__ = ["BN_Folder", "FoldReport", "find_folds", "fold_batchnorms"]
 
 
-@dataclass(frozen=True)
-class FoldReport:
+@dataclass(frozen=True, repr=False)
+class FoldReport(Shown):
     """The batch norms that can be folded, or were.
 
     Attributes:
@@ -40,10 +41,18 @@ class FoldReport:
     folded: Mapping[str, str] = field(default_factory=dict)
     left: Mapping[str, str] = field(default_factory=dict)
 
-    def __str__(self) -> str:
-        rows = [f"{norm}: into {layer}" for norm, layer in self.folded.items()]
-        rows += [f"{norm}: left alone, {why}" for norm, why in self.left.items()]
-        return "\n".join([f"{len(self.folded)} of {len(rows)} batch norms fold", *rows])
+    def _head(self) -> str:
+        return f"{len(self.folded)} of {len(self.folded) + len(self.left)} batch norms fold"
+
+    def _line(self) -> str:
+        return f"<FoldReport: {self._head()}>"
+
+    def _parts(self) -> Iterator[Table | str]:
+        body = [(norm, f"into {layer}") for norm, layer in self.folded.items()]
+        body += [(norm, f"left alone, {why}") for norm, why in self.left.items()]
+        yield self._head()
+        if body:
+            yield Table(("norm", "what becomes of it"), body, left=2, text=[f"{norm}: {fate}" for norm, fate in body])
 
 
 def find_folds(model: nn.Module, example_inputs: Any = None) -> FoldReport:
@@ -82,11 +91,17 @@ def fold_batchnorms(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     return folder.fold(model, example_inputs)
 
 
-class BN_Folder:  # noqa: N801 - its familiar name
+class BN_Folder(Shown):  # noqa: N801 - its familiar name
     """Folds batch norms as `fold_batchnorms` does, and keeps the report of the last fold as `.report`."""
 
     def __init__(self) -> None:
         self.report = FoldReport()
+
+    def _line(self) -> str:
+        return f"<BN_Folder: {self.report._head()}>"
+
+    def _parts(self) -> Iterable[Table | str]:
+        return self.report._parts()
 
     def fold(self, model: nn.Module, example_inputs: Any = None) -> nn.Module:
         """Fold as `fold_batchnorms` does, and keep the report."""

@@ -2,6 +2,8 @@
 
 The truncation is the best approximation of that rank (Eckart & Young 1936, https://doi.org/10.1007/BF02288367). With data it is
 that of `W diag(x)`, `x` the 2-norms of the input features: what the layer adds up, not its weights, is then approximated.
+
+Over 300 lines, since the search for layers that cannot be replaced is longer than the decomposition.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.core.checks import check_count, check_fraction, unknown, warn
+from fasterai.display import Shown, Table
 from fasterai.model.names import unwrap
 from fasterai.model.targets import all_targets
 from fasterai.units.evidence import Source, activations
@@ -33,8 +36,8 @@ LEAST_SCALE = 1e-6
 OWN_ATTRIBUTES = frozenset({"weight", "bias", "in_features", "out_features"})
 
 
-@dataclass(frozen=True)
-class DecompositionReport:
+@dataclass(frozen=True, repr=False)
+class DecompositionReport(Shown):
     """Report of a decomposition: the layers that were decomposed, and those that were not.
 
     Attributes:
@@ -49,11 +52,19 @@ class DecompositionReport:
     parameters_before: int = 0
     parameters_after: int = 0
 
-    def __str__(self) -> str:
-        rows = [f"{name or 'the model'}: rank {rank}" for name, rank in self.ranks.items()]
-        rows += [f"{name or 'the model'}: left alone, {why}" for name, why in self.left.items()]
-        head = f"{len(self.ranks)} of {len(rows)} linear layers decomposed"
-        return "\n".join([f"{head}, {self.parameters_before} -> {self.parameters_after} parameters", *rows])
+    def _head(self) -> str:
+        head = f"{len(self.ranks)} of {len(self.ranks) + len(self.left)} linear layers decomposed"
+        return f"{head}, {self.parameters_before} -> {self.parameters_after} parameters"
+
+    def _line(self) -> str:
+        return f"<DecompositionReport: {self._head()}>"
+
+    def _parts(self) -> Iterator[Table | str]:
+        body = [(name or "the model", f"rank {rank}") for name, rank in self.ranks.items()]
+        body += [(name or "the model", f"left alone, {why}") for name, why in self.left.items()]
+        yield self._head()
+        if body:
+            yield Table(("layer", "what becomes of it"), body, left=2, text=[f"{name}: {fate}" for name, fate in body])
 
 
 def factorise_linear(
@@ -115,11 +126,17 @@ def decompose_linear(
     return FC_Decomposer().decompose(model, share, energy, data, n_batches, layers, exclude)
 
 
-class FC_Decomposer:  # noqa: N801 - its familiar name
+class FC_Decomposer(Shown):  # noqa: N801 - its familiar name
     """Decomposer that works as `decompose_linear` does, and keeps its last report as `.report`."""
 
     def __init__(self) -> None:
         self.report = DecompositionReport()
+
+    def _line(self) -> str:
+        return f"<FC_Decomposer: {self.report._head()}>"
+
+    def _parts(self) -> Iterable[Table | str]:
+        return self.report._parts()
 
     def decompose(
         self,

@@ -14,7 +14,7 @@ from fasterai.core.loop import Batch, Fit
 from fasterai.model.names import unwrap
 from fasterai.model.running import evaluating, undisturbed
 
-__all__ = ["arguments", "as_batch", "as_tuple", "batch_inputs", "batch_of", "few_samples", "positional"]
+__all__ = ["arguments", "as_batch", "as_tuple", "batch_inputs", "batch_of", "few_samples", "positional", "sample_count"]
 
 SAMPLES = 2  # enough to follow the operations, and to compare outputs
 
@@ -85,7 +85,7 @@ def batch_inputs(model: nn.Module, fit: Fit) -> tuple[Any, ...]:
 
 def few_samples(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Take the first samples of a batch: plain tensors, copies."""
-    count = _sample_count(inputs)
+    count = sample_count(inputs)
 
     def cut(x: Any) -> Any:
         if not isinstance(x, Tensor):
@@ -109,7 +109,7 @@ def batch_of(inputs: tuple[Any, ...], size: int | None, samples: int | None = No
     """
     if size is None:
         return inputs
-    samples = _sample_count(inputs) if samples is None else samples
+    samples = sample_count(inputs) if samples is None else samples
     if not samples:
         raise ValueError("example_inputs must hold a tensor with at least one sample to make batches of; pass batch_sizes=None")
 
@@ -122,7 +122,7 @@ def batch_of(inputs: tuple[Any, ...], size: int | None, samples: int | None = No
     return result
 
 
-def _sample_count(inputs: tuple[Any, ...]) -> int:
+def sample_count(inputs: tuple[Any, ...]) -> int:
     """Count the rows of the first tensor that has any dimension; 0 without one."""
     return next((len(x) for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()), 0)
 

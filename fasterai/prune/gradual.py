@@ -23,6 +23,7 @@ from fasterai.prune.choice.budget import Budget
 from fasterai.prune.gradual_settings import check_bare, check_settings
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import Removal
+from fasterai.prune.shown_channels import ShownChannels
 from fasterai.prune.surgery.model_copies import Copies, matching_copies
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.optimizers import check_optimizer, check_trained
@@ -33,7 +34,7 @@ from fasterai.units.evidence import GATHERERS, NotYetError
 __all__ = ["GradualPruner"]
 
 
-class GradualPruner(Participant):
+class GradualPruner(ShownChannels, Participant):
     """Removal of channels from a model while it trains.
 
     The schedule is followed at `max_updates` steps of a run at most, the last of which reaches its end exactly. At each of them
@@ -99,6 +100,9 @@ class GradualPruner(Participant):
         self._loss: Callable[..., Tensor] | None = None
         self._path = ""
         self._replayed: list[list[Surgery]] = []
+
+    def _settings(self) -> tuple[Any, ...]:
+        return (self._ratio, *self._axes, self.schedule)
 
     @property
     def sparsity(self) -> float:

@@ -15,7 +15,8 @@ from fasterai.analyze.comparison import Comparison
 from fasterai.analyze.cost import cost
 from fasterai.analyze.latency_report import Latency, LatencyComparison, against_first, timing_of
 from fasterai.analyze.layer_times import layer_times
-from fasterai.analyze.timing import by_turns, passes_in, quartiles, seconds_per_pass
+from fasterai.analyze.timing import by_turns, passes_in, seconds_per_pass, spread_of
+from fasterai.display import Brief
 from fasterai.model.names import unwrap
 from fasterai.model.running import at_rest, copies, device_name
 from fasterai.model.supported import said
@@ -24,15 +25,17 @@ from fasterai.prune.surgery.operate import Surgery
 __all__ = ["DENSE", "SMALL", "Measurement", "measured"]
 
 DENSE, SMALL = "dense", "small"
-#: Seconds of timing in all, beyond the fewest turns; seconds of one block; the spread at which there are enough turns.
-BUDGET, BLOCK, SETTLED = 0.2, 0.001, 0.02
-FEWEST, MOST = 5, 15
+#: Seconds of one block. Timing ends when the ratio spreads by no more than 2 %; after 0.2 seconds 10 % will do, and after 1.5
+#: seconds anything.
+BLOCK = 0.001
+SPREADS = ((0.0, 1.02), (0.2, 1.1), (1.5, float("inf")))
+FEWEST = 5
 #: In how many turns each layer is timed as well.
 LAYER_TURNS = 3
 
 
-@dataclass(frozen=True)
-class Measurement:
+@dataclass(frozen=True, repr=False)
+class Measurement(Brief):
     """Comparison of the dense and the small model, or the reason why there are no figures.
 
     Attributes:
@@ -50,8 +53,8 @@ def measured(model: nn.Module, surgery: Surgery, inputs: tuple[Any, ...], descri
     """Count and time a model before and after a surgery.
 
     A forward pass of each is timed in turns, in changing order, at least five times each, until the ratio of the times has
-    settled or 0.2 seconds have passed; in three of them also a pass of each layer by layer. The model ends
-    small, with modes, buffers, gradients and random generators as they were.
+    settled, for 1.5 seconds at most; in three of them also a pass of each layer by layer. The model ends small, with modes,
+    buffers, gradients and random generators as they were.
 
     Args:
         model: The model, small already.
@@ -99,8 +102,7 @@ def _timed(model: nn.Module, surgery: Surgery, inputs: tuple[Any, ...]) -> Laten
 
 def _is_enough(times: Mapping[str, Sequence[float]], seconds: float) -> bool:
     """Tell if the ratio of the times has settled, or the time for measuring is used up."""
-    turns = len(times[SMALL])
-    if turns < FEWEST:
+    if len(times[SMALL]) < FEWEST:
         return False
-    first, third = quartiles([a / b for a, b in zip(times[DENSE], times[SMALL], strict=True)])
-    return turns >= MOST or seconds >= BUDGET or third - first <= SETTLED * first
+    allowed = max(spread for since, spread in SPREADS if seconds >= since)
+    return spread_of(times[DENSE], times[SMALL]) <= allowed

@@ -30,6 +30,7 @@ from fasterai.prune.check import Sound, largest_sound
 from fasterai.prune.choice.budget import Budget, fit_budget, least_left
 from fasterai.prune.goal import OVER_PLACES, Ratio, check_context, free_pools, read_layers, read_ratio
 from fasterai.prune.removal import Removal, mask_channels_, silent_channels, take_out
+from fasterai.prune.shown_channels import ShownChannels
 from fasterai.prune.surgery.model_copies import Copies, matching_copies
 from fasterai.prune.surgery.optimizers import check_optimizer, check_trained
 from fasterai.prune.surgery.plan import cut_normed
@@ -43,7 +44,7 @@ __all__ = ["Pruner"]
 Weights = Mapping[nn.Parameter, Tensor]
 
 
-class Pruner:
+class Pruner(ShownChannels):
     """Removal of the channels of a model that matter least.
 
     Args:
@@ -111,6 +112,9 @@ class Pruner:
         self._scorer = Scorer(self.criteria, Coupled(over_places), source, weights)
         self._step = 0
         self._follow()
+
+    def _settings(self) -> tuple[Any, ...]:
+        return (self.pruning_ratio, self.context, self.criteria, self.schedule)
 
     @property
     def channels(self) -> dict[str, tuple[int, int]]:

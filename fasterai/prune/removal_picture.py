@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fasterai.display import GRID, INK, QUIET, SERIES, dress, new_figure
+from fasterai.display import GRID, INK, QUIET, SERIES, SMALL, TITLE, as_percent, dress, new_figure, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +26,7 @@ class ShareBar(NamedTuple):
         dense: The dense model's, as it is written.
         small: The small model's, as it is written.
         spread: The first and the third quartile of the share, where it was measured several times.
+        said: The words for a share that is not to be named: it is the same, or too noisy. Empty where it is.
     """
 
     label: str
@@ -33,6 +34,7 @@ class ShareBar(NamedTuple):
     dense: str
     small: str
     spread: tuple[float, float] | None = None
+    said: str = ""
 
 
 class GroupBar(NamedTuple):
@@ -53,6 +55,7 @@ class GroupBar(NamedTuple):
     is_refused: bool = False
 
 
+@styled()
 def draw(shares: Sequence[ShareBar], caption: str, groups: Sequence[GroupBar]) -> Figure:
     """Draw the kept share of size, MACs and time at the left, the kept channels of each group at the right.
 
@@ -78,20 +81,20 @@ def _shown(groups: Sequence[GroupBar]) -> list[GroupBar]:
 
 
 def _draw_shares(axes: Axes, shares: Sequence[ShareBar], caption: str) -> None:
-    for place, (_, share, dense, small, spread) in enumerate(shares):
+    for place, one in enumerate(shares):
         axes.barh(place, 1.0, height=0.52, color=GONE)
-        axes.barh(place, share, height=0.52, color=LEFT)
-        if spread is not None:
-            axes.plot(list(spread), [place, place], color=INK, linewidth=1.6, solid_capstyle="butt")
-        end = max(1.0, share)
-        axes.text(end + 0.03, place - 0.1, f"{share:.0%}", va="center", color=INK, fontsize=11, weight="bold")
-        axes.text(end + 0.03, place + 0.19, f"{dense} → {small}", va="center", color=QUIET, fontsize=8.5)
+        axes.barh(place, one.share, height=0.52, color=LEFT)
+        if one.spread is not None:
+            axes.plot(list(one.spread), [place, place], color=INK, linewidth=1.6, solid_capstyle="butt")
+        end, weight = max(1.0, one.share), "normal" if one.said else "bold"
+        axes.text(end + 0.03, place - 0.1, one.said or f"{one.share:.0%}", va="center", fontsize=TITLE, weight=weight)
+        axes.text(end + 0.03, place + 0.19, f"{one.dense} → {one.small}", va="center", color=QUIET, fontsize=SMALL)
     axes.set_yticks(range(len(shares)), [one.label for one in shares])
     axes.set(ylim=(len(shares) - 0.4, -0.6), xlim=(0, 1.62 * max(1.0, *(one.share for one in shares))))
-    axes.set_xticks([0, 0.5, 1.0], ["0 %", "50 %", "dense"])
+    axes.set_xticks([0, 0.5, 1.0], [as_percent(0.0), as_percent(0.5), "dense"])
     dress(axes, "What is left", grid=None)
     axes.spines["bottom"].set_visible(False)
-    axes.set_xlabel(caption, loc="left", fontsize=8.5)
+    axes.set_xlabel(caption, loc="left", fontsize=SMALL)
 
 
 def _draw_groups(axes: Axes, shown: Sequence[GroupBar], left_out: int) -> None:
@@ -101,8 +104,8 @@ def _draw_groups(axes: Axes, shown: Sequence[GroupBar], left_out: int) -> None:
         axes.barh(place, after, height=0.66, color=LEFT, label=_once("kept", place))
         axes.barh(place, silent, left=after - silent, height=0.66, color=STAYED, label=_once("silent, but has to stay", place))
         text = f"{before:,} → {after:,}" if after < before else f"{before:,}"
-        axes.text(before + 0.012 * most, place, text, va="center", color=QUIET, fontsize=8)
-    axes.set_yticks(range(len(shown)), [group.name.removesuffix(".weight") for group in shown], fontsize=8)
+        axes.text(before + 0.012 * most, place, text, va="center", color=QUIET, fontsize=SMALL)
+    axes.set_yticks(range(len(shown)), [group.name.removesuffix(".weight") for group in shown], fontsize=SMALL)
     axes.set(ylim=(max(len(shown), 1) - 0.4, -0.6), xlim=(0, 1.2 * most), xlabel="channels")
     dress(axes, "Channels of each group" + (f" ({left_out} more not shown)" if left_out else ""))
     _legend(axes, has_stayed=any(group.silent for group in shown))
@@ -120,7 +123,5 @@ def _legend(axes: Any, has_stayed: bool) -> None:
             "loc": "lower right",
             "bbox_to_anchor": (1.0, 1.0),
             "ncols": len(pairs),
-            "frameon": False,
-            "labelcolor": QUIET,
         }
-        axes.legend(*zip(*pairs, strict=True), fontsize=8.5, borderaxespad=0.2, handlelength=1.2, **options)
+        axes.legend(*zip(*pairs, strict=True), borderaxespad=0.2, handlelength=1.2, **options)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fasterai.analyze.comparison import Comparison
 from fasterai.analyze.layers import LayerComparison
-from fasterai.display import counted, short, short_bytes, short_time, table
+from fasterai.display import Shown, Table, counted, of_batch, short, short_bytes, short_time
+from fasterai.graph.reasons import summed_reasons
 from fasterai.prune.measure import DENSE, SMALL, Measurement
 from fasterai.prune.removal_picture import GroupBar, ShareBar, draw
 from fasterai.prune.surgery.plan import Plan
@@ -20,14 +19,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Removal"]
 
-MOST_LINES, MOST_REASONS = 24, 6
+MOST_LINES = 24
 AS_DENSE = "as dense"
 #: Label, field of `Cost`, and how it is written.
 FIGURES = (("parameters", "parameters", short), ("MACs", "macs", short), ("file", "file_bytes", short_bytes))
 
 
-@dataclass(frozen=True)
-class Removal:
+@dataclass(frozen=True, repr=False)
+class Removal(Shown):
     """Result of a removal: removed channels, kept ones with reasons, and the gain; `print` shows it, `plot` draws it.
 
     Attributes:
@@ -85,25 +84,37 @@ class Removal:
             "not_measured": self.measurement.why_not,
         }
 
-    def __str__(self) -> str:
+    def _line(self) -> str:
         before, after = self.parameters
-        lines = [
-            *_listed([f"{name}: {n:,} -> {m:,} channels" for name, (n, m) in self.removed.items()], "groups lost channels")
-        ]
+        lost = f"{len(self.removed)} of {counted(len(self.groups) or len(self.removed), 'group')} lost channels"
+        return f"<Removal: {lost}, parameters {short(before)} -> {short(after)} ({after / max(1, before):.1%})>"
+
+    def _parts(self) -> Iterator[Table | str]:
+        before, after = self.parameters
+        if self.removed:
+            yield self._lost()
         stays = [f"{name}: {'' if name in self.removed else 'stays, '}{why}" for name, why in self.refused.items()]
-        lines += _listed(stays, "groups have to keep silent channels")
-        lines += _reasons([why for why in self.pinned.values() if not why.endswith("kernel size")])
+        yield from _listed(stays, "groups have to keep silent channels")
+        yield from summed_reasons([why for why in self.pinned.values() if not why.endswith("kernel size")])
         if not self.removed:
-            lines.append("nothing was removed: " + ("see above" if self.refused else "no removable channel is silent"))
-        lines.append(f"parameters: {before:,} -> {after:,} ({after / max(1, before):.1%})")
-        lines.append(self._moved())
-        return "\n".join([*lines, *self._figures()])
+            yield "nothing was removed: " + ("see above" if self.refused else "no removable channel is silent")
+        yield f"parameters: {before:,} -> {after:,} ({after / max(1, before):.1%})"
+        yield self._moved()
+        yield from self._figures()
+
+    def _lost(self) -> Table:
+        """Return the groups that lost channels; of many the first."""
+        text = _listed([f"{name}: {n:,} -> {m:,} channels" for name, (n, m) in self.removed.items()], "groups lost channels")
+        body = [(name, f"{n:,}", f"{m:,}") for name, (n, m) in self.removed.items()]
+        if len(body) > MOST_LINES:
+            body = [*body[: MOST_LINES - 1], (text[-1], "", "")]
+        return Table(("group", "channels", "kept"), body, text=text)
 
     def _moved(self) -> str:
         moved = f"outputs moved by at most {self.difference:.1e} of their scale"
         return moved if self.exact else f"{moved}, as was allowed (exact=False)"
 
-    def _figures(self) -> Iterator[str]:
+    def _figures(self) -> Iterator[Table | str]:
         """Write the table of figures, and the conditions under which they were measured."""
         comparison = self.comparison
         if comparison is None:
@@ -111,7 +122,7 @@ class Removal:
             return
         dense = comparison.costs[DENSE]
         yield ""
-        yield from _table(comparison)
+        yield _table(comparison)
         yield (
             f"masked: {1 - dense.nonzero / max(1, dense.parameters):.1%} of the parameters are zero; a mask changes no shape, "
             f"so that all else is as dense, and was not measured again"
@@ -139,7 +150,7 @@ class Removal:
         if self.comparison is not None and self.comparison.latency is not None:
             one = self.comparison.latency.models[SMALL]
             lines.append(f"time on {self.measurement.inputs}, {one.device}, {counted(one.threads, 'thread')},")
-            lines.append(f"{one.timings[0].blocks} turns; the line is the middle half")
+            lines.append(f"{one.timings[0].blocks} turns; the line is the middle half of the fastest passes")
             lines.append("a mask alone leaves all of it as dense")
         return "\n".join(lines)
 
@@ -147,31 +158,36 @@ class Removal:
 def _rows(comparison: Comparison) -> Iterator[ShareBar]:
     dense, small = comparison.costs[DENSE], comparison.costs[SMALL]
     for label, name, write in FIGURES:
-        yield ShareBar(label, comparison.share(SMALL, name), write(getattr(dense, name)), write(getattr(small, name)))
+        named = f"{label}{of_batch(comparison.batch_size)}" if name == "macs" else label
+        yield ShareBar(named, comparison.share(SMALL, name), write(getattr(dense, name)), write(getattr(small, name)))
     if comparison.latency is not None:
         times = [short_time(comparison.latency.models[name].timings[0].median) for name in (DENSE, SMALL)]
-        low, high = comparison.latency.quartiles[SMALL][0]
-        yield ShareBar("time", 1 / comparison.latency.ratios[SMALL][0], times[0], times[1], (1 / high, 1 / low))
+        speed = comparison.latency.speed(SMALL, comparison.latency.batch_sizes[0])
+        spread = (1 / speed.high, 1 / speed.low)
+        said = speed.share if speed.is_same or speed.is_noisy else ""
+        yield ShareBar("time", 1 / speed.ratio, times[0], times[1], spread, said)
 
 
-def _table(comparison: Comparison) -> list[str]:
+def _table(comparison: Comparison) -> Table:
     """Lay out the figures of the dense, the masked and the small model."""
-    body = [[label, dense, AS_DENSE, f"{small} ({share:.1%})"] for label, share, dense, small, _ in _rows(comparison)]
+    body = [[b.label, b.dense, AS_DENSE, f"{b.small} ({b.said or f'{b.share:.1%}'})"] for b in _rows(comparison)]
     nonzero = [short(comparison.costs[name].nonzero) for name in (DENSE, SMALL)]
     body.insert(1, ["not zero", "", *nonzero])
-    return table(["", DENSE, "masked", SMALL], body)
+    return Table(["", DENSE, "masked", SMALL], body)
 
 
 def _timing(comparison: Comparison, inputs: str) -> Iterator[str]:
     """Describe how the times were measured, and how much they spread."""
     if comparison.latency is None:
         return
-    one, (first, third) = comparison.latency.models[SMALL], comparison.latency.quartiles[SMALL][0]
-    ratio = comparison.latency.ratios[SMALL][0]
-    verdict = "no faster within the spread" if comparison.latency.is_same(SMALL) else f"{ratio:.2f}x as fast"
+    one, speed = comparison.latency.models[SMALL], comparison.latency.speed(SMALL, comparison.latency.batch_sizes[0])
+    verdict = speed.words()
+    if not speed.is_noisy:
+        spread = f"(half of the fastest passes: {speed.low:.2f}x to {speed.high:.2f}x)"
+        verdict = f"{'no faster within the spread' if speed.is_same else verdict} {spread}"
     yield (
-        f"time: a forward pass on {inputs}, {one.device}, {counted(one.threads, 'thread')}, median of {one.timings[0].blocks} "
-        f"turns; {verdict} (half of the turns: {first:.2f}x to {third:.2f}x)"
+        f"time: a forward pass on {inputs}, {one.device}, {counted(one.threads, 'thread')}, the fastest of "
+        f"{one.timings[0].blocks} turns; {verdict}"
     )
 
 
@@ -180,12 +196,3 @@ def _listed(lines: Sequence[str], what: str) -> list[str]:
     if len(lines) <= MOST_LINES:
         return list(lines)
     return [*lines[: MOST_LINES - 1], f"and {len(lines) - MOST_LINES + 1} more: {len(lines)} {what} in all"]
-
-
-def _reasons(pinned: Sequence[str]) -> list[str]:
-    """List the reasons why dimensions can never shrink, the most frequent first, without the operations' numbers."""
-    counts = Counter(re.sub(r"(?<=[a-z])_\d+\b", "", why) for why in pinned)
-    lines = [f"  {count} because {why}" for why, count in counts.most_common(MOST_REASONS)]
-    rest = len(pinned) - sum(count for _, count in counts.most_common(MOST_REASONS))
-    lines += [f"  {rest} for other reasons"] if rest else []
-    return [f"{len(pinned)} dimensions of parameters cannot shrink, kernel sizes aside:", *lines] if lines else []

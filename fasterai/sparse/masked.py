@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fasterai.core.loop import Participant
 from fasterai.core.types import Move, Target
+from fasterai.display import Shown, Table
 from fasterai.model.cuts import note_optimizer
 from fasterai.model.names import unwrap
 from fasterai.sparse.counting import count_reached, write_report
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Masked"]
 
 
-class Masked(Participant, ABC):
+class Masked(Shown, Participant, ABC):
     """The masks of a model, with all that can be done with them; subclasses choose the masks."""
 
     _record: MaskRecord
@@ -102,6 +104,9 @@ class Masked(Participant, ABC):
     def sparsity(self) -> Reached:
         """The sparsity that is reached, per target and overall, counted from the masks."""
         return count_reached(self._record)
+
+    def _parts(self) -> Iterable[Table | str]:
+        return self.report()._parts()
 
     def report(self) -> SparsityReport:
         """Return a report of the sparsity of each target, and of the targets left out with the reasons."""

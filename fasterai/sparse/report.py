@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from fasterai.display import QUIET, SERIES, dress, new_axes, table, units_word
+from fasterai.display import SERIES, Brief, Shown, Table, as_percent, counted, dress, new_axes, styled, units_word
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["Reached", "Row", "SparsityReport"]
 
 
-@dataclass(frozen=True)
-class Reached(Mapping[str, float]):
+@dataclass(frozen=True, repr=False)
+class Reached(Shown, Mapping[str, float]):
     """The sparsity that the masks hold, counted in units: a mapping of target names, with the whole beside it.
 
     Attributes:
@@ -45,9 +45,18 @@ class Reached(Mapping[str, float]):
     def __format__(self, spec: str) -> str:
         return format(self.overall, spec)
 
+    def _line(self) -> str:
+        of = f"units of {counted(len(self), 'target')}"
+        return f"<Reached: {self.overall:.2%} of the {of}, {self.weights:.2%} of their weights>"
 
-@dataclass(frozen=True)
-class Row:
+    def _parts(self) -> Iterator[Table | str]:
+        body = [(name, f"{share:.2%}") for name, share in self.per_target.items()]
+        yield Table(("target", "sparsity"), [*body, ("all targets", f"{self.overall:.2%}")], foot=1)
+        yield f"{self.weights:.2%} of the targets' weights"
+
+
+@dataclass(frozen=True, repr=False)
+class Row(Brief):
     """One target.
 
     Attributes:
@@ -76,8 +85,8 @@ class Row:
         return self.pruned / self.units if self.units else 0.0
 
 
-@dataclass(frozen=True)
-class SparsityReport:
+@dataclass(frozen=True, repr=False)
+class SparsityReport(Shown):
     """The sparsity that the masks hold, target by target; `print` shows it as a table.
 
     Attributes:
@@ -100,7 +109,12 @@ class SparsityReport:
         """Return plain data, ready for JSON."""
         return asdict(self) | {"left_out": dict(self.left_out)}
 
-    def __str__(self) -> str:
+    def _line(self) -> str:
+        whole, units = self.together, units_word(self.granularity)
+        of = f"{whole.pruned:,} of {whole.units:,} {units} of {counted(len(self.rows), 'target')}"
+        return f"<SparsityReport: {whole.sparsity:.2%} pruned, {of}>"
+
+    def _parts(self) -> Iterator[Table | str]:
         header = ("target", "shape", units_word(self.granularity), "pruned", "sparsity", "zeros")
         body = [
             (r.name, "x".join(map(str, r.shape)), f"{r.units:,}", f"{r.pruned:,}", f"{r.sparsity:.2%}", f"{r.zeros:,}")
@@ -110,16 +124,16 @@ class SparsityReport:
         body.append(("all targets", "", f"{whole.units:,}", f"{whole.pruned:,}", f"{whole.sparsity:.2%}", f"{whole.zeros:,}"))
         share = f"{self.zeros / self.parameters if self.parameters else 0.0:.2%}"
         body.append(("whole model", "", f"{self.parameters:,} weights", "", share, f"{self.zeros:,}"))
-        lines = table(header, body, left=2, foot=2)
-        lines += [f"left out: {name} ({why})" for name, why in self.left_out.items()]
+        yield Table(header, body, left=2, foot=2)
+        yield from (f"left out: {name} ({why})" for name, why in self.left_out.items())
         if whole.disobeying:
-            lines.append(
+            yield (
                 f"{whole.disobeying:,} of {whole.masked:,} masked weights are not zero: others were loaded, or they trained "
                 "without the masks being held; the sparsity above is that of the masks, not of the model."
             )
-        lines.append("Masked weights are zero; a mask alone makes a network neither smaller nor faster.")
-        return "\n".join(lines)
+        yield "Masked weights are zero; a mask alone makes a network neither smaller nor faster."
 
+    @styled()
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the sparsity of each target, with the whole as a line.
 
@@ -131,7 +145,8 @@ class SparsityReport:
         overall = self.together.sparsity
         axes.axvline(overall, color=SERIES[2], linestyle="--", label=f"all targets: {overall:.1%}")
         axes.set(xlim=(0, 1), xlabel=f"sparsity (share of {units_word(self.granularity)} pruned)")
+        axes.xaxis.set_major_formatter(as_percent)
         axes.invert_yaxis()
         dress(axes, "Sparsity of each target", grid="x")
-        axes.legend(loc="lower right", labelcolor=QUIET)
+        axes.legend(loc="lower right")
         return axes

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,6 +22,7 @@ from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Batch, Fit
 from fasterai.core.schedules import Schedule, as_schedule
 from fasterai.core.types import Target
+from fasterai.display import counted, units_word
 from fasterai.model.cuts import follow, note_optimizer
 from fasterai.model.sharded import check_unflattened
 from fasterai.model.targets import LayerTypes, TargetsLike, find_targets
@@ -46,9 +47,6 @@ from fasterai.units.evidence import NotYetError, Source
 from fasterai.units.pool import Pool
 from fasterai.units.rules import Moment, Rule, nested
 from fasterai.units.scoring import Scorer
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Sparsifier", "Sparsity"]
 
@@ -154,6 +152,11 @@ class Sparsifier(Masked):
     def max_updates(self) -> int:
         """The most times that the masks follow the schedule in one training."""
         return self._pace.max_updates
+
+    def _line(self) -> str:
+        reached, units = self.sparsity, units_word(repr(self.granularity))
+        axes = f"{self.granularity!r}, {self.context!r}, {self.criteria!r}, {self.schedule!r}"
+        return f"<Sparsifier: {reached.overall:.1%} of the {units} pruned in {counted(len(reached), 'target')}; {axes}>"
 
     def _misfit(self, target: Target) -> str | None:
         return find_misfit(target, self.granularity, self.context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from fasterai.core.checks import check_count, warn
 from fasterai.core.loop import Fit, Participant
 from fasterai.core.types import Move
+from fasterai.display import Shown, Table, settings
 from fasterai.model.cuts import Cut, follow, sliced
 from fasterai.model.names import plain_name, unwrap
 from fasterai.sparse.sparsifier import Sparsifier
@@ -19,7 +20,7 @@ from fasterai.sparse.sparsifier import Sparsifier
 __all__ = ["LotteryTicket"]
 
 
-class LotteryTicket(Participant):
+class LotteryTicket(Shown, Participant):
     """Rewinding of kept weights whenever a sparsifier's masks change (Frankle & Carbin 2019; rewinding: Frankle et al. 2020).
 
     All parameters and buffers, those of batch norms included, get the values back that they had at `rewind_epoch`. Then the
@@ -56,6 +57,14 @@ class LotteryTicket(Participant):
         self._fit: Fit | None = None
         self._moved = False
         self._moved_at = -2
+
+    def _line(self) -> str:
+        when = "at every move of the masks" if self.rewind else "at the end" if self.reset_end else "never"
+        return f"<LotteryTicket: rewinds to epoch {self.rewind_epoch} {when}, {self.sparsifier.sparsity.overall:.1%} pruned>"
+
+    def _parts(self) -> Iterator[Table | str]:
+        names = ("rewind", "rewind_epoch", "reset_end", "save_tickets")
+        yield settings({name: getattr(self, name) for name in names} | {"sparsifier": repr(self.sparsifier)})
 
     def on_fit_start(self, fit: Fit) -> None:
         """Note the weights, if `rewind_epoch` is 0; later epochs are noted when they begin.

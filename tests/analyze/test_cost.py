@@ -215,8 +215,10 @@ def test_the_table_has_layers_and_the_whole():
     assert lines[2].split()[6:] == ["320", "B", "1", "KiB"]
     (whole,) = [line for line in lines if line.startswith("whole model")]
     assert whole.split()[2] == "1,386" and whole.split()[4] == "4,864"
-    assert lines[-1].startswith("weights 5.41 KiB, buffers 72 B, file ")
-    assert lines[-1].endswith("activations at most 2 KiB at once")
+    assert lines[-2].startswith("weights 5.41 KiB, buffers 72 B, file ")
+    assert lines[-2].endswith("activations at most 2 KiB at once")
+    assert lines[-1] == "MACs and activations of 2 samples"
+    assert cost(nn.Linear(2, 2), torch.zeros(1, 2)).batch_size == 1
     torchvision = pytest.importorskip("torchvision")
     deformed = cost(torchvision.ops.DeformConv2d(2, 3, 3), (torch.zeros(1, 2, 5, 5), torch.zeros(1, 18, 3, 3)))
     assert str(deformed).endswith("not counted, without a rule: torchvision::deform_conv2d")

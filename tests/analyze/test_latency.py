@@ -199,3 +199,49 @@ def test_bad_arguments(arguments, error, message):
 def test_models_are_named(models):
     with pytest.raises(ValueError, match="models must be a dict of at least one name and model, got"):
         compare_latency(models, torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("spread", "seconds", "turns"),
+    [
+        (1.05, 1.0, 15),  # settled
+        # Never settles: until three times 45 seconds have passed for each of two models. A turn is 8 s and at first 10: 33.
+        (1.06, 1.0, 33),
+        (1.06, 2.0, 21),  # 12 s, and at first 16
+    ],
+)
+def test_noisy_models_are_measured_for_longer_but_not_for_ever(monkeypatch, spread, seconds, turns):
+    """On a clock that the models alone move on: a pass that does not count and three that do, or two of 2 seconds."""
+    now = [0.0]
+
+    class Takes(nn.Module):
+        def forward(self, x):
+            now[0] += seconds
+            return x
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(module, "spread_of", lambda *_: spread)
+    found = compare_latency({"a": Takes(), "b": Takes()}, X, batch_sizes=(1,), min_run_time=45.0)
+    per_turn = {1.0: 3, 2.0: 2}[seconds]
+    assert found.models["a"][1].blocks == found.models["b"][1].blocks == turns * per_turn
+    assert found.ratio("b", 1) == 1.0
+
+
+def test_a_machine_that_is_disturbed_now_and_then_gives_the_undisturbed_ratio(monkeypatch):
+    """Every third pass takes ten times as long: medians of turns would name anything from 0.2 to 20."""
+    now = [0.0]
+
+    class Takes(nn.Module):
+        def __init__(self, seconds):
+            super().__init__()
+            self.seconds, self.calls = seconds, 0
+
+        def forward(self, x):
+            self.calls += 1
+            now[0] += self.seconds * (10 if self.calls % 3 == 0 else 1)
+            return x
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    found = compare_latency({"dense": Takes(2.0), "small": Takes(1.0)}, X, batch_sizes=(1,), min_run_time=1.0)
+    assert found.speed("small", 1) == (2.0, 2.0, 2.0)
+    assert found.models["dense"][1].median == 2.0 and found.models["small"][1].median == 1.0

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fasterai.analyze import latency as old_home
-from fasterai.analyze.latency_report import Latency, LatencyComparison, Timing, against_first, timing_of
+from fasterai.analyze.latency_report import Latency, LatencyComparison, Speed, Timing, against_first, timing_of
 from fasterai.analyze.layer_times import LayerTiming
 
 
@@ -32,6 +32,31 @@ def made(ratio=2.0, quartiles=(1.9, 2.1)):
 )
 def test_the_same_is_within_the_noise(ratio, quartiles, same):
     assert made(ratio, quartiles).is_same("small") is same
+
+
+@pytest.mark.parametrize(
+    ("speed", "words", "cell", "share"),
+    [
+        (Speed(2.0, 1.9, 2.1), "2.00x as fast", "2.00", "50%"),
+        (Speed(1.04, 1.03, 1.05), "the same time", "same", "same"),
+        (Speed(0.96, 0.95, 0.97), "the same time", "same", "same"),  # no picture says 104 %
+        (Speed(0.9, 0.88, 0.92), "0.90x as fast", "0.90", "111%"),
+        (Speed(1.1, 0.95, 1.15), "the same time", "same", "same"),
+        (Speed(1.6, 1.2, 1.5), "1.60x as fast", "1.60", "62%"),  # the third quartile is 1.25 times the first
+        (Speed(16.23, 1.39, 21.39), "between 1.4x and 21x as fast: too noisy to name one", "1.4 to 21", "5% to 72%"),
+        (Speed(1.3, 0.9, 1.6), "between 0.9x and 1.6x as fast: too noisy to name one", "0.9 to 1.6", "62% to 111%"),
+        (Speed(1.0, 0.5, 2.0), "between 0.5x and 2x as fast: too noisy to name one", "0.5 to 2", "50% to 200%"),
+    ],
+)
+def test_no_speed_is_named_that_is_noise(speed, words, cell, share):
+    assert (speed.words(), speed.cell, speed.share) == (words, cell, share)
+    assert words.replace("as fast", "as fast at batch 8") == speed.words(8) or speed.words(8) == f"{words} at batch 8"
+
+
+def test_a_comparison_that_is_noise_names_no_figure():
+    noisy = made(16.23, (1.39, 21.39))
+    for text in (str(noisy), repr(noisy)):
+        assert "between 1.4x and 21x as fast" in text and "16.2" not in text
 
 
 def test_tables_and_data():

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from fasterai.analyze import timing
-from fasterai.analyze.timing import by_turns, on_threads, passes_in, quartiles, seconds_per_pass
+from fasterai.analyze.timing import by_turns, dealt, on_threads, passes_in, quartiles, seconds_per_pass, spread_of
 
 X = (torch.zeros(1),)
 
@@ -130,6 +130,19 @@ def test_threads_come_back():
     with pytest.raises(RuntimeError, match="not today"):
         fail_on_threads()
     assert torch.get_num_threads() == before
+
+
+def test_turns_are_dealt_to_five_hands_and_the_fastest_counts():
+    assert dealt([3.0, 1.0]) == [3.0, 1.0]
+    assert dealt([9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0]) == [4.0, 3.0, 7.0, 6.0, 5.0]
+    # a machine that is disturbed in every second turn: after ten turns each hand has an undisturbed one
+    assert dealt([1.0, 50.0] * 5) == [1.0] * 5
+
+
+def test_the_spread_is_of_the_ratios_of_the_hands():
+    assert spread_of([2.0] * 5, [1.0] * 5) == 1.0
+    assert spread_of([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5) == 2.0  # quartiles 2 and 4
+    assert spread_of([2.0, 100.0] * 5, [1.0] * 10) == 1.0
 
 
 def test_quartiles_lie_among_the_values():

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from fasterai.cli import pictures
 from fasterai.cli.pictures import write_all, write_removal, write_small, write_sparsity, write_training
 from fasterai.prune.removal import remove
 
@@ -48,8 +49,9 @@ def with_small(share: float, stages: tuple[str, ...] = ("dense", "sparse")) -> d
     """A report whose small network has a share of everything."""
     names = [*stages, "small"]
     shares = {name: share if name == "small" else 1.0 for name in names}
+    seconds, as_fast = {n: 0.01 * s for n, s in shares.items()}, {n: 1 / s for n, s in shares.items()}
     batches = [
-        {"images": size, "seconds": {n: 0.01 * s for n, s in shares.items()}, "as_fast": {n: 1 / s for n, s in shares.items()}}
+        {"images": size, "seconds": seconds, "as_fast": dict(as_fast), "quartiles": {n: [f, f] for n, f in as_fast.items()}}
         for size in (1, 32)
     ]
     costs = {
@@ -109,6 +111,18 @@ def test_the_small_networks_bars_are_as_long_as_its_shares(tmp_path: Path, stage
     assert areas[0.5] / areas[1.0] == pytest.approx(0.5, abs=0.05)
     assert areas[0.25] / areas[1.0] == pytest.approx(0.25, abs=0.05)
     assert orange_pixels(tmp_path / "small.png") == pytest.approx(areas[1.0], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "quartiles", "words"),
+    [(1.04, [1.0, 1.08], "same"), (16.23, [1.39, 21.39], "5% to 72%"), (2.0, [1.9, 2.1], "50%")],
+)
+def test_times_are_told_as_in_the_table(ratio: float, quartiles: list[float], words: str) -> None:
+    found = with_small(0.5)
+    batch = found["small"]["times"]["batches"][0]
+    batch["as_fast"]["small"], batch["quartiles"]["small"] = ratio, quartiles
+    (_, bars) = pictures._shares(found)[-len(found["small"]["times"]["batches"])]
+    assert bars["small"][2] == words
 
 
 @pytest.mark.parametrize(("small", "names"), [

@@ -76,12 +76,13 @@ file                  2 KiB         2 KiB      512 B
 time of 1 image        2 ms       2.03 ms     500 us
   times as fast           1          same       3.99
 time of 32 images     40 ms         40 ms      10 ms
-  times as fast           1          same       0.94
+  times as fast           1    0.7 to 1.1       0.94
 training             12.3 s        15.0 s"""
 NOTES = """\
 sparse: 75.0% of its parameters are masked to zero, in tensors of full size; a mask alone makes no network smaller or faster
 small: the sparse network without its silent channels; its outputs are the same to 2e-07 of their scale
-times: median forward passes on cpu, 2 threads, measured in turns; same: within 5 %, or within the spread of the turns
+times: the fastest forward passes on cpu, 2 threads, measured in turns; same: within 5 %, or within the spread; a range: \
+half of them lie there, too far apart to name one
 silent and still there: conv.weight (its size is written into the code)"""
 RULE = "-" * 52
 CHANNELS = f"""\

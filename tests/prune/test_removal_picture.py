@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import matplotlib as mpl
@@ -71,6 +72,24 @@ def test_the_spread_of_the_time_is_a_line() -> None:
     left, _ = removal(measurement=figures((2.0, 4.0))).plot().axes
     (line,) = left.lines
     assert list(line.get_xdata()) == [0.25, 0.5]
+
+
+def written(quartiles: tuple[float, float], ratio: float = 2.5) -> Any:
+    """The words beside the bar of the time."""
+    measurement = figures(quartiles)
+    assert measurement.comparison is not None and measurement.comparison.latency is not None
+    latency = replace(measurement.comparison.latency, ratios={"dense": (1.0,), "small": (ratio,)})
+    measurement = replace(measurement, comparison=replace(measurement.comparison, latency=latency))
+    left, _ = removal(measurement=measurement).plot().axes
+    return left.texts[-2]
+
+
+def test_the_picture_says_what_the_table_says() -> None:
+    assert (written((2.4, 2.6)).get_text(), written((2.4, 2.6)).get_weight()) == ("40%", "bold")
+    same = written((1.0, 1.08), ratio=1.04)
+    assert (same.get_text(), same.get_weight()) == ("same", "normal")  # not 96 %
+    noisy = written((1.39, 21.39), ratio=16.23)
+    assert (noisy.get_text(), noisy.get_weight()) == ("5% to 72%", "normal")  # not 6 %
 
 
 def test_groups_stand_at_the_right_with_what_stayed() -> None:

@@ -26,6 +26,7 @@ import numpy as np
 from torch import nn
 
 from fasterai.core.checks import check_count
+from fasterai.display import Table
 from fasterai.graph.channels import ChannelGraph
 from fasterai.graph.labels import Flags
 from fasterai.model.inputs import batch_of
@@ -43,7 +44,7 @@ SLOWER, FASTER = 0.01, 0.03
 TRIALS = 8
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Budget:
     """The share of a dense model that may be left; exactly one of the three shares is given.
 
@@ -74,6 +75,13 @@ class Budget:
         if self.latency is None:
             raise ValueError(f"batch must be left out for a budget of {self.kind}, got {self.batch!r}; it goes with latency")
         check_count("batch", self.batch)
+
+    def __repr__(self) -> str:
+        return f"Budget({self.kind}={self.share!r}{'' if self.batch is None else f', batch={self.batch}'})"
+
+    def _repr_html_(self) -> str:
+        batch = [] if self.batch is None else [("batch", str(self.batch))]
+        return Table(("budget", "share of the dense model"), [(self.kind, repr(self.share)), *batch]).html()
 
     @property
     def kind(self) -> str:

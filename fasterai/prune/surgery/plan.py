@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from fasterai.display import Shown, Table, counted
 from fasterai.graph.channels import ChannelGraph, Place
 from fasterai.graph.labels import Array, Flags
 from fasterai.model.names import own_tensors, plain_name, unwrap, walk_tensors
@@ -19,8 +20,8 @@ from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention
 __all__ = ["Plan", "check_plan", "cut_normed", "make_plan", "tensor_of", "tensors_of"]
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """Plan of a removal: the indices to keep, and the sizes and scales that change with them.
 
     Attributes:
@@ -66,11 +67,21 @@ class Plan:
             dict(data.get("scales", {})),
         )
 
-    def __str__(self) -> str:
-        lines = [f"{n}: {'x'.join(map(str, s))} -> {'x'.join(map(str, self.shape_after(n)))}" for n, s in self.shapes.items()]
-        lines += [f"{m}.{a}: {before} -> {after}" for m, a, before, after in self.attributes]
-        lines += [f"{n}: times {factor:.4g}" for n, factor in self.scales.items()]
-        return "\n".join(lines) or "nothing is taken out"
+    def _line(self) -> str:
+        sizes = counted(len(self.attributes), "size")
+        return (
+            f"<Plan: {counted(len(self.shapes), 'tensor')} shrink, {sizes} change>" if self else "<Plan: nothing is taken out>"
+        )
+
+    def _parts(self) -> Iterator[Table | str]:
+        body = [(n, "x".join(map(str, s)), "x".join(map(str, self.shape_after(n)))) for n, s in self.shapes.items()]
+        body += [(f"{m}.{a}", str(before), str(after)) for m, a, before, after in self.attributes]
+        lines = [f"{name}: {before} -> {after}" for name, before, after in body]
+        if lines:
+            yield Table(("tensor or size", "before", "after"), body, text=lines)
+        yield from (f"{n}: times {factor:.4g}" for n, factor in self.scales.items())
+        if not (lines or self.scales):
+            yield "nothing is taken out"
 
 
 def _tupled(value: Any) -> Any:
