@@ -111,7 +111,8 @@ def register_axes(module_type: type[nn.Module], *, kind: str = "linear", **axes:
 
     Raises:
         TypeError: `module_type` is not a module class.
-        ValueError: `kind` or an axis is not known.
+        ValueError: `kind` or an axis is not known. Where a module of the class is first read: it has no such parameter, or one
+            of other dimensions.
 
     >>> class Conv1D(nn.Module): ...           # Hugging Face's linear layer holds (in, out)
     >>> register_axes(Conv1D, weight=("in", "out"))
@@ -125,6 +126,13 @@ def register_axes(module_type: type[nn.Module], *, kind: str = "linear", **axes:
 
     def read(module: nn.Module) -> Reading:
         found = {n: p for n in axes if (p := module._parameters.get(n)) is not None}
+        if type(module) is module_type and module._parameters and not any(hasattr(module, n) for n in axes):
+            own = ", ".join(module._parameters)
+            named = ", ".join(f"{n}=" for n in axes)
+            raise ValueError(
+                f"register_axes({module_type.__name__}, ...) must name a parameter of the class ({own}), "
+                f"got {named or 'none'}; call it anew: register_axes({module_type.__name__}, {own.split(',')[0]}=(...))"
+            )
         for n, p in found.items():
             if p.dim() != len(axes[n]):
                 raise ValueError(f"{n} must have {len(axes[n])} dimensions {tuple(axes[n])}, got shape {tuple(p.shape)}")

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fasterai.core.criteria import Criterion
 from fasterai.core.loop import Batch
 from fasterai.core.types import Target
 from fasterai.model.dataflow import leaves
@@ -23,7 +22,7 @@ from fasterai.model.inputs import arguments, as_batch
 from fasterai.model.names import unwrap
 from fasterai.model.running import evaluating, undisturbed
 
-__all__ = ["GATHERERS", "Gatherer", "NotYetError", "Source", "gather"]
+__all__ = ["GATHERERS", "Gatherer", "NotYetError", "Source"]
 
 
 class NotYetError(ValueError):
@@ -195,40 +194,6 @@ GATHERERS: dict[str, Gatherer] = {
     "activation_max": partial(activations, statistic=LARGEST),
     "activation_mean": partial(activations, statistic=MEAN),
 }
-
-
-def gather(criterion: Criterion, model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, dict[str, Tensor]]:
-    """Run the criterion's own gatherers, and return gatherer's name -> target's name -> tensor.
-
-    Raises:
-        TypeError: One returns something else than tensors by name.
-        ValueError: A target is missing, or a tensor does not broadcast against its weight.
-    """
-    return {
-        name: {t.name: _brought(f"gatherer {name} of criterion {criterion.title}", found, t) for t in targets}
-        for name, gatherer in criterion.gatherers.items()
-        for found in [gatherer(unwrap(model), targets, source)]
-    }
-
-
-def _brought(gatherer: str, found: Any, target: Target) -> Tensor:
-    """Check the result of a gatherer for a target, and return the tensor."""
-    if not isinstance(found, Mapping):
-        raise TypeError(f"{gatherer} must return a dict of target names to tensors, got a {type(found).__name__}")
-    value, shape = found.get(target.name), tuple(target.parameter.shape)
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{gatherer} must return a tensor for every target, got {value!r} for {target.name}")
-    if not _broadcasts(value, shape):
-        raise ValueError(
-            f"{gatherer} must return tensors that broadcast against the weight, got shape {tuple(value.shape)} "
-            f"for {target.name} of shape {shape}"
-        )
-    return value.detach()
-
-
-def _broadcasts(value: Tensor, shape: tuple[int, ...]) -> bool:
-    sizes = tuple(value.shape)
-    return len(sizes) <= len(shape) and all(n in (1, m) for n, m in zip(sizes[::-1], shape[::-1], strict=False))
 
 
 def _loss(source: Source) -> Callable[..., Tensor]:

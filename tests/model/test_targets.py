@@ -464,6 +464,34 @@ def test_axes_are_checked(module_type, options, error, message):
     assert read_module(Unregistered()) is None
 
 
+def test_a_parameter_that_the_class_has_not_is_refused_where_a_module_is_first_read():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(3, 4))
+            self.shift = nn.Parameter(torch.zeros(3))
+
+    class Factored(Own): ...
+
+    register_axes(Own, weight=("in", "out"))
+    with pytest.raises(
+        ValueError, match=r"must name a parameter of the class \(w, shift\), got weight=; .*Own, w=\(\.\.\.\)\)"
+    ):
+        read_module(Own())
+    assert read_module(Factored()).layouts == {}  # a subclass may hold its weight in another way
+    register_axes(Own, w=("in", "out"))
+    assert read_module(Own()).layouts["w"].size("out") == 4
+
+
+def test_a_registered_weight_that_is_parametrised_later_or_left_out_is_no_mistake():
+    class Own(nn.Linear): ...
+
+    register_axes(Own, weight=("out", "in"), second=("out", "in"))
+    assert list(read_module(Own(2, 2)).layouts) == ["weight"]
+    assert read_module(nn.utils.parametrizations.weight_norm(Own(2, 2))) is not None
+    assert read_module(torch.nn.utils.prune.l1_unstructured(Own(2, 2), "weight", 1)) is not None
+
+
 def test_another_number_of_dimensions_than_registered_is_refused():
     class Vector(nn.Module):
         def __init__(self):
