@@ -49,8 +49,16 @@ def by_dimensions(shape: Sequence[int]) -> Layout:
 
 @singledispatch
 def read_module(module: nn.Module) -> Reading | None:
-    """Return the kind and layouts of a module; None if its class is not known. `register_axes` adds classes."""
-    return None
+    """Return the kind and layouts of a module; None if its class is not known. `register_axes` adds classes.
+
+    A wrapper that holds a weight of its inner module as `<name>_raw`, and sets the inner one anew at each pass, is read as the
+    inner module is: fastai's `WeightDropout` does so with `weight_hh_l0` of an LSTM.
+    """
+    inner = module._modules.get("module")
+    raw = [n for n in module._parameters if n.endswith("_raw") and hasattr(inner, n.removesuffix("_raw"))]
+    if not raw or not isinstance(inner, nn.RNNBase | nn.Linear):
+        return None
+    return _matrices(module, "linear" if isinstance(inner, nn.Linear) else "recurrent", ("out", "in"), raw)
 
 
 @read_module.register(nn.modules.conv._ConvNd)

@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 from fasterai.core.types import Layout
 from fasterai.model.layouts import by_dimensions, read_module, register_axes
 from fasterai.model.targets import all_targets, find_targets, match, resolve
+from fasterai.sparse.sparsifier import Sparsifier
 
 
 class Mixed(nn.Module):
@@ -462,6 +463,42 @@ def test_axes_are_checked(module_type, options, error, message):
     with pytest.raises(error, match=message):
         register_axes(module_type, **options)
     assert read_module(Unregistered()) is None
+
+
+def test_fastais_dropped_recurrent_weights_are_recurrent():
+    awdlstm = pytest.importorskip("fastai.text.models.awdlstm")
+    model = awdlstm.AWD_LSTM(50, 16, 32, 2)
+    sparsifier = Sparsifier(model, "weight", "local")
+    raw = ["rnns.0.weight_hh_l0_raw", "rnns.1.weight_hh_l0_raw"]
+    assert [t.name for t in sparsifier.targets if t.kind == "recurrent" and t.name in raw] == raw
+    assert sparsifier.targets[0].layout.size("out") == 128  # four gates of 32
+    sparsifier.sparsify_model(0.5)
+    # 128 * (16 + 32) + 64 * (32 + 16) recurrent weights, half of them
+    assert sum(int((p == 0).sum()) for n, p in model.named_parameters() if "weight_" in n) == 4608
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with sparsifier.hold(optimizer):
+        model.reset()
+        model(torch.randint(0, 50, (3, 7))).sum().backward()
+        optimizer.step()
+    assert sum(int((p == 0).sum()) for n, p in model.named_parameters() if "weight_" in n) == 4608
+    model.eval()
+    model.reset()
+    model(torch.randint(0, 50, (3, 7)))
+    assert (model.rnns[0].module.weight_hh_l0 == 0).float().mean() == 0.5  # what the LSTM reads
+
+
+def test_a_dropped_linear_weight_is_one_and_other_raw_parameters_are_not():
+    awdlstm = pytest.importorskip("fastai.text.models.awdlstm")
+    reading = read_module(awdlstm.WeightDropout(nn.Linear(3, 5), 0.1, "weight"))
+    assert (reading.kind, reading.layouts["weight_raw"].size("out")) == ("linear", 5)
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_raw = nn.Parameter(torch.zeros(3, 4))
+            self.module = nn.Linear(2, 2)
+
+    assert read_module(Own()) is None
 
 
 def test_a_parameter_that_the_class_has_not_is_refused_where_a_module_is_first_read():
