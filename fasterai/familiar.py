@@ -92,6 +92,11 @@ class _Combined:
     output_fn: Combine | None = None
     return_other: bool = False
 
+    @property
+    def function(self) -> Transform:
+        """The function of the weight, whose name messages have."""
+        return self.f
+
     def __call__(self, e: Evidence) -> Tensor:
         if self.other is None:
             return self.f(e.weight.clone())
@@ -107,6 +112,11 @@ class _Activated:
 
     f: Transform
     statistic: str
+
+    @property
+    def function(self) -> Transform:
+        """The function of the weight, whose name messages have."""
+        return self.f
 
     def __call__(self, e: Evidence) -> Tensor:
         statistic: Tensor = getattr(e, self.statistic)

@@ -148,20 +148,20 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Check the arguments of `sparsify`, as far as that needs no data.
+    """Check the arguments of `sparsify`, as far as that needs no data, and put entries' names in place of words for them.
 
     Raises:
         UsageError: An argument is out of range or unknown; the known names are listed.
     """
     from fasterai.core import contexts, criteria, granularities, schedules
-    from fasterai.core.checks import check_count, check_fraction, from_catalogue
+    from fasterai.core.checks import check_count, check_fraction, entry_name
 
     with told_as_usage():
         check_fraction("--sparsity", arguments.sparsity)
-        from_catalogue("--granularity", arguments.granularity, granularities)
-        from_catalogue("--context", arguments.context, contexts)
-        from_catalogue("--criteria", arguments.criteria, criteria)
-        from_catalogue("--schedule", arguments.schedule, schedules)
+        arguments.granularity = entry_name("--granularity", arguments.granularity, granularities)
+        arguments.context = entry_name("--context", arguments.context, contexts)
+        arguments.criteria = entry_name("--criteria", arguments.criteria, criteria)
+        arguments.schedule = entry_name("--schedule", arguments.schedule, schedules)
         check_count("--epochs", arguments.epochs)
         check_count("--batch-size", arguments.batch_size, 2)
         check_count("--workers", arguments.workers, 0)
@@ -174,19 +174,19 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def check_prune_arguments(arguments: argparse.Namespace) -> None:
-    """Check the arguments of `prune`, as far as that needs no weights and data.
+    """Check the arguments of `prune`, as far as that needs no weights and data, with names put in place as for `sparsify`.
 
     Raises:
         UsageError: An argument is out of range or unknown; the known names are listed.
     """
-    from fasterai.core import criteria
-    from fasterai.core.checks import check_choice, check_count, check_fraction, from_catalogue
+    from fasterai.core import contexts, criteria
+    from fasterai.core.checks import check_count, check_fraction, entry_name
 
     with told_as_usage():
         if arguments.sparsity is not None and check_fraction("--sparsity", arguments.sparsity) == 1:
             raise UsageError("--sparsity must be below 1, got 1.0: it would leave a layer without a channel")
-        check_choice("--context", arguments.context, CONTEXTS)
-        criterion = from_catalogue("--criteria", arguments.criteria, criteria)
+        arguments.context = entry_name("--context", arguments.context, contexts, CONTEXTS)
+        arguments.criteria = entry_name("--criteria", arguments.criteria, criteria)
         check_count("--batch", arguments.batch)
         check_count("--workers", arguments.workers, 0)
         check_seed(arguments.seed)
@@ -196,7 +196,7 @@ def check_prune_arguments(arguments: argparse.Namespace) -> None:
             check_count("--image-size", arguments.image_size, 8)
     if arguments.budget is not None:
         read_budget(arguments.budget)
-    _check_evidence(criterion.needs, arguments)
+    _check_evidence(getattr(criteria, arguments.criteria).needs, arguments)
     _check_arch(arguments.arch)
     if arguments.onnx:
         _check_onnx()
@@ -208,6 +208,7 @@ def read_budget(text: str) -> Budget:
     Raises:
         UsageError: It is none of these.
     """
+    from fasterai.core.words import find_entry
     from fasterai.prune.choice.budget import Budget
 
     kind, _, share = text.partition("=")
@@ -216,7 +217,9 @@ def read_budget(text: str) -> Budget:
     except ValueError:
         shares = {}
     if not shares or kind not in ("macs", "params", "latency"):
-        raise UsageError(f"--budget must be macs=SHARE, params=SHARE or latency=SHARE, got {text!r}")
+        meant = find_entry("budgets", kind)
+        hint = f"; did you mean {meant}={share}?" if meant != kind else ""
+        raise UsageError(f"--budget must be macs=SHARE, params=SHARE or latency=SHARE, got {text!r}{hint}")
     with told_as_usage():
         return Budget(macs=shares.get("macs"), params=shares.get("params"), latency=shares.get("latency"))
 

@@ -8,13 +8,36 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-__all__ = ["check_choice", "check_count", "check_fraction", "from_catalogue", "unknown", "warn"]
+from fasterai.core.words import find_entry, hint_for
+
+__all__ = [
+    "check_choice",
+    "check_count",
+    "check_fraction",
+    "entry_name",
+    "from_catalogue",
+    "instead_of_class",
+    "noted",
+    "unknown",
+    "warn",
+]
+
+
+#: Packages that call this one on the user's behalf, by hooks and callbacks.
+FRAMEWORKS = frozenset(
+    (
+        *("torch", "fastai", "fastcore", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"),
+        *("transformers", "accelerate", "contextlib", "functools"),
+    )
+)
 
 
 def check_fraction(name: str, value: object) -> float:
@@ -29,12 +52,20 @@ def check_fraction(name: str, value: object) -> float:
         ValueError: `value` is not in [0, 1]; a percentage is answered with the fraction that was meant.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number in [0, 1], got {value!r} ({type(value).__name__})")
+        raise TypeError(f"{name} must be a number in [0, 1], got {value!r} ({type(value).__name__}){_in_text(value)}")
     share = float(value)
     if 0.0 <= share <= 1.0:
         return share
     repair = f"; pass {share / 100:g} for {share:g} %" if 1.0 < share <= 100.0 and "return" not in name else ""
     raise ValueError(f"{name} must be in [0, 1], got {value!r}{repair}")
+
+
+def _in_text(value: object) -> str:
+    """Return the repair for a number given as text, as `"50%"` or `"0.5"`."""
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%?)\s*", value) if isinstance(value, str) else None
+    if not found or (share := float(found[1]) / (100 if found[2] else 1)) > 1:
+        return ""
+    return f"; pass {share:g}"
 
 
 def check_count(name: str, value: object, minimum: int = 1) -> int:
@@ -68,21 +99,69 @@ def check_choice(name: str, value: object, known: Iterable[str]) -> str:
     return value
 
 
+def instead_of_class(value: object) -> str:
+    """Return the repair for a class given where one of its values is meant."""
+    return f"; pass one of its values: {value.__name__}(...)" if isinstance(value, type) else ""
+
+
+@contextmanager
+def noted(note: str) -> Iterator[None]:
+    """Add a note to errors of a user's own part (a criterion, a schedule, a participant), which says where they come from."""
+    try:
+        yield
+    except Exception as error:
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+        raise
+
+
 def warn(message: str) -> None:
-    """Warn of something legal but doubtful, at the line of the first caller outside of this package."""
-    level = 1
-    while sys._getframe(level).f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]:
-        level += 1
-    warnings.warn(message, stacklevel=level + 1)
+    """Warn of something legal but doubtful, at the user's line: the first one outside of this package and of frameworks."""
+    frames: list[str] = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        frames.append(frame.f_globals.get("__name__", "").partition(".")[0])
+        frame = frame.f_back  # type: ignore[assignment]
+    own = __name__.partition(".")[0]
+    outside = [level for level, name in enumerate(frames) if name != own]
+    level = next((n for n in outside if frames[n] not in FRAMEWORKS), outside[0] if outside else 0)
+    warnings.warn(message, stacklevel=level + 2)
 
 
-def unknown(name: str, value: str, known: Iterable[str], kind: str = "one of") -> ValueError:
-    """Make the error for a name that is not known; it lists the known ones, and proposes the closest."""
+def unknown(name: str, value: str, known: Iterable[str], kind: str = "one of", hint: str | None = None) -> ValueError:
+    """Make the error for a name that is not known; it lists the known ones, and proposes the closest or gives a hint."""
     names = list(known)
-    close = difflib.get_close_matches(value, names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    if hint is None:
+        close = difflib.get_close_matches(value, names, n=1) or difflib.get_close_matches(value.lower(), names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else None
     shown = ", ".join(names[:30]) + (", ..." if len(names) > 30 else "")
-    return ValueError(f"{name} must be {kind} {shown or '(there is none)'}, got {value!r}{hint}")
+    repair = f"; {hint}" if hint else ""
+    return ValueError(f"{name} must be {kind} {shown or '(there is none)'}, got {value!r}{repair}")
+
+
+def entry_name(name: str, value: object, catalogue: ModuleType, among: Iterable[str] | None = None) -> str:
+    """Return the name of the entry of a catalogue module that a name or a further name of it means.
+
+    Further names are such as `magnitude`, `cosine` and `2:4`; `core/words.py` has them.
+
+    Args:
+        name: The argument's name, for the message.
+        value: What the user gave.
+        catalogue: The module; its `__all__` is the registry.
+        among: The entries that are allowed; all if it is left out.
+
+    Raises:
+        TypeError: `value` is not text.
+        ValueError: There is no entry of that name; the known ones are listed, with a hint where the word is known.
+    """
+    kind = catalogue.__name__.rpartition(".")[2]
+    known = sorted(entry.rstrip("_") for entry in catalogue.__all__) if among is None else list(among)
+    if not isinstance(value, str) or value in known:
+        return check_choice(name, value, known)
+    found = find_entry(kind, value)
+    if found not in known:
+        raise unknown(name, value, known, hint=hint_for(kind, value))
+    return found
 
 
 def from_catalogue(name: str, value: Any, catalogue: ModuleType) -> Any:
@@ -94,4 +173,4 @@ def from_catalogue(name: str, value: Any, catalogue: ModuleType) -> Any:
     if not isinstance(value, str):
         return value
     entries = {entry.rstrip("_"): entry for entry in catalogue.__all__}  # `global` is a keyword, its entry `global_`
-    return getattr(catalogue, entries[check_choice(name, value, sorted(entries))])
+    return getattr(catalogue, entries[entry_name(name, value, catalogue)])

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasterai.core.checks import check_choice
+from fasterai.core.checks import check_choice, instead_of_class, noted
 from fasterai.core.types import EVIDENCE, Evidence
 from fasterai.display import brief, one_line
 
@@ -46,6 +46,7 @@ __all__ = [
     "wanda",
 ]
 
+EVIDENCE_FIELDS = frozenset(f.name for f in fields(Evidence))
 REDUCERS = ("mean", "sum")
 UnitRule = Callable[[Tensor, Tensor], Tensor]
 
@@ -130,8 +131,10 @@ class Criterion:
     @property
     def title(self) -> str:
         """The name of its function, for messages."""
-        function = self.function.function if isinstance(self.function, WeightFunction) else self.function
-        return str(getattr(function, "__name__", None) or brief(function)).removeprefix("_")
+        function: Any = self.function
+        for inner in ("function", "func"):  # of a WeightFunction and the like, and of a partial
+            function = getattr(function, inner, function)
+        return str(getattr(function, "__name__", type(function).__name__)).removeprefix("_")
 
     @property
     def evidence_names(self) -> tuple[str, ...]:
@@ -147,13 +150,17 @@ class Criterion:
         """Return the scores of the weights, in the shape of the weight and in float32 at least.
 
         Raises:
+            TypeError: The function returns no tensor, or reads evidence and has not been said to.
             ValueError: The function's scores have another shape.
         """
-        scores = self.function(evidence.at_least_float32())
+        with noted(f"raised by the criterion {self.title}, for {evidence.name}"):
+            scores = self.function(evidence.at_least_float32())
+        if not isinstance(scores, Tensor):
+            raise TypeError(f"criterion must return a tensor of scores for {evidence.name}, got {scores!r} from {self.title}")
         if scores.shape != evidence.weight.shape:
             raise ValueError(
                 f"criterion must return scores of the weight's shape {tuple(evidence.weight.shape)} "
-                f"for {evidence.name}, got {tuple(scores.shape)}"
+                f"for {evidence.name}, got {tuple(scores.shape)} from {self.title}"
             )
         return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
 
@@ -165,7 +172,8 @@ class Criterion:
         """
         if self.normalizer is None:
             return scores
-        found = self.normalizer(scores) if callable(self.normalizer) else NORMALIZERS[self.normalizer](scores)
+        with noted(f"raised by the normalizer of the criterion {self.title}, for {name}"):
+            found = self.normalizer(scores) if callable(self.normalizer) else NORMALIZERS[self.normalizer](scores)
         return _check_units(f"normalizer of criterion {self.title} for {name}", found, scores)
 
     def rank(self, scores: Tensor, weights: Callable[[], Tensor], name: str = "a target") -> Tensor:
@@ -181,7 +189,10 @@ class Criterion:
         """
         if self.unit_rule is None:
             return scores
-        return _check_units(f"unit_rule of criterion {self.title} for {name}", self.unit_rule(scores, weights()), scores)
+        given = weights()
+        with noted(f"raised by the unit_rule of the criterion {self.title}, for {name}"):
+            found = self.unit_rule(scores, given)
+        return _check_units(f"unit_rule of criterion {self.title} for {name}", found, scores)
 
     def using(
         self,
@@ -225,7 +236,18 @@ class WeightFunction:
     function: Callable[[Tensor], Tensor]
 
     def __call__(self, evidence: Evidence) -> Tensor:
-        return self.function(evidence.weight.clone())
+        weight = evidence.weight.clone()
+        try:
+            return self.function(weight)
+        except AttributeError as error:
+            if error.obj is not weight or error.name not in EVIDENCE_FIELDS:
+                raise
+            needs = f", needs={{{error.name!r}}}" if error.name in EVIDENCE else ""
+            name = getattr(self.function, "__name__", "function")
+            raise TypeError(
+                f"criteria must be a function of the weight alone, or a Criterion, got the function {name}, which reads "
+                f".{error.name} of evidence; wrap it: Criterion({'function' if name == '<lambda>' else name}{needs})"
+            ) from error
 
 
 def as_criterion(criterion: Criterion | Callable[[Tensor], Tensor]) -> Criterion:
@@ -236,6 +258,8 @@ def as_criterion(criterion: Criterion | Callable[[Tensor], Tensor]) -> Criterion
     """
     if isinstance(criterion, Criterion):
         return criterion
+    if isinstance(criterion, type):
+        raise TypeError(f"criteria must be a criterion, got the class {criterion.__name__}{instead_of_class(criterion)}")
     if callable(criterion):
         return Criterion(WeightFunction(criterion))
     raise TypeError(f"criteria must be a criterion, its name, or a function of the weight, got {criterion!r}")

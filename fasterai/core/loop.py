@@ -78,7 +78,7 @@ class Loop:
         with ExitStack() as begun:
             begun.callback(self._leave)
             for participant in self.participants:
-                participant.on_fit_start(fit)
+                _tell(participant, "on_fit_start", fit)
                 begun.callback(participant.on_fit_end, False)
             begun.pop_all()
         for participant in self.participants if fit.model is not None else ():
@@ -89,7 +89,7 @@ class Loop:
     def after_forward(self, batch: Batch) -> None:
         """Show a batch with its outputs."""
         for participant in self.participants:
-            participant.after_forward(batch)
+            _tell(participant, "after_forward", batch)
 
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
         """Return the loss after every participant has had it.
@@ -98,7 +98,7 @@ class Loop:
             TypeError: A participant returns no loss.
         """
         for participant in self.participants:
-            loss = participant.after_loss(loss, batch)
+            loss = _tell(participant, "after_loss", loss, batch)
             if not isinstance(loss, Tensor):
                 raise TypeError(f"{participant.name}.after_loss must return the loss to go on with, got {loss!r}")
         return loss
@@ -106,7 +106,7 @@ class Loop:
     def after_backward(self) -> None:
         """Pass on that the gradients of a step are complete."""
         for participant in self.participants:
-            participant.after_backward()
+            _tell(participant, "after_backward")
 
     def before_step(self) -> None:
         """Pass on that the optimizer is about to step.
@@ -116,7 +116,7 @@ class Loop:
         """
         self.check_step()
         for participant in self.participants:
-            participant.before_step((self.step + 1) / self.total_steps)
+            _tell(participant, "before_step", (self.step + 1) / self.total_steps)
 
     def check_step(self) -> None:
         """Refuse a step beyond the run's end.
@@ -134,7 +134,7 @@ class Loop:
         """Count a step of the optimizer, and pass it on."""
         self.step += 1
         for participant in self.participants:
-            participant.after_step(self.step / self.total_steps)
+            _tell(participant, "after_step", self.step / self.total_steps)
         self.clear_gradients()
 
     def clear_gradients(self) -> None:
@@ -146,7 +146,7 @@ class Loop:
         """Return the figures of all participants; equal names are numbered: `sparsity`, `sparsity_2`."""
         found: dict[str, float] = {}
         for participant in self.participants:
-            for name, value in participant.metrics().items():
+            for name, value in _tell(participant, "metrics").items():
                 found[_numbered(name, "_", found)] = value
         return found
 
@@ -157,7 +157,7 @@ class Loop:
             if self.running:
                 self.total_steps = 0
                 for participant in reversed(self.participants):  # a stack ends the last first
-                    ends.callback(participant.on_fit_end, completed)
+                    ends.callback(_tell, participant, "on_fit_end", completed)
 
     def _leave(self) -> None:
         joined, self._joined = self._joined, None
@@ -218,13 +218,24 @@ class Loop:
         return [(named[name], own) for name, own in states.items() if name in named]
 
 
+def _tell(participant: Participant, event: str, *arguments: Any) -> Any:
+    """Pass an event on; an error of the participant gets a note that names it."""
+    try:
+        return getattr(participant, event)(*arguments)
+    except Exception as error:
+        note = f"raised in {event} of the participant {participant.name}"
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+        raise
+
+
 def _own_parameters(participant: Participant, model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that a participant wants to train.
 
     Raises:
         TypeError: What it returns is no list of parameters; one parameter alone would be taken for its rows.
     """
-    found = participant.on_setup(model)
+    found = _tell(participant, "on_setup", model)
     own = list(found) if isinstance(found, Iterable) and not isinstance(found, Tensor) else [None]
     if not all(isinstance(p, Tensor) and p.is_leaf for p in own):
         raise TypeError(f"{participant.name}.on_setup must return a list of parameters, [] for none, got {_kind(found)}")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fasterai.core.checks import check_count, check_fraction
+from fasterai.core.checks import check_count, check_fraction, instead_of_class, noted
 from fasterai.display import SERIES, Brief, as_percent, dress, new_axes, styled
 
 if TYPE_CHECKING:
@@ -298,7 +298,9 @@ class Custom(Brief, Schedule):
         pos = _inside(position, self.start_pct, self.end_pct)
         if pos is None:
             return self.start_val
-        return check_fraction("what sched_func returns", self.sched_func(self.start_val, self.end_val, pos))
+        with noted(f"raised by the schedule's function {_name(self.sched_func)}, at position {position:g}"):
+            value = self.sched_func(self.start_val, self.end_val, pos)
+        return check_fraction("what sched_func returns", value)
 
 
 @dataclass(frozen=True, repr=False)
@@ -328,7 +330,14 @@ class Position(Brief, Schedule):
 
     def __call__(self, position: float) -> float:
         check_fraction("position", position)
-        return check_fraction("what the schedule returns", self.function(position))
+        with noted(f"raised by the schedule's function {_name(self.function)}, at position {position:g}"):
+            value = self.function(position)
+        return check_fraction("what the schedule returns", value)
+
+
+def _name(function: Any) -> str:
+    inner = getattr(function, "func", function)
+    return str(getattr(inner, "__name__", type(inner).__name__))
 
 
 one_shot = OneShot()
@@ -357,6 +366,8 @@ def as_schedule(schedule: Schedule | Callable[[float], float] | Sequence[Custom]
     """
     if isinstance(schedule, Schedule):
         return schedule
+    if isinstance(schedule, type):
+        raise TypeError(f"schedule must be a schedule, got the class {schedule.__name__}{instead_of_class(schedule)}")
     if isinstance(schedule, partial) and isinstance(schedule.func, Schedule):
         # partial(iterative, n_steps=5), as tutorials have it
         return replace(schedule.func, **schedule.keywords)  # type: ignore[type-var]

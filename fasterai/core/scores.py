@@ -18,7 +18,7 @@ from fasterai.core.types import Evidence
 if TYPE_CHECKING:
     from fasterai.core.criteria import Criterion
 
-__all__ = ["PIECE", "Array", "EvidenceScores", "Mark", "Scores", "TensorScores", "count_true", "not_finite"]
+__all__ = ["PIECE", "Array", "EvidenceScores", "Mark", "NotFiniteError", "Scores", "TensorScores", "count_true", "not_finite"]
 
 PIECE = 1 << 17  # half a MiB of float32: weights, scores and flags of a piece share a second-level cache
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -111,9 +111,24 @@ def count_true(mask: Tensor) -> int:
     return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.sum())
 
 
-def not_finite(name: str) -> ValueError:
+class NotFiniteError(ValueError):
+    """The error for scores that cannot be ranked.
+
+    Attributes:
+        name: The name of the scores, a target's or a group's.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"scores must be finite, got NaN or infinity for {name}; look for NaN or infinite weights there")
+        self.name = name
+
+    def __reduce__(self) -> tuple[type[NotFiniteError], tuple[str]]:
+        return type(self), (self.name,)
+
+
+def not_finite(name: str) -> NotFiniteError:
     """Return the error for scores of a target that cannot be ranked."""
-    return ValueError(f"scores must be finite, got NaN or infinity for {name}; look for NaN or infinite weights there")
+    return NotFiniteError(name)
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,16 @@ def by_dimensions(shape: Sequence[int]) -> Layout:
 
 @singledispatch
 def read_module(module: nn.Module) -> Reading | None:
-    """Return the kind and layouts of a module; None if its class is not known. `register_axes` adds classes."""
-    return None
+    """Return the kind and layouts of a module; None if its class is not known. `register_axes` adds classes.
+
+    A wrapper that holds a weight of its inner module as `<name>_raw`, and sets the inner one anew at each pass, is read as the
+    inner module is: fastai's `WeightDropout` does so with `weight_hh_l0` of an LSTM.
+    """
+    inner = module._modules.get("module")
+    raw = [n for n in module._parameters if n.endswith("_raw") and hasattr(inner, n.removesuffix("_raw"))]
+    if not raw or not isinstance(inner, nn.RNNBase | nn.Linear):
+        return None
+    return _matrices(module, "linear" if isinstance(inner, nn.Linear) else "recurrent", ("out", "in"), raw)
 
 
 @read_module.register(nn.modules.conv._ConvNd)
@@ -111,7 +119,8 @@ def register_axes(module_type: type[nn.Module], *, kind: str = "linear", **axes:
 
     Raises:
         TypeError: `module_type` is not a module class.
-        ValueError: `kind` or an axis is not known.
+        ValueError: `kind` or an axis is not known. Where a module of the class is first read: it has no such parameter, or one
+            of other dimensions.
 
     >>> class Conv1D(nn.Module): ...           # Hugging Face's linear layer holds (in, out)
     >>> register_axes(Conv1D, weight=("in", "out"))
@@ -125,6 +134,13 @@ def register_axes(module_type: type[nn.Module], *, kind: str = "linear", **axes:
 
     def read(module: nn.Module) -> Reading:
         found = {n: p for n in axes if (p := module._parameters.get(n)) is not None}
+        if type(module) is module_type and module._parameters and not any(hasattr(module, n) for n in axes):
+            own = ", ".join(module._parameters)
+            named = ", ".join(f"{n}=" for n in axes)
+            raise ValueError(
+                f"register_axes({module_type.__name__}, ...) must name a parameter of the class ({own}), "
+                f"got {named or 'none'}; call it anew: register_axes({module_type.__name__}, {own.split(',')[0]}=(...))"
+            )
         for n, p in found.items():
             if p.dim() != len(axes[n]):
                 raise ValueError(f"{n} must have {len(axes[n])} dimensions {tuple(axes[n])}, got shape {tuple(p.shape)}")

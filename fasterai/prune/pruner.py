@@ -260,7 +260,7 @@ class Pruner(ShownChannels):
     def _keep(self, scores: Sequence[Scores], goal: Goal) -> list[Flags]:
         round_to = 1 if self.round_to is None and self._goal is None else self.round_to
         limits = limits_of(self._pools, round_to=round_to, first=self.original)
-        return [keep.cpu().numpy() for keep in choose(self._pools, scores, goal, limits)]
+        return [keep.cpu().numpy() for keep in choose(self._pools, scores, goal, limits, by=self.criteria)]
 
     def _mask_sound(self, graph: ChannelGraph, kept: list[Flags], before: Weights) -> tuple[Sound, dict[str, str]]:
         """Mask the channels that can be removed; groups whose channels cannot be get their weights back.

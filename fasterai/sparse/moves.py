@@ -57,7 +57,7 @@ def move_masks(
 
     def chosen() -> list[Tensor]:
         score = partial(scorer, record.model, pools, record.keep, masks=record.mask_of)
-        return choose(pools, score(), goal, limits, rule=rule, moment=moment, grow=score)
+        return choose(pools, score(), goal, limits, rule=rule, moment=moment, grow=score, by=scorer.criterion)
 
     keeps = agree(chosen)
     move = record.replace({p.name: k for p, k in zip(pools, keeps, strict=True)})

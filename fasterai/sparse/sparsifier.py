@@ -47,6 +47,7 @@ from fasterai.units.evidence import NotYetError, Source
 from fasterai.units.pool import Pool
 from fasterai.units.rules import Moment, Rule, nested
 from fasterai.units.scoring import Scorer
+from fasterai.units.watching import without_unwatched
 
 __all__ = ["Sparsifier", "Sparsity"]
 
@@ -124,6 +125,9 @@ class Sparsifier(Masked):
         check_unflattened(model)
         coarse = self.granularity.is_coarse
         selection = find_targets(model, fits=self._misfit, coarse=coarse, targets=targets, layer_type=layer_type)
+        if not self.granularity.shares_weights:
+            for criterion in (self.criteria, *self.rule.criteria):
+                selection = without_unwatched(selection, criterion)
         self._record = MaskRecord(model, self.granularity, selection)
         self._record.check_plain()
         source = Source(data=data, loss=loss, inputs=read_inputs(example_inputs))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from fasterai.core.contexts import Context, Local, PerTarget
 from fasterai.core.criteria import Criterion
+from fasterai.core.scores import NotFiniteError
 from fasterai.core.selection import Scores, TensorScores, count_true, keep_highest
 from fasterai.core.types import Limits
 from fasterai.units.pool import Pool
@@ -105,6 +108,7 @@ def choose(
     rule: Rule = nested,
     moment: Moment | None = None,
     grow: Callable[[Criterion], Sequence[Scores]] | None = None,
+    by: Criterion | None = None,
 ) -> list[Tensor]:
     """Choose the units to keep.
 
@@ -116,6 +120,7 @@ def choose(
         rule: The rule by which new decisions follow from those so far.
         moment: The moment of the training; None for pruning at once.
         grow: Criterion -> the pools' scores by it; called only if the rule exchanges units.
+        by: The criterion of the scores, for messages.
 
     Returns:
         For each pool a bool tensor of the units' shape, True = keep.
@@ -124,12 +129,30 @@ def choose(
         ValueError: The sparsity is out of range, or a score is NaN or infinite.
     """
     limits = replace(limits, nested=not rule.chooses_anew(moment))
-    keeps = goal.context(scores, [p.layout for p in pools], goal.sparsity, limits)
+    with _blamed(by, pools):
+        keeps = goal.context(scores, [p.layout for p in pools], goal.sparsity, limits)
     share, criterion = rule.exchanged(moment), rule.growing(moment)
     if not share or criterion is None or grow is None or all(s.keep is None for s in scores):
         return keeps
     grown = grow(criterion)
-    return [_exchange(s, keep, g, share) for s, keep, g in zip(scores, keeps, grown, strict=True)]
+    with _blamed(criterion, pools):
+        return [_exchange(s, keep, g, share) for s, keep, g in zip(scores, keeps, grown, strict=True)]
+
+
+@contextmanager
+def _blamed(by: Criterion | None, pools: Sequence[Pool]) -> Iterator[None]:
+    """Name the criterion in the error of scores that are not finite, where the weights themselves are."""
+    try:
+        yield
+    except NotFiniteError as error:
+        weights = [t.parameter for pool in pools if pool.name == error.name for t in pool.targets]
+        if by is None or not all(bool(torch.isfinite(w).all()) for w in weights):
+            raise
+        read = ", ".join([*by.evidence_names, *by.gatherers])
+        raise ValueError(
+            f"criteria must return finite scores, got NaN or infinity from {by.title} for {error.name}, whose weights are "
+            f"finite{f'; it reads {read}' if read else ''}"
+        ) from error
 
 
 def _exchange(scores: Scores, keep: Tensor, grow: Scores, share: float) -> Tensor:

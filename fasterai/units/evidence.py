@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fasterai.core.criteria import Criterion
 from fasterai.core.loop import Batch
 from fasterai.core.types import Target
 from fasterai.model.dataflow import leaves
 from fasterai.model.inputs import arguments, as_batch
 from fasterai.model.names import unwrap
 from fasterai.model.running import evaluating, undisturbed
+from fasterai.units.watching import LARGEST, MEAN, activations
 
-__all__ = ["GATHERERS", "Gatherer", "NotYetError", "Source", "gather"]
+__all__ = ["GATHERERS", "Gatherer", "NotYetError", "Source", "activations"]
 
 
 class NotYetError(ValueError):
@@ -146,46 +146,6 @@ def _is_floats(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-@dataclass(frozen=True)
-class Statistic:
-    """A number computed for each input feature, from its values over batch and positions.
-
-    Attributes:
-        part: The result of one call of the layer: `(N, C)` -> `(C,)`.
-        join: The joined result of two calls.
-        finish: The number itself, of the joined result of all calls and the count of values.
-    """
-
-    part: Callable[[Tensor], Tensor]
-    join: Callable[[Tensor, Tensor], Tensor]
-    finish: Callable[[Tensor, int], Tensor]
-
-
-NORM = Statistic(lambda x: x.square().sum(0), torch.add, lambda total, n: total.sqrt())
-LARGEST = Statistic(lambda x: x.abs().amax(0), torch.maximum, lambda total, n: total)
-MEAN = Statistic(lambda x: x.abs().sum(0), torch.add, lambda total, n: total / n)
-
-
-def activations(model: nn.Module, targets: Sequence[Target], source: Source, statistic: Statistic = NORM) -> dict[str, Tensor]:
-    """Compute a statistic of each input feature, by default the 2-norm (Sun et al. 2023); it broadcasts against the weight."""
-    found: dict[str, tuple[Tensor, int]] = {}
-    inner = unwrap(model)
-    handles = []
-    try:
-        for target in targets:
-            handles.append(target.module.register_forward_pre_hook(_watch_inputs(target, statistic, found)))
-        with undisturbed(inner), evaluating(inner), torch.no_grad():
-            for batch in source.batches("activations"):
-                inner(*arguments(inner, batch))
-    finally:
-        for handle in handles:
-            handle.remove()
-    unseen = [t.name for t in targets if t.name not in found]
-    if unseen:
-        raise ValueError(f"targets must be layers whose inputs can be watched, got {unseen[0]}; leave it out with targets=")
-    return {t.name: _spread(statistic.finish(*found[t.name]), t) for t in targets}
-
-
 Gatherer = Callable[[nn.Module, Sequence[Target], Source], Mapping[str, Tensor]]
 GATHERERS: dict[str, Gatherer] = {
     "gradient": gradients,
@@ -195,40 +155,6 @@ GATHERERS: dict[str, Gatherer] = {
     "activation_max": partial(activations, statistic=LARGEST),
     "activation_mean": partial(activations, statistic=MEAN),
 }
-
-
-def gather(criterion: Criterion, model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, dict[str, Tensor]]:
-    """Run the criterion's own gatherers, and return gatherer's name -> target's name -> tensor.
-
-    Raises:
-        TypeError: One returns something else than tensors by name.
-        ValueError: A target is missing, or a tensor does not broadcast against its weight.
-    """
-    return {
-        name: {t.name: _brought(f"gatherer {name} of criterion {criterion.title}", found, t) for t in targets}
-        for name, gatherer in criterion.gatherers.items()
-        for found in [gatherer(unwrap(model), targets, source)]
-    }
-
-
-def _brought(gatherer: str, found: Any, target: Target) -> Tensor:
-    """Check the result of a gatherer for a target, and return the tensor."""
-    if not isinstance(found, Mapping):
-        raise TypeError(f"{gatherer} must return a dict of target names to tensors, got a {type(found).__name__}")
-    value, shape = found.get(target.name), tuple(target.parameter.shape)
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{gatherer} must return a tensor for every target, got {value!r} for {target.name}")
-    if not _broadcasts(value, shape):
-        raise ValueError(
-            f"{gatherer} must return tensors that broadcast against the weight, got shape {tuple(value.shape)} "
-            f"for {target.name} of shape {shape}"
-        )
-    return value.detach()
-
-
-def _broadcasts(value: Tensor, shape: tuple[int, ...]) -> bool:
-    sizes = tuple(value.shape)
-    return len(sizes) <= len(shape) and all(n in (1, m) for n, m in zip(sizes[::-1], shape[::-1], strict=False))
 
 
 def _loss(source: Source) -> Callable[..., Tensor]:
@@ -257,44 +183,3 @@ def _differentiate(
         value = loss(torch.func.functional_call(model, held, arguments(model, batch), tie_weights=False), *batch.targets)
         found = torch.autograd.grad(value, list(weights.values()), create_graph=create_graph, allow_unused=True)
     return {n: torch.zeros_like(weights[n]) if g is None else g for n, g in zip(weights, found, strict=True)}, weights
-
-
-def _watch_inputs(
-    target: Target, statistic: Statistic, found: dict[str, tuple[Tensor, int]]
-) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        features = _features(target, args)
-        if features is not None:
-            rows = features.float().reshape(-1, features.shape[-1])
-            part, count = statistic.part(rows), len(rows)
-            before, so_far = found.get(target.name, (None, 0))
-            found[target.name] = (part if before is None else statistic.join(before, part), so_far + count)
-
-    return hook
-
-
-def _features(target: Target, args: tuple[Any, ...]) -> Tensor | None:
-    """Return the features that a layer's weight reads, in the last dimension, `(..., C)`; None if the input hides them."""
-    if target.attribute == "in_proj_weight" and isinstance(target.module, nn.MultiheadAttention):
-        same = len(args) >= 3 and args[0] is args[1] and args[1] is args[2]
-        return args[0] if same else None
-    if not args or target.attribute != "weight" or target.kind not in ("convolution", "linear"):
-        return None
-    x: Tensor = args[0]
-    if target.kind == "convolution":
-        channels = x.dim() - (len(target.parameter.shape) - 1)
-        return x.movedim(channels, -1)
-    return x
-
-
-def _spread(norms: Tensor, target: Target) -> Tensor:
-    """Lay out one number per input, `(C,)`, so that they broadcast against the weight.
-
-    For a convolution weight `(8, 3, 5, 5)` the shape `(3,)` becomes `(1, 3, 1, 1)`.
-    """
-    layout = target.layout
-    sizes = [n if "in" in names else 1 for n, names in zip(layout.shape, layout.axes, strict=True)]
-    spread = norms.view(sizes)
-    if layout.shape == tuple(target.parameter.shape):
-        return spread
-    return spread.expand(layout.shape).reshape(target.parameter.shape)

@@ -16,7 +16,8 @@ from fasterai.core.loop import Batch
 from fasterai.core.selection import EvidenceScores, Scores, TensorScores
 from fasterai.core.types import Evidence, Target, no_mask
 from fasterai.model.cuts import Cut, sliced
-from fasterai.units.evidence import GATHERERS, Source, gather
+from fasterai.units.evidence import GATHERERS, Source
+from fasterai.units.own_evidence import gather
 from fasterai.units.pool import Pool, WeightScores
 
 __all__ = ["Scorer"]

@@ -71,7 +71,7 @@ WRONG = {
     ("sparsify", "DATA", "--granularity", "filtre"): ["--granularity", "column", "kernel", "got 'filtre'", "'filter'"],
     ("sparsify", "DATA", "--context", "everywhere"): ["--context", "global", "lamp", "local", "got 'everywhere'"],
     ("sparsify", "DATA", "--criteria", "largest"): ["--criteria", "large_final", "wanda", "got 'largest'"],
-    ("sparsify", "DATA", "--schedule", "onecycle"): ["--schedule", "agp", "got 'onecycle'", "'one_cycle'"],
+    ("sparsify", "DATA", "--schedule", "onecycles"): ["--schedule", "agp", "got 'onecycles'", "'one_cycle'"],
     ("sparsify", "DATA", "--arch", "resnet81"): ["--arch", "got 'resnet81'", "resnet18"],
     ("sparsify", "DATA", "--arch", "qqq"): ["--arch", "got 'qqq'", "such as alexnet"],
     ("sparsify", "DATA", "--epochs", "0"): ["--epochs must be at least 1, got 0"],

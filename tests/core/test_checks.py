@@ -113,3 +113,29 @@ def test_a_new_entry_is_known_by_being_in_all():
 
 def test_all_names_exist():
     assert all(callable(getattr(checks, name)) for name in checks.__all__)
+
+
+@pytest.mark.parametrize(("text", "repair"), [("50%", "0.5"), ("50 %", "0.5"), ("0.5", "0.5"), (".25", "0.25"), ("1", "1")])
+def test_a_share_in_text_is_answered_with_the_number(text, repair):
+    with pytest.raises(TypeError, match=rf"sparsity must be a number in \[0, 1\], got '{text}' \(str\); pass {repair}$"):
+        check_fraction("sparsity", text)
+
+
+@pytest.mark.parametrize("text", ["half", "150%", "-1", ""])
+def test_other_text_is_answered_without(text):
+    with pytest.raises(TypeError, match=r"\(str\)$"):
+        check_fraction("sparsity", text)
+
+
+def test_a_warning_stands_at_the_users_line_and_not_at_a_frameworks():
+    frames = {name: types.ModuleType(name) for name in ("fasterai.some.room", "torch.optim", "fastai.learner")}
+    for module in frames.values():
+        exec("def call(function): return function()", module.__dict__)
+    ours, torchs, fastais = (module.call for module in frames.values())
+    with pytest.warns(UserWarning, match="doubtful") as seen:
+        fastais(lambda: torchs(lambda: ours(lambda: checks.warn("doubtful"))))
+    assert seen[0].filename == __file__
+    code = compile("call(lambda: warn('doubtful'))", "framework.py", "exec")
+    with pytest.warns(UserWarning, match="doubtful") as seen:
+        exec(code, {"__name__": "torch.optim", "call": ours, "warn": checks.warn})
+    assert seen[0].filename == __file__  # of this test, beyond torch's frame

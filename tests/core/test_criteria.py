@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 import zlib
 from dataclasses import FrozenInstanceError
+from functools import partial
 from statistics import NormalDist
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from fasterai.core import criteria
 from fasterai.core.checks import from_catalogue
-from fasterai.core.criteria import NORMALIZERS, REDUCERS, Criterion, Random, as_criterion
+from fasterai.core.criteria import NORMALIZERS, REDUCERS, Criterion, Random, as_criterion, large_final
 from fasterai.core.types import EVIDENCE, Evidence
 
 KNOWN = {
@@ -267,3 +268,65 @@ def test_a_function_of_evidence_says_what_it_needs():
 def test_what_is_no_criterion_is_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+GIVEN = Evidence("w", torch.tensor([2.0, -1.0, 0.5]))
+
+
+def of_evidence(evidence):
+    return (evidence.gradient * evidence.weight).abs()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            of_evidence,
+            r"got the function of_evidence, which reads \.gradient of evidence; .*Criterion\(of_evidence, needs={'gradient'}\)",
+        ),
+        (
+            lambda e: e.weight.abs(),
+            r"got the function <lambda>, which reads \.weight of evidence; wrap it: Criterion\(function\)",
+        ),
+    ],
+)
+def test_a_function_of_evidence_that_is_not_wrapped_is_told_so(function, message):
+    with pytest.raises(TypeError, match=message):
+        as_criterion(function)(GIVEN)
+
+
+def test_other_missing_attributes_stay_errors_of_their_own():
+    with pytest.raises(AttributeError, match="no attribute 'absolut'"):
+        as_criterion(lambda w: w.absolut())(GIVEN)
+    with pytest.raises(AttributeError, match="no attribute 'gradient'"):
+        as_criterion(lambda w: torch.ones(3).gradient)(GIVEN)
+
+
+def fails(x, *_):
+    raise KeyError("inside")
+
+
+@pytest.mark.parametrize(
+    ("call", "note"),
+    [
+        (lambda: Criterion(fails)(GIVEN), "raised by the criterion fails, for w"),
+        (lambda: as_criterion(partial(fails))(GIVEN), "raised by the criterion fails, for w"),
+        (
+            lambda: large_final.using(normalizer=fails).normalize(torch.ones(2)),
+            "raised by the normalizer of the criterion large_final, for a target",
+        ),
+        (
+            lambda: large_final.using(unit_rule=fails).rank(torch.ones(2), lambda: torch.ones(2, 3), "conv"),
+            "raised by the unit_rule of the criterion large_final, for conv",
+        ),
+    ],
+)
+def test_errors_of_a_users_own_part_say_where_they_come_from(call, note):
+    with pytest.raises(KeyError, match="inside") as caught:
+        call()
+    assert caught.value.__notes__ == [note]
+
+
+def test_scores_that_are_no_tensor_name_the_criterion():
+    with pytest.raises(TypeError, match=r"criterion must return a tensor of scores for w, got 3 from <lambda>"):
+        Criterion(lambda e: 3)(GIVEN)

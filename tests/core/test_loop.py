@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fasterai.core.loop import Batch, Fit, Loop, Participant
+from fasterai.core.loop import EVENTS, Batch, Fit, Loop, Participant
 from fasterai.model.cuts import announce, announce_move
 
 
@@ -339,3 +339,61 @@ def test_who_hears_of_cuts_and_moves_follows_the_model_that_is_trained():
     announce(model, {("weight", 1): np.array([0, 2])})
     announce_move(model, "a move")
     assert [list(cut) for cut in hears.cuts] == [[("weight", 1)]] and hears.moves == ["a move"]
+
+
+class Broken(Participant):
+    def __init__(self, event):
+        self.event = event
+
+    def _fail(self, event, found=None):
+        if event == self.event:
+            raise KeyError("inside")
+        return found
+
+    def on_setup(self, model):
+        return self._fail("on_setup", ())
+
+    def on_fit_start(self, fit):
+        self._fail("on_fit_start")
+
+    def after_forward(self, batch):
+        self._fail("after_forward")
+
+    def after_loss(self, loss, batch):
+        return self._fail("after_loss", loss)
+
+    def after_backward(self):
+        self._fail("after_backward")
+
+    def before_step(self, position):
+        self._fail("before_step")
+
+    def after_step(self, position):
+        self._fail("after_step")
+
+    def metrics(self):
+        return self._fail("metrics", {})
+
+    def on_fit_end(self, completed):
+        self._fail("on_fit_end")
+
+
+def run_through(loop):
+    """Pass every event of a run of one step."""
+    model, batch = torch.nn.Linear(2, 2), Batch((), ())
+    loop.setup(model, torch.optim.SGD(model.parameters(), 0.1))
+    loop.start(Fit(total_steps=1))
+    loop.after_forward(batch)
+    loop.after_loss(torch.ones(()), batch)
+    loop.after_backward()
+    loop.before_step()
+    loop.after_step()
+    loop.metrics()
+    loop.end(True)
+
+
+@pytest.mark.parametrize("event", [event for event in EVENTS if event not in ("after_move", "after_cut")])
+def test_an_error_of_a_participant_says_whose_it_is(event):
+    with pytest.raises(KeyError, match="inside") as caught:
+        run_through(Loop([Broken(event)]))
+    assert caught.value.__notes__ == [f"raised in {event} of the participant Broken"]

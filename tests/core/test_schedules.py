@@ -344,3 +344,18 @@ def test_what_a_function_has_a_default_for_is_not_asked_of_a_loop():
 def test_what_a_schedule_returns_is_never_taken_for_a_percentage():
     with pytest.raises(ValueError, match=r"must be in \[0, 1\], got 1\.2$"):
         as_schedule(lambda pos: 1.2)(0.5)
+
+
+def fails(*_):
+    raise KeyError("inside")
+
+
+@pytest.mark.parametrize("schedule", [as_schedule(lambda pos: fails()), Schedule(partial(fails))], ids=["position", "custom"])
+def test_an_error_of_a_function_of_your_own_says_where_it_comes_from(schedule):
+    with pytest.raises(KeyError, match="inside") as caught:
+        schedule(0.25)
+    (note,) = caught.value.__notes__
+    assert note in (
+        "raised by the schedule's function <lambda>, at position 0.25",
+        "raised by the schedule's function fails, at position 0.25",
+    )

@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 from fasterai.core.types import Layout
 from fasterai.model.layouts import by_dimensions, read_module, register_axes
 from fasterai.model.targets import all_targets, find_targets, match, resolve
+from fasterai.sparse.sparsifier import Sparsifier
 
 
 class Mixed(nn.Module):
@@ -462,6 +463,70 @@ def test_axes_are_checked(module_type, options, error, message):
     with pytest.raises(error, match=message):
         register_axes(module_type, **options)
     assert read_module(Unregistered()) is None
+
+
+def test_fastais_dropped_recurrent_weights_are_recurrent():
+    awdlstm = pytest.importorskip("fastai.text.models.awdlstm")
+    model = awdlstm.AWD_LSTM(50, 16, 32, 2)
+    sparsifier = Sparsifier(model, "weight", "local")
+    raw = ["rnns.0.weight_hh_l0_raw", "rnns.1.weight_hh_l0_raw"]
+    assert [t.name for t in sparsifier.targets if t.kind == "recurrent" and t.name in raw] == raw
+    assert sparsifier.targets[0].layout.size("out") == 128  # four gates of 32
+    sparsifier.sparsify_model(0.5)
+    # 128 * (16 + 32) + 64 * (32 + 16) recurrent weights, half of them
+    assert sum(int((p == 0).sum()) for n, p in model.named_parameters() if "weight_" in n) == 4608
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with sparsifier.hold(optimizer):
+        model.reset()
+        model(torch.randint(0, 50, (3, 7))).sum().backward()
+        optimizer.step()
+    assert sum(int((p == 0).sum()) for n, p in model.named_parameters() if "weight_" in n) == 4608
+    model.eval()
+    model.reset()
+    model(torch.randint(0, 50, (3, 7)))
+    assert (model.rnns[0].module.weight_hh_l0 == 0).float().mean() == 0.5  # what the LSTM reads
+
+
+def test_a_dropped_linear_weight_is_one_and_other_raw_parameters_are_not():
+    awdlstm = pytest.importorskip("fastai.text.models.awdlstm")
+    reading = read_module(awdlstm.WeightDropout(nn.Linear(3, 5), 0.1, "weight"))
+    assert (reading.kind, reading.layouts["weight_raw"].size("out")) == ("linear", 5)
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_raw = nn.Parameter(torch.zeros(3, 4))
+            self.module = nn.Linear(2, 2)
+
+    assert read_module(Own()) is None
+
+
+def test_a_parameter_that_the_class_has_not_is_refused_where_a_module_is_first_read():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(3, 4))
+            self.shift = nn.Parameter(torch.zeros(3))
+
+    class Factored(Own): ...
+
+    register_axes(Own, weight=("in", "out"))
+    with pytest.raises(
+        ValueError, match=r"must name a parameter of the class \(w, shift\), got weight=; .*Own, w=\(\.\.\.\)\)"
+    ):
+        read_module(Own())
+    assert read_module(Factored()).layouts == {}  # a subclass may hold its weight in another way
+    register_axes(Own, w=("in", "out"))
+    assert read_module(Own()).layouts["w"].size("out") == 4
+
+
+def test_a_registered_weight_that_is_parametrised_later_or_left_out_is_no_mistake():
+    class Own(nn.Linear): ...
+
+    register_axes(Own, weight=("out", "in"), second=("out", "in"))
+    assert list(read_module(Own(2, 2)).layouts) == ["weight"]
+    assert read_module(nn.utils.parametrizations.weight_norm(Own(2, 2))) is not None
+    assert read_module(torch.nn.utils.prune.l1_unstructured(Own(2, 2), "weight", 1)) is not None
 
 
 def test_another_number_of_dimensions_than_registered_is_refused():

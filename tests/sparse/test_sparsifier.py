@@ -21,6 +21,7 @@ from fasterai.core.loop import Batch, Fit
 from fasterai.core.schedules import OneShot, Piecewise
 from fasterai.sparse.hold import Hold
 from fasterai.sparse.sparsifier import Sparsifier
+from fasterai.units.rules import DropAndGrow
 from tests.networks import Crossed
 
 pytestmark = pytest.mark.filterwarnings("ignore:all scores of", "ignore:without example_inputs")
@@ -1212,7 +1213,7 @@ BAD_ARGUMENTS = [
     ({"context": 3}, TypeError, r"context must be a context, its name or a dict, got 3 \(int\)"),
     ({"criteria": "large"}, ValueError, r"criteria must be one of .*, got 'large'"),
     ({"criteria": 3}, TypeError, r"criteria must be a criterion, its name, or a function of the weight, got 3"),
-    ({"schedule": "cosine"}, ValueError, r"schedule must be one of .*, got 'cosine'"),
+    ({"schedule": "cosinus"}, ValueError, r"schedule must be one of .*, got 'cosinus'"),
     ({"schedule": 3}, TypeError, r"schedule must be .*, got 3"),
     ({"min_keep": -1}, ValueError, r"min_keep must be at least 0, got -1"),
     ({"round_to": 0}, ValueError, r"round_to must be at least 1, got 0"),
@@ -1499,3 +1500,22 @@ def test_a_pickle_of_an_earlier_version_goes_on():
     again.sparsify_model(0.5)
     again.load_state_dict(again.state_dict())
     assert again.report().together.pruned == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"granularity": Keep}, r"granularity must be a granularity or its name, got <class .*pass one of its values: Keep\("),
+        ({"context": contexts.NM}, r"context must be a context, its name or a dict, .*pass one of its values: NM\("),
+        ({"criteria": Criterion}, r"criteria must be a criterion, got the class Criterion; .*Criterion\("),
+        ({"schedule": schedules.AGP}, r"schedule must be a schedule, got the class AGP; pass one of its values: AGP\("),
+        (
+            {"rule": DropAndGrow},
+            r"rule must be a rule or its name, .*DropAndGrow\(\.\.\.\); one of your own is a frozen subclass",
+        ),
+        ({"rule": 3}, r"rule must be a rule or its name, got 3 \(int\); one of your own is a frozen subclass of .*Rule"),
+    ],
+)
+def test_a_class_in_place_of_its_value_is_told_apart(options, message):
+    with pytest.raises(TypeError, match=message):
+        Sparsifier(cnn(), **options)

@@ -7,13 +7,16 @@ import pytest
 import torch
 from torch import nn
 
+from fasterai.callbacks.plain import attach
 from fasterai.core import contexts
 from fasterai.core.contexts import NM, PerTarget
 from fasterai.core.criteria import Criterion, Random, large_final
 from fasterai.core.granularities import Keep, layer, weight
+from fasterai.core.schedules import OneShot
 from fasterai.core.selection import TensorScores
 from fasterai.core.types import Limits
 from fasterai.model.targets import all_targets
+from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.units import rules
 from fasterai.units.choice import Goal, choose, limits_of
 from fasterai.units.rules import DropAndGrow, Free, Moment, Nested, Rule, free, large_gradient, nested
@@ -234,7 +237,7 @@ def test_random_growth_is_drawn_anew_and_any_other_criterion_is_as_given():
         (lambda: Free(every=0), ValueError, "every must be at least 1, got 0"),
         (lambda: Free(until=2), ValueError, r"until must be in \[0, 1\], got 2"),
         (lambda: DropAndGrow(fraction=-0.1), ValueError, r"fraction must be in \[0, 1\], got -0.1"),
-        (lambda: DropAndGrow(grow="magnitude"), ValueError, "grow must be one of .*, got 'magnitude'"),
+        (lambda: DropAndGrow(grow="largest"), ValueError, "grow must be one of .*, got 'largest'"),
         (lambda: DropAndGrow(grow=3), TypeError, "must be a criterion, its name, or a function of the weight, got 3"),
     ],
 )
@@ -254,3 +257,46 @@ def test_a_unit_of_several_weights_is_exchanged_as_one():
 
 def test_nested_is_the_rule_by_default():
     assert Nested() == nested
+
+
+# --- scores that are not finite ---
+
+
+def nan_scores(weight):
+    return weight * float("nan")
+
+
+@pytest.mark.parametrize("granularity", ["weight", "row"])
+@pytest.mark.parametrize("context", ["local", "global", "erk", "lamp"])
+def test_a_criterion_whose_scores_are_not_finite_is_named_and_no_weight_is_blamed(granularity, context):
+    layer = nn.Linear(8, 4)
+    with pytest.raises(ValueError, match=r"got NaN or infinity from nan_scores for weight, whose weights are finite$"):
+        Sparsifier(layer, granularity, context, nan_scores).sparsify_model(0.5)
+
+
+def test_what_such_a_criterion_reads_is_said():
+    layer = nn.Linear(8, 4)
+    layer.weight.grad = torch.full((4, 8), 3e38)
+    criterion = Criterion(lambda e: e.gradient * 10 * e.weight.sign(), needs={"gradient"})
+    with pytest.raises(ValueError, match=r"from <lambda> for weight, whose weights are finite; it reads gradient"):
+        Sparsifier(layer, "weight", "local", criterion).sparsify_model(0.5)
+
+
+def test_a_weight_that_is_not_finite_is_blamed_itself():
+    layer = nn.Linear(8, 4)
+    with torch.no_grad():
+        layer.weight[1, 2] = float("inf")
+    with pytest.raises(ValueError, match="for weight; look for NaN or infinite weights there"):
+        Sparsifier(layer, "weight", "local", large_final).sparsify_model(0.5)
+
+
+def test_a_criterion_that_grows_units_is_named_too():
+    layer = nn.Linear(8, 4)
+    rule = DropAndGrow(every=1, grow=nan_scores)
+    sparsifier = Sparsifier(layer, "weight", "local", large_final, sparsity=0.5, schedule=OneShot(0), rule=rule)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    with attach(optimizer, sparsifier, total_steps=5):
+        layer(torch.ones(1, 8)).sum().backward()
+        optimizer.step()
+        with pytest.raises(ValueError, match="from nan_scores for weight, whose weights are finite"):
+            optimizer.step()

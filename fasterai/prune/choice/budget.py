@@ -27,6 +27,7 @@ from torch import nn
 
 from fasterai.core.checks import check_count
 from fasterai.display import Table
+from fasterai.core.words import find_entry
 from fasterai.graph.channels import ChannelGraph
 from fasterai.graph.labels import Flags
 from fasterai.model.inputs import batch_of
@@ -55,7 +56,7 @@ class Budget:
         batch: For a latency, the number of samples that the example inputs are repeated to; None takes them as they are.
 
     Raises:
-        TypeError: A share or `batch` is no number.
+        TypeError: A share or `batch` is no number, or there is no such share.
         ValueError: None or several shares are given, one is out of range, or `batch` is below 1 or goes with no latency.
     """
 
@@ -63,6 +64,14 @@ class Budget:
     params: float | None = None
     latency: float | None = None
     batch: int | None = None
+
+    def __new__(cls, *args: Any, **shares: Any) -> Budget:
+        """Refuse a share of something else by name, before the dataclass does so without a hint."""
+        for name in shares.keys() - {f.name for f in fields(cls)}:
+            meant = find_entry("budgets", name)
+            hint = f"; did you mean {meant}={shares[name]!r}?" if meant != name else ""
+            raise TypeError(f"Budget must be given macs=, params= or latency=, got {name}={shares[name]!r}{hint}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         given = {f.name: value for f in fields(self)[:3] if (value := getattr(self, f.name)) is not None}

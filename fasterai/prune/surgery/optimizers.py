@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import combinations, product
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fasterai.core.checks import warn
 from fasterai.graph.labels import Array
 from fasterai.model.cuts import check_trains, kept_slices
 
@@ -133,9 +133,8 @@ def cut_entry(
     result = {key: tree_map(lambda v, key=key: cut(key, v), value) for key, value in entry.items()}
     if not strangers:
         return result
-    warnings.warn(
-        f"optimizer's state of {name} {tuple(shape)} cannot be cut, because of its {', '.join(strangers)}: this state is reset",
-        stacklevel=2,
+    warn(
+        f"optimizer's state of {name} {tuple(shape)} cannot be cut, because of its {', '.join(strangers)}: this state is reset"
     )
     return {}
 

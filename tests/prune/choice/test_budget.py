@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -75,6 +77,9 @@ def counts(kept: list[np.ndarray]) -> list[int]:
         ({"macs": math.inf}, ValueError, "macs .* got inf"),
         ({"macs": "half"}, TypeError, "macs must be a number .* got 'half'"),
         ({"params": True}, TypeError, "params must be a number .* got True"),
+        ({"flops": 0.5}, TypeError, "Budget must be given macs=, params= or latency=, got flops=0.5; did you mean macs=0.5"),
+        ({"parameters": 0.5}, TypeError, "got parameters=0.5; did you mean params=0.5"),
+        ({"macs": 0.5, "memory": 1}, TypeError, "got memory=1$"),
         ({"batch": 4}, ValueError, "exactly one"),
         ({"macs": 0.5, "batch": 4}, ValueError, "batch must be left out for a budget of macs, got 4"),
         ({"latency": 0.5, "batch": 0}, ValueError, "batch must be at least 1, got 0"),
@@ -92,6 +97,7 @@ def test_a_budget_is_a_value() -> None:
     assert (Budget(params=1).kind, Budget(params=1).share) == ("params", 1.0)
     assert Budget(macs=0.3) == Budget(macs=0.3) != Budget(macs=0.4)
     assert len({Budget(macs=0.3), Budget(macs=0.3)}) == 1
+    assert pickle.loads(pickle.dumps(budget)) == copy.deepcopy(budget) == replace(budget) == budget
     with pytest.raises(AttributeError):
         budget.batch = 5  # type: ignore[misc]
 
