@@ -35,7 +35,7 @@ def write_removal(removal: Removal, path: Path) -> None:
 
     figure = removal.plot()
     try:
-        write_atomically(path, lambda part: figure.savefig(part, format="png", backend="agg", dpi=110))
+        write_atomically(path, lambda file: figure.savefig(file, format="png", backend="agg", dpi=110))
     finally:
         plt.close(figure)
 
@@ -229,4 +229,4 @@ def _write(figure: Figure, path: Path) -> None:
         axes.xaxis.label.set_color(QUIET)
         axes.yaxis.label.set_color(QUIET)
         axes.set_axisbelow(True)
-    write_atomically(path, lambda part: figure.savefig(part, format="png", backend="agg", dpi=150))
+    write_atomically(path, lambda file: figure.savefig(file, format="png", backend="agg", dpi=150))
