@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -326,8 +326,8 @@ def new_figure(width: float, height: float, *, shown: bool = True) -> Figure:
     return plt.figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG file, and close it where a notebook would show it."""
+def save_figure(figure: Figure, path: Path | BinaryIO) -> None:
+    """Write a figure as PNG into a file, given by its path or open, and close it where a notebook would show it."""
     try:
         figure.savefig(path, format="png", backend="agg", dpi=DPI)
     finally:

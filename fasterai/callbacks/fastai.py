@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, made
+from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
 from fasterai.core.loop import Batch, Fit, Loop
 from fasterai.model.cuts import Cut, follow
 
@@ -20,6 +20,8 @@ try:
     from fastai.callback.training import GradientAccumulation, GradientClip
 except ImportError as error:
     raise ImportError("fasterai.callbacks.fastai needs fastai: pip install 'fasterai[fastai]'") from error
+
+from fasterai.callbacks.fastai_files import begin_saving, end_saving, find_state, skipped_epochs
 
 __all__ = ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 
@@ -33,8 +35,15 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
     A run lasts from the first training batch to the last; `validate`, `get_preds` and `lr_find` are none. The position
     counts batches, as fastai's own schedules do.
 
+    During a fit `learn.save`, so `SaveModelCallback` too, writes the participants' states beside the checkpoint:
+    `model_3.fasterai.pt` for `model_3.pth`. A fit with `start_epoch=` finds those of the weights that were loaded.
+
     Args:
         *participants: Participants, or functions of the model that make some.
+
+    Attributes:
+        resume_from: The checkpoint whose states the next fit goes on from, as for `learn.load`; None for that of the weights
+            in the learner, where a fit skips epochs.
     """
 
     order = 55  # after the Recorder (50) has named its columns, before the progress bar (60) prints them
@@ -47,6 +56,7 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         self._has_begun = self._is_stepping = self._was_cut = False
         self._relays: list[Callback] = []
         self._resumed: Mapping[str, Any] | None = None
+        self.resume_from: str | Path | None = None
 
     @property
     def learn(self) -> Any:
@@ -77,6 +87,11 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
     def run(self, value: bool) -> None:
         self.__dict__["_run"] = value
 
+    @property
+    def key(self) -> str:
+        """Name of the callback's state in a file."""
+        return key_of(self, self._given)
+
     def folder(self) -> Path:
         """Return the learner's model folder."""
         return Path(self.learn.path, self.learn.model_dir)
@@ -99,11 +114,19 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         """Name the columns; end what a failed fit has left. fastai's `validate` comes here, too."""
         self._end(completed=False)
         self._has_begun = False
+        self._find_state()
+        begin_saving(self.learn, self)
         self.loop = Loop([] if self.is_late else made(self._given, self.learn.model))
         if hasattr(self.learn, "recorder"):
             names = self.learn.recorder.metric_names
             at = len(names) - 1 if self.learn.recorder.add_time else len(names)
             self.learn.recorder.metric_names = names[:at] + list(self.metrics()) + names[at:]
+
+    def _find_state(self) -> None:
+        if self._resumed is None and (self.resume_from is not None or skipped_epochs(self.learn)):
+            ours = [one for one in self.learn.cbs if isinstance(one, ParticipantCallback)]
+            self._resumed = find_state(self.learn, self, ours, self.resume_from)
+            self.resume_from = None
 
     def before_batch(self) -> None:
         """Begin the run with its first batch."""
@@ -194,12 +217,13 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         relays, self._relays = self._relays, []
         if self.learn is not None:
             self.learn.remove_cbs([one for one in relays if one in self.learn.cbs])
+            end_saving(self.learn, self)
         self.loop.end(completed)
 
     # --- saving and going on -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step and the participants' states, to be saved beside `learn.save`."""
+        """Return the step and the participants' states, as `learn.save` writes them beside a checkpoint during a fit."""
         return dict(self._resumed) if self._resumed is not None else self.loop.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

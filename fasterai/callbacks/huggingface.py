@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
 from fasterai.core.checks import warn
+from fasterai.core.files import write_saved
 from fasterai.core.joined import innermost
 from fasterai.core.loop import Batch, Fit, Loop
 
@@ -230,7 +231,7 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
         """Save the participants' states beside the checkpoint that was just written."""
         folder = _checkpoint(args.output_dir, state.global_step)
         if state.is_world_process_zero and self.loop.participants and folder.is_dir():
-            torch.save({**self.loop.state_dict(), "weights": _sums(given["model"])}, folder / self._file)
+            write_saved(folder / self._file, {**self.loop.state_dict(), "weights": _sums(given["model"])})
 
     @property
     def _file(self) -> str:

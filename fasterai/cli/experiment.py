@@ -62,6 +62,7 @@ def compare(job: Job) -> dict[str, Any]:
     Returns:
         The report, as in report.json.
     """
+    output.remove_parts(job.folder)
     checkpoint = output.load_checkpoint(job.folder)
     if checkpoint is not None:
         check_same(checkpoint["arguments"], job.arguments, job.folder)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
 
 from fasterai.cli.errors import UsageError
+from fasterai.core.files import PART, write_file, write_saved, write_tensors
 from fasterai.sparse.sparsifier import Sparsifier
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "new_folder",
     "prepare_folder",
     "remove_checkpoint",
+    "remove_parts",
     "save_checkpoint",
     "save_masks",
     "save_weights",
@@ -38,21 +39,21 @@ CHECKPOINT = "checkpoint.pt"
 REPORT = "report.json"
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that an interruption leaves the old or the new one, never a part.
 
     Raises:
         UsageError: It cannot be written: the disk is full, the folder is gone or read-only.
     """
-    part = path.with_name(path.name + ".part")
+    with _told(path):
+        write_file(path, write)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
     try:
-        write(part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError about positions
-        with suppress(OSError):
-            part.unlink()
+        yield
+    except OSError as error:
         raise _unwritable(path, error) from error
 
 
@@ -104,19 +105,24 @@ def new_folder(folder: Path) -> Iterator[Path]:
         UsageError: It cannot be made or written to.
     """
     prepare_folder(folder.parent)
-    try:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
-            part = Path(place) / folder.name
-            part.mkdir()
-            yield part
-            part.replace(folder)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
+    with _told(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name[:40]}-") as place:
+        part = Path(place) / "new"
+        part.mkdir()
+        yield part
+        part.replace(folder)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the temporary files of a run that was killed while it wrote."""
+    for left in folder.glob(f".*.????????{PART}"):
+        with suppress(OSError):
+            left.unlink()
 
 
 def save_checkpoint(content: Mapping[str, Any], folder: Path) -> None:
     """Write the state that resuming a run needs."""
-    write_atomically(folder / CHECKPOINT, lambda path: torch.save(dict(content), path))
+    with _told(folder / CHECKPOINT):
+        write_saved(folder / CHECKPOINT, dict(content))
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
@@ -131,23 +137,22 @@ def remove_checkpoint(folder: Path) -> None:
 
 def save_weights(network: nn.Module, path: Path, classes: Sequence[str]) -> None:
     """Write the weights; the file's metadata names the classes in the order of the outputs."""
-    from safetensors.torch import save
-
     tensors = {name: x.detach().cpu().contiguous() for name, x in network.state_dict().items()}
     metadata = {"format": "pt", "classes": json.dumps(list(classes))}
-    content = save(tensors, metadata)
-    write_atomically(path, lambda part: part.write_bytes(content))
+    with _told(path):
+        write_tensors(path, tensors, metadata)
 
 
 def save_masks(sparsifier: Sparsifier, folder: Path) -> None:
     """Write the sparsifier's state."""
-    write_atomically(folder / "sparsifier.pt", lambda path: torch.save(sparsifier.state_dict(), path))
+    with _told(folder / "sparsifier.pt"):
+        write_saved(folder / "sparsifier.pt", sparsifier.state_dict())
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
     """Write report.json."""
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(folder / REPORT, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_atomically(folder / REPORT, lambda file: file.write(f"{text}\n".encode()))
 
 
 def load_report(folder: Path) -> dict[str, Any] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from fasterai.core.files import written_files
 from fasterai.model.inputs import as_tuple
 from fasterai.model.running import evaluating, undisturbed
 
-__all__ = ["as_inputs", "model_outputs", "require", "written"]
+__all__ = ["as_inputs", "check_place", "model_outputs", "require", "written"]
 
 
 def require(*names: str) -> Any:
@@ -67,13 +67,19 @@ def written(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         ValueError: The folder is not there.
     """
+    check_place(path)
+    with written_files(path) as place:
+        yield place
+
+
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Refuse a path that no file can be written to.
+
+    Raises:
+        ValueError: The folder is not there, or the path is a folder.
+    """
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"output_path must be in a folder that is there, got {str(path)!r}")
     if path.is_dir():
         raise ValueError(f"output_path must be a file, got the folder {str(path)!r}")
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        place = Path(folder) / path.name
-        yield place
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file == place):  # the file itself comes last
-            file.replace(path.parent / file.name)

@@ -150,6 +150,8 @@ def _write(model: nn.Module, inputs: tuple[Any, ...], place: Path, dynamic_batch
                     external_data=size > SINGLE_FILE,
                     **options,
                 )
+        except OSError:
+            raise
         except Exception as error:
             repair = "; a model that fixes its batch size needs dynamic_batch=False" if dynamic_batch else ""
             raise ValueError(f"model must be exportable to ONNX, got an error: {error}{repair}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fasterai.export.checking import as_inputs, model_outputs, written
+from fasterai.core.files import write_file
+from fasterai.export.checking import as_inputs, check_place, model_outputs
 from fasterai.model.exporting import exporting
 from fasterai.model.names import unwrap
 from fasterai.model.outputs import check_same
@@ -34,18 +36,21 @@ def export_program(model: nn.Module, sample: Any, path: str | os.PathLike[str]) 
         ValueError: The model cannot be exported, or what was written disagrees with it by more than 1e-5 of the outputs'
             scale; no file is left behind then.
     """
+    check_place(path)
     # A tensor of a subclass, as fastai's batches are, would want that class when the file is read.
     model, inputs = unwrap(model), tree_map(_plain, as_inputs(sample))
     expected = model_outputs(model, inputs)
-    with written(path) as place:
-        with exporting(), evaluating(model), undisturbed(model), torch.no_grad():
-            try:
-                torch.export.save(torch.export.export(model, inputs, strict=False), place)
-            except Exception as error:
-                raise ValueError(f"model must be exportable by torch.export, got an error: {error}") from error
-        with torch.no_grad():
-            loaded = torch.export.load(place).module()(*inputs)
-        check_same(expected, [x for x in tree_leaves(loaded) if isinstance(x, torch.Tensor)], "program", "the program")
+    content = io.BytesIO()  # where its own writing meets a full disk, torch ends the process
+    with exporting(), evaluating(model), undisturbed(model), torch.no_grad():
+        try:
+            torch.export.save(torch.export.export(model, inputs, strict=False), content)
+        except Exception as error:
+            raise ValueError(f"model must be exportable by torch.export, got an error: {error}") from error
+    content.seek(0)
+    with torch.no_grad():
+        loaded = torch.export.load(content).module()(*inputs)
+    check_same(expected, [x for x in tree_leaves(loaded) if isinstance(x, torch.Tensor)], "program", "the program")
+    write_file(path, lambda file: file.write(content.getbuffer()))
     return Path(path)
 
 

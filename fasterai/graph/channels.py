@@ -108,7 +108,8 @@ def channel_graph(model: nn.Module, inputs: tuple[Any, ...], exact: bool = True)
 
     The network is exported in eval mode (`torch.export`); the labels of every tensor's dimensions are followed through its
     operations. An operation without a rule pins what it reads. Where eval mode leaves weights out, as of auxiliary classifiers,
-    or training mode returns other tensors, the network of training mode is followed as well, if it can be exported. The model is not changed.
+    or training mode returns other tensors, the network of training mode is followed as well, if it can be exported. The
+    model is not changed.
 
     Args:
         model: The model, wrapped or not.

@@ -6,12 +6,12 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fasterai.core.files import write_tensors
 from fasterai.model.names import unwrap
 from fasterai.model.supported import check_model, check_whole
 from fasterai.prune.surgery.dense_shapes import dense_shapes, note, put_note
@@ -45,21 +45,13 @@ def save_small(path: str | os.PathLike[str], model: nn.Module) -> None:
         TypeError: The model is no module.
         ValueError: A parameter holds no values.
     """
-    from safetensors.torch import save
-
     inner = unwrap(check_model(model))
     if empty := [name for name, parameter in inner.named_parameters() if parameter.is_meta]:
         raise ValueError(f"model must hold its weights, got {empty[0]} on the meta device")
     tensors = _untied({n: t.detach().contiguous() for n, t in inner.state_dict().items()})
     entries = {"sizes": _sizes(inner), "slim": _slim(inner), "traits": _traits(inner), "dense": dense_shapes(inner)}
     header = {"format": SMALL_FORMAT} | {key: json.dumps(value) for key, value in entries.items()}
-    target = Path(path)
-    part = target.with_name(target.name + ".part")
-    try:
-        part.write_bytes(save(tensors, header))
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    write_tensors(path, tensors, header)
 
 
 def load_small(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fasterai.core.files import write_saved
 from fasterai.core.loop import Participant
 from fasterai.core.types import Move, Target
 from fasterai.display import Shown, Table
@@ -121,9 +122,9 @@ class Masked(Shown, Participant, ABC):
         print(self.report())  # noqa: T201 - what it is for
 
     def save_model(self, path: str | os.PathLike[str], model: nn.Module | None = None) -> None:
-        """Save the weights, masked, as a plain state dict for `torch.load(path, weights_only=True)`."""
+        """Save the weights, masked, as a plain state dict for `torch.load(path, weights_only=True)`; whole or not at all."""
         self.apply_masks()
-        torch.save(unwrap(model or self.model).state_dict(), path)
+        write_saved(path, unwrap(model or self.model).state_dict())
 
     def metrics(self) -> dict[str, float]:
         """Return the share of units that are pruned now, in [0, 1]."""

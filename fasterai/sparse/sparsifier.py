@@ -292,8 +292,8 @@ class Sparsifier(Masked):
 
     def _look_at_batch(self, fit: Fit) -> None:
         self._record.look_at_batch(fit)
+        self._scorer.retarget(self.targets)  # outputs may have been left out
         if self._record.maker.needs_inputs:  # only now the targets are known
-            self._scorer.retarget(self.targets)
             self._goal = self._read_sparsity(self._sparsity or 0.0)
 
     def _highest_sparsity(self) -> float:

@@ -502,7 +502,7 @@ def test_save_model_callback(tmp_path, options):
     keys = list(learn.model.state_dict())
     learn.fit(2, cbs=[sparsify(), SaveModelCallback(fname="best", **options)])
     clean(learn, keys)
-    saved = sorted(p.stem for p in (tmp_path / "models").iterdir())
+    saved = sorted(p.stem for p in (tmp_path / "models").glob("*.pth"))
     assert saved == (["best_0", "best_1"] if "every_epoch" in options else ["best"])
     learner(tmp_path, seed=4).load(saved[-1], weights_only=False)
 

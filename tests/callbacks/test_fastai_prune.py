@@ -376,7 +376,7 @@ def test_every_epoch_is_saved_as_it_was(tmp_path):
     learn.fit(2, cbs=[prune(), SaveModelCallback(every_epoch=True, fname="each")])
     widths = [torch.load(tmp_path / "models" / f"each_{i}.pth")["0.weight"].shape[0] for i in range(2)]
     assert widths == [8, 5]
-    assert sorted(f.name for f in (tmp_path / "models").iterdir()) == ["each_0.pth", "each_1.pth"]
+    assert sorted(f.name for f in (tmp_path / "models").glob("*.pth")) == ["each_0.pth", "each_1.pth"]
 
 
 def test_the_last_epoch_is_saved_as_it_was(tmp_path):

@@ -21,27 +21,11 @@ from fasterai.cli.output import (
     new_folder,
     prepare_folder,
     remove_checkpoint,
+    remove_parts,
     save_checkpoint,
     save_weights,
-    write_atomically,
     write_report,
 )
-
-
-def test_a_broken_off_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def half(part: Path) -> None:
-        part.write_text("ne")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, half)
-    assert path.read_text() == "old"
-    write_atomically(path, lambda part: part.write_text("new"))
-    assert path.read_text() == "new"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_checkpoints_and_reports_come_back(tmp_path: Path) -> None:
@@ -149,6 +133,13 @@ def full_disk() -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
+
+
+def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".checkpoint.pt.0123abcd.part", ".mine.part", "my.0123abcd.part", ".0123abcd", "report.json"):
+        (tmp_path / name).write_text("")
+    remove_parts(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".0123abcd", ".mine.part", "my.0123abcd.part", "report.json"]
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:

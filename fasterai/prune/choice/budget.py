@@ -26,8 +26,8 @@ import numpy as np
 from torch import nn
 
 from fasterai.core.checks import check_count
-from fasterai.display import Table
 from fasterai.core.words import find_entry
+from fasterai.display import Table
 from fasterai.graph.channels import ChannelGraph
 from fasterai.graph.labels import Flags
 from fasterai.model.inputs import batch_of
