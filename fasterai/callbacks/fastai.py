@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, made
-from fasterai.core.loop import Batch, Fit, Loop
+from fasterai.core.loop import STOPPED, Batch, Fit, Loop
 from fasterai.model.cuts import Cut, follow
 
 try:
@@ -194,7 +194,7 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         relays, self._relays = self._relays, []
         if self.learn is not None:
             self.learn.remove_cbs([one for one in relays if one in self.learn.cbs])
-        self.loop.end(completed)
+        self.loop.end(completed, STOPPED)
 
     # --- saving and going on -----------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
-from fasterai.core.loop import Batch, Fit, Loop
+from fasterai.core.loop import STOPPED, Batch, Fit, Loop
 from fasterai.model.cuts import Cut, follow
 from fasterai.model.inputs import as_batch
 
@@ -174,7 +174,7 @@ class ParticipantCallback(pl.Callback):
         if self._wraps is not None:
             self._wraps.remove()
         self._hooks, self._wraps, self._batch = [], None, Batch()
-        self.loop.end(completed)
+        self.loop.end(completed, STOPPED)
         self._restart_trackers()
 
     def state_dict(self) -> dict[str, Any]:

@@ -70,9 +70,11 @@ def check_choice(name: str, value: object, known: Iterable[str]) -> str:
 
 def warn(message: str) -> None:
     """Warn of something legal but doubtful, at the line of the first caller outside of this package."""
-    level = 1
-    while sys._getframe(level).f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]:
-        level += 1
+    level, frame = 1, sys._getframe(1)
+    while frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]:
+        if frame.f_back is None:  # as at the interpreter's end, or in a thread of torch's
+            break
+        level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level + 1)
 
 

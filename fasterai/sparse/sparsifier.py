@@ -347,6 +347,16 @@ class Sparsifier(Masked):
         self._stepping, self._parallel = False, None
         self._scorer.end()
 
+    def shortfall(self) -> str:
+        """Return the sparsity reached of that asked for, if the schedule has not come to its end; empty if it has."""
+        if self._goal is None or not self._record.pools:
+            return ""
+        counts = {p.name: p.count for p in self._record.active}
+        end = self._goal.at(self._pace.at(1.0))
+        if self._goal.at(self._pace.share).asked(counts) == end.asked(counts):
+            return ""
+        return f"sparsity {self.sparsity.overall:.4f} of {end.total(counts) / max(1, sum(counts.values())):.4f}"
+
     def finalize(self) -> None:
         """End sparse training: the zeros stay in the weights, holds end, and copies of earlier weights are dropped."""
         self._end_holds()
