@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,8 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
     def learn(self, learner: Any) -> None:
         if learner is None:
             self._end(completed=False)
+            if self._has_begun:
+                self.loop.look_back()
         self.__dict__["_learner"] = learner
 
     def __getattr__(self, name: str) -> Any:
@@ -121,6 +125,7 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
             loss=learn.loss_func,
             batch=self._batch(),
             steps_per_epoch=learn.n_iter,
+            is_search=partial(_is_search, weakref.ref(learn)),
         )
         self.loop.start(fit)
         resumed, self._resumed = self._resumed, None
@@ -222,6 +227,11 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
                 tracker.best = float("inf") if tracker.comp is np.less else -float("inf")
             if isinstance(tracker, SaveModelCallback) and not tracker.every_epoch and not tracker.at_end:
                 self.learn.save(tracker.fname, with_opt=tracker.with_opt)
+
+
+def _is_search(learner: Callable[[], Any]) -> bool:
+    """Tell if a learner, given as a weak reference, is in an `lr_find`, which puts the weights back."""
+    return not NOT_TRAINING.isdisjoint(vars(learner() or object) or ())
 
 
 class _Relay(Callback):  # type: ignore[misc]

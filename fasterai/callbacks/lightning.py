@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,7 @@ class ParticipantCallback(pl.Callback):
             optimizer=trainer.optimizers[0] if len(trainer.optimizers) == 1 else list(trainer.optimizers),
             batch=batch,
             steps_per_epoch=_steps_per_epoch(trainer),
+            is_search=partial(_is_search, weakref.ref(trainer), weakref.ref(self)),
         )
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
@@ -167,6 +170,8 @@ class ParticipantCallback(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the trainer."""
         self._trainer = None
+        if stage == "fit":
+            self.loop.look_back()
 
     def _end(self, completed: bool) -> None:
         for hook in self._hooks:
@@ -245,6 +250,12 @@ class PruneCallback(PruneMethod, ParticipantCallback):  # noqa: D101 - the metho
         """Let go of the trainer."""
         stop_waiting(pl_module)
         super().teardown(trainer, pl_module, stage)
+
+
+def _is_search(trainer: Callable[[], Any], callback: Callable[[], Any]) -> bool:
+    """Tell if a trainer fits without its own callback, both weak references: searches put the callbacks aside."""
+    trains, own = trainer(), callback()
+    return trains is not None and own is not None and trains.training and not any(one is own for one in trains.callbacks)
 
 
 def _counts_steps(trainer: pl.Trainer) -> bool:

@@ -60,6 +60,8 @@ class Fit:
         loss: The loss function `(output, *targets) -> scalar`, if the loop has one.
         batch: The first batch, if the loop can say.
         steps_per_epoch: Optimizer steps in an epoch, if the loop has epochs.
+        is_search: A function that tells, after the run as well, if the framework only searches (for a learning rate, say): what
+            trains then is put back afterwards.
     """
 
     total_steps: int
@@ -68,6 +70,7 @@ class Fit:
     loss: Callable[..., Tensor] | None = None
     batch: Batch | None = None
     steps_per_epoch: int | None = None
+    is_search: Callable[[], bool] = field(default=lambda: False)
 
     @property
     def optimizers(self) -> list[Any]:

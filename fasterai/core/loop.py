@@ -184,6 +184,11 @@ class Loop:
         if is_short and why:
             self._tell(step, total_steps, why)
 
+    def look_back(self) -> None:
+        """Let the participants look at the model once more, when the framework has done all that it does after a run."""
+        for participant in self.participants:
+            participant.look_back()
+
     def shortfall(self) -> str:
         """Return in words what the participants have reached of what was asked for; empty if nothing lacks."""
         return ", ".join(words for participant in self.participants if (words := participant.shortfall()))
