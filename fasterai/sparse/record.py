@@ -136,9 +136,11 @@ class MaskRecord:
         groups = [group for one in fit.optimizers for group in getattr(one, "param_groups", ())]
         trained = {id(p) for group in groups for p in group["params"]}
         if trained and not any(id(t.parameter) in trained for t in self.targets):
+            is_frozen = not any(t.parameter.requires_grad for t in self.targets)
+            repair = "all of them are frozen; let them train, or prune them at once with sparsify_model"
             raise ValueError(
                 f"optimizer must train the sparsifier's model, got one that holds none of its targets ({self.targets[0].name}, "
-                "...): make the optimizer anew after the model"
+                f"...): {repair if is_frozen else 'make the optimizer anew after the model'}"
             )
 
     def replace(self, chosen: Mapping[str, Tensor]) -> Move:

@@ -82,10 +82,10 @@ class Look:
             if at:
                 self._spots.append(_Spot(self, name, parameter, at))
 
-    def tell(self, name: str, filled: int, places: int) -> None:
-        """Warn that masked weights of a parameter train, and end; not in a search."""
+    def tell(self, name: str, filled: int, places: int) -> bool:
+        """Warn that masked weights of a parameter train, and end; or return False, since it is in a search."""
         if self._is_search():
-            return
+            return False
         self.end()
         warn(
             f"the model trains on, and its pruned weights come back: {filled} of {places} masked weights of {name} that were "
@@ -93,6 +93,7 @@ class Look:
             "HoldCallback(sparsifier) to the fit, or in a loop of your own call sparsifier.hold(optimizer); "
             "sparsifier.finalize() before the training says that they may come back"
         )
+        return True
 
     def end(self) -> None:
         """Stop looking."""
@@ -121,8 +122,8 @@ class _Spot:
         filled = 0 if was_cut else int(torch.count_nonzero(parameter.detach()[self._at]))
         if was_cut or self._passes == LOOKS[-1] or (filled and self._passes == 1):
             self.remove()
-        elif filled:
-            self._look.tell(self._name, filled, len(self._at[0]))
+        elif filled and not self._look.tell(self._name, filled, len(self._at[0])):
+            self._passes = 1  # the search puts the weights back, and then it begins anew
 
 
 def _never() -> bool:
