@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from fasterai.core.checks import warn
 from fasterai.core.selection import count_true
@@ -55,7 +56,8 @@ def write_report(record: MaskRecord) -> SparsityReport:
     rows = tuple(_row(record, p) for p in record.pools)
     active = {p.name for p in record.active}
     left_out = {**record.selection.left_out, **{p.name: "frozen" for p in record.pools if p.name not in active}}
-    parameters = [p.detach() for p in unwrap(record.model).parameters()]
+    own = unwrap(record.model).parameters()
+    parameters = [p.detach() for p in own if not isinstance(p, UninitializedParameter)]
     total = sum(p.numel() for p in parameters)
     zeros = total - sum(int(torch.count_nonzero(p)) for p in parameters)
     return SparsityReport(repr(record.granularity), rows, left_out, total, zeros, _together(record, rows))

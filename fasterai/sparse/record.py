@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from fasterai.core.checks import warn
 from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Fit
 from fasterai.core.selection import count_true
@@ -46,6 +47,8 @@ class MaskRecord:
         trained: Names of pools that have trained in the present run, or in the last one if it was not completed.
         watch: The looks at training that would fill the zeros.
     """
+
+    _told: frozenset[str] | set[str] = frozenset()  # the targets whose layers were missed
 
     def __init__(self, model: nn.Module, granularity: Granularity, selection: Selection) -> None:
         self.model = model
@@ -141,6 +144,17 @@ class MaskRecord:
             raise ValueError(
                 f"optimizer must train the sparsifier's model, got one that holds none of its targets ({self.targets[0].name}, "
                 f"...): {repair if is_frozen else 'make the optimizer anew after the model'}"
+            )
+
+    def warn_of_replaced(self) -> None:
+        """Warn once of layers that have been put in the place of targets, which masks do not reach."""
+        here = {id(m) for m in unwrap(self.model).modules()}
+        gone = sorted({t.name for t in self.targets if id(t.module) not in here} - self._told)
+        self._told = self._told | set(gone)
+        if gone:
+            warn(
+                f"the layer of {', '.join(gone[:5])} is not in the model any more, and what was put in its place is dense, though "
+                "the sparsity counts it: make a new Sparsifier after the model is as it stays"
             )
 
     def replace(self, chosen: Mapping[str, Tensor]) -> Move:

@@ -247,6 +247,7 @@ class Sparsifier(Masked):
     ) -> None:
         """Choose the units to prune and replace the masks; if anything fails, nothing is changed."""
         round_to = self.round_to if round_to is None else check_count("round_to", round_to)
+        self._record.warn_of_replaced()
         limits = limits_of(pools, min_keep=self.min_keep, may_fall=may_fall, round_to=round_to)
         together = partial(
             agree,
@@ -349,6 +350,7 @@ class Sparsifier(Masked):
                 self._follow(1.0)
             except ValueError as error:
                 warn(f"the run ended before its last step, at sparsity {self.sparsity:.4f} ({error})")
+        self._record.warn_of_replaced()
         if completed or self._stepping:
             self._record.apply_()
         self._record.watch.let_go()

@@ -104,7 +104,7 @@ class Lightning:
     def fit(self, *callbacks) -> None:
         options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
         trainer = pl.Trainer(
-            accelerator="cpu", max_epochs=1, min_steps=1, callbacks=[*callbacks], default_root_dir=self.path, **options
+            accelerator="cpu", max_epochs=1, min_epochs=0, callbacks=[*callbacks], default_root_dir=self.path, **options
         )
         trainer.fit(self.module, DataLoader(dataset(), 8))
 
