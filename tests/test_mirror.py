@@ -15,6 +15,7 @@ OTHERS = {
     "callbacks/test_events.py": "the table of events in each of the loops",
     "callbacks/test_own_method.py": "a method of one's own, as the page has it",
     "callbacks/test_sparsify_and_prune.py": "two methods in one training",
+    "callbacks/test_training_on.py": "ends and what comes after them in each of the loops",
     "cli/test_strange_files.py": "what lies in folders of images besides images, in each of the commands",
     "prune/test_zoo.py": "networks of other libraries",
     "test_docs.py": "code of the pages",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
-from fasterai.core.loop import Batch, Fit, Loop
+from fasterai.core.loop import STOPPED, Batch, Fit, Loop
 from fasterai.model.cuts import Cut, follow
 
 try:
@@ -67,6 +69,8 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
     def learn(self, learner: Any) -> None:
         if learner is None:
             self._end(completed=False)
+            if self._has_begun:
+                self.loop.look_back()
         self.__dict__["_learner"] = learner
 
     def __getattr__(self, name: str) -> Any:
@@ -144,6 +148,7 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
             loss=learn.loss_func,
             batch=self._batch(),
             steps_per_epoch=learn.n_iter,
+            is_search=partial(_is_search, weakref.ref(learn)),
         )
         self.loop.start(fit)
         resumed, self._resumed = self._resumed, None
@@ -218,7 +223,7 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         if self.learn is not None:
             self.learn.remove_cbs([one for one in relays if one in self.learn.cbs])
             end_saving(self.learn, self)
-        self.loop.end(completed)
+        self.loop.end(completed, STOPPED)
 
     # --- saving and going on -----------------------------------------------------------------------------------------
 
@@ -246,6 +251,11 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
                 tracker.best = float("inf") if tracker.comp is np.less else -float("inf")
             if isinstance(tracker, SaveModelCallback) and not tracker.every_epoch and not tracker.at_end:
                 self.learn.save(tracker.fname, with_opt=tracker.with_opt)
+
+
+def _is_search(learner: Callable[[], Any]) -> bool:
+    """Tell if a learner, given as a weak reference, is in an `lr_find`, which puts the weights back."""
+    return not NOT_TRAINING.isdisjoint(vars(learner() or object) or ())
 
 
 class _Relay(Callback):  # type: ignore[misc]

@@ -16,7 +16,7 @@ from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyM
 from fasterai.core.checks import warn
 from fasterai.core.files import write_saved
 from fasterai.core.joined import innermost
-from fasterai.core.loop import Batch, Fit, Loop
+from fasterai.core.loop import STOPPED, Batch, Fit, Loop
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -114,8 +114,9 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
                 raise ValueError(f"callbacks must hold one {kind}, as its file has that name, got two; give one of them all")
 
     def _end_forgotten(self) -> None:
-        warn(f"an earlier training was interrupted with its {type(self).__name__} on the model: its run ends here")
-        self._end(completed=False)
+        words = f", with {lacking}" if (lacking := self.loop.shortfall()) else ""
+        warn(f"an earlier training was interrupted with its {type(self).__name__} on the model{words}: its run ends here")
+        self._end(completed=False, why="")
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
@@ -217,13 +218,13 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
         """End the run."""
         self._end(completed=state.global_step >= state.max_steps)
 
-    def _end(self, completed: bool) -> None:
+    def _end(self, completed: bool, why: str = STOPPED) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._batch, self._is_trained_on = [], Batch(), None
         if self._clips_at:
             self._args.max_grad_norm, self._clips_at = vars(self._args).pop(KEPT, self._args.max_grad_norm), 0.0
-        self.loop.end(completed)
+        self.loop.end(completed, why)
 
     # --- saving and going on -----------------------------------------------------------------------------------------
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
-from fasterai.core.loop import Batch, Fit, Loop
+from fasterai.core.loop import STOPPED, Batch, Fit, Loop
 from fasterai.model.cuts import Cut, follow
 from fasterai.model.inputs import as_batch
 
@@ -130,6 +132,7 @@ class ParticipantCallback(pl.Callback):
             optimizer=trainer.optimizers[0] if len(trainer.optimizers) == 1 else list(trainer.optimizers),
             batch=batch,
             steps_per_epoch=_steps_per_epoch(trainer),
+            is_search=partial(_is_search, weakref.ref(trainer), weakref.ref(self)),
         )
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
@@ -170,6 +173,8 @@ class ParticipantCallback(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the trainer."""
         self._trainer = None
+        if stage == "fit":
+            self.loop.look_back()
 
     def _end(self, completed: bool) -> None:
         for hook in self._hooks:
@@ -177,7 +182,7 @@ class ParticipantCallback(pl.Callback):
         if self._wraps is not None:
             self._wraps.remove()
         self._hooks, self._wraps, self._batch = [], None, Batch()
-        self.loop.end(completed)
+        self.loop.end(completed, STOPPED)
         self._restart_trackers()
 
     def state_dict(self) -> dict[str, Any]:
@@ -248,6 +253,12 @@ class PruneCallback(PruneMethod, ParticipantCallback):  # noqa: D101 - the metho
         """Let go of the trainer."""
         stop_waiting(pl_module)
         super().teardown(trainer, pl_module, stage)
+
+
+def _is_search(trainer: Callable[[], Any], callback: Callable[[], Any]) -> bool:
+    """Tell if a trainer fits without its own callback, both weak references: searches put the callbacks aside."""
+    trains, own = trainer(), callback()
+    return trains is not None and own is not None and trains.training and not any(one is own for one in trains.callbacks)
 
 
 def _counts_steps(trainer: pl.Trainer) -> bool:

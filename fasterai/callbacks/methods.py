@@ -7,7 +7,9 @@ To add a method: a class here, and its line in each framework's file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import update_wrapper
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -76,6 +78,16 @@ class Method:
     def _settings(self) -> str:
         """Return the settings in a few words."""
         raise NotImplementedError
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let errors of arguments name the class that was called, not the one that states them."""
+        super().__init_subclass__(**options)
+        stated = cls.__init__
+        if "__init__" not in vars(cls) and isinstance(stated, FunctionType):
+            own = FunctionType(stated.__code__, stated.__globals__, stated.__name__, stated.__defaults__, stated.__closure__)
+            cls.__init__ = update_wrapper(own, stated)  # type: ignore[method-assign]
+            own.__kwdefaults__, own.__qualname__ = stated.__kwdefaults__, f"{cls.__name__}.__init__"
+            del own.__wrapped__  # type: ignore[attr-defined]
 
     if TYPE_CHECKING:
 

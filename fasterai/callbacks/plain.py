@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,18 @@ from fasterai.display import one_line
 __all__ = ["Handle", "attach"]
 
 IN_LOSS = ("after_forward", "after_loss")
+
+#: The likely reasons for which a loop of one's own ends short, and the repairs.
+COUNTED = (
+    "total_steps counts steps of the optimizer, so that with gradients accumulated over k batches it is "
+    "attach(..., epochs=epochs, steps_per_epoch=len(loader), accumulate=k); a step that a GradScaler skips is none, and a loop may "
+    "have broken off: remove(completed=True) goes to the end all the same, and remove(completed=False) says that it is meant"
+)
+BROKEN = "the loop has failed, or was interrupted; remove(completed=True) goes to the end all the same"
+DROPPED = "its handle is gone, and remove() was never called: keep the handle and call it, or write with attach(...):"
+REPLACED = "another run begins with the same participant, and remove() was never called"
+
+_handles: WeakSet[Handle] = WeakSet()
 
 
 class Handle:
@@ -35,6 +50,7 @@ class Handle:
             optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),  # type: ignore[no-untyped-call]
             optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),  # type: ignore[no-untyped-call]
         ]
+        _handles.add(self)
 
     def __repr__(self) -> str:
         names = ", ".join(p.name for p in self.loop.participants)
@@ -108,17 +124,36 @@ class Handle:
 
         Args:
             completed: Whether the training went to its end, so that the schedule's end is to be reached; by default
-                whether all steps were taken.
+                whether all steps were taken, with a warning if they were not and something lacks for it.
         """
         if completed is None and self.loop.running and self.loop.step == 0:
             warn(
                 "the run ends without a step of its optimizer, so that nothing has happened: attach to the optimizer whose "
                 "step() is called, such as the base_optimizer of one that has first_step and second_step"
             )
+            self._end(False)
+        self._end(*((self._is_done, COUNTED) if completed is None else (completed, "")))
+
+    @property
+    def _is_done(self) -> bool:
+        return self.loop.step >= self.loop.total_steps
+
+    def _end(self, completed: bool, why: str = "") -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self.loop.end(self.loop.step >= self.loop.total_steps if completed is None else completed)
+        self.loop.end(completed, why)
+
+    def __del__(self) -> None:
+        loop = self.__dict__.get("loop")
+        if loop is not None and loop.running:
+            loop.tell_if_open(DROPPED)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "handle must not be pickled or copied, since its hooks stay on its optimizer; save handle.state_dict(), and load it "
+            "into the handle of a new attach(...)"
+        )
 
     def metrics(self) -> dict[str, float]:
         """Return the participants' figures, such as the sparsity: name -> value."""
@@ -136,14 +171,20 @@ class Handle:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        done = self.loop.step >= self.loop.total_steps
-        self.remove(None if kind is None else done)
+        if kind is None:
+            self.remove()
+        else:
+            with suppress(UserWarning):  # as an error it would take the place of the loop's own
+                self._end(self._is_done, BROKEN)
 
 
 def attach(
     optimizer: Any,
     *participants: Participant,
-    total_steps: int,
+    total_steps: int | None = None,
+    epochs: int | None = None,
+    steps_per_epoch: int | None = None,
+    accumulate: int = 1,
     model: nn.Module | None = None,
     loss: Callable[..., Tensor] | None = None,
 ) -> Handle:
@@ -152,7 +193,10 @@ def attach(
     Args:
         optimizer: The loop's optimizer, torch's or one that Accelerate has prepared; hooks go on it, none on the model.
         *participants: A `Sparsifier`, or others.
-        total_steps: Steps that the optimizer will take, at least 1.
+        total_steps: Steps that the optimizer will take, at least 1; or leave it out and give the next two.
+        epochs: Epochs of the loop, at least 1.
+        steps_per_epoch: Batches of an epoch, `len(loader)`.
+        accumulate: Batches whose gradients are added up for one step: an epoch has `ceil(steps_per_epoch / accumulate)` steps.
         model: The model that is trained; by default the participants' own.
         loss: The loss function `(output, *targets) -> scalar`, for participants that need one.
 
@@ -162,8 +206,8 @@ def attach(
         `handle.loss(...)` in the loop; without it the first step raises.
 
     Raises:
-        TypeError: `optimizer` is not a torch optimizer, or nothing takes part.
-        ValueError: `total_steps` is below 1, or a participant needs a `model` and there is none; a step beyond `total_steps`
+        TypeError: `optimizer` is not a torch optimizer, nothing takes part, or a count is no whole number.
+        ValueError: A count is below 1, `total_steps` and `epochs` are both given or both left out, or a participant needs a `model` and there is none; a step beyond `total_steps`
             raises before it changes a weight.
     """
     inner = innermost(optimizer)
@@ -171,8 +215,8 @@ def attach(
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r} ({type(optimizer).__name__})")
     if not participants or not all(isinstance(p, Participant) for p in participants):
         raise TypeError(f"participants must be participants in training, such as a Sparsifier, got {participants!r}")
-    total_steps = check_count("total_steps", total_steps)
-    _end_earlier_runs(inner)
+    steps, per_epoch = _steps(total_steps, epochs, steps_per_epoch, accumulate)
+    _end_earlier_runs(inner, participants)
     whole = model if model is not None else next((m for p in participants if isinstance(m := _own(p), nn.Module)), None)
     loop = Loop(participants)
     if whole is not None:
@@ -180,8 +224,33 @@ def attach(
     elif loop.wants("on_setup"):
         names = ", ".join(p.name for p in participants if p.hears("on_setup"))
         raise ValueError(f"model must be given for {names}, which has parameters of its own, got None")
-    loop.start(Fit(total_steps, model=whole, optimizer=inner, loss=loss))
+    loop.start(Fit(steps, model=whole, optimizer=inner, loss=loss, steps_per_epoch=per_epoch))
     return Handle(inner, loop)
+
+
+def _steps(total: int | None, epochs: int | None, batches: int | None, accumulate: int) -> tuple[int, int | None]:
+    """Return the optimizer's steps of a run and of an epoch, where that is known.
+
+    In 2 epochs of 10 batches, of which 4 make a step, there are 2 x 3 steps: the last one of an epoch has 2 batches.
+    """
+    k = check_count("accumulate", accumulate)
+    if total is not None:
+        if epochs is not None or batches is not None or k != 1:
+            also = epochs if epochs is not None else batches if batches is not None else accumulate
+            name = "epochs" if epochs is not None else "steps_per_epoch" if batches is not None else "accumulate"
+            raise ValueError(
+                f"{name} must be left out beside total_steps, which counts the optimizer's steps itself, got {also!r} and "
+                f"total_steps={total!r}"
+            )
+        return check_count("total_steps", total), None
+    if epochs is None or batches is None:
+        lacking = "total_steps" if epochs is batches is None else "steps_per_epoch" if batches is None else "epochs"
+        raise ValueError(
+            f"{lacking} must be given, got None; pass total_steps=, the number of the optimizer's steps, or epochs= and "
+            "steps_per_epoch=len(loader), with accumulate=k where k batches make a step"
+        )
+    per_epoch = math.ceil(check_count("steps_per_epoch", batches) / k)
+    return check_count("epochs", epochs) * per_epoch, per_epoch
 
 
 def _unscale(optimizer: torch.optim.Optimizer) -> None:
@@ -202,10 +271,14 @@ def _as_tuple(x: Any) -> tuple[Any, ...]:
     return tuple(x) if isinstance(x, tuple | list) else (x,)
 
 
-def _end_earlier_runs(optimizer: torch.optim.Optimizer) -> None:
+def _end_earlier_runs(optimizer: torch.optim.Optimizer, participants: Sequence[Participant]) -> None:
     for hook in [*optimizer._optimizer_step_pre_hooks.values()]:
         earlier = getattr(inspect.unwrap(hook), "__self__", None)
         if isinstance(earlier, Handle):
             step, total = earlier.loop.step, earlier.loop.total_steps
-            warn(f"an earlier run was still attached to this optimizer, at step {step} of {total}: it ends here")
+            words = f", with {lacking}" if (lacking := earlier.loop.shortfall()) else ""
+            warn(f"an earlier run was still attached to this optimizer, at step {step} of {total}{words}: it ends here")
             earlier.remove(completed=False)
+    for other in list(_handles):
+        if other.loop.running and any(p is q for p in other.loop.participants for q in participants):
+            other._end(False, REPLACED)

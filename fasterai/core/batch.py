@@ -62,6 +62,8 @@ class Fit(Brief):
         loss: The loss function `(output, *targets) -> scalar`, if the loop has one.
         batch: The first batch, if the loop can say.
         steps_per_epoch: Optimizer steps in an epoch, if the loop has epochs.
+        is_search: A function that tells, after the run as well, if the framework only searches (for a learning rate, say): what
+            trains then is put back afterwards.
     """
 
     total_steps: int
@@ -70,6 +72,7 @@ class Fit(Brief):
     loss: Callable[..., Tensor] | None = None
     batch: Batch | None = None
     steps_per_epoch: int | None = None
+    is_search: Callable[[], bool] = field(default=lambda: False)
 
     @property
     def optimizers(self) -> list[Any]:

@@ -13,9 +13,11 @@ figures. To add a kind of method: a `Participant`. To add a framework: a file in
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
@@ -25,7 +27,17 @@ from fasterai.core.joined import Joined
 from fasterai.core.participant import EVENTS, Participant
 from fasterai.model.cuts import follow
 
-__all__ = ["EVENTS", "Batch", "Fit", "Loop", "Participant"]
+__all__ = ["EVENTS", "STOPPED", "Batch", "Fit", "Loop", "Participant"]
+
+#: The likely reason for which a framework's run ends short, and the repair.
+STOPPED = (
+    "it was stopped early, or has failed; a further fit with the same callback goes on from there, and "
+    "sparsifier.sparsify_model() goes to the end of masks at once"
+)
+#: The same for a program that ends while a run is under way.
+UNENDED = "the program ends before the run did, and what it trained last is not what was asked for"
+
+_open: WeakSet[Loop] = WeakSet()  # the runs under way
 
 
 class Loop:
@@ -42,6 +54,7 @@ class Loop:
         self.step = 0
         self.total_steps = 0
         self._joined: Joined | None = None
+        self._is_told = False
 
     @property
     def running(self) -> bool:
@@ -85,6 +98,8 @@ class Loop:
             if fit.model is not None and (participant.hears("after_move") or participant.hears("after_cut")):
                 follow(fit.model, participant)
         self.step, self.total_steps = 0, total_steps
+        self._is_told = False
+        _open.add(self)
 
     def after_forward(self, batch: Batch) -> None:
         """Show a batch with its outputs."""
@@ -150,14 +165,44 @@ class Loop:
                 found[_numbered(name, "_", found)] = value
         return found
 
-    def end(self, completed: bool) -> None:
-        """End the run for every participant, also if one of them fails; further calls do nothing."""
+    def end(self, completed: bool, why: str = "") -> None:
+        """End the run for every participant, also if one of them fails; further calls do nothing.
+
+        Args:
+            completed: Whether the training went to its end, so that the schedule's end is to be reached.
+            why: The likely reason for which it ends short, and the repair, for the warning that says what was reached of what
+                was asked for; without it there is none.
+        """
+        step, total_steps, is_short = self.step, self.total_steps, self.running and not completed
+        _open.discard(self)
         with ExitStack() as ends:
             ends.callback(self._leave)
             if self.running:
                 self.total_steps = 0
                 for participant in reversed(self.participants):  # a stack ends the last first
                     ends.callback(_tell, participant, "on_fit_end", completed)
+        if is_short and why:
+            self._warn_of(step, total_steps, why)
+
+    def look_back(self) -> None:
+        """Let the participants look at the model once more, when the framework has done all that it does after a run."""
+        for participant in self.participants:
+            participant.look_back()
+
+    def shortfall(self) -> str:
+        """Return in words what the participants have reached of what was asked for; empty if nothing lacks."""
+        return ", ".join(words for participant in self.participants if (words := participant.shortfall()))
+
+    def _warn_of(self, step: int, total_steps: int, why: str) -> None:
+        lacking = self.shortfall()
+        if lacking:
+            warn(f"the run ends at step {step} of {total_steps}, with {lacking}: {why}")
+
+    def tell_if_open(self, why: str) -> None:
+        """Warn of a run that nobody has ended, if it lacks something; once."""
+        if self.running and not self._is_told:
+            self._is_told = True
+            self._warn_of(self.step, self.total_steps, why)
 
     def _leave(self) -> None:
         joined, self._joined = self._joined, None
@@ -227,6 +272,12 @@ def _tell(participant: Participant, event: str, *arguments: Any) -> Any:
         if note not in getattr(error, "__notes__", ()):
             error.add_note(note)
         raise
+
+
+@atexit.register
+def _tell_of_open_runs() -> None:
+    for loop in list(_open):
+        loop.tell_if_open(UNENDED)
 
 
 def _own_parameters(participant: Participant, model: nn.Module) -> list[nn.Parameter]:

@@ -68,6 +68,13 @@ class Participant:
         """Return figures for the loop's own table or logger: name -> value."""
         return {}
 
+    def shortfall(self) -> str:
+        """Return in words how far the present or last run went, if that is less than was asked for; empty if it is not."""
+        return ""
+
+    def look_back(self) -> None:
+        """Look at the model once more, when the framework has done all that it does after a run."""
+
     def on_fit_end(self, completed: bool) -> None:
         """End the run; `completed` is False if it was stopped or failed."""
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from fasterai.model.layouts import read_module
 from fasterai.model.names import plain_name
@@ -71,6 +72,8 @@ def check_plain(places: Iterable[Place], named: Container[str] = ()) -> None:
             continue
         if placements := getattr(parameter, "placements", None):
             raise _refusal(place.name, f"a DTensor ({', '.join(map(repr, placements))})", SHARDED)
+        if isinstance(parameter, UninitializedParameter):
+            continue
         kind = _kind(parameter)
         if kind and (parameter.requires_grad or place.name in named):
             raise _refusal(place.name, kind, PACKED)
@@ -82,12 +85,16 @@ def _refusal(name: str, kind: str, repair: str) -> ValueError:
 
 def _kind(parameter: Tensor) -> str | None:
     """Return the kind of a tensor that is not plain, None for a plain one."""
+    if parameter.is_meta:
+        return "on the meta device, which holds no numbers (load the weights first: to_empty, load_state_dict(assign=True))"
     if type(parameter).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # subclasses that only carry notes are plain
         return f"the tensor subclass {type(parameter).__name__}"
     if parameter.is_quantized:
         return f"a quantised tensor ({parameter.dtype})"
     if parameter.layout is not torch.strided:
         return f"a tensor of layout {parameter.layout}"
+    if parameter.is_floating_point() and parameter.element_size() < 2:
+        return f"a tensor of {parameter.dtype}, which torch neither multiplies nor compares"
     has_numbers = parameter.is_floating_point() or parameter.is_complex()
     packed = type(parameter) not in (nn.Parameter, Tensor) and not has_numbers
     return f"the tensor subclass {type(parameter).__name__} of {parameter.dtype}" if packed else None

@@ -25,6 +25,11 @@ __all__ = [
 #: What is pruned if nothing is named: at fine granularities all of these, at coarser ones the first found.
 DEFAULT_KINDS = ("convolution", "linear", "attention", "recurrent")
 
+#: How the parts of adapters are called in peft, torchtune, diffusers and loralib.
+ADAPTERS = ("lora", "hada_", "lokr_", "oft_", "boft_", "vera_")
+ADAPTER = "a low-rank adapter beside frozen weights, only when named: what is zero in it leaves its product with them dense"
+LAZY = "a lazy layer without weights yet: run one batch through the model first"
+
 TargetsLike = str | Iterable[str] | Callable[[str, nn.Parameter], bool]
 LayerTypes = type[nn.Module] | Iterable[type[nn.Module]]
 
@@ -146,14 +151,21 @@ def find_targets(
     """
     model = unwrap(model)
     candidates = all_targets(model)
+    walk = walk_parameters(model)
+    lazy = {name: (m, attribute) for name, m, attribute, p in walk if isinstance(p, nn.parameter.UninitializedParameter)}
     if targets is not None:
+        _refuse_lazy([n for n in lazy if not callable(targets) and _is_named(n, targets)])
         chosen = _by_name(candidates, targets)
         reasons = {t.name: "not named in targets" for t in candidates if t not in chosen}
     elif layer_type is not None:
         chosen = _by_type(candidates, layer_type)
         reasons = {t.name: "not of layer_type" for t in candidates if t not in chosen}
     else:
+        _refuse_lazy([n for n, place in lazy.items() if _would_be_chosen(*place, candidates, coarse)])
         chosen, reasons = _by_kind(candidates, coarse)
+        adapters = _adapters(model)
+        reasons |= {t.name: ADAPTER for t in chosen if t.name in adapters}
+        chosen = [t for t in chosen if t.name not in adapters]
     _refuse_parametrised(model, chosen, only_chosen=targets is not None)
     kept = []
     for target in chosen:
@@ -168,7 +180,46 @@ def find_targets(
         shown = "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:5]) or "it has no parameters"
         raise ValueError(f"no targets found in {type(model).__name__} ({shown}); name some with targets=")
     plain = {name: why for name, why in reasons.items() if next(t for t in candidates if t.name == name).layout.shape[1:]}
+    plain |= dict.fromkeys(lazy, LAZY)
     return Selection(tuple(kept), plain, frozenset(t.name for t in kept) if targets is not None else frozenset())
+
+
+def _refuse_lazy(names: Sequence[str]) -> None:
+    if names:
+        raise ValueError(
+            f"model must have run once before, since lazy layers have no weights until then, got {', '.join(names[:5])}; run one "
+            "batch through it, or leave the layer out with targets="
+        )
+
+
+def _is_named(name: str, targets: str | Iterable[str]) -> bool:
+    """Tell if one of some names, globs or containers means a parameter that has no shape yet."""
+    patterns = [targets] if isinstance(targets, str) else [p for p in targets if isinstance(p, str)]
+    stand_in = Target(name, nn.Identity(), "weight", "other", by_dimensions((1, 1)))
+    return not name.endswith("bias") and any(match(p, stand_in) for p in patterns)
+
+
+def _would_be_chosen(module: nn.Module, attribute: str, candidates: Sequence[Target], coarse: bool) -> bool:
+    """Tell if a lazy layer's weight would be a default target if it had its shape."""
+    is_convolution = isinstance(module, nn.modules.conv._ConvNd)
+    other_convolutions = any(t.kind == "convolution" for t in candidates)
+    return attribute == "weight" and (is_convolution or (isinstance(module, nn.Linear) and not (coarse and other_convolutions)))
+
+
+def _adapters(model: nn.Module) -> set[str]:
+    """Find the weights of low-rank adapters: of a part that is called so, in a module whose own weights are frozen.
+
+    In `fc.base_layer.weight` (frozen), `fc.lora_A.default.weight` and `fc.lora_B.default.weight` the last two are found.
+    """
+    frozen = {name for name, _, _, p in walk_parameters(model) if not p.requires_grad}
+    found = set()
+    for name, _, _, p in walk_parameters(model):
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if part.lower().startswith(ADAPTERS)), None)
+        owner = "" if not at else ".".join(parts[:at]) + "."
+        if p.requires_grad and at is not None and any(other.startswith(owner) for other in frozen):
+            found.add(name)
+    return found
 
 
 def _by_name(candidates: Sequence[Target], targets: TargetsLike) -> list[Target]:

@@ -178,6 +178,14 @@ class GradualPruner(ShownChannels, Participant):
             if self._pruner is not None:
                 self._pruner.end()
 
+    def shortfall(self) -> str:
+        """Return the share of the channels removed of that asked for, if the schedule has not come to its end."""
+        end = self.schedule(1.0)
+        if self._pruner is None or end <= self._done + 1e-9:
+            return ""
+        asked = f"{self._ratio!r}" if isinstance(self._ratio, Budget | Mapping) else f"{end * self._ratio:.4f}"
+        return f"{self.sparsity:.4f} of the channels removed, of {asked}"
+
     def _look(self, fit: Fit) -> None:
         """Count the removable channels, if something has changed since the last run."""
         frozen = _frozen_layers(self.model)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
+from fasterai.core.checks import warn
 from fasterai.core.selection import count_true
 from fasterai.core.types import Target
 from fasterai.model.names import unwrap
@@ -17,7 +19,7 @@ from fasterai.units.pool import Pool
 if TYPE_CHECKING:
     from fasterai.sparse.record import MaskRecord
 
-__all__ = ["count_reached", "write_report"]
+__all__ = ["count_filled", "count_reached", "warn_of_filled", "write_report"]
 
 
 def count_reached(record: MaskRecord) -> Reached:
@@ -29,12 +31,33 @@ def count_reached(record: MaskRecord) -> Reached:
     return Reached(sum(pruned.values()) / max(1, sum(units.values())), _masked(record) / max(1, weights), per_pool)
 
 
+def count_filled(record: MaskRecord) -> int:
+    """Count the masked weights of the targets that are not zero, each once."""
+    return sum(count_true(weight.ne(0) & ~mask) for weight, mask in record.masks_of_targets())
+
+
+def warn_of_filled(record: MaskRecord, what: str) -> None:
+    """Warn if masked weights are not zero where they should be.
+
+    Args:
+        record: The masks.
+        what: When it is, and what becomes of the weights.
+    """
+    filled = count_filled(record)
+    if filled:
+        warn(
+            f"{what}: {filled:,} of {_masked(record):,} masked weights were not zero. An optimizer that averages weights "
+            "(schedule-free's eval(), Lookahead), a moving average, or a callback that loads other weights has brought them back"
+        )
+
+
 def write_report(record: MaskRecord) -> SparsityReport:
     """Return a report of the pruned units and weights of each target, and of the targets left out with the reasons."""
     rows = tuple(_row(record, p) for p in record.pools)
     active = {p.name for p in record.active}
     left_out = {**record.selection.left_out, **{p.name: "frozen" for p in record.pools if p.name not in active}}
-    parameters = [p.detach() for p in unwrap(record.model).parameters()]
+    own = unwrap(record.model).parameters()
+    parameters = [p.detach() for p in own if not isinstance(p, UninitializedParameter)]
     total = sum(p.numel() for p in parameters)
     zeros = total - sum(int(torch.count_nonzero(p)) for p in parameters)
     return SparsityReport(repr(record.granularity), rows, left_out, total, zeros, _together(record, rows))
@@ -51,8 +74,7 @@ def _together(record: MaskRecord, rows: Sequence[Row]) -> Row:
     """Return all targets as one row."""
     sums = (sum(r.units for r in rows), sum(r.pruned for r in rows))
     weights, zeros = sum(t.parameter.numel() for t in record.targets), sum(_zeros(t) for t in record.targets)
-    disobeying = sum(count_true(weight.ne(0) & ~mask) for weight, mask in record.masks_of_targets())
-    return Row("all targets", (), *sums, weights, zeros, _masked(record), disobeying)
+    return Row("all targets", (), *sums, weights, zeros, _masked(record), count_filled(record))
 
 
 def _masked(record: MaskRecord) -> int:

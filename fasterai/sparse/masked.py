@@ -16,8 +16,8 @@ from fasterai.core.types import Move, Target
 from fasterai.display import Shown, Table
 from fasterai.model.cuts import note_optimizer
 from fasterai.model.names import unwrap
-from fasterai.sparse.counting import count_reached, write_report
-from fasterai.sparse.hold import Hold
+from fasterai.sparse.counting import count_reached, warn_of_filled, write_report
+from fasterai.sparse.hold import AFTERWARDS, Hold
 from fasterai.sparse.record import MaskRecord
 from fasterai.sparse.report import Reached, SparsityReport
 
@@ -56,9 +56,24 @@ class Masked(Shown, Participant, ABC):
         """Tell if an announced change of masks is one of these masks."""
         return all(self._record.keep.get(name) is keep for name, keep in move.after.items())
 
-    def apply_masks(self) -> None:
-        """Set all masked weights to zero, and with removed outputs their biases and their norms' scales and shifts."""
+    def apply_masks(self, model: nn.Module | None = None) -> None:
+        """Set all masked weights to zero, and with removed outputs their biases and their norms' scales and shifts.
+
+        Args:
+            model: A copy of the model to do it in instead, such as a moving average of its weights (`AveragedModel`).
+
+        Raises:
+            ValueError: The copy lacks a masked parameter, or has it in another shape. Nothing is changed then.
+        """
+        if model is not None:
+            self._record.apply_to_(model)
+            return
         self._record.apply_()
+        self._record.look_on()
+
+    def look_back(self) -> None:
+        """Warn if masked weights are not zero any more."""
+        warn_of_filled(self._record, AFTERWARDS)
 
     def hold(self, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Keep the masks in later training.
@@ -82,12 +97,13 @@ class Masked(Shown, Participant, ABC):
                 "HoldCallback(sparsifier) as a callback"
             )
         note_optimizer(self.model, optimizer)
+        self._record.watch.end()
         handle = optimizer.register_step_post_hook(torch.compiler.disable(self._hold_after_step))  # type: ignore[no-untyped-call]
         self._holds.append(handle)
         return handle
 
     def _hold_after_step(self, *_: Any) -> None:
-        self.apply_masks()
+        self._record.apply_()
 
     def _end_holds(self) -> None:
         """End all holds; zeros stay in the weights, and values noted for outputs that might return are dropped."""
@@ -95,6 +111,7 @@ class Masked(Shown, Participant, ABC):
         for handle in self._holds:
             handle.remove()
         self._holds, self._record.noted = [], {}
+        self._record.watch.end(of=self._record.keep)
 
     @property
     def masks(self) -> dict[str, Tensor]:

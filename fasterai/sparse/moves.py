@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fasterai.core.checks import warn
 from fasterai.core.contexts import Context
 from fasterai.core.selection import count_true
-from fasterai.core.types import Limits
+from fasterai.core.types import Limits, Move
 from fasterai.model.cuts import announce_move
 from fasterai.sparse.record import MaskRecord
 from fasterai.units.channel_pools import warn_of_rounding
@@ -34,7 +34,7 @@ def move_masks(
     *,
     moment: Moment | None = None,
     agree: Agree = lambda chosen: chosen(),
-) -> None:
+) -> Move:
     """Choose what is pruned; the masks and what is noted with them change together, or not at all.
 
     The new masks are not applied yet. Followers of the model hear of the pools whose decisions are others than before.
@@ -48,6 +48,9 @@ def move_masks(
         rule: How the decisions follow from those so far.
         moment: The moment of the training; None for pruning at once.
         agree: Makes several processes take the same choice.
+
+    Returns:
+        The decisions that have changed, before and after.
 
     Raises:
         ValueError: A score is NaN or infinite, or the criterion's evidence is not there.
@@ -64,6 +67,7 @@ def move_masks(
     if move.after:
         scorer.note_move(pools)
         announce_move(record.model, move)
+    return move
 
 
 def _hides_pruned(scorer: Scorer, context: Context, may_fall: bool, rule: Rule, moment: Moment | None) -> bool:

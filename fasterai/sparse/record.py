@@ -9,17 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
+from fasterai.core.checks import warn
 from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Fit
 from fasterai.core.selection import count_true
 from fasterai.core.types import Move, Target
 from fasterai.model.cuts import Cut, follow, sliced
 from fasterai.model.masks import apply_masks_
-from fasterai.model.names import unwrap
+from fasterai.model.names import unwrap, walk_tensors
 from fasterai.model.sharded import check_plain
 from fasterai.model.targets import Selection, all_targets
 from fasterai.sparse.states import check_masks
+from fasterai.sparse.watch import Watch
 from fasterai.units.making import maker_of
 from fasterai.units.partners import revive_
 from fasterai.units.pool import Pool
@@ -42,7 +45,10 @@ class MaskRecord:
         noted: Name of a bias, or a norm's scale or shift -> its values for pruned outputs, to restore if they return.
         moves: The number of times that the masks have changed.
         trained: Names of pools that have trained in the present run, or in the last one if it was not completed.
+        watch: The looks at training that would fill the zeros.
     """
+
+    _told: frozenset[str] | set[str] = frozenset()  # the targets whose layers were missed
 
     def __init__(self, model: nn.Module, granularity: Granularity, selection: Selection) -> None:
         self.model = model
@@ -55,6 +61,7 @@ class MaskRecord:
         self._merged: dict[str, tuple[Pool, Tensor]] = {}
         self._merged_of: Mapping[str, Tensor] | None = None  # the decisions that the merged masks are of
         self._counted: dict[str, tuple[Tensor, int]] = {}  # decisions -> how many prune, which metrics ask for again and again
+        self.watch = Watch()
         self.selection, self.pools = self.maker.make(model, selection)
         follow(model, self)
 
@@ -110,7 +117,7 @@ class MaskRecord:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or pickle, which then follows the cuts of its own model."""
-        made = {"trained": set(), "maker": maker_of(state["granularity"])}  # pickles of earlier versions have none
+        made = {"trained": set(), "maker": maker_of(state["granularity"]), "watch": Watch()}  # earlier pickles have none
         self.__dict__.update({**made, **state})
         follow(self.model, self)
 
@@ -132,9 +139,22 @@ class MaskRecord:
         groups = [group for one in fit.optimizers for group in getattr(one, "param_groups", ())]
         trained = {id(p) for group in groups for p in group["params"]}
         if trained and not any(id(t.parameter) in trained for t in self.targets):
+            is_frozen = not any(t.parameter.requires_grad for t in self.targets)
+            repair = "all of them are frozen; let them train, or prune them at once with sparsify_model"
             raise ValueError(
                 f"optimizer must train the sparsifier's model, got one that holds none of its targets ({self.targets[0].name}, "
-                "...): make the optimizer anew after the model"
+                f"...): {repair if is_frozen else 'make the optimizer anew after the model'}"
+            )
+
+    def warn_of_replaced(self) -> None:
+        """Warn once of layers that have been put in the place of targets, which masks do not reach."""
+        here = {id(m) for m in unwrap(self.model).modules()}
+        gone = sorted({t.name for t in self.targets if id(t.module) not in here} - self._told)
+        self._told = self._told | set(gone)
+        if gone:
+            warn(
+                f"the layer of {', '.join(gone[:5])} is not in the model any more, and what was put in its place is dense, though "
+                "the sparsity counts it: make a new Sparsifier after the model is as it stays"
             )
 
     def replace(self, chosen: Mapping[str, Tensor]) -> Move:
@@ -162,6 +182,34 @@ class MaskRecord:
         """
         check_plain(place for pool in self.pools if pool.name in self.keep for place in pool.places)
         apply_masks_(self._pairs())
+
+    def apply_to_(self, copy: nn.Module) -> None:
+        """Set the masked weights of a copy of the model to zero, found there by their names.
+
+        Raises:
+            ValueError: One is missing there, or of another shape. Nothing is changed then.
+        """
+        inner = copy.module if isinstance(copy, AveragedModel) else copy
+        theirs = {name: tensor for name, _, _, tensor in walk_tensors(unwrap(inner))}
+        pairs = []
+        for name, parameter, mask in self._masked():
+            there = tuple(theirs[name].shape) if name in theirs else "missing"
+            if there != (here := tuple(parameter.shape)):
+                raise ValueError(f"model must be a copy of the sparsifier's, got one where {name} is {there}, here {here}")
+            pairs.append((theirs[name].detach().view(mask.shape), mask.to(theirs[name].device)))
+        apply_masks_(pairs)
+
+    def _masked(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """Yield (name, parameter, mask of as many dimensions as the view that it is for) of all that is masked."""
+        places = {place.name: place for pool in self.pools for place in pool.places}
+        for name, (pool, mask) in self._merge().items():
+            parameter = places[name].module._parameters.get(places[name].attribute)
+            if parameter is not None:
+                yield name, parameter, mask.expand(pool.tensor(name).shape)
+
+    def look_on(self) -> None:
+        """Look at the next backward passes, which would fill the zeros where nothing holds them."""
+        self.watch.begin(self.keep, self._masked)
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         for name, (pool, mask) in self._merge().items():
@@ -259,6 +307,7 @@ class MaskRecord:
             "keep": {n: k.clone() for n, k in self.keep.items()},
             "noted": {n: s.clone() for n, s in self.noted.items()},
             "trained": sorted(self.trained),
+            "moves": self.moves,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -268,6 +317,7 @@ class MaskRecord:
             ValueError: The state is of another model or granularity; the message names the difference.
         """
         check_masks(state, self.granularity, self.targets, self.pools)
+        self.watch.end()
         devices = {p.name: p.device for p in self.pools}
         devices_of_vectors = {
             name: p.tensor(name).device
@@ -277,6 +327,7 @@ class MaskRecord:
         self.keep = {n: k.to(devices[n], copy=True) for n, k in state["keep"].items()}
         self.noted = {n: s.to(devices_of_vectors.get(n, s.device), copy=True) for n, s in state["noted"].items()}
         self.trained |= set(state.get("trained", ()))  # states of earlier versions have none
+        self.moves = state.get("moves", self.moves)
 
 
 def _differ(before: Tensor | None, after: Tensor) -> bool:

@@ -26,6 +26,7 @@ from fasterai.display import counted, units_word
 from fasterai.model.cuts import follow, note_optimizer
 from fasterai.model.sharded import check_unflattened
 from fasterai.model.targets import LayerTypes, TargetsLike, find_targets
+from fasterai.sparse.counting import warn_of_filled
 from fasterai.sparse.goal import (
     Sparsity,
     check_sources,
@@ -36,6 +37,7 @@ from fasterai.sparse.goal import (
     read_inputs,
     read_rule,
 )
+from fasterai.sparse.hold import tell_of_averages
 from fasterai.sparse.masked import Masked
 from fasterai.sparse.moves import move_masks, tell_of_rounding, warn_without_flow
 from fasterai.sparse.pace import Pace
@@ -141,7 +143,7 @@ class Sparsifier(Masked):
         self._scorer = Scorer(self.criteria, self.granularity, source, self.targets, self.rule.criteria)
         follow(model, self._scorer)
         self._warned = False
-        self._stepping = False
+        self._stepping = self._regrown = False
         self._parallel: DistributedDataParallel | None = None  # of the run under way
         self._holds = []
 
@@ -173,7 +175,7 @@ class Sparsifier(Masked):
         """Restore a copy or pickle, which then follows the cuts of its own model."""
         plan = state.pop("_plan", None)  # of pickles of earlier versions, which have no rule either
         goal = None if plan is None else Goal(*plan)
-        self.__dict__.update({"_parallel": None, "rule": nested, "_goal": goal, **state})
+        self.__dict__.update({"_parallel": None, "rule": nested, "_goal": goal, "_regrown": False, **state})
         follow(self.model, self._scorer)
 
     def _warn_without_flow(self) -> None:
@@ -252,6 +254,7 @@ class Sparsifier(Masked):
     ) -> None:
         """Choose the units to prune and replace the masks; if anything fails, nothing is changed."""
         round_to = self.round_to if round_to is None else check_count("round_to", round_to)
+        self._record.warn_of_replaced()
         limits = limits_of(pools, min_keep=self.min_keep, may_fall=may_fall, round_to=round_to)
         together = partial(
             agree,
@@ -259,7 +262,9 @@ class Sparsifier(Masked):
             parallel=self._parallel or find_parallel(self.model),
             criteria=(self.criteria, *self.rule.criteria),
         )
-        move_masks(self._record, self._scorer, goal.at(share), pools, limits, self.rule, moment=moment, agree=together)
+        move = move_masks(self._record, self._scorer, goal.at(share), pools, limits, self.rule, moment=moment, agree=together)
+        if self.rule != nested and not self._regrown:
+            self._regrown = any(bool((after & ~move.before[name]).any()) for name, after in move.after.items())
         if limits.round_to and share == 1:
             tell_of_rounding(self._record, goal, pools, round_to)
 
@@ -289,6 +294,9 @@ class Sparsifier(Masked):
         self._record.trained = set()
         self._record.note_trained()
         self._parallel = find_parallel(fit.model)
+        self._regrown = False
+        tell_of_averages(fit)
+        self._record.watch.take_up(fit)
 
     def _look_at_batch(self, fit: Fit) -> None:
         self._record.look_at_batch(fit)
@@ -319,7 +327,7 @@ class Sparsifier(Masked):
         if self._pace.is_due(position) or self.rule.is_due(self._pace.moment(position)):
             with suppress(NotYetError):  # the next step is asked again
                 self._follow(position)
-        self.apply_masks()
+        self._record.apply_()
         self._stepping = False
 
     def _follow(self, position: float) -> None:
@@ -341,18 +349,49 @@ class Sparsifier(Masked):
         If it was completed, the end of the schedule is reached exactly. If it failed in the middle of a step, the masks are
         applied. If it failed between two steps the weights are not touched: the user may have loaded others since.
         """
+        if not self._stepping:
+            fate = "sets them to zero" if completed else "leaves them so (sparsifier.apply_masks() sets them to zero)"
+            warn_of_filled(self._record, f"at the end of the run, which {fate}")
         if completed and not self._pace.finished:
             try:
                 self._follow(1.0)
             except ValueError as error:
                 warn(f"the run ended before its last step, at sparsity {self.sparsity:.4f} ({error})")
+        self._record.warn_of_replaced()
         if completed or self._stepping:
-            self.apply_masks()
+            self._record.apply_()
+        self._record.watch.let_go()
+        self._record.look_on()
+        if completed:
+            self._warn_of_idleness()
         if completed:  # the state of an unfinished run may be saved after this, to go on from
             self._pace.finish()
             self._record.trained = set()
         self._stepping, self._parallel = False, None
         self._scorer.end()
+
+    def _warn_of_idleness(self) -> None:
+        """Warn of a run that had nothing to prune, and of a rule that brought nothing back."""
+        if not self._record.active:
+            warn(
+                f"nothing was pruned in this run: every target was frozen ({self.targets[0].name}, ...); name them with targets= "
+                "to prune them all the same"
+            )
+        elif not self._regrown and self.rule != nested and self.sparsity.overall > 0:
+            warn(
+                f"rule {self.rule!r} brought no pruned unit back in this run: was there a step at which it is due (every, until) "
+                "while units were pruned, and what makes pruned units score higher than kept ones?"
+            )
+
+    def shortfall(self) -> str:
+        """Return the sparsity reached of that asked for, if the schedule has not come to its end; empty if it has."""
+        if self._goal is None or not self._record.pools:
+            return ""
+        counts = {p.name: p.count for p in self._record.active}
+        end = self._goal.at(self._pace.at(1.0))
+        if self._goal.at(self._pace.share).asked(counts) == end.asked(counts):
+            return ""
+        return f"sparsity {self.sparsity.overall:.4f} of {end.total(counts) / max(1, sum(counts.values())):.4f}"
 
     def finalize(self) -> None:
         """End sparse training: the zeros stay in the weights, holds end, and copies of earlier weights are dropped."""
@@ -362,12 +401,14 @@ class Sparsifier(Masked):
     def reset(self) -> None:
         """Forget the masks; the weights are unchanged."""
         self._record.keep, self._record.noted, self._pace.asked = {}, {}, ()
+        self._record.watch.end()
 
     # --- saving and going on -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return the masks and all else that is needed to go on bit for bit, as copies by parameter name."""
-        return {"format": FORMAT, **self._record.state_dict(), **self._scorer.state_dict(), **self._pace.state_dict()}
+        own = {"format": FORMAT, "regrown": self._regrown}
+        return {**own, **self._record.state_dict(), **self._scorer.state_dict(), **self._pace.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load a saved state; the weights and the caller's dict are unchanged.
@@ -379,3 +420,4 @@ class Sparsifier(Masked):
         self._record.load_state_dict(state)
         self._scorer.load_state_dict(state, self.targets)
         self._pace.load_state_dict(state)
+        self._regrown = bool(state.get("regrown", True))  # states of earlier versions do not say

@@ -94,6 +94,9 @@ def gradients(model: nn.Module, targets: Sequence[Target], source: Source) -> di
     found = {t.name: t.parameter.grad.detach() for t in targets if t.parameter.grad is not None}
     if not any(bool(g.any()) for g in found.values()):
         raise NotYetError(f"criteria needs gradients, and all of them are zero: {WHERE_GRADIENTS_ARE}")
+    wild = next((n for n, g in found.items() if not bool(g.isfinite().all())), None)
+    if wild is not None:  # an overflow, after which the next step may have others
+        raise NotYetError(f"criteria needs finite gradients, and {wild} has one that is infinite or NaN, as after an overflow")
     return found
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fasterai.callbacks.plain import attach
 from fasterai.core.loop import Participant
+from fasterai.sparse.sparsifier import Sparsifier
 
 X, Y = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 3
 
@@ -163,3 +164,56 @@ def test_each_step_has_gradients_to_look_at_whoever_tells_of_them():
             optimizer.step()
             optimizer.zero_grad()
     assert notes.seen == "lbsa" * 3
+
+
+# --- overflows at moves -------------------------------------------------------------------------------------------------
+
+
+def overflowing(bad, total=6, criteria="taylor"):
+    """Train with gradients that are infinite at some steps, which the optimizer leaves out of its step."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sparsifier = Sparsifier(model, "weight", "global", criteria, sparsity=0.5, schedule="lin")
+    reached = []
+    with attach(optimizer, sparsifier, total_steps=total):
+        for k in range(total):
+            optimizer.zero_grad()
+            model(torch.ones(1, 4)).square().sum().backward()
+            if k in bad:
+                model.weight.grad[0, 0] = float("inf")
+            optimizer.param_groups[0]["lr"] = 0.0 if k in bad else 0.1
+            kept = model.weight.detach().clone()
+            optimizer.step()
+            if k in bad:  # 0 times infinity
+                with torch.no_grad():
+                    model.weight.copy_(kept)
+                    sparsifier.apply_masks()
+            reached.append(round(20 * sparsifier.sparsity.overall))
+    return reached
+
+
+def test_an_overflow_at_a_move_is_waited_out():
+    assert overflowing(()) == [2, 3, 5, 7, 8, 10]
+    assert overflowing((1, 3)) == [2, 2, 5, 5, 8, 10]
+
+
+def test_an_overflow_that_never_ends_is_said_at_the_end():
+    with pytest.warns(UserWarning, match=r"at sparsity 0\.0000 \(criteria needs finite gradients, and weight has one"):
+        assert overflowing(range(6)) == [0] * 6
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaler_that_skips_steps_does_not_end_the_run(fused):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 5)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    sparsifier = Sparsifier(model, "weight", "global", "taylor", sparsity=0.5, schedule="lin")
+    with attach(optimizer, sparsifier, total_steps=6) as handle:
+        for k in range(8):
+            optimizer.zero_grad()
+            scaler.scale(model(torch.ones(1, 4)).square().sum() * (float("inf") if k in (2, 5) else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert handle.loop.step == 6 and sparsifier.sparsity.overall == 0.5

@@ -143,3 +143,28 @@ def test_plain_parameters_are_let_in() -> None:
     check_unflattened(nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Conv1d(2, 2, 1, bias=False)}))
     parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4, bias=False))
     check_unflattened(parametrised)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(2, 3, device="meta"), r"got fc\.weight, on the meta device, which holds no numbers"),
+        (
+            lambda: _with(nn.Linear(2, 3), torch.ones(3, 2).to(torch.float8_e4m3fn)),
+            r"got fc\.weight, a tensor of torch\.float8_e4m3fn, which torch neither multiplies nor compares",
+        ),
+    ],
+)
+def test_weights_without_numbers_to_multiply_are_refused(make, message):
+    layer = make()
+    with pytest.raises(ValueError, match=message):
+        check_plain([At("fc.weight", layer, "weight")])
+    layer.weight.requires_grad_(False)
+    check_plain([At("fc.weight", layer, "weight")])  # what does not train and is not named is left alone
+    with pytest.raises(ValueError, match=message):
+        check_plain([At("fc.weight", layer, "weight")], named={"fc.weight"})
+
+
+def _with(layer: nn.Linear, weight: Tensor) -> nn.Linear:
+    layer.weight = nn.Parameter(weight)
+    return layer

@@ -193,7 +193,7 @@ def test_a_target_that_does_not_fit_is_left_out_at_weight_and_an_error_at_coarse
     [
         (nn.ReLU(), "no targets found in ReLU (it has no parameters); name some with targets="),
         (nn.Embedding(3, 2), "no targets found in Embedding (weight: embeddings only when named)"),
-        (nn.Sequential(nn.LazyLinear(3)), "no targets found in Sequential (it has no parameters)"),
+        (nn.Sequential(nn.LazyLinear(3)), "model must have run once before, since lazy layers have no weights"),
     ],
 )
 def test_nothing_to_prune_is_an_error(model, message):
@@ -585,3 +585,64 @@ def test_parametrised_parts_of_a_recurrent_layer_are_refused():
     model = nn.utils.parametrizations.weight_norm(nn.LSTM(3, 4), name="weight_hh_l0")
     with pytest.raises(ValueError, match=r"targets must not be parametrised, got ParametrizedLSTM .*weight_hh_l0"):
         find(model)
+
+
+# --- lazy layers --------------------------------------------------------------------------------------------------------
+
+
+def lazy_net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(5))
+
+
+@pytest.mark.parametrize("options", [{}, {"targets": "2"}, {"targets": ["0", "2.weight"]}, {"targets": "*weight"}])
+def test_a_lazy_layer_that_would_be_a_target_is_an_error_with_the_repair(options):
+    with pytest.raises(
+        ValueError, match=r"run once before, .* got 2\.weight; run one batch through it, or leave the layer out"
+    ):
+        find(lazy_net(), **options)
+
+
+@pytest.mark.parametrize("options", [{"coarse": True}, {"targets": "0"}, {"layer_type": nn.Conv2d}])
+def test_a_lazy_layer_that_would_be_none_is_left_out_with_a_note(options):
+    selection = find(lazy_net(), **options)
+    assert [t.name for t in selection.targets] == ["0.weight"]
+    assert selection.left_out["2.weight"] == "a lazy layer without weights yet: run one batch through the model first"
+
+
+def test_a_lazy_layer_that_has_run_is_one_like_others():
+    model = lazy_net()
+    model(torch.ones(2, 3, 8, 8))
+    assert names(model) == ["0.weight", "2.weight"]
+
+
+# --- adapters -----------------------------------------------------------------------------------------------------------
+
+
+class LoRA(nn.Module):
+    """A linear layer with a low-rank adapter, laid out as peft does."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(8, 6).requires_grad_(not frozen)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(8, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 6, bias=False)})
+
+
+ADAPTER = "a low-rank adapter beside frozen weights, only when named: what is zero in it leaves its product with them dense"
+
+
+def test_adapters_beside_frozen_weights_are_left_out_with_a_note():
+    model = nn.Sequential(LoRA(frozen=True), nn.Linear(6, 3))
+    selection = find(model)
+    assert [t.name for t in selection.targets] == ["0.base_layer.weight", "1.weight"]
+    assert selection.left_out == {"0.lora_A.default.weight": ADAPTER, "0.lora_B.default.weight": ADAPTER}
+
+
+def test_adapters_that_are_named_are_targets():
+    model = nn.Sequential(LoRA(frozen=True), nn.Linear(6, 3))
+    assert names(model, targets="*lora_*") == ["0.lora_A.default.weight", "0.lora_B.default.weight"]
+
+
+def test_adapters_beside_weights_that_train_are_layers_like_others():
+    model = nn.Sequential(LoRA(frozen=False), nn.Linear(6, 3).requires_grad_(False))
+    assert names(model) == ["0.base_layer.weight", "0.lora_A.default.weight", "0.lora_B.default.weight", "1.weight"]

@@ -1,9 +1,12 @@
 """The record of masks: moves are told by decisions, not by counts; states of the present format load."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
+from fasterai.callbacks.plain import attach
 from fasterai.core.granularities import filter, weight
 from fasterai.model.targets import find_targets
 from fasterai.sparse.record import MaskRecord
@@ -117,3 +120,56 @@ def test_a_state_that_lacks_something_is_refused_by_name(key):
     del state[key]
     with pytest.raises(ValueError, match=f"one without {key}"):
         sparsifier.load_state_dict(state)
+
+
+# --- layers that were replaced ------------------------------------------------------------------------------------------
+
+
+def replacing(at: int, **options):
+    """Train ten steps, before one of which the first layer is replaced; return the model and what is said."""
+    model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sparsifier = Sparsifier(model, "weight", "global", sparsity=0.5, schedule="lin", **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with attach(optimizer, sparsifier, total_steps=10):
+            for k in range(10):
+                if k == at:
+                    model[0] = nn.Linear(6, 10)
+                model(torch.ones(2, 6)).sum().backward()
+                optimizer.step()
+    return [str(w.message) for w in caught if "not in the model any more" in str(w.message)]
+
+
+@pytest.mark.parametrize("at", [0, 4, 9])
+def test_a_layer_that_was_replaced_in_a_run_is_named_once(at):
+    (message,) = replacing(at)
+    assert message.startswith("the layer of 0.weight is not in the model any more, and what was put in its place is dense")
+
+
+def test_a_layer_that_was_replaced_after_the_last_move_is_named_at_the_end():
+    assert len(replacing(9, max_updates=1)) == 1
+    assert replacing(10) == []
+
+
+def test_a_layer_that_was_replaced_is_named_at_a_choice_at_once():
+    model = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 4))
+    sparsifier = Sparsifier(model)
+    model[1] = nn.Linear(10, 4)
+    with pytest.warns(UserWarning, match=r"the layer of 1\.weight is not in the model any more"):
+        sparsifier.sparsify_model(0.5)
+
+
+def test_moves_go_on_being_counted_after_a_resumption():
+    model = nn.Linear(8, 8)
+    sparsifier = Sparsifier(model)
+    sparsifier.sparsify_model(0.25)
+    sparsifier.sparsify_model(0.5)
+    state = sparsifier.state_dict()
+    other = Sparsifier(model)
+    other.load_state_dict(state)
+    assert other.moves == 2
+    del state["moves"]  # as in those of earlier versions
+    fresh = Sparsifier(model)
+    fresh.load_state_dict(state)
+    assert fresh.moves == 0

@@ -336,6 +336,16 @@ def test_gradients_that_are_not_there_yet_say_when_they_are():
         gather("gradient", nn.Linear(5, 2), Source())
 
 
+@pytest.mark.parametrize("wild", [float("inf"), float("-inf"), float("nan")])
+def test_gradients_of_an_overflow_are_waited_for(wild):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model[1].weight.grad[0, 1] = wild
+    with pytest.raises(NotYetError, match=r"criteria needs finite gradients, and 1\.weight has one that is infinite or NaN"):
+        gather("gradient", model, Source())
+
+
 def test_gradients_that_are_all_zero_are_none():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     for p in model.parameters():
