@@ -327,6 +327,8 @@ ALIKE = {
     ("export/onnx.py", "_write"): "writes into the temporary folder that `written` gives; os.devnull takes what is printed",
     ("export/program.py", "export_program"): "makes bytes in memory",
     ("callbacks/fastai.py", "_restart_trackers"): "fastai's own file, by fastai",
+    ("callbacks/fastai_files.py", "__call__"): "fastai's own file, by fastai",
+    ("display.py", "save_figure"): "writes into the open file that it is given",
     ("sparse/masked.py", "save_model"): "hands it on",
 }
 
