@@ -1,5 +1,6 @@
 """Sphinx settings: `pip install -e '.[docs]' && sphinx-build -W docs docs/_build` writes the site."""
 
+import inspect
 import re
 import shutil
 from pathlib import Path
@@ -44,6 +45,7 @@ napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 
+COLON = "\ufdd0"  # stands for a colon while Napoleon looks
 CATALOGUES = {
     f"fasterai.core.{name}": f"{name}.md"
     for name in ("granularities", "contexts", "criteria", "schedules")
@@ -76,18 +78,25 @@ def _plain(said: str) -> str:
     return re.sub(r"([|*_])", r"\\\1", said)
 
 
-def describe_values(
+def before_napoleon(
+    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """Give a class without a docstring its base's, and hide colons that are no fields."""
+    if what == "class" and not any(lines):
+        lines[:] = [*(inspect.getdoc(obj) or "").splitlines(), ""]
+    if what in ("attribute", "property"):  # what stands before a colon is no type
+        lines[:] = [line.replace(":", COLON) for line in lines]
+
+
+def after_napoleon(
     app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
     """Give a ready-made value the row of its catalogue, instead of its class's docstring."""
     module, _, value = name.rpartition(".")
     if what == "data":
         page = CATALOGUES.get(module)
-        plain = [f"A value of type `{type(obj).__name__}`."]
-        lines[:] = [*(row_of(page, value) if page else plain), ""]
-    elif what in ("attribute", "property"):
-        # Napoleon would take what stands before a colon in the first line for a type.
-        lines.insert(0, "")
+        lines[:] = [*row_of(page, value), ""] if page else [""]
+    lines[:] = [line.replace(COLON, ":") for line in lines]
 
 
 def point_at_notebooks(app: Any, name: str, source: list[str]) -> None:
@@ -97,5 +106,6 @@ def point_at_notebooks(app: Any, name: str, source: list[str]) -> None:
 
 def setup(app: Any) -> None:
     """Register what this file adds to Sphinx."""
-    app.connect("autodoc-process-docstring", describe_values, priority=400)
+    app.connect("autodoc-process-docstring", before_napoleon, priority=400)
+    app.connect("autodoc-process-docstring", after_napoleon, priority=600)
     app.connect("source-read", point_at_notebooks)

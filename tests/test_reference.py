@@ -80,9 +80,16 @@ def test_a_missing_name_would_be_found() -> None:
     }
 
 
-def test_what_stands_on_a_reference_page_says_what_it_is() -> None:
-    silent = [path for (_, _), path in documented().items() if inspect.isroutine(o := look_up(path)) and not inspect.getdoc(o)]
+def test_functions_and_classes_of_the_reference_have_docstrings() -> None:
+    objects = {path: look_up(path) for path in documented().values()}
+    silent = [path for path, o in objects.items() if (inspect.isroutine(o) or inspect.isclass(o)) and not inspect.getdoc(o)]
     assert silent == []
+
+
+def says_nothing(path: str, page: str) -> bool:
+    """Tell if an entry of a built page has no text below its signature."""
+    entry = page.partition(f' id="{path}">')[2].partition("<dd>")[2].partition("<dt ")[0]
+    return not re.search(r"<p>\s*\S", entry)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("myst_nb") is None, reason="Sphinx comes with the extra `docs`; .ci/run builds")
@@ -106,6 +113,9 @@ def test_the_site_builds_without_a_warning_and_its_index_is_full(tmp_path: Path)
     assert run.returncode == 0, run.stderr[-3000:]
     index = (tmp_path / "genindex.html").read_text(encoding="utf-8")
     assert [path for path in documented().values() if f"#{path}" not in index] == []
+    pages = "".join(page.read_text(encoding="utf-8") for page in (tmp_path / "reference").glob("*.html"))
+    assert [path for path in documented().values() if says_nothing(path, pages)] == []
+    assert "which compete:" in pages and "Type<span" not in pages  # of rows of the catalogues, no field was made
     for page in tmp_path.rglob("*.html"):
         if page.parent.name != "_static" and page.name != "search.html":
             text = page.read_text(encoding="utf-8")
