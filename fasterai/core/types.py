@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EVIDENCE", "Evidence", "Layout", "Limits", "Move", "Target", "no_mask"]
+__all__ = ["EVIDENCE", "Evidence", "Layout", "Limits", "Move", "Target", "held_parameter", "no_mask"]
 
 #: What a criterion may ask for by name beyond the weight.
 EVIDENCE = (
@@ -78,15 +78,33 @@ class Target:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter itself, looked up anew each time."""
-        parameter = self.module._parameters[self.attribute]
-        assert parameter is not None
-        return parameter
+        """The parameter itself, looked up anew each time.
+
+        Raises:
+            ValueError: The module has lost it, as a parametrisation takes it away.
+        """
+        return held_parameter(self.name, self.module, self.attribute)
 
     @property
     def module_name(self) -> str:
         """The module's name; empty for the model itself."""
         return self.name.rpartition(".")[0]
+
+
+def held_parameter(name: str, module: nn.Module, attribute: str) -> nn.Parameter:
+    """Return a parameter of a module; `name` is its full name, for the message.
+
+    Raises:
+        ValueError: The module has lost it, as a parametrisation takes it away.
+    """
+    parameter = module._parameters.get(attribute)
+    if parameter is None:
+        layer = f"{name.rpartition('.')[0] or 'the model itself'} ({type(module).__name__})"
+        raise ValueError(
+            f"model must keep the parameters that it had, got {layer} without its {attribute}; remove what recomputes it "
+            "(such as a weight norm or torch.nn.utils.prune), or make masks and pruners after it was added"
+        )
+    return parameter
 
 
 def no_mask() -> Tensor | None:

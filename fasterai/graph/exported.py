@@ -102,8 +102,8 @@ def exported(model: nn.Module, inputs: tuple[Any, ...]) -> list[Exported]:
             "remove branches and shapes that depend on data, or prune the part without them by itself"
         ) from error
     unread = found[0].unread()
-    if unread or _training_returns_other(model, inputs):
-        found += [one for one in _training(model, inputs, unread) if not unread or set(one.unread()) < set(unread)]
+    if (is_other := _training_returns_other(model, inputs)) or unread:
+        found += [one for one in _training(model, inputs, unread) if is_other or set(one.unread()) < set(unread)]
     return found
 
 

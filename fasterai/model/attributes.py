@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,37 +25,40 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
     `torch.export` puts a copy in the place of every list, dict and tuple, so that two modules which shared one part ways; and a
     forward pass may note what it saw (`self.shapes.append(...)`). Values inside tensors and other objects are not restored.
     """
-    held = [(holder, holder.copy()) for holder in _holders(model)]
+    held, empty = _containers(model)
+    copies = [holder.copy() for holder in held]
     try:
         yield
     finally:
-        for holder, before in held:
+        for holder, before in zip(held, copies, strict=True):
             if not _same(holder, before):
                 _restore(holder, before)
+        for holder in empty:
+            if holder:
+                holder.clear()
 
 
-def _holders(model: nn.Module) -> Iterator[Any]:
-    """Yield the attributes of each module, and every container in them that can be changed, each once."""
-    seen: set[int] = set()
+def _containers(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """List the attributes of each module and the containers in them that can be changed, each once; then the empty ones."""
+    held, empty = list[Any](), list[Any]()
+    seen: set[int] = {id(model)}
     stack: list[Any] = [model]
     while stack:
         item = stack.pop()
-        if id(item) in seen:
-            continue
         if isinstance(item, nn.Module):
-            seen.add(id(item))
-            yield item.__dict__
-            stack += _nested(item.__dict__.values())
-        elif type(item) in MUTABLE or isinstance(item, tuple):
-            seen.add(id(item))
-            if not isinstance(item, tuple):
-                yield item
-            if len(item) <= LARGE:
-                stack += _nested(item.values() if isinstance(item, dict) else item)
-
-
-def _nested(items: Iterable[Any]) -> list[Any]:
-    return [x for x in items if type(x) in MUTABLE or isinstance(x, tuple | nn.Module)]
+            item = item.__dict__
+        if not isinstance(item, tuple):
+            held.append(item)
+        if len(item) > LARGE:
+            continue
+        for x in item.values() if isinstance(item, dict) else item:
+            kind = type(x)
+            if kind in MUTABLE and not x:
+                empty.append(x)  # most are the hooks of a module
+            elif (kind in MUTABLE or isinstance(x, tuple | nn.Module)) and id(x) not in seen:
+                seen.add(id(x))
+                stack.append(x)
+    return held, empty
 
 
 def _same(holder: Any, before: Any) -> bool:
@@ -62,10 +66,10 @@ def _same(holder: Any, before: Any) -> bool:
     if len(holder) != len(before):
         return False
     if isinstance(holder, dict):
-        return all(a is b and holder[a] is before[b] for a, b in zip(holder, before, strict=True))
+        return all(map(operator.is_, holder, before)) and all(map(operator.is_, holder.values(), before.values()))
     if isinstance(holder, set):
-        return {id(x) for x in holder} == {id(x) for x in before}
-    return all(a is b for a, b in zip(holder, before, strict=True))
+        return set(map(id, holder)) == set(map(id, before))
+    return all(map(operator.is_, holder, before))
 
 
 def _restore(holder: Any, before: Any) -> None:

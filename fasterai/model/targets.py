@@ -70,7 +70,7 @@ def all_targets(model: nn.Module) -> list[Target]:
     return list(found.values())
 
 
-def _check_parametrised(model: nn.Module) -> dict[str, str]:
+def _recomputing(model: nn.Module) -> dict[str, str]:
     """Find the modules that recompute their weight from other parameters: name -> the cause. Masks there would be lost."""
     result = {}
     for name, module in model.named_modules():
@@ -147,7 +147,8 @@ def find_targets(
         layer_type: Module classes whose known parameters are the targets.
 
     Raises:
-        ValueError: A name matches nothing, a named parameter does not fit, nothing is left, or a weight is parametrised.
+        ValueError: A name matches nothing, a named parameter does not fit, nothing is left, or a named one is parametrised
+            (what the defaults or `layer_type` give is left out then).
     """
     model = unwrap(model)
     candidates = all_targets(model)
@@ -166,7 +167,12 @@ def find_targets(
         adapters = _adapters(model)
         reasons |= {t.name: ADAPTER for t in chosen if t.name in adapters}
         chosen = [t for t in chosen if t.name not in adapters]
-    _refuse_parametrised(model, chosen, only_chosen=targets is not None)
+    parametrised = _parametrised(model, candidates)
+    if targets is not None:
+        _refuse_parametrised(chosen, parametrised)
+    else:
+        chosen = [t for t in chosen if t.name not in parametrised]
+        reasons |= {n: f"{which} works its weight out anew in each forward pass" for n, which in parametrised.items()}
     kept = []
     for target in chosen:
         reason = fits(target)
@@ -179,7 +185,8 @@ def find_targets(
     if not kept:
         shown = "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:5]) or "it has no parameters"
         raise ValueError(f"no targets found in {type(model).__name__} ({shown}); name some with targets=")
-    plain = {name: why for name, why in reasons.items() if next(t for t in candidates if t.name == name).layout.shape[1:]}
+    shapes = {t.name: t.layout.shape for t in candidates}
+    plain = {name: why for name, why in reasons.items() if shapes[name][1:]}
     plain |= dict.fromkeys(lazy, LAZY)
     return Selection(tuple(kept), plain, frozenset(t.name for t in kept) if targets is not None else frozenset())
 
@@ -269,15 +276,20 @@ def _by_kind(candidates: Sequence[Target], coarse: bool) -> tuple[list[Target], 
     return chosen, {t.name: why.get(t.kind, fallback) for t in candidates if t.kind not in kinds}
 
 
-def _refuse_parametrised(model: nn.Module, chosen: Sequence[Target], only_chosen: bool) -> None:
-    """Refuse a chosen module that recomputes its weight; without a choice, any module of a known kind that does."""
-    for module_name, how in _check_parametrised(model).items():
-        module = model.get_submodule(module_name) if module_name else model
-        known = isinstance(module, nn.modules.conv._ConvNd | nn.Linear | nn.MultiheadAttention | nn.RNNBase)
-        inner = f"{module_name}.parametrizations".lstrip(".")
-        of_chosen = any(t.module_name == module_name or t.module_name.startswith(inner) for t in chosen)
-        if of_chosen or (known and not only_chosen):
-            raise ValueError(
-                f"targets must not be parametrised, got {module_name or type(model).__name__} ({how}): the forward pass uses "
-                "a weight that is worked out anew; remove the parametrisation first, or leave the layer out with targets="
-            )
+def _parametrised(model: nn.Module, candidates: Sequence[Target]) -> dict[str, str]:
+    """Find the parameters of modules that recompute their weight: name -> the module and how it does."""
+    causes = _recomputing(model)
+    found = {}
+    for target in candidates if causes else ():
+        owner = f".{target.module_name}".partition(".parametrizations.")[0].lstrip(".")
+        if owner in causes:
+            found[target.name] = f"{owner or type(model).__name__} ({causes[owner]})"
+    return found
+
+
+def _refuse_parametrised(chosen: Sequence[Target], parametrised: Mapping[str, str]) -> None:
+    for which in (parametrised[target.name] for target in chosen if target.name in parametrised):
+        raise ValueError(
+            f"targets must not be parametrised, got {which}: the forward pass uses a weight that is worked out anew; "
+            "remove the parametrisation first, or leave the layer out with targets="
+        )

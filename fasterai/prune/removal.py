@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.core.checks import warn
-from fasterai.graph.channels import ChannelGraph, Group, channel_graph
+from fasterai.graph.channels import ChannelGraph, Group, Place, channel_graph
 from fasterai.graph.labels import Array, Flags
 from fasterai.model.cuts import noted_optimizers
 from fasterai.model.inputs import positional
 from fasterai.model.names import unwrap
+from fasterai.model.norms import Norm
 from fasterai.model.supported import check_whole, shapes_of_inputs
 from fasterai.prune.check import Sound, largest_sound
 from fasterai.prune.measure import Measurement, measured
@@ -82,10 +83,15 @@ def silent_channels(model: nn.Module, graph: ChannelGraph) -> list[Flags]:
     running mean, and the layer.
     """
     tensors = tensors_of(model)
-    return [np.zeros(g.channels, np.bool_) | _silent(tensors, g, graph) for g in graph.groups]
+    norms: dict[str, list[Norm]] = {}
+    for norm in graph.norms:
+        norms.setdefault(norm.scale, []).append(norm)
+    return [np.zeros(g.channels, np.bool_) | _silent(tensors, g, graph, norms) for g in graph.groups]
 
 
-def _silent(tensors: Mapping[str, tuple[nn.Module, str]], group: Group, graph: ChannelGraph) -> Flags | bool:
+def _silent(
+    tensors: Mapping[str, tuple[nn.Module, str]], group: Group, graph: ChannelGraph, norms: Mapping[str, Sequence[Norm]]
+) -> Flags | bool:
     zeros = {place: _zero(tensor_of(tensors, place[0]), place[1], indices) for place, indices in group.places.items()}
     reads = [z for place, z in zeros.items() if place in graph.readers]
     makes = {
@@ -93,8 +99,11 @@ def _silent(tensors: Mapping[str, tuple[nn.Module, str]], group: Group, graph: C
         for place, z in zeros.items()
         if _is_parameter(tensors, place[0]) and (place not in graph.readers or place[0] in graph.shared)
     }
-    for norm in graph.norms:
-        scale, shift, layer = (norm.scale, 0), (norm.shift, 0), [place for place in makes if place[0] in norm.layer]
+    by_name: dict[str, list[Place]] = {}
+    for place in makes:
+        by_name.setdefault(place[0], []).append(place)
+    for norm in (norm for name in by_name for norm in norms.get(name, ())):
+        scale, shift, layer = (norm.scale, 0), (norm.shift, 0), [p for name in norm.layer for p in by_name.get(name, ())]
         if not (layer and scale in makes and shift in makes):
             continue
         is_off = zeros[scale] & zeros[shift]

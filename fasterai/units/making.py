@@ -21,7 +21,7 @@ from fasterai.model.inputs import arguments, batch_inputs
 from fasterai.model.norms import Flow, watch
 from fasterai.model.targets import Selection
 from fasterai.units.channel_pools import channel_pools
-from fasterai.units.partners import find_partners, without_outputs
+from fasterai.units.partners import Partner, find_partners, without_outputs
 from fasterai.units.pool import Pool
 from fasterai.units.target_pools import TargetPool
 
@@ -98,8 +98,10 @@ class TargetMaker(Maker):
     def make(self, model: nn.Module, selection: Selection) -> tuple[Selection, tuple[Pool, ...]]:
         if self.flow is not None:
             selection = without_outputs(selection, self.granularity, self.flow)
-        partners = find_partners(model, selection, self.granularity, self.flow)
-        pools = (TargetPool(t, self.granularity, tuple(p for p in partners if p.target == t.name)) for t in selection.targets)
+        partners: dict[str, list[Partner]] = {t.name: [] for t in selection.targets}
+        for partner in find_partners(model, selection, self.granularity, self.flow):
+            partners[partner.target].append(partner)
+        pools = (TargetPool(t, self.granularity, tuple(partners[t.name])) for t in selection.targets)
         return selection, tuple(pools)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fasterai.core.checks import warn
 from fasterai.core.granularities import Granularity
-from fasterai.core.types import Target
+from fasterai.core.types import Target, held_parameter
 from fasterai.model.names import unwrap, walk_parameters
 from fasterai.model.norms import Flow
 from fasterai.model.targets import Selection
@@ -42,9 +42,7 @@ class Partner:
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter itself, looked up anew each time."""
-        parameter = self.module._parameters[self.attribute]
-        assert parameter is not None
-        return parameter
+        return held_parameter(self.name, self.module, self.attribute)
 
 
 def find_partners(model: nn.Module, selection: Selection, granularity: Granularity, flow: Flow | None) -> tuple[Partner, ...]:

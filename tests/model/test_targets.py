@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -560,19 +561,26 @@ PARAMETRISATIONS = {
 
 
 @pytest.mark.parametrize("how", PARAMETRISATIONS)
-def test_parametrised_weights_are_refused_by_name(how):
+def test_parametrised_weights_are_refused_if_named_and_left_out_with_a_note_else(how):
     model = nn.Sequential(nn.Linear(4, 4), PARAMETRISATIONS[how](nn.Linear(4, 4)))
     kind = how.partition(",")[0]
-    for options in ({}, {"coarse": True}, {"layer_type": nn.Linear}, {"targets": "1"}, {"targets": "1.*"}):
+    for options in ({"targets": "1"}, {"targets": "1.*"}):
         with pytest.raises(
             ValueError, match=rf"targets must not be parametrised, got 1 \(.*{kind}.*\): .* leave the layer out"
         ):
             find(model, **options)
     assert names(model, targets="0") == ["0.weight"]
+    for options in ({}, {"coarse": True}, {"layer_type": nn.Linear}):
+        selection = find(model, **options)
+        assert [t.name for t in selection.targets] == ["0.weight"]
+        (why,) = {selection.left_out[n] for n, p in model[1].named_parameters(prefix="1") if p.dim() > 1}
+        assert re.fullmatch(rf"1 \(.*{kind}.*\) works its weight out anew in each forward pass", why)
 
 
 def test_a_parametrised_model_itself_goes_by_its_class():
-    with pytest.raises(ValueError, match="got ParametrizedLinear"):
+    with pytest.raises(
+        ValueError, match=r"no targets found in ParametrizedLinear \(.*: ParametrizedLinear \(.* works its weight"
+    ):
         find(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
 
 
@@ -581,9 +589,9 @@ def test_a_parametrised_norm_that_is_no_target_does_not_matter():
     assert names(nn.Sequential(embedding, nn.Linear(4, 4))) == ["1.weight"]
 
 
-def test_parametrised_parts_of_a_recurrent_layer_are_refused():
+def test_parametrised_parts_of_a_recurrent_layer_take_the_layer_out():
     model = nn.utils.parametrizations.weight_norm(nn.LSTM(3, 4), name="weight_hh_l0")
-    with pytest.raises(ValueError, match=r"targets must not be parametrised, got ParametrizedLSTM .*weight_hh_l0"):
+    with pytest.raises(ValueError, match=r"no targets found in ParametrizedLSTM .*weight_hh_l0\) works its weight out anew"):
         find(model)
 
 

@@ -859,7 +859,7 @@ def test_save_model_writes_masked_weights_as_a_plain_state_dict(tmp_path):
 def test_a_parametrised_weight_is_refused_by_name(wrap, named):
     model = nn.Sequential(nn.Linear(4, 4), wrap(nn.Linear(4, 4)))
     with pytest.raises(ValueError, match=rf"targets must not be parametrised, got 1 \({named}.*remove the parametrisation"):
-        Sparsifier(model, "weight")
+        Sparsifier(model, "weight", targets=["0", "1"])
     sparsifier = Sparsifier(model, "weight", targets="0")
     sparsifier.sparsify_model(0.5)
     assert pruned(sparsifier) == {"0.weight": 8}
@@ -1519,3 +1519,30 @@ def test_a_pickle_of_an_earlier_version_goes_on():
 def test_a_class_in_place_of_its_value_is_told_apart(options, message):
     with pytest.raises(TypeError, match=message):
         Sparsifier(cnn(), **options)
+
+
+@pytest.mark.parametrize("granularity", ["weight", "row", "coupled"])
+def test_a_parametrised_layer_is_left_out_with_a_note(granularity):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    nn.utils.parametrizations.weight_norm(model[2])
+    sparsifier = Sparsifier(model, granularity, "local", sparsity=0.5, example_inputs=torch.randn(2, 3))
+    sparsifier.sparsify_model()
+    assert sparsifier.report().left_out["2.parametrizations.weight.original1"] == (
+        "2 (WeightNorm on weight) works its weight out anew in each forward pass"
+    )
+    assert not (model[2].parametrizations.weight.original1 == 0).any()
+    assert (model[4].weight == 0).any()
+
+
+@pytest.mark.parametrize("granularity", ["weight", "row", "coupled"])
+@pytest.mark.parametrize("how", [nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm], ids=["new", "old"])
+def test_a_parametrisation_added_afterwards_is_named(granularity, how):
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    sparsifier = Sparsifier(model, granularity, "local", sparsity=0.5, example_inputs=torch.randn(2, 3))
+    how(model[2])
+    for call in (sparsifier.sparsify_model, sparsifier.report, lambda: sparsifier.masks):
+        with pytest.raises(
+            ValueError, match=r"model must keep .*, got 2 \(\w+\) without its weight; remove what recomputes it"
+        ):
+            call()

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
-
 from fasterai.graph.labels import FIXED, FREE, Dim, Labels, is_labelled
 
 __all__ = [
@@ -125,7 +123,8 @@ def shapes_of(node: Any) -> list[tuple[int, ...]]:
 
 
 def _sizes(tensor: Any) -> tuple[int, ...]:
-    return tuple(n if isinstance(n, int) else int(n) if is_concrete_int(n) else DATA for n in tensor.shape)
+    numbers = (n if isinstance(n, int) else n.node.maybe_as_int() for n in tensor.shape)
+    return tuple(DATA if n is None else int(n) for n in numbers)
 
 
 def all_fixed(shape: Sequence[int]) -> tuple[Dim, ...]:

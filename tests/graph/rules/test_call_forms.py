@@ -38,7 +38,7 @@ THROUGH: dict[str, Form] = {
     "expand_as": lambda h: h * h.mean(0, keepdim=True).sign().expand_as(h),
     "expand_as of one column": lambda h: h * torch.full((4, 1), 2.0, dtype=h.dtype).expand_as(h),
     "expand_as, alone": lambda h: torch.full((1, 1), 2.0, dtype=h.dtype).expand_as(h),
-    "zeros_like, alone": torch.ones_like,
+    "ones_like, alone": torch.ones_like,
     "view_as": lambda h: h[:, None].view_as(h),
     "reshape_as": lambda h: h[None].reshape_as(h),
     "view_as of another": lambda h: torch.ones(h.numel(), dtype=h.dtype).view_as(h),
