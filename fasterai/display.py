@@ -29,6 +29,8 @@ __all__ = [
     "QUIET",
     "SERIES",
     "SMALL",
+    "TEXT",
+    "TITLE",
     "Brief",
     "Shown",
     "Table",
