@@ -25,6 +25,7 @@ __all__ = [
     "GRID",
     "HEAT",
     "INK",
+    "MODELS",
     "PAPER",
     "QUIET",
     "SERIES",
@@ -38,7 +39,9 @@ __all__ = [
     "brief",
     "counted",
     "dress",
+    "legend_above",
     "line_colors",
+    "model_colors",
     "new_axes",
     "new_figure",
     "of_batch",
@@ -57,6 +60,8 @@ __all__ = [
 INK, QUIET, GRID, EMPTY, PAPER = "#22303c", "#6b7a88", "#e3e8ed", "#eef1f4", "#ffffff"
 #: Colours of models or lines, in their order: the first is the one that the others are held against.
 SERIES = ("#7b8794", "#f0a35e", "#d9480f", "#1c7293", "#5c7c3a", "#8e5a9b")
+#: Colours of models by what users call them.
+MODELS = {"dense": SERIES[0], "sparse": SERIES[2], "masked": SERIES[2], "small": SERIES[3]}
 #: Ground under a line of the third colour.
 AREA = "#fbe3d3"
 #: Matplotlib's name of the colours of a map, from nothing to the most.
@@ -311,21 +316,25 @@ def new_axes(width: float, height: float, columns: int = 1) -> Any:
 
 
 @styled()
-def new_figure(width: float, height: float, *, shown: bool = True) -> Figure:
+def new_figure(width: float, height: float, *, shown: bool = True, pad: float = 0.04) -> Figure:
     """Make an empty figure; sizes in inches.
 
     Args:
         width: Its width.
         height: Its height.
         shown: True if a notebook is to show it by itself; False for a figure that is only written to a file.
+        pad: Inches between the parts of the figure and around them.
     """
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    engine = ConstrainedLayoutEngine(w_pad=pad, h_pad=pad)
     if not shown:
         from matplotlib.figure import Figure  # not pyplot: no window, no state that others could see
 
-        return Figure(figsize=(width, height), layout="constrained")
+        return Figure(figsize=(width, height), layout=engine)
     import matplotlib.pyplot as plt
 
-    return plt.figure(figsize=(width, height), layout="constrained")
+    return plt.figure(figsize=(width, height), layout=engine)
 
 
 def save_figure(figure: Figure, path: Path | BinaryIO) -> None:
@@ -335,6 +344,27 @@ def save_figure(figure: Figure, path: Path | BinaryIO) -> None:
     finally:
         if "matplotlib.pyplot" in sys.modules:
             sys.modules["matplotlib.pyplot"].close(figure)
+
+
+def model_colors(names: Iterable[str]) -> dict[str, str]:
+    """Return a colour for each model: dense, sparse and small ones have the same in every picture."""
+    names = list(names)
+    spare = [color for color in SERIES if color not in {MODELS[name] for name in names if name in MODELS}]
+    others = [name for name in names if name not in MODELS]
+    chosen = {name: (spare or SERIES)[i % len(spare or SERIES)] for i, name in enumerate(others)}
+    return {name: MODELS.get(name) or chosen[name] for name in names}
+
+
+def legend_above(axes: Axes, *given: Any) -> None:
+    """Explain the colours in one line above the axes, at the right, where nothing is drawn.
+
+    Args:
+        axes: The axes.
+        *given: Handles and labels; those of what was drawn if they are left out.
+    """
+    count = len(given[0]) if given else len(axes.get_legend_handles_labels()[0])
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.2, "handlelength": 1.2}
+    axes.legend(*given, ncols=max(1, count), **place)
 
 
 def line_colors(count: int) -> list[Any]:

@@ -7,6 +7,7 @@ from fasterai.display import (
     SERIES,
     counted,
     line_colors,
+    model_colors,
     new_axes,
     new_figure,
     short,
@@ -70,3 +71,10 @@ def test_pictures_have_one_ground_and_lines_colours_of_their_own():
     assert len(line_colors(1)) == 1
     assert len(set(line_colors(12))) == 12
     assert len(set(SERIES)) == len(SERIES)
+
+
+def test_models_have_one_colour_in_every_picture():
+    assert model_colors(["dense", "small"]) == {"dense": SERIES[0], "small": SERIES[3]}
+    assert model_colors(["a", "small", "b"]) == {"a": SERIES[0], "small": SERIES[3], "b": SERIES[1]}
+    assert len(set(model_colors(["a", "b", "dense", "c", "sparse", "small"]).values())) == 6
+    assert len(model_colors(map(str, range(20)))) == 20

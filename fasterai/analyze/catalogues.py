@@ -32,7 +32,7 @@ AXES = ("out", "in", "height", "width")
 #: Colours of the units that are shown of a granularity, and of a weight that belongs to none of them.
 UNITS, OTHERS = (SERIES[2], SERIES[3]), EMPTY
 KEPT = SERIES[3]
-POINTS = 80
+POINTS = 60
 #: Evidence -> how it is written at an axis.
 SYMBOLS = {
     "initial": "w at first",
@@ -115,7 +115,8 @@ def units_of(granularity: Granularity, layout: Layout) -> Tensor:
 
 def _shown_units(units: Tensor) -> list[int]:
     """Return two units that lie apart: that of the first weight, and of what others there are one in the middle."""
-    first, others = int(units.ravel()[0]), [unit for unit in units.unique().tolist() if unit != int(units.ravel()[0])]
+    first = int(units.ravel()[0])
+    others = [unit for unit in range(int(units.max()) + 1) if unit != first]
     return [first, *others[len(others) // 2 : len(others) // 2 + 1]]
 
 
@@ -154,8 +155,10 @@ def kept_by(criterion: Criterion, kept: float) -> Tensor:
     """Return which weights a criterion keeps: weights from -1 to 1 down the rows, its evidence from -1 to 1 along them."""
     line = torch.linspace(-1, 1, POINTS)
     weight, other = line[:, None].expand(POINTS, POINTS), line.expand(POINTS, POINTS)
-    given = {name: (other + 1) / 2 if name == "activation" else other for name in criterion.needs if name in SYMBOLS}
-    scores = criterion(Evidence("weight", weight.contiguous(), **given))
+    evidence: dict[str, Any] = {
+        name: (other + 1) / 2 if name == "activation" else other for name in criterion.needs if name in SYMBOLS
+    }
+    scores = criterion(Evidence("weight", weight.contiguous(), **evidence))
     layout = Layout((POINTS, POINTS), (frozenset({"out"}), frozenset({"in"})))
     return contexts.local([TensorScores("weight", scores)], [layout], 1 - kept)[0]
 
@@ -227,10 +230,7 @@ def _panels(count: int, columns: int, width: float, height: float) -> tuple[Figu
     """Make a figure of so many panels, and hide those that are left over."""
     columns = min(columns, count)
     rows = ceil(count / columns)
-    figure = new_figure(columns * width, rows * height + 0.3)
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    engine.set(w_pad=0.1, h_pad=0.08)
+    figure = new_figure(columns * width, rows * height + 0.3, pad=0.1)
     panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
     for spare in panels[count:]:
         spare.set_visible(False)

@@ -14,13 +14,14 @@ from fasterai.analyze.latency import LatencyComparison, compare_latency
 from fasterai.analyze.layers import LayerComparison, LayerRow
 from fasterai.display import (
     QUIET,
-    SERIES,
     SMALL,
     Shown,
     Table,
     as_percent,
     counted,
     dress,
+    legend_above,
+    model_colors,
     new_axes,
     of_batch,
     short,
@@ -123,16 +124,21 @@ class Comparison(Shown):
     def _parts(self) -> Iterator[Table | str]:
         names = tuple(self.costs)
         body = []
-        for label, field, write in MEASURES:
+        for label, field, write in self._labels():
             shares = ["", *(f" ({self.share(name, field):.1%})" for name in names[1:])]
-            named = f"{label}{of_batch(self.batch_size)}" if field == "macs" else label
-            body.append([named, *(write(getattr(self.costs[n], field)) + s for n, s in zip(names, shares, strict=True))])
+            body.append([label, *(write(getattr(self.costs[n], field)) + s for n, s in zip(names, shares, strict=True))])
         body += [[label, *cells] for label, cells in self._times()]
         uncounted = dict.fromkeys(op for one in self.costs.values() for op in one.uncounted)
         yield Table(["", *names], body)
         yield from self.verdicts()
         if uncounted:
             yield f"not counted, without a rule: {', '.join(uncounted)}"
+
+    def _labels(self) -> list[tuple[str, str, Callable[[float], str]]]:
+        """Return the measures, with the batch named that MACs are of."""
+        return [
+            (label + (of_batch(self.batch_size) if field == "macs" else ""), field, write) for label, field, write in MEASURES
+        ]
 
     def _times(self) -> list[tuple[str, list[str]]]:
         if self.latency is None:
@@ -155,31 +161,38 @@ class Comparison(Shown):
         """
         names = list(self.costs)
         groups = [
-            (label, [self.share(name, field) for name in names], [f"{self.share(name, field):.0%}" for name in names])
-            for label, field, _ in MEASURES
+            (label, [(0.0, self.share(name, field)) for name in names], [f"{self.share(name, field):.0%}" for name in names])
+            for label, field, _ in self._labels()
         ]
         if self.latency is not None:
             for size in self.latency.batch_sizes:
                 label = "time" if size is None else f"time,\nbatch {size}"
                 speeds = [self.latency.speed(name, size) for name in names]
-                groups.append((label, [1 / speed.ratio for speed in speeds], [speed.share for speed in speeds]))
+                groups.append((label, [speed.bar for speed in speeds], [speed.share for speed in speeds]))
         axes = new_axes(max(6.0, 1.3 * len(groups)), 4.0) if ax is None else ax
-        width = 0.84 / len(self.costs)
+        width, colors = 0.84 / len(self.costs), model_colors(self.costs)
         for i, name in enumerate(self.costs):
             places = np.arange(len(groups)) + (i - (len(self.costs) - 1) / 2) * width
-            heights, said = [values[i] for _, values, _ in groups], [words[i] for _, _, words in groups]
-            axes.bar(places, heights, width * 0.92, color=SERIES[i % len(SERIES)], label=name)
-            for place, height, words in zip(places, heights, said, strict=True) if i else ():
+            starts, heights = zip(*(bars[i] for _, bars, _ in groups), strict=True)
+            axes.bar(places, heights, width * 0.92, bottom=starts, color=colors[name], label=name)
+            said = [words[i] for _, _, words in groups]
+            for place, bottom, height, words in zip(places, starts, heights, said, strict=True) if i else ():
                 text = words.replace(" to ", "\nto ")
                 axes.annotate(
-                    text, (place, height), xytext=(0, 2), textcoords="offset points", ha="center", color=QUIET, fontsize=SMALL
+                    text,
+                    (place, bottom + height),
+                    xytext=(0, 2),
+                    textcoords="offset points",
+                    ha="center",
+                    color=QUIET,
+                    fontsize=SMALL,
                 )
-        axes.set_xticks(range(len(groups)), [label for label, *_ in groups])
+        axes.set_xticks(range(len(groups)), [label.replace(" of ", "\nof ") for label, *_ in groups])
         axes.yaxis.set_major_formatter(as_percent)
-        axes.set_ylim(0, 1.12 * max(max(values) for _, values, _ in groups))
+        axes.set_ylim(0, 1.12 * max(sum(bar) for _, bars, _ in groups for bar in bars))
         axes.set_ylabel(f"share of {self.first}")
         dress(axes, f"{', '.join(self.costs)}: less is better", grid="y")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(self.costs))
+        legend_above(axes)
         return axes
 
 

@@ -20,6 +20,7 @@ from fasterai.display import (
     Table,
     as_percent,
     dress,
+    legend_above,
     new_axes,
     of_batch,
     short,
@@ -147,11 +148,11 @@ class Cost(Shown):
         axes.set(ylim=(len(shown) - 0.4, -0.6), xlabel="share of the whole model")
         axes.set_xlim(0, 1.8 * max([*weight.values(), 0.01]))
         axes.xaxis.set_major_formatter(as_percent)
-        left_out = f" ({len(rows) - len(shown)} cheaper layers not shown)" if len(shown) < len(rows) else ""
-        title = f"{short(self.macs)} MACs{of_batch(self.batch_size)}, {short(self.parameters)} parameters{left_out}"
-        dress(axes, title, grid="x")
+        left_out = f"{len(rows) - len(shown)} cheaper layers not shown" if len(shown) < len(rows) else ""
+        title = f"{short(self.macs)} MACs{of_batch(self.batch_size)}, {short(self.parameters)} parameters"
+        dress(axes, title, grid="x", below=left_out or " ")
         if shown:
-            axes.legend(loc="lower right")
+            legend_above(axes)
         return axes
 
 

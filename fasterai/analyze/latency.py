@@ -31,7 +31,7 @@ SETTLED, LONGER = 1.05, 3
 LAYER_TURNS, LAYER_PASSES = 5, 4
 WARM_UP = 6
 #: Seconds of a block of a model quicker than that: long against the clock and the loop around the calls.
-BLOCK = 0.005
+BLOCK = 0.001
 
 
 def latency(

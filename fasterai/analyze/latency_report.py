@@ -9,7 +9,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fasterai.analyze.layer_times import LayerTiming, layer_timings
 from fasterai.analyze.timing import dealt, quartiles
-from fasterai.display import INK, QUIET, SERIES, SMALL, Brief, Shown, Table, counted, dress, new_axes, short_time, styled
+from fasterai.display import (
+    INK,
+    QUIET,
+    SMALL,
+    Brief,
+    Shown,
+    Table,
+    counted,
+    dress,
+    legend_above,
+    model_colors,
+    new_axes,
+    short_time,
+    styled,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,6 +70,11 @@ class Speed(NamedTuple):
         if self.is_noisy:
             return f"{1 / self.high:.0%} to {1 / self.low:.0%}"
         return "same" if self.is_same else f"{1 / self.ratio:.0%}"
+
+    @property
+    def bar(self) -> tuple[float, float]:
+        """Start and length of a bar of the share of the other's time: the range alone where that spreads too far."""
+        return (1 / self.high, 1 / self.low - 1 / self.high) if self.is_noisy else (0.0, 1 / self.ratio)
 
     def words(self, batch_size: int | None = None) -> str:
         """Write the speed in words, with the batch that it is of if there is one."""
@@ -214,7 +233,7 @@ class LatencyComparison(Shown):
         axes = new_axes(max(5.0, 1.6 + 1.1 * len(self.models) * len(self.batch_sizes)), 3.8) if ax is None else ax
         _draw_bars(axes, self.models, self.speed)
         dress(axes, f"Time of a forward pass, {_conditions(next(iter(self.models.values())))}", grid="y")
-        axes.legend(loc="upper left")
+        legend_above(axes)
         return axes
 
 
@@ -251,13 +270,12 @@ def _conditions(one: Latency) -> str:
 
 
 def _draw_bars(axes: Axes, models: Mapping[str, Latency], speed: Callable[[str, int | None], Speed] | None = None) -> None:
-    width = 0.8 / len(models)
+    width, colors = 0.8 / len(models), model_colors(models)
     sizes = [_batch(t) for t in next(iter(models.values())).timings]
     for i, (name, one) in enumerate(models.items()):
         places = [group + (i - (len(models) - 1) / 2) * width for group in range(len(sizes))]
         medians, spreads = [1e3 * t.median for t in one.timings], [5e2 * t.iqr for t in one.timings]
-        color = SERIES[i % len(SERIES)]
-        axes.bar(places, medians, width * 0.92, yerr=spreads, color=color, label=name or None, ecolor=INK)
+        axes.bar(places, medians, width * 0.92, yerr=spreads, color=colors[name], label=name or None, ecolor=INK)
         for group, (place, height, spread) in enumerate(zip(places, medians, spreads, strict=True)):
             text = short_time(height / 1e3)
             if speed is not None and i:

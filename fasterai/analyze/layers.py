@@ -11,13 +11,13 @@ import numpy as np
 from fasterai.analyze.cost import LayerCost
 from fasterai.analyze.layer_times import LayerTiming
 from fasterai.display import (
-    SERIES,
     SMALL,
     Brief,
     Shown,
     Table,
     counted,
     dress,
+    model_colors,
     new_axes,
     of_batch,
     short,
@@ -116,11 +116,11 @@ class LayerComparison(Shown):
         shares = np.max([values.max(axis=1) / max(values.sum(), 1e-300) for _, _, values in panels], axis=0, initial=0.0)
         shown = np.sort(np.argsort(-shares, kind="stable")[:MOST_LAYERS])
         axes = new_axes(2.0 + 2.6 * len(panels), 1.6 + (0.16 + 0.12 * len(self.names)) * len(shown), len(panels))
-        width = 0.84 / len(self.names)
+        width, colors = 0.84 / len(self.names), model_colors(self.names)
         for ax, (label, write, values) in zip(axes, panels, strict=True):
             for i, name in enumerate(self.names):
                 places = np.arange(len(shown)) + (i - (len(self.names) - 1) / 2) * width
-                ax.barh(places, values[shown, i], height=width * 0.92, color=SERIES[i % len(SERIES)], label=name)
+                ax.barh(places, values[shown, i], height=width * 0.92, color=colors[name], label=name)
             most = float(values.max(initial=1e-300))
             ax.set(ylim=(len(shown) - 0.4, -0.6), xlim=(0, 1.2 * most))
             ax.set_yticks([])

@@ -13,9 +13,9 @@ from fasterai.display import (
     AREA,
     EMPTY,
     INK,
+    MODELS,
     PAPER,
     QUIET,
-    SERIES,
     SMALL,
     as_percent,
     dress,
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["write_all", "write_removal", "write_small", "write_sparsity", "write_training"]
 
-COLORS = {"dense": SERIES[0], "sparse": SERIES[2], "small": SERIES[3]}
-
 
 def write_all(report: Mapping[str, Any], folder: Path) -> None:
     """Draw every picture that the report has figures for."""
@@ -54,7 +52,7 @@ def write_removal(removal: Removal, path: Path) -> None:
 @styled()
 def write_training(report: Mapping[str, Any], path: Path) -> None:
     """Draw the accuracy over the epochs, dense and sparse, above the sparsity over the steps."""
-    figure = new_figure(8.0, 5.6, shown=False)
+    figure = new_figure(8.0, 5.6, shown=False, pad=0.12)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     _draw_accuracy(above, report)
     _draw_schedule(below, report)
@@ -90,7 +88,7 @@ def _left(report: Mapping[str, Any], layer: Mapping[str, Any]) -> str:
 
 def _draw_layer(axes: Axes, place: int, layer: Mapping[str, Any], left: str) -> None:
     share = layer["pruned"] / max(1, layer["units"])
-    axes.barh(place, share, color=COLORS["sparse"], height=0.74)
+    axes.barh(place, share, color=MODELS["sparse"], height=0.74)
     inside = share > 0.1
     at, color = (0.01, PAPER) if inside else (share + 0.01, INK)
     axes.text(at, place, f"{share:.1%}", va="center", color=color, fontsize=SMALL, weight="bold")
@@ -104,14 +102,14 @@ def write_small(report: Mapping[str, Any], path: Path) -> None:
     figure = new_figure(8.0, 1.6 + 0.72 * len(rows), shown=False)
     axes = figure.subplots()
     thickness = 0.78 / len(names)
-    most = max(share for _, bars in rows for share, *_ in bars.values())
+    most = max(sum(bar) for _, bars in rows for bar, *_ in bars.values())
     for place, (_, bars) in enumerate(rows):
         for i, name in enumerate(names):
-            (share, text, said), at = bars[name], place + (i - (len(names) - 1) / 2) * thickness
-            axes.barh(at, share, height=0.88 * thickness, color=COLORS[name])
+            ((start, length), text, said), at = bars[name], place + (i - (len(names) - 1) / 2) * thickness
+            axes.barh(at, length, left=start, height=0.88 * thickness, color=MODELS[name])
             label = text if i == 0 else f"{text}   {said}"
             weight = "bold" if said.endswith("%") and " to " not in said else "normal"
-            axes.text(share + 0.012 * most, at, label, va="center", color=COLORS[name], fontsize=SMALL, weight=weight)
+            axes.text(start + length + 0.012 * most, at, label, va="center", color=MODELS[name], fontsize=SMALL, weight=weight)
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
     axes.set(xlim=(0, 1.2 * most), ylim=(len(rows) - 0.5, -0.5))
     axes.set_xlabel(_conditions(report), loc="left", fontsize=SMALL)
@@ -122,8 +120,8 @@ def write_small(report: Mapping[str, Any], path: Path) -> None:
     _write(figure, path)
 
 
-def _shares(report: Mapping[str, Any]) -> list[tuple[str, dict[str, tuple[float, str, str]]]]:
-    """Return (label, {network: (share of the first network's figure, the figure, the share in words)}) for each figure."""
+def _shares(report: Mapping[str, Any]) -> list[tuple[str, dict[str, tuple[tuple[float, float], str, str]]]]:
+    """Return (label, {network: (start and length of its bar, the figure, the share in words)}) for each figure."""
     small, names = report["small"], columns(report)
     first, rows = small["costs"][names[0]], []
     for label, key, write in (
@@ -133,12 +131,12 @@ def _shares(report: Mapping[str, Any]) -> list[tuple[str, dict[str, tuple[float,
     ):
         values = {name: small["costs"][name][key] for name in names}
         shares = {name: value / max(1, first[key]) for name, value in values.items()}
-        rows.append((label, {name: (share, write(values[name]), f"{share:.0%}") for name, share in shares.items()}))
+        rows.append((label, {name: ((0.0, share), write(values[name]), f"{share:.0%}") for name, share in shares.items()}))
     for batch in small["times"]["batches"]:
         label = f"time,\n{batch['images']} image{'s' if batch['images'] > 1 else ''}"
         speeds = {name: Speed(batch["as_fast"][name], *batch["quartiles"][name]) for name in names}
         times = {name: short_time(batch["seconds"][name]) for name in names}
-        rows.append((label, {name: (1 / speed.ratio, times[name], speed.share) for name, speed in speeds.items()}))
+        rows.append((label, {name: (speed.bar, times[name], speed.share) for name, speed in speeds.items()}))
     return rows
 
 
@@ -157,7 +155,7 @@ def _accuracies(axes: Axes, report: Mapping[str, Any]) -> None:
     axes.text(0, 1.02, "accuracy", transform=axes.transAxes, color=QUIET)
     for i, (name, accuracy) in enumerate(accuracies.items()):
         at = 0.13 + 0.2 * i
-        axes.text(at, 1.02, f"{name} {accuracy:.1%}", transform=axes.transAxes, color=COLORS[name], weight="bold")
+        axes.text(at, 1.02, f"{name} {accuracy:.1%}", transform=axes.transAxes, color=MODELS[name], weight="bold")
 
 
 def _draw_overall(axes: Axes, layers: list[Mapping[str, Any]]) -> None:
@@ -175,7 +173,7 @@ def _draw_accuracy(axes: Axes, report: Mapping[str, Any]) -> None:
         epochs, accuracy = [e["epoch"] for e in history], [e["accuracy"] for e in history]
         marker = "o" if len(epochs) <= 30 else ""
         axes.plot(
-            epochs, accuracy, color=COLORS[stage], linewidth=2.4, marker=marker, markersize=7, markeredgecolor=PAPER,
+            epochs, accuracy, color=MODELS[stage], linewidth=2.4, marker=marker, markersize=7, markeredgecolor=PAPER,
             clip_on=False, zorder=3,
         )  # fmt: skip
         ends[stage] = (epochs[-1], accuracy[-1])
@@ -195,7 +193,7 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
         middle = sum(heights) / 2
         heights = [middle - gap / 2, middle + gap / 2]
     for stage, height in zip(ordered, heights, strict=True):
-        _label_end(axes, f"{stage} {ends[stage][1]:.1%}", (ends[stage][0], height), COLORS[stage])
+        _label_end(axes, f"{stage} {ends[stage][1]:.1%}", (ends[stage][0], height), MODELS[stage])
 
 
 def _label_end(axes: Axes, text: str, at: tuple[float, float], color: str) -> None:
@@ -209,8 +207,8 @@ def _draw_schedule(axes: Axes, report: Mapping[str, Any]) -> None:
 
     epochs, sparsity = zip(*report["schedule"], strict=True)
     axes.fill_between(epochs, sparsity, color=AREA, linewidth=0)
-    axes.plot(epochs, sparsity, color=COLORS["sparse"], linewidth=2.0, clip_on=False)
-    _label_end(axes, f"{sparsity[-1]:.1%}", (epochs[-1], sparsity[-1]), COLORS["sparse"])
+    axes.plot(epochs, sparsity, color=MODELS["sparse"], linewidth=2.0, clip_on=False)
+    _label_end(axes, f"{sparsity[-1]:.1%}", (epochs[-1], sparsity[-1]), MODELS["sparse"])
     axes.set(xlabel="epoch", ylabel="sparsity", ylim=(0, 1), xlim=(0, epochs[-1]))
     axes.yaxis.set_major_formatter(as_percent)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

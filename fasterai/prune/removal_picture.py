@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fasterai.display import GRID, INK, QUIET, SERIES, SMALL, TITLE, as_percent, dress, new_figure, styled
+from fasterai.display import GRID, INK, QUIET, SERIES, SMALL, TITLE, as_percent, dress, legend_above, new_figure, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +26,7 @@ class ShareBar(NamedTuple):
         dense: The dense model's, as it is written.
         small: The small model's, as it is written.
         spread: The first and the third quartile of the share, where it was measured several times.
+        bar: Start and length of its bar; from 0 to the share if they are left out.
         said: The words for a share that is not to be named: it is the same, or too noisy. Empty where it is.
     """
 
@@ -35,6 +36,7 @@ class ShareBar(NamedTuple):
     small: str
     spread: tuple[float, float] | None = None
     said: str = ""
+    bar: tuple[float, float] | None = None
 
 
 class GroupBar(NamedTuple):
@@ -83,8 +85,9 @@ def _shown(groups: Sequence[GroupBar]) -> list[GroupBar]:
 def _draw_shares(axes: Axes, shares: Sequence[ShareBar], caption: str) -> None:
     for place, one in enumerate(shares):
         axes.barh(place, 1.0, height=0.52, color=GONE)
-        axes.barh(place, one.share, height=0.52, color=LEFT)
-        if one.spread is not None:
+        start, length = one.bar or (0.0, one.share)
+        axes.barh(place, length, left=start, height=0.52, color=LEFT)
+        if one.spread is not None and one.bar is None:
             axes.plot(list(one.spread), [place, place], color=INK, linewidth=1.6, solid_capstyle="butt")
         end, weight = max(1.0, one.share), "normal" if one.said else "bold"
         axes.text(end + 0.03, place - 0.1, one.said or f"{one.share:.0%}", va="center", fontsize=TITLE, weight=weight)
@@ -119,9 +122,4 @@ def _legend(axes: Any, has_stayed: bool) -> None:
     handles, labels = axes.get_legend_handles_labels()
     pairs = [(h, t) for h, t in zip(handles, labels, strict=True) if has_stayed or not t.startswith("silent")]
     if pairs:
-        options = {
-            "loc": "lower right",
-            "bbox_to_anchor": (1.0, 1.0),
-            "ncols": len(pairs),
-        }
-        axes.legend(*zip(*pairs, strict=True), borderaxespad=0.2, handlelength=1.2, **options)
+        legend_above(axes, *zip(*pairs, strict=True))

@@ -149,8 +149,10 @@ class Removal(Shown):
         lines = [f"outputs moved by at most {self.difference:.0e} of their scale"]
         if self.comparison is not None and self.comparison.latency is not None:
             one = self.comparison.latency.models[SMALL]
+            speed = self.comparison.latency.speed(SMALL, self.comparison.latency.batch_sizes[0])
             lines.append(f"time on {self.measurement.inputs}, {one.device}, {counted(one.threads, 'thread')},")
-            lines.append(f"{one.timings[0].blocks} turns; the line is the middle half of the fastest passes")
+            what = "bar" if speed.is_noisy else "line"
+            lines.append(f"{one.timings[0].blocks} turns; the {what} is the middle half of the fastest passes")
             lines.append("a mask alone leaves all of it as dense")
         return "\n".join(lines)
 
@@ -165,7 +167,7 @@ def _rows(comparison: Comparison) -> Iterator[ShareBar]:
         speed = comparison.latency.speed(SMALL, comparison.latency.batch_sizes[0])
         spread = (1 / speed.high, 1 / speed.low)
         said = speed.share if speed.is_same or speed.is_noisy else ""
-        yield ShareBar("time", 1 / speed.ratio, times[0], times[1], spread, said)
+        yield ShareBar("time", 1 / speed.ratio, times[0], times[1], spread, said, speed.bar if speed.is_noisy else None)
 
 
 def _table(comparison: Comparison) -> Table:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from fasterai.display import SERIES, Brief, Shown, Table, as_percent, counted, dress, new_axes, styled, units_word
+from fasterai.display import SERIES, Brief, Shown, Table, as_percent, counted, dress, legend_above, new_axes, styled, units_word
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -148,5 +148,5 @@ class SparsityReport(Shown):
         axes.xaxis.set_major_formatter(as_percent)
         axes.invert_yaxis()
         dress(axes, "Sparsity of each target", grid="x")
-        axes.legend(loc="lower right")
+        legend_above(axes)
         return axes

@@ -117,12 +117,12 @@ def test_the_times_are_those_of_the_two_models() -> None:
 def test_a_disturbed_machine_is_measured_for_longer(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes take now the one, now ten times the time, without an order: the fastest of each hand name the speed."""
     model, factors = Slow(), random.Random(3)
+    surgery = Surgery(model, make_plan(model, channel_graph(model, (X,)), [np.arange(8) < 2]))
 
     def sleep(seconds: float) -> None:
         clock[0] += 0.1 * seconds * factors.choice((1, 1, 10))
 
     monkeypatch.setattr(time, "sleep", sleep)
-    surgery = Surgery(model, make_plan(model, channel_graph(model, (X,)), [np.arange(8) < 2]))
     found = measured(model, surgery, (X,), "")
     assert found.comparison is not None and found.comparison.latency is not None
     assert found.comparison.latency.speed("small", None) == pytest.approx((4.0, 4.0, 4.0))

@@ -69,9 +69,16 @@ def test_shares_stand_at_the_left_with_their_figures() -> None:
 
 
 def test_the_spread_of_the_time_is_a_line() -> None:
-    left, _ = removal(measurement=figures((2.0, 4.0))).plot().axes
+    left, _ = removal(measurement=figures((2.0, 2.5))).plot().axes
     (line,) = left.lines
-    assert list(line.get_xdata()) == [0.25, 0.5]
+    assert list(line.get_xdata()) == [0.4, 0.5]
+
+
+def test_a_time_that_is_noise_has_no_bar_but_its_range() -> None:
+    left, _ = removal(measurement=figures((2.0, 4.0))).plot().axes
+    bar = left.patches[-1]
+    assert (bar.get_x(), bar.get_width()) == (0.25, 0.25)
+    assert not left.lines
 
 
 def written(quartiles: tuple[float, float], ratio: float = 2.5) -> Any:
