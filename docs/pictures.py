@@ -12,7 +12,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from fasterai.analyze.catalogues import plot_contexts, plot_criteria, plot_granularities, plot_schedules
+from fasterai.analyze.catalogues import (
+    plot_contexts,
+    plot_criteria,
+    plot_granularities,
+    plot_schedules,
+)
 from fasterai.cli import main
 from fasterai.display import save_figure
 
@@ -43,7 +48,9 @@ def draw_demo(folder: Path) -> None:
 
 def shrink(path: Path) -> None:
     """Write a picture with 64 colours, which is more than it shows: a third of the bytes."""
-    Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(
+        path, optimize=True
+    )
 
 
 if __name__ == "__main__":

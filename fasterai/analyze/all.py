@@ -5,6 +5,10 @@ this module by the name `analyze`, with the criteria and schedules; `from faster
 """
 
 from fasterai.analyze import all as analyze  # noqa: PLW0406 - the star brings this module by its name
+from fasterai.analyze.catalogues import plot_contexts as plot_contexts
+from fasterai.analyze.catalogues import plot_criteria as plot_criteria
+from fasterai.analyze.catalogues import plot_granularities as plot_granularities
+from fasterai.analyze.catalogues import plot_schedules as plot_schedules
 from fasterai.analyze.comparison import Comparison as Comparison
 from fasterai.analyze.comparison import compare as compare
 from fasterai.analyze.cost import Cost as Cost
