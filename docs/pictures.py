@@ -10,8 +10,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from PIL import Image
-
 from fasterai.analyze.catalogues import (
     plot_contexts,
     plot_criteria,
@@ -20,6 +18,7 @@ from fasterai.analyze.catalogues import (
 )
 from fasterai.cli import main
 from fasterai.display import save_figure
+from PIL import Image
 
 IMAGES = Path(__file__).parent / "images"
 CATALOGUES = {

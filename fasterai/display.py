@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -227,6 +226,8 @@ class Table:
         return f"<table>{inner}</table>"
 
     def _row(self, cells: Sequence[str], tag: str) -> str:
+        from html import escape  # only notebooks need it
+
         sides = ["left"] * self.left + ["right"] * (len(cells) - self.left)
         written = [f'<{tag} style="text-align:{side}">{escape(cell)}</{tag}>' for cell, side in zip(cells, sides, strict=False)]
         return f"<tr>{''.join(written)}</tr>"
@@ -250,6 +251,8 @@ class Shown(ABC):
         return "\n".join(line for part in self._parts() for line in (part.lines() if isinstance(part, Table) else [part]))
 
     def _repr_html_(self) -> str:
+        from html import escape
+
         parts = [part.html() if isinstance(part, Table) else f"<div>{escape(part)}</div>" for part in self._parts() if part]
         return f"<div>{''.join(parts)}</div>"
 

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -250,6 +251,8 @@ class Cells(HTMLParser):
 
 
 def cells(html: str) -> list[list[str]]:
+    """The cells of a page part's tables, after a check that every tag of it is closed."""
+    ElementTree.fromstring(html)
     reader = Cells()
     reader.feed(html)
     return reader.rows

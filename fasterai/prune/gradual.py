@@ -1,4 +1,7 @@
-"""Removal of channels during a training, in a few steps that follow a schedule; the optimizer goes on with the rest."""
+"""Removal of channels during a training, in a few steps that follow a schedule; the optimizer goes on with the rest.
+
+Over 300 lines, since one class answers to every event of a run, and keeps what it takes to undo and to resume.
+"""
 
 from __future__ import annotations
 
