@@ -17,6 +17,7 @@ from fasterai.core.checks import warn
 from fasterai.core.files import write_saved
 from fasterai.core.joined import innermost
 from fasterai.core.loop import STOPPED, Batch, Fit, Loop
+from fasterai.core.saved import check_loop_state
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -245,17 +246,18 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
                 f"the Trainer resumes at step {step}, and no {self._file} is in {_checkpoint(self._args.output_dir, step)}: "
                 "the participants begin afresh; set the callback's resume_from to the checkpoint's folder"
             )
-        elif state["step"] not in (step, step - 1):  # one less if that step was skipped for an overflow
+            return
+        check_loop_state(state)
+        if state["step"] not in (step, step - 1):  # one less if that step was skipped for an overflow
             raise ValueError(
                 f"resume_from must be the folder that the Trainer resumes, at step {step}, got one of step {state['step']}"
             )
-        elif not _are_alike(state.get("weights"), _sums(model)):
+        if not _are_alike(state.get("weights"), _sums(model)):
             raise ValueError(
                 f"resume_from must be the folder that the Trainer resumes, got {self.resume_from!r}, and the {self._file} that "
                 "was found is that of another run: set the callback's resume_from"
             )
-        else:
-            self.loop.load_state_dict(state)
+        self.loop.load_state_dict(state)
 
     def _saved(self, *places: Path) -> dict[str, Any] | None:
         """Return the state in the first of the folders that has one: the given one, the arguments' own, and others."""

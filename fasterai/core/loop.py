@@ -25,6 +25,7 @@ from fasterai.core.batch import Batch, Fit
 from fasterai.core.checks import check_count, warn
 from fasterai.core.joined import Joined
 from fasterai.core.participant import EVENTS, Participant
+from fasterai.core.saved import check_loop_state
 from fasterai.model.cuts import follow
 
 __all__ = ["EVENTS", "STOPPED", "Batch", "Fit", "Loop", "Participant"]
@@ -230,10 +231,10 @@ class Loop:
         order of the participants.
 
         Raises:
-            ValueError: It is no loop's state, of other participants, or of a longer run.
+            ValueError: It is no loop's state, of other participants, or of a longer run. Nothing is changed then.
+            TypeError: A part of it is of the wrong type.
         """
-        if not isinstance(state, Mapping) or not {"step", "participants"} <= set(state):
-            raise ValueError(f"state must be what state_dict() returned, got {_summary(state)}")
+        check_loop_state(state)
         if self.running and state["step"] > self.total_steps:
             raise ValueError(f"total_steps must be at least the {state['step']} steps of the state, got {self.total_steps}")
         loads = self._matched(state["participants"])
@@ -304,7 +305,3 @@ def _numbered(name: str, sign: str, taken: Container[str]) -> str:
         count += 1
         free = f"{name}{sign}{count}"
     return free
-
-
-def _summary(state: object) -> str:
-    return f"one with {', '.join(map(str, state)) or 'nothing'}" if isinstance(state, Mapping) else repr(state)
