@@ -30,7 +30,6 @@ __all__ = ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCall
 
 #: What the Trainer adds to the batch itself.
 COUNT = "num_items_in_batch"
-
 #: Where arguments keep the limit of the clipping that is left to a callback, until it gives it back.
 KEPT = "_max_grad_norm_of_a_callback"
 
@@ -115,8 +114,8 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
                 raise ValueError(f"callbacks must hold one {kind}, as its file has that name, got two; give one of them all")
 
     def _end_forgotten(self) -> None:
-        words = f", with {lacking}" if (lacking := self.loop.shortfall()) else ""
-        warn(f"an earlier training was interrupted with its {type(self).__name__} on the model{words}: its run ends here")
+        kind, lacking = type(self).__name__, self.loop.shortfall() or "nothing lacking"
+        warn(f"an earlier training was interrupted with its {kind} on the model, {lacking}: its run ends here")
         self._end(completed=False, why="")
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -249,9 +248,8 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
             return
         check_loop_state(state)
         if state["step"] not in (step, step - 1):  # one less if that step was skipped for an overflow
-            raise ValueError(
-                f"resume_from must be the folder that the Trainer resumes, at step {step}, got one of step {state['step']}"
-            )
+            steps = f"at step {step}, got one of step {state['step']}"
+            raise ValueError(f"resume_from must be the folder that the Trainer resumes, {steps}")
         if not _are_alike(state.get("weights"), _sums(model)):
             raise ValueError(
                 f"resume_from must be the folder that the Trainer resumes, got {self.resume_from!r}, and the {self._file} that "

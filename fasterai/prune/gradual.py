@@ -1,4 +1,7 @@
-"""Removal of channels during a training, in a few steps that follow a schedule; the optimizer goes on with the rest."""
+"""Removal of channels during a training, in a few steps that follow a schedule; the optimizer goes on with the rest.
+
+Over 300 lines, since what a run does, says, saves and takes back are the events of one participant.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of masks that the model does not obey, or would not: filled weights, averages, layers that were replaced."""
+"""Warnings of masks that the model does not obey, or would not: filled weights, averages, layers that were replaced."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ for _ in range({steps}):
 @pytest.mark.parametrize(("steps", "expected"), [(2, "the run ends at step 2 of 4, with sparsity 0.2500 of 0.5000"), (4, "")])
 def test_the_end_of_the_program_says_it(steps, expected):
     run = subprocess.run([sys.executable, "-c", SCRIPT.format(steps=steps)], capture_output=True, text=True, check=True)
-    assert expected in run.stderr and run.stderr.count("the run ends") == bool(expected)
+    assert expected in run.stderr and run.stderr.count("UserWarning: the run ends") == bool(expected)
     assert "Traceback" not in run.stderr
 
 
