@@ -17,6 +17,7 @@ from fasterai.core.checks import warn
 from fasterai.core.files import write_saved
 from fasterai.core.joined import innermost
 from fasterai.core.loop import STOPPED, Batch, Fit, Loop
+from fasterai.core.saved import check_loop_state
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -29,7 +30,6 @@ __all__ = ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCall
 
 #: What the Trainer adds to the batch itself.
 COUNT = "num_items_in_batch"
-
 #: Where arguments keep the limit of the clipping that is left to a callback, until it gives it back.
 KEPT = "_max_grad_norm_of_a_callback"
 
@@ -114,8 +114,8 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
                 raise ValueError(f"callbacks must hold one {kind}, as its file has that name, got two; give one of them all")
 
     def _end_forgotten(self) -> None:
-        words = f", with {lacking}" if (lacking := self.loop.shortfall()) else ""
-        warn(f"an earlier training was interrupted with its {type(self).__name__} on the model{words}: its run ends here")
+        kind, lacking = type(self).__name__, self.loop.shortfall() or "nothing lacking"
+        warn(f"an earlier training was interrupted with its {kind} on the model, {lacking}: its run ends here")
         self._end(completed=False, why="")
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -245,17 +245,17 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
                 f"the Trainer resumes at step {step}, and no {self._file} is in {_checkpoint(self._args.output_dir, step)}: "
                 "the participants begin afresh; set the callback's resume_from to the checkpoint's folder"
             )
-        elif state["step"] not in (step, step - 1):  # one less if that step was skipped for an overflow
-            raise ValueError(
-                f"resume_from must be the folder that the Trainer resumes, at step {step}, got one of step {state['step']}"
-            )
-        elif not _are_alike(state.get("weights"), _sums(model)):
+            return
+        check_loop_state(state)
+        if state["step"] not in (step, step - 1):  # one less if that step was skipped for an overflow
+            steps = f"at step {step}, got one of step {state['step']}"
+            raise ValueError(f"resume_from must be the folder that the Trainer resumes, {steps}")
+        if not _are_alike(state.get("weights"), _sums(model)):
             raise ValueError(
                 f"resume_from must be the folder that the Trainer resumes, got {self.resume_from!r}, and the {self._file} that "
                 "was found is that of another run: set the callback's resume_from"
             )
-        else:
-            self.loop.load_state_dict(state)
+        self.loop.load_state_dict(state)
 
     def _saved(self, *places: Path) -> dict[str, Any] | None:
         """Return the state in the first of the folders that has one: the given one, the arguments' own, and others."""

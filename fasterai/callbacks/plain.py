@@ -25,8 +25,8 @@ IN_LOSS = ("after_forward", "after_loss")
 #: The likely reasons for which a loop of one's own ends short, and the repairs.
 COUNTED = (
     "total_steps counts steps of the optimizer, so that with gradients accumulated over k batches it is "
-    "attach(..., epochs=epochs, steps_per_epoch=len(loader), accumulate=k); a step that a GradScaler skips is none, and a loop may "
-    "have broken off: remove(completed=True) goes to the end all the same, and remove(completed=False) says that it is meant"
+    "attach(..., epochs=epochs, steps_per_epoch=len(loader), accumulate=k); a step that a GradScaler skips is none, and a loop "
+    "may have broken off: remove(completed=True) goes to the end all the same, and completed=False says that it is meant"
 )
 BROKEN = "the loop has failed, or was interrupted; remove(completed=True) goes to the end all the same"
 DROPPED = "its handle is gone, and remove() was never called: keep the handle and call it, or write with attach(...):"
@@ -151,8 +151,8 @@ class Handle:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
-            "handle must not be pickled or copied, since its hooks stay on its optimizer; save handle.state_dict(), and load it "
-            "into the handle of a new attach(...)"
+            "handle must not be pickled or copied, since its hooks stay on its optimizer; save handle.state_dict(), and load "
+            "it into the handle of a new attach(...)"
         )
 
     def metrics(self) -> dict[str, float]:
@@ -207,8 +207,8 @@ def attach(
 
     Raises:
         TypeError: `optimizer` is not a torch optimizer, nothing takes part, or a count is no whole number.
-        ValueError: A count is below 1, `total_steps` and `epochs` are both given or both left out, or a participant needs a `model` and there is none; a step beyond `total_steps`
-            raises before it changes a weight.
+        ValueError: A count is below 1, `total_steps` and `epochs` are both given or both left out, or a participant needs a
+            `model` and there is none; a step beyond the last raises before it changes a weight.
     """
     inner = innermost(optimizer)
     if not isinstance(inner, torch.optim.Optimizer):

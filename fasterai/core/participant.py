@@ -11,7 +11,7 @@ from fasterai.core.batch import Batch, Fit
 from fasterai.core.types import Move
 from fasterai.model.cuts import Cut
 
-__all__ = ["EVENTS", "Participant"]
+__all__ = ["EVENTS", "Participant", "own_parameters", "tell"]
 
 #: The events of a participant, in the order in which a run has them.
 EVENTS = (
@@ -84,3 +84,31 @@ class Participant:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state; the caller's dict is not changed."""
+
+
+def tell(participant: Participant, event: str, *arguments: Any) -> Any:
+    """Pass an event on; an error of the participant gets a note that names it."""
+    try:
+        return getattr(participant, event)(*arguments)
+    except Exception as error:
+        note = f"raised in {event} of the participant {participant.name}"
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+        raise
+
+
+def own_parameters(participant: Participant, model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that a participant wants to train.
+
+    Raises:
+        TypeError: What it returns is no list of parameters; one parameter alone would be taken for its rows.
+    """
+    found = tell(participant, "on_setup", model)
+    own = list(found) if isinstance(found, Iterable) and not isinstance(found, Tensor) else [None]
+    if not all(isinstance(p, Tensor) and p.is_leaf for p in own):
+        raise TypeError(f"{participant.name}.on_setup must return a list of parameters, [] for none, got {_kind(found)}")
+    return [p for p in own if p is not None]
+
+
+def _kind(found: object) -> str:
+    return f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)

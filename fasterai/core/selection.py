@@ -111,6 +111,8 @@ def _select_with_floors(pool: Sequence[Scores], prune: int, mark: Mark, floors: 
     for i in short:
         keeps[i] = _at_floor(pool[i], floors[i], mark)
     rest = [i for i in range(len(pool)) if i not in short]
+    if not rest:  # earlier masks kept fewer than the floors ask for, so that nothing makes up for it
+        return keeps
     left = prune - sum(pool[i].count - floors[i] for i in short)
     others = _select_with_floors([pool[i] for i in rest], left, mark, [floors[i] for i in rest])
     for i, keep in zip(rest, others, strict=True):

@@ -194,8 +194,8 @@ def find_targets(
 def _refuse_lazy(names: Sequence[str]) -> None:
     if names:
         raise ValueError(
-            f"model must have run once before, since lazy layers have no weights until then, got {', '.join(names[:5])}; run one "
-            "batch through it, or leave the layer out with targets="
+            f"model must have run once before, since lazy layers have no weights until then, got {', '.join(names[:5])}; run "
+            "one batch through it, or leave the layer out with targets="
         )
 
 

@@ -110,8 +110,7 @@ class GradualPruner(ShownChannels, Participant):
     @property
     def sparsity(self) -> float:
         """The share of the removable channels that are removed so far, in [0, 1]."""
-        first = sum(before for before, _ in self.channels.values())
-        return sum(before - now for before, now in self.channels.values()) / first if first else 0.0
+        return sum(a - b for a, b in self.channels.values()) / max(1, sum(a for a, _ in self.channels.values()))
 
     # --- a run -------------------------------------------------------------------------------------------------------
 
@@ -182,12 +181,9 @@ class GradualPruner(ShownChannels, Participant):
                 self._pruner.end()
 
     def shortfall(self) -> str:
-        """Return the share of the channels removed of that asked for, if the schedule has not come to its end."""
-        end = self.schedule(1.0)
-        if self._pruner is None or end <= self._done + 1e-9:
-            return ""
-        asked = f"{self._ratio!r}" if isinstance(self._ratio, Budget | Mapping) else f"{end * self._ratio:.4f}"
-        return f"{self.sparsity:.4f} of the channels removed, of {asked}"
+        """Return the share of the channels removed, if the schedule has not come to its end; empty if it has."""
+        is_short = self._pruner is not None and self._done + 1e-9 < self.schedule(1.0)
+        return f"{self.sparsity:.4f} of the channels removed, of {self._ratio!r}" if is_short else ""
 
     def _look(self, fit: Fit) -> None:
         """Count the removable channels, if something has changed since the last run."""

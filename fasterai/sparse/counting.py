@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
-from fasterai.core.checks import warn
 from fasterai.core.selection import count_true
 from fasterai.core.types import Target
 from fasterai.model.names import unwrap
@@ -19,7 +18,7 @@ from fasterai.units.pool import Pool
 if TYPE_CHECKING:
     from fasterai.sparse.record import MaskRecord
 
-__all__ = ["count_filled", "count_reached", "warn_of_filled", "write_report"]
+__all__ = ["count_filled", "count_masked", "count_reached", "write_report"]
 
 
 def count_reached(record: MaskRecord) -> Reached:
@@ -28,27 +27,12 @@ def count_reached(record: MaskRecord) -> Reached:
     pruned = {p.name: record.pruned(p) for p in record.pools}
     weights = sum(t.parameter.numel() for t in record.targets)
     per_pool = {n: pruned[n] / units[n] if units[n] else 0.0 for n in units}
-    return Reached(sum(pruned.values()) / max(1, sum(units.values())), _masked(record) / max(1, weights), per_pool)
+    return Reached(sum(pruned.values()) / max(1, sum(units.values())), count_masked(record) / max(1, weights), per_pool)
 
 
 def count_filled(record: MaskRecord) -> int:
     """Count the masked weights of the targets that are not zero, each once."""
     return sum(count_true(weight.ne(0) & ~mask) for weight, mask in record.masks_of_targets())
-
-
-def warn_of_filled(record: MaskRecord, what: str) -> None:
-    """Warn if masked weights are not zero where they should be.
-
-    Args:
-        record: The masks.
-        what: When it is, and what becomes of the weights.
-    """
-    filled = count_filled(record)
-    if filled:
-        warn(
-            f"{what}: {filled:,} of {_masked(record):,} masked weights were not zero. An optimizer that averages weights "
-            "(schedule-free's eval(), Lookahead), a moving average, or a callback that loads other weights has brought them back"
-        )
 
 
 def write_report(record: MaskRecord) -> SparsityReport:
@@ -74,10 +58,10 @@ def _together(record: MaskRecord, rows: Sequence[Row]) -> Row:
     """Return all targets as one row."""
     sums = (sum(r.units for r in rows), sum(r.pruned for r in rows))
     weights, zeros = sum(t.parameter.numel() for t in record.targets), sum(_zeros(t) for t in record.targets)
-    return Row("all targets", (), *sums, weights, zeros, _masked(record), count_filled(record))
+    return Row("all targets", (), *sums, weights, zeros, count_masked(record), count_filled(record))
 
 
-def _masked(record: MaskRecord) -> int:
+def count_masked(record: MaskRecord) -> int:
     """Return the number of weights of the targets that the masks set to zero, each counted once.
 
     Channels of two pools cross in the weight between them, so that the pools' counts would not add up.

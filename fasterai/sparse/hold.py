@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from fasterai.core.checks import warn
-from fasterai.core.joined import innermost
 from fasterai.core.loop import Fit, Participant
 from fasterai.model.cuts import note_optimizer
-from fasterai.sparse.counting import count_reached, warn_of_filled
+from fasterai.sparse.counting import count_reached
+from fasterai.sparse.doubts import AFTERWARDS, tell_of_averages, warn_of_filled
 from fasterai.sparse.record import MaskRecord
 
-__all__ = ["AFTERWARDS", "Hold", "tell_of_averages"]
-
-#: When masked weights are counted that the framework has brought back after the run, and the repair.
-AFTERWARDS = "after the run, which left them zero (sparsifier.apply_masks() does so again)"
-
-
-def tell_of_averages(fit: Fit) -> None:
-    """Warn of optimizers that put averaged weights in the place of those that are trained, as schedule-free ones do."""
-    for one in map(innermost, fit.optimizers):
-        if callable(getattr(one, "eval", None)) and callable(getattr(one, "train", None)):
-            warn(
-                f"optimizer {type(one).__name__} puts averaged weights into the model in its eval(), where masked weights are not "
-                "zero: call sparsifier.apply_masks() after each optimizer.eval()"
-            )
+__all__ = ["Hold"]
 
 
 class Hold(Participant):

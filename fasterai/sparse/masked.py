@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from fasterai.core.files import write_saved
 from fasterai.core.loop import Participant
 from fasterai.core.types import Move, Target
 from fasterai.display import Shown, Table
 from fasterai.model.cuts import note_optimizer
-from fasterai.model.names import unwrap
-from fasterai.sparse.counting import count_reached, warn_of_filled, write_report
-from fasterai.sparse.hold import AFTERWARDS, Hold
+from fasterai.model.masks import apply_masks_
+from fasterai.model.names import unwrap, walk_tensors
+from fasterai.sparse.counting import count_reached, write_report
+from fasterai.sparse.doubts import AFTERWARDS, warn_of_filled
+from fasterai.sparse.hold import Hold
 from fasterai.sparse.record import MaskRecord
 from fasterai.sparse.report import Reached, SparsityReport
 
@@ -66,7 +69,7 @@ class Masked(Shown, Participant, ABC):
             ValueError: The copy lacks a masked parameter, or has it in another shape. Nothing is changed then.
         """
         if model is not None:
-            self._record.apply_to_(model)
+            apply_to_copy_(self._record, model)
             return
         self._record.apply_()
         self._record.look_on()
@@ -146,3 +149,20 @@ class Masked(Shown, Participant, ABC):
     def metrics(self) -> dict[str, float]:
         """Return the share of units that are pruned now, in [0, 1]."""
         return {"sparsity": self.sparsity.overall}
+
+
+def apply_to_copy_(record: MaskRecord, copy: nn.Module) -> None:
+    """Set the masked weights of a copy of the model to zero, found there by their names.
+
+    Raises:
+        ValueError: One is missing there, or of another shape. Nothing is changed then.
+    """
+    inner = copy.module if isinstance(copy, AveragedModel) else copy
+    theirs = {name: tensor for name, _, _, tensor in walk_tensors(unwrap(inner))}
+    pairs = []
+    for name, parameter, mask in record.masked():
+        there = tuple(theirs[name].shape) if name in theirs else "missing"
+        if there != (here := tuple(parameter.shape)):
+            raise ValueError(f"model must be a copy of the sparsifier's, got one where {name} is {there}, here {here}")
+        pairs.append((theirs[name].detach().view(mask.shape), mask.to(theirs[name].device)))
+    apply_masks_(pairs)

@@ -58,6 +58,6 @@ class Pace:
         return {"share": self.share, "asked": list(self.asked), "finished": self.finished}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Go on from a saved state, which `check_state` has let in."""
         self.share, self.asked = state["share"], tuple(state["asked"])
         self.finished = bool(state.get("finished", False))  # states of earlier versions have none

@@ -1,4 +1,7 @@
-"""The record of a model's masks: the one place that knows the pruned units, and that sets their weights to zero."""
+"""The record of a model's masks: the one place that knows the pruned units, and that sets their weights to zero.
+
+Over 300 lines, since it is the one place.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
-from fasterai.core.checks import warn
 from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Fit
 from fasterai.core.selection import count_true
 from fasterai.core.types import Move, Target
 from fasterai.model.cuts import Cut, follow, sliced
 from fasterai.model.masks import apply_masks_
-from fasterai.model.names import unwrap, walk_tensors
+from fasterai.model.names import unwrap
 from fasterai.model.sharded import check_plain
 from fasterai.model.targets import Selection, all_targets
 from fasterai.sparse.states import check_masks
@@ -46,9 +47,8 @@ class MaskRecord:
         moves: The number of times that the masks have changed.
         trained: Names of pools that have trained in the present run, or in the last one if it was not completed.
         watch: The looks at training that would fill the zeros.
+        missed: The targets that are said to be in the model no more.
     """
-
-    _told: frozenset[str] | set[str] = frozenset()  # the targets whose layers were missed
 
     def __init__(self, model: nn.Module, granularity: Granularity, selection: Selection) -> None:
         self.model = model
@@ -61,7 +61,7 @@ class MaskRecord:
         self._merged: dict[str, tuple[Pool, Tensor]] = {}
         self._merged_of: Mapping[str, Tensor] | None = None  # the decisions that the merged masks are of
         self._counted: dict[str, tuple[Tensor, int]] = {}  # decisions -> how many prune, which metrics ask for again and again
-        self.watch = Watch()
+        self.watch, self.missed = Watch(), frozenset[str]()
         self.selection, self.pools = self.maker.make(model, selection)
         follow(model, self)
 
@@ -117,7 +117,8 @@ class MaskRecord:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or pickle, which then follows the cuts of its own model."""
-        made = {"trained": set(), "maker": maker_of(state["granularity"]), "watch": Watch()}  # earlier pickles have none
+        made = {"trained": set(), "maker": maker_of(state["granularity"]), "watch": Watch()}
+        made["missed"] = frozenset()  # pickles of earlier versions have none
         self.__dict__.update({**made, **state})
         follow(self.model, self)
 
@@ -146,17 +147,6 @@ class MaskRecord:
                 f"...): {repair if is_frozen else 'make the optimizer anew after the model'}"
             )
 
-    def warn_of_replaced(self) -> None:
-        """Warn once of layers that have been put in the place of targets, which masks do not reach."""
-        here = {id(m) for m in unwrap(self.model).modules()}
-        gone = sorted({t.name for t in self.targets if id(t.module) not in here} - self._told)
-        self._told = self._told | set(gone)
-        if gone:
-            warn(
-                f"the layer of {', '.join(gone[:5])} is not in the model any more, and what was put in its place is dense, though "
-                "the sparsity counts it: make a new Sparsifier after the model is as it stays"
-            )
-
     def replace(self, chosen: Mapping[str, Tensor]) -> Move:
         """Replace the decisions of some pools.
 
@@ -183,23 +173,7 @@ class MaskRecord:
         check_plain(place for pool in self.pools if pool.name in self.keep for place in pool.places)
         apply_masks_(self._pairs())
 
-    def apply_to_(self, copy: nn.Module) -> None:
-        """Set the masked weights of a copy of the model to zero, found there by their names.
-
-        Raises:
-            ValueError: One is missing there, or of another shape. Nothing is changed then.
-        """
-        inner = copy.module if isinstance(copy, AveragedModel) else copy
-        theirs = {name: tensor for name, _, _, tensor in walk_tensors(unwrap(inner))}
-        pairs = []
-        for name, parameter, mask in self._masked():
-            there = tuple(theirs[name].shape) if name in theirs else "missing"
-            if there != (here := tuple(parameter.shape)):
-                raise ValueError(f"model must be a copy of the sparsifier's, got one where {name} is {there}, here {here}")
-            pairs.append((theirs[name].detach().view(mask.shape), mask.to(theirs[name].device)))
-        apply_masks_(pairs)
-
-    def _masked(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    def masked(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
         """Yield (name, parameter, mask of as many dimensions as the view that it is for) of all that is masked."""
         places = {place.name: place for pool in self.pools for place in pool.places}
         for name, (pool, mask) in self._merge().items():
@@ -209,7 +183,7 @@ class MaskRecord:
 
     def look_on(self) -> None:
         """Look at the next backward passes, which would fill the zeros where nothing holds them."""
-        self.watch.begin(self.keep, self._masked)
+        self.watch.begin(self.keep, self.masked)
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         for name, (pool, mask) in self._merge().items():

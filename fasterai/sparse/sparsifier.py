@@ -26,7 +26,7 @@ from fasterai.display import counted, units_word
 from fasterai.model.cuts import follow, note_optimizer
 from fasterai.model.sharded import check_unflattened
 from fasterai.model.targets import LayerTypes, TargetsLike, find_targets
-from fasterai.sparse.counting import warn_of_filled
+from fasterai.sparse.doubts import tell_of_averages, warn_of_filled, warn_of_replaced
 from fasterai.sparse.goal import (
     Sparsity,
     check_sources,
@@ -37,7 +37,6 @@ from fasterai.sparse.goal import (
     read_inputs,
     read_rule,
 )
-from fasterai.sparse.hold import tell_of_averages
 from fasterai.sparse.masked import Masked
 from fasterai.sparse.moves import move_masks, tell_of_rounding, warn_without_flow
 from fasterai.sparse.pace import Pace
@@ -254,7 +253,7 @@ class Sparsifier(Masked):
     ) -> None:
         """Choose the units to prune and replace the masks; if anything fails, nothing is changed."""
         round_to = self.round_to if round_to is None else check_count("round_to", round_to)
-        self._record.warn_of_replaced()
+        warn_of_replaced(self._record)
         limits = limits_of(pools, min_keep=self.min_keep, may_fall=may_fall, round_to=round_to)
         together = partial(
             agree,
@@ -357,7 +356,7 @@ class Sparsifier(Masked):
                 self._follow(1.0)
             except ValueError as error:
                 warn(f"the run ended before its last step, at sparsity {self.sparsity:.4f} ({error})")
-        self._record.warn_of_replaced()
+        warn_of_replaced(self._record)
         if completed or self._stepping:
             self._record.apply_()
         self._record.watch.let_go()
@@ -374,13 +373,13 @@ class Sparsifier(Masked):
         """Warn of a run that had nothing to prune, and of a rule that brought nothing back."""
         if not self._record.active:
             warn(
-                f"nothing was pruned in this run: every target was frozen ({self.targets[0].name}, ...); name them with targets= "
-                "to prune them all the same"
+                f"nothing was pruned in this run: every target was frozen ({self.targets[0].name}, ...); name them with "
+                "targets= to prune them all the same"
             )
         elif not self._regrown and self.rule != nested and self.sparsity.overall > 0:
             warn(
-                f"rule {self.rule!r} brought no pruned unit back in this run: was there a step at which it is due (every, until) "
-                "while units were pruned, and what makes pruned units score higher than kept ones?"
+                f"rule {self.rule!r} brought no pruned unit back in this run: was there a step at which it is due (every, "
+                "until) while units were pruned, and what makes pruned units score higher than kept ones?"
             )
 
     def shortfall(self) -> str:

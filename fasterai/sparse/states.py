@@ -6,12 +6,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fasterai.core.granularities import Granularity
+from fasterai.core.saved import (
+    Check,
+    check_parts,
+    counts,
+    equal_to,
+    finite_tensors,
+    flag,
+    fraction,
+    mapping_of,
+    text,
+    texts,
+    whole,
+)
 from fasterai.core.types import Target
 from fasterai.units.pool import Pool
 
-__all__ = ["FORMAT", "check_masks", "check_state"]
+__all__ = ["FORMAT", "check_masks", "check_shapes", "check_state"]
 
 FORMAT = 1
 
@@ -20,18 +34,48 @@ def check_state(state: Mapping[str, Any]) -> None:
     """Refuse what is no sparsifier's state.
 
     Raises:
-        ValueError: Something is missing, the format is another, or earlier weights are of other shapes.
+        ValueError: Something is missing or out of range, the format is another, or earlier weights are of other shapes.
+        TypeError: A part is of the wrong type.
     """
-    own = ("format", "granularity", "shapes", "keep", "noted", "initial", "previous", "asked", "share")
-    missing = [key for key in own if not isinstance(state, Mapping) or key not in state]
-    if missing:
-        raise ValueError(f"state must be what Sparsifier.state_dict() returned, got one without {', '.join(missing)}")
-    if state["format"] != FORMAT:
-        raise ValueError(f"state's format must be {FORMAT}, got {state['format']!r}")
+    later = {"trained": texts, "finished": flag, "moves": whole, "regrown": flag}
+    check_parts(state, "Sparsifier", PARTS, later)
     for part in ("initial", "previous"):
-        for name, weight in state[part].items():
-            if list(weight.shape) != state["shapes"].get(name):
-                raise ValueError(f"state's {part} weights must be of its targets' shapes, got {tuple(weight.shape)} for {name}")
+        check_shapes(f"state's {part} weights", state[part], state["shapes"])
+
+
+def check_shapes(what: str, weights: Mapping[str, Tensor], shapes: Mapping[str, Any]) -> None:
+    """Refuse weights of some targets that are of other shapes, and, unless there are none at all, those that lack a target.
+
+    Raises:
+        ValueError: They are; one is named.
+    """
+    for name, weight in weights.items():
+        if list(weight.shape) != list(shapes.get(name, [None])):
+            raise ValueError(f"{what} must be of its targets' shapes, got {tuple(weight.shape)} for {name}")
+
+
+def _asked(what: str, value: Any) -> None:
+    for entry in value if isinstance(value, list | tuple) else [None]:
+        if isinstance(entry, bool) or not isinstance(entry, int | str):
+            raise TypeError(f"{what} must be a list of names and numbers, got {value!r}")
+
+
+def _masks(what: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{what} must be a tensor, got {value!r} ({type(value).__name__})")
+
+
+PARTS: Mapping[str, Check] = {
+    "format": equal_to(FORMAT),
+    "granularity": text,
+    "shapes": mapping_of(counts),
+    "keep": mapping_of(_masks),
+    "noted": finite_tensors,
+    "initial": finite_tensors,
+    "previous": finite_tensors,
+    "asked": _asked,
+    "share": fraction,
+}
 
 
 def check_masks(state: Mapping[str, Any], granularity: Granularity, targets: Sequence[Target], pools: Sequence[Pool]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fasterai.core.checks import check_count, warn
 from fasterai.core.loop import Fit, Participant
+from fasterai.core.saved import check_parts, finite_tensors
 from fasterai.core.types import Move
 from fasterai.display import Shown, Table, settings
 from fasterai.model.cuts import Cut, follow, sliced
@@ -137,6 +138,20 @@ class LotteryTicket(Shown, Participant):
         return {"saved": {n: x.clone() for n, x in self._saved.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load noted weights; the caller's dict is not changed."""
+        """Load noted weights; the caller's dict is not changed.
+
+        Raises:
+            ValueError: They are of another model, or something is missing. Nothing is changed then.
+            TypeError: A part of the state is of the wrong type.
+        """
+        check_parts(state, "LotteryTicket", {"saved": finite_tensors})
+        self._check_saved(state["saved"])
         device = next(iter(self.sparsifier.model.parameters())).device
         self._saved = {n: x.to(device, copy=True) for n, x in state["saved"].items()}
+
+    def _check_saved(self, saved: Mapping[str, Tensor]) -> None:
+        own = unwrap(self.sparsifier.model).state_dict()
+        for name in (saved.keys() | own.keys()) if saved else ():
+            there, here = (tuple(x[name].shape) if name in x else "missing" for x in (saved, own))
+            if there != here:
+                raise ValueError(f"state's saved weights must be of this model, got one where {name} is {there}, here {here}")

@@ -89,8 +89,8 @@ class Look:
         self.end()
         warn(
             f"the model trains on, and its pruned weights come back: {filled} of {places} masked weights of {name} that were "
-            "looked at are not zero any more, since nothing holds the masks. To keep them, call sparsifier.apply_masks() and pass "
-            "HoldCallback(sparsifier) to the fit, or in a loop of your own call sparsifier.hold(optimizer); "
+            "looked at are not zero any more, since nothing holds the masks. To keep them, call sparsifier.apply_masks() and "
+            "pass HoldCallback(sparsifier) to the fit, or in a loop of your own call sparsifier.hold(optimizer); "
             "sparsifier.finalize() before the training says that they may come back"
         )
         return True
@@ -109,7 +109,7 @@ class _Spot:
         self._look, self._name, self._at = look, name, at
         self._shape = parameter.shape
         self._passes = 0
-        self._handle: Any = parameter.register_post_accumulate_grad_hook(self)
+        self._handle: Any = parameter.register_post_accumulate_grad_hook(self)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         self._handle.remove()
@@ -131,7 +131,7 @@ def _never() -> bool:
 
 
 def _places(parameter: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """Find masked places of a tensor among a few thousand that lie evenly, one index for each dimension; empty if there are none."""
+    """Find masked places of a tensor among many that lie evenly, one index for each dimension; empty if there are none."""
     count = parameter.numel()
     flat = torch.arange(count) if count <= SAMPLES else (torch.arange(SAMPLES, dtype=torch.float64) * GOLDEN % 1 * count).long()
     masked = flat[~mask[torch.unravel_index(flat, mask.shape)].cpu()]

@@ -2,6 +2,8 @@
 
 There is one function per kind of evidence, `(model, targets, source) -> target name -> tensor`. To add one, write it and put it
 into `GATHERERS`. A gatherer of the user's own is such a function too, named by the criterion itself.
+
+Over 300 lines, since it is a catalogue: one function for each kind of evidence.
 """
 
 from __future__ import annotations
@@ -94,9 +96,10 @@ def gradients(model: nn.Module, targets: Sequence[Target], source: Source) -> di
     found = {t.name: t.parameter.grad.detach() for t in targets if t.parameter.grad is not None}
     if not any(bool(g.any()) for g in found.values()):
         raise NotYetError(f"criteria needs gradients, and all of them are zero: {WHERE_GRADIENTS_ARE}")
-    wild = next((n for n, g in found.items() if not bool(g.isfinite().all())), None)
-    if wild is not None:  # an overflow, after which the next step may have others
-        raise NotYetError(f"criteria needs finite gradients, and {wild} has one that is infinite or NaN, as after an overflow")
+    if wild := [n for n, g in found.items() if not bool(g.isfinite().all())]:  # the next step may have others
+        raise NotYetError(
+            f"criteria needs finite gradients, and {wild[0]} has one that is infinite or NaN, as after an overflow"
+        )
     return found
 
 

@@ -42,7 +42,7 @@ def test_accumulation_that_was_not_counted_is_said_with_both_figures_and_the_rep
     model, optimizer, sparsifier = make()
     handle = attach(optimizer, sparsifier, total_steps=40)
     step(model, optimizer, 10)  # 40 batches, four of them to a step
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="run ends") as caught:
         handle.remove()
     (message,) = said(caught)
     # lin to 0.7 in 40 steps: 0.175 of 100 weights after 10
@@ -81,9 +81,9 @@ def test_a_loop_that_broke_off_says_it_beside_its_own_error():
             step(model, optimizer, 5)
             raise KeyError("own")
 
-    with pytest.warns(UserWarning, match=r"ends at step 5 of 10, with sparsity 0\.3500 of 0\.7000: the loop has failed"):
-        with pytest.raises(KeyError):
-            fails()
+    said = pytest.warns(UserWarning, match=r"ends at step 5 of 10, with sparsity 0\.3500 of 0\.7000: the loop has failed")
+    with said, pytest.raises(KeyError):
+        fails()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # as an error it does not take the place of the loop's own
         with pytest.raises(KeyError):
@@ -103,12 +103,13 @@ def test_a_participant_of_a_run_that_goes_on_elsewhere_is_said():
 
 
 def test_a_handle_that_is_gone_with_its_optimizer_is_said():
-    model, optimizer, sparsifier = make()
-    handle = attach(optimizer, sparsifier, total_steps=10)
-    step(model, optimizer, 5)
+    def trains():
+        model, optimizer, sparsifier = make()
+        attach(optimizer, sparsifier, total_steps=10)
+        step(model, optimizer, 5)
+
     with pytest.warns(UserWarning, match=r"ends at step 5 of 10, with sparsity 0\.3500 of 0\.7000: its handle is gone"):
-        del handle, optimizer
-        gc.collect()
+        trains(), gc.collect()
 
 
 def test_a_handle_that_is_gone_after_its_last_step_says_nothing():
@@ -138,7 +139,7 @@ for _ in range({steps}):
 @pytest.mark.parametrize(("steps", "expected"), [(2, "the run ends at step 2 of 4, with sparsity 0.2500 of 0.5000"), (4, "")])
 def test_the_end_of_the_program_says_it(steps, expected):
     run = subprocess.run([sys.executable, "-c", SCRIPT.format(steps=steps)], capture_output=True, text=True, check=True)
-    assert expected in run.stderr and run.stderr.count("the run ends") == bool(expected)
+    assert expected in run.stderr and run.stderr.count("UserWarning: the run ends") == bool(expected)
     assert "Traceback" not in run.stderr
 
 

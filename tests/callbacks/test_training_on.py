@@ -10,9 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelFitException
-from fastai.callback.schedule import Learner as _  # noqa: F401 - adds lr_find to learners
+from fastai.callback.schedule import Learner  # which adds lr_find
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam
 from lightning.pytorch.callbacks import WeightAveraging

@@ -428,3 +428,12 @@ def test_kept_counts_are_rounded_up(kept, round_to, rounded):
 def test_count_true():
     assert count_true(torch.tensor([[True, False], [True, True]])) == 3
     assert count_true(torch.zeros(0, dtype=torch.bool)) == 0
+
+
+def test_masks_below_every_floor_return_to_it():
+    """Four of the six units were pruned before; the floor of one of each target leaves three of them pruned."""
+    pool = [TensorScores("a", torch.zeros(1)), TensorScores("b", torch.zeros(1))]
+    pool.append(TensorScores("c", torch.zeros(4), torch.zeros(4, dtype=torch.bool)))
+    with warnings.catch_warnings(action="ignore"):
+        found = keep_highest(pool, 0, Limits(min_keep=1, may_fall=False))
+    assert [keep.int().tolist() for keep in found] == [[1], [1], [0, 0, 0, 1]]

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -313,3 +314,22 @@ def test_a_cosine_may_anneal_the_exchanged_fraction():
     exchanged = [int((~m.before["0.weight"] & m.after["0.weight"]).sum()) for m in heard.moves[1:]]
     # 64 of 128 weights are kept; steps 2 to 7, and none at 8, where the cosine is zero.
     assert exchanged == [round(64 * 0.15 * (1 + math.cos(math.pi * s / 8))) for s in range(2, 8)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [(DropAndGrow(every=2, until=0.9, grow="large_final"), 0), (DropAndGrow(every=100), 1), (DropAndGrow(fraction=0.0), 1)],
+)
+def test_a_rule_that_brings_nothing_back_is_said_at_the_end(rule, said):
+    model = net()
+    sparsifier = Sparsifier(model, "weight", "local", sparsity=0.5, schedule=AT_ONCE, rule=rule)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with attach(optimizer, sparsifier, total_steps=10):
+            for _ in range(10):
+                optimizer.zero_grad()
+                F.cross_entropy(model(X), Y).backward()
+                optimizer.step()
+    found = [str(w.message) for w in caught if "brought no pruned unit back in this run" in str(w.message)]
+    assert len(found) == said and all(repr(rule) in text for text in found)

@@ -8,6 +8,7 @@ import io
 import pickle
 import warnings
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_it_is_said_after_a_run_with_another_optimizer_and_though_the_sparsifier
     sparsifier = Sparsifier(model, "weight", "global", sparsity=0.5, schedule="lin")
     optimizer = sgd(model)
     with attach(optimizer, sparsifier, total_steps=4):
-        assert said(lambda: step(model, optimizer, 4)) == []
+        assert said(partial(step, model, optimizer, 4)) == []
     del sparsifier, optimizer
     gc.collect()
     assert len(said(lambda: step(model, torch.optim.Adam(model.parameters(), 0.01), 3))) == 1

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from fasterai.core.saved import (
+    Check,
+    check_parts,
+    counts,
+    equal_to,
+    finite_tensors,
+    fraction,
+    list_of,
+    mapping_of,
+    texts,
+    whole,
+)
 from fasterai.model.cuts import announce
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.plan import Plan, tensor_of, tensors_of
@@ -27,15 +41,79 @@ def read_state(state: Mapping[str, Any]) -> tuple[list[Plan], Shapes]:
     """Read the plans and the shapes of the model from a `GradualPruner`'s state.
 
     Raises:
-        ValueError: It is no such state.
+        ValueError: It is no such state, or a part of it is out of range.
+        TypeError: A part is of the wrong type.
     """
-    keys = ("format", "plans", "shapes", "channels", "done", "pruner")
-    missing = [key for key in keys if not isinstance(state, Mapping) or key not in state]
-    if missing:
-        raise ValueError(f"state must be what GradualPruner.state_dict() returned, got one without {', '.join(missing)}")
-    if state["format"] != GRADUAL_FORMAT:
-        raise ValueError(f"state's format must be {GRADUAL_FORMAT}, got {state['format']!r}")
-    return [Plan.from_dict(p) for p in state["plans"]], {name: tuple(shape) for name, shape in state["shapes"].items()}
+    check_parts(state, "GradualPruner", PARTS)
+    shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
+    if state["pruner"]:
+        earlier: dict[str, Check] = dict.fromkeys(("initial", "previous"), finite_tensors)
+        check_parts(state["pruner"], "Pruner", {"original": mapping_of(whole), **earlier}, {"alone": texts})
+        for part in ("initial", "previous"):
+            for name, weight in state["pruner"][part].items():
+                if tuple(weight.shape) != shapes.get(name):
+                    raise ValueError(f"state's {part} weights must be of its shapes, got {tuple(weight.shape)} for {name}")
+    return [_plan(data) for data in state["plans"]], shapes
+
+
+def _plan(data: Mapping[str, Any]) -> Plan:
+    """Read a plan, every number of which is one, and whose indices rise within what there was."""
+    check_parts(data, "GradualPruner", PLAN, {"scales": mapping_of(_factor)})
+    for name, d, kept in data["keep"]:
+        shape = data["shapes"].get(name, ())
+        if d >= len(shape) or not kept or kept[-1] >= shape[d] or any(a >= b for a, b in itertools.pairwise(kept)):
+            raise ValueError(
+                f"state's plans must keep rising indices of {name} along one of {tuple(shape)}, got {kept} along {d}"
+            )
+    return Plan.from_dict(data)
+
+
+def _kept(what: str, value: Any) -> None:
+    if not isinstance(value, list | tuple) or len(value) != 3 or not isinstance(value[0], str):
+        raise TypeError(f"{what} must be [name, dimension, indices], got {value!r}")
+    whole(what, value[1])
+    counts(what, value[2])
+
+
+def _attribute(what: str, value: Any) -> None:
+    if not isinstance(value, list | tuple) or len(value) != 4 or not all(isinstance(x, str) for x in value[:2]):
+        raise TypeError(f"{what} must be [module, attribute, value before, value after], got {value!r}")
+
+
+def _factor(what: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{what} must be a number, got {value!r} ({type(value).__name__})")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{what} must be a finite number above 0, got {value!r}")
+
+
+def _pair(what: str, value: Any) -> None:
+    counts(what, value)
+    if len(value) != 2 or value[1] > value[0]:
+        raise ValueError(f"{what} must be the channels at first and now, which are no more, got {value!r}")
+
+
+def _dict(what: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{what} must be a dict, got {value!r} ({type(value).__name__})")
+
+
+PLAN: Mapping[str, Check] = {
+    "shapes": mapping_of(counts),
+    "keep": list_of(_kept),
+    "attributes": list_of(_attribute),
+    "slim": mapping_of(whole),
+}
+
+
+PARTS: Mapping[str, Check] = {
+    "format": equal_to(GRADUAL_FORMAT),
+    "plans": list_of(_dict),
+    "shapes": mapping_of(counts),
+    "channels": mapping_of(_pair),
+    "done": fraction,
+    "pruner": _dict,
+}
 
 
 def replay(

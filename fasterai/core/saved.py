@@ -1,0 +1,183 @@
+"""Checks of saved states: each part is looked at before anything is changed, and the error names the part.
+
+A check is a function `(what, value)` that raises. To add one: such a function, in the `parts` of the state that holds the part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fasterai.core.checks import check_count, check_fraction
+
+__all__ = [
+    "Check",
+    "check_loop_state",
+    "check_parts",
+    "counts",
+    "equal_to",
+    "finite_tensors",
+    "flag",
+    "fraction",
+    "list_of",
+    "mapping_of",
+    "numbers",
+    "text",
+    "texts",
+    "whole",
+]
+
+Check = Callable[[str, Any], object]
+
+
+def check_parts(state: Any, owner: str, parts: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> None:
+    """Refuse a saved state in which a part is missing or of another kind; parts that are not known are left alone.
+
+    Args:
+        state: What was loaded.
+        owner: The name of what makes such states, for the message.
+        parts: Key -> the check of its value.
+        optional: The same for keys that states of earlier versions lack.
+
+    Raises:
+        ValueError: A key is missing, or a value is out of range.
+        TypeError: A value is of the wrong type.
+    """
+    missing = [key for key in parts if not isinstance(state, Mapping) or key not in state]
+    if missing:
+        raise ValueError(f"state must be what {owner}.state_dict() returned, got one without {', '.join(missing)}")
+    for key, check in {**parts, **(optional or {})}.items():
+        if key in state:
+            check(f"state's {key}", state[key])
+
+
+def whole(what: str, value: Any) -> None:
+    """Refuse what is no whole number of at least 0."""
+    check_count(what, value, 0)
+
+
+def fraction(what: str, value: Any) -> None:
+    """Refuse what is no number in [0, 1]."""
+    check_fraction(what, value)
+
+
+def flag(what: str, value: Any) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{what} must be True or False, got {value!r} ({type(value).__name__})")
+
+
+def equal_to(wanted: int | str) -> Check:
+    """Return a check that lets one value in."""
+
+    def of_value(what: str, value: Any) -> None:
+        if type(value) is not type(wanted) or value != wanted:
+            raise ValueError(f"{what} must be {wanted}, got {value!r}")
+
+    return of_value
+
+
+def text(what: str, value: Any) -> None:
+    """Refuse what is no text."""
+    if not isinstance(value, str):
+        raise TypeError(f"{what} must be text, got {value!r} ({type(value).__name__})")
+
+
+def numbers(what: str, value: Any) -> None:
+    """Refuse what is no state of one parameter: a dict of tensors and numbers."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{what} must be a dict, got {value!r} ({type(value).__name__})")
+    for name, entry in value.items():
+        if entry is not None and not isinstance(entry, Tensor | int | float):
+            raise TypeError(f"{what} must hold tensors and numbers, got {entry!r} as {name}")
+
+
+def texts(what: str, value: Any) -> None:
+    """Refuse what is no list of names."""
+    list_of(text)(what, value)
+
+
+def counts(what: str, value: Any) -> None:
+    """Refuse what is no list of whole numbers of at least 0."""
+    list_of(whole)(what, value)
+
+
+def list_of(check: Check) -> Check:
+    """Return a check of a list, each entry of which passes another one."""
+
+    def of_list(what: str, value: Any) -> None:
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"{what} must be a list, got {value!r} ({type(value).__name__})")
+        for entry in value:
+            check(f"{what}'s entries", entry)
+
+    return of_list
+
+
+def mapping_of(check: Check) -> Check:
+    """Return a check of a dict of names, each value of which passes another one."""
+
+    def of_mapping(what: str, value: Any) -> None:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{what} must be a dict, got {value!r} ({type(value).__name__})")
+        for name, entry in value.items():
+            text(f"{what}'s names", name)
+            check(f"{what} of {name}", entry)
+
+    return of_mapping
+
+
+def finite_tensors(what: str, value: Any) -> None:
+    """Refuse what is no dict of names to tensors without NaN and infinity."""
+    mapping_of(_finite)(what, value)
+
+
+def _finite(what: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{what} must be a tensor, got {value!r} ({type(value).__name__})")
+    if value.is_floating_point() and not math.isfinite(float(value.detach().abs().sum())) and not bool(value.isfinite().all()):
+        raise ValueError(f"{what} must be finite, got NaN or infinity in it")
+
+
+def _joined(what: str, value: Any) -> None:
+    """Refuse what is no saved state of joined parameters.
+
+    Raises:
+        ValueError: A part is missing, or there are not as many owners as states.
+        TypeError: A part is of the wrong type.
+    """
+    check_parts(value, "Joined", {"states": list_of(numbers)}, {"owners": _owners})
+    owners = value.get("owners")
+    if owners is not None and len(owners) != len(value["states"]):
+        raise ValueError(f"{what} must have an owner for each of {len(value['states'])} states, got {len(owners)}")
+
+
+def _owners(what: str, value: Any) -> None:
+    if value is not None:
+        texts(what, value)
+
+
+def check_loop_state(state: Any) -> None:
+    """Refuse what is no loop's saved state.
+
+    Raises:
+        ValueError: A part is missing or out of range.
+        TypeError: A part is of the wrong type.
+    """
+    if not isinstance(state, Mapping) or not {"step", "participants"} <= set(state):
+        raise ValueError(f"state must be what state_dict() returned, got {_summary(state)}")
+    states = state["participants"]
+    check_parts(state, "Loop", {"step": whole}, {"joined": _joined})
+    (mapping_of if isinstance(states, Mapping) else list_of)(_of_participant)("state's participants", states)
+
+
+def _of_participant(what: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{what} must be a dict, got {value!r} ({type(value).__name__})")
+
+
+def _summary(state: object) -> str:
+    return f"one with {', '.join(map(str, state)) or 'nothing'}" if isinstance(state, Mapping) else repr(state)
