@@ -138,11 +138,11 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
     axes.add_argument("--ignore", nargs="+", action="extend", metavar="LAYER", help="layers whose outputs all stay")
     images = prune.add_argument_group("images")
     images.add_argument("--batch", type=int, default=1, help="images that it is checked and timed on (default: %(default)s)")
-    images.add_argument("--image-size", type=int, metavar="N", help="side of the square (default: 224, or as for sparsify)")
+    images.add_argument("--image-size", type=int, metavar="N", help="side of the square (default: the run's, else 224)")
     images.add_argument(
         "--data", type=_path, help="a folder as for sparsify: accuracy on its validation part, and criteria's data"
     )
-    images.add_argument("--seed", type=int, default=0, help="of the split of the data (default: %(default)s)")
+    images.add_argument("--seed", type=int, help="of the split of the data (default: the run's, else 0)")
     images.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out instead of stopping")
     images.add_argument("--workers", type=int, default=0, help="threads that decode images (default: %(default)s)")
 
@@ -189,7 +189,7 @@ def check_prune_arguments(arguments: argparse.Namespace) -> None:
         arguments.criteria = entry_name("--criteria", arguments.criteria, criteria)
         check_count("--batch", arguments.batch)
         check_count("--workers", arguments.workers, 0)
-        check_seed(arguments.seed)
+        check_seed(arguments.seed or 0)
         if arguments.round_to is not None:
             check_count("--round-to", arguments.round_to)
         if arguments.image_size is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from fasterai.cli.data import Data
 from fasterai.cli.errors import UsageError, told_as_usage
 from fasterai.cli.small import WHOLE_CHANNELS, make_small
 from fasterai.cli.tables import epoch_line, small_line
-from fasterai.cli.training import Recipe, Training
+from fasterai.cli.training import Recipe, Training, check_epochs
 from fasterai.sparse.sparsifier import Sparsifier
 
 __all__ = ["Job", "compare", "finished_report", "make_sparsifier", "versions"]
@@ -66,13 +67,17 @@ def compare(job: Job) -> dict[str, Any]:
     checkpoint = output.load_checkpoint(job.folder)
     if checkpoint is not None:
         check_same(checkpoint["arguments"], job.arguments, job.folder)
-    done: dict[str, Any] = {} if checkpoint is None else checkpoint["done"]
+    done: dict[str, Any] = {}
+    if checkpoint is not None:
+        with output.told_unreadable(job.folder / output.CHECKPOINT):
+            done = _check_done(job, checkpoint["done"], checkpoint["stage"])
     for stage in job.stages:
         if stage in done:
             continue
         training = _begin(job, stage)
         if checkpoint is not None and checkpoint["stage"] == stage:
-            training.load_state_dict(checkpoint["state"])
+            with output.told_unreadable(job.folder / output.CHECKPOINT):
+                training.load_state_dict(checkpoint["state"])
             print(f"{stage}: going on after epoch {len(training.history)} of {job.recipe.epochs}", flush=True)
         while not training.is_done:
             print(epoch_line(stage, training.run_epoch(), job.recipe.epochs, training.seconds), flush=True)
@@ -84,6 +89,22 @@ def compare(job: Job) -> dict[str, Any]:
     output.write_report(report, job.folder)  # its presence says that the run is complete
     output.remove_checkpoint(job.folder)
     return report
+
+
+def _check_done(job: Job, done: dict[str, Any], stage: str | None) -> dict[str, Any]:
+    """Return what a checkpoint says of the stages that are done, if a report can be made of it."""
+    if list(done) != list(job.stages[: len(done)]) or stage not in (None, *job.stages[len(done) : len(done) + 1]):
+        raise ValueError(f"stages must be {', '.join(job.stages)}, got {', '.join(map(str, [*done, stage]))}")
+    json.dumps(done, allow_nan=False)  # as the report will have it
+    names = {name for name, _ in job.make_network().named_parameters()} if done else set()
+    for record in done.values():
+        _result(record)
+        if not names == set(record["zeros"]) == set(record["weights"]):
+            raise ValueError("zeros and weights must be of the network's parameters")
+        check_epochs(record["history"], record["trace"], record["seconds"])
+    if len(done) == len(job.stages):
+        _report(job, done)
+    return done
 
 
 def finished_report(folder: Path, arguments: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ __all__ = [
     "prepare_folder",
     "remove_checkpoint",
     "remove_parts",
+    "told_unreadable",
     "save_checkpoint",
     "save_masks",
     "save_weights",
@@ -37,6 +38,7 @@ __all__ = [
 SMALL = "small"
 CHECKPOINT = "checkpoint.pt"
 REPORT = "report.json"
+CHECKPOINT_KEYS = ("done", "stage", "state")
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -125,9 +127,25 @@ def save_checkpoint(content: Mapping[str, Any], folder: Path) -> None:
         write_saved(folder / CHECKPOINT, dict(content))
 
 
+@contextmanager
+def told_unreadable(path: Path) -> Iterator[None]:
+    """Tell in one line of a file that can be read, and holds something else than this program writes."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:  # what is not as expected can fail in any way
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UsageError:
+    said = " ".join(str(error).split())[:80]
+    return UsageError(f"cannot read {path} ({type(error).__name__}{f': {said}' if said else ''}); delete it to start again")
+
+
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """Return the state that an interrupted run left, on the CPU; None if there is none."""
-    return _load(folder / CHECKPOINT, lambda path: torch.load(path, map_location="cpu", weights_only=True))
+    return _load(folder / CHECKPOINT, lambda path: torch.load(path, map_location="cpu", weights_only=True), *CHECKPOINT_KEYS)
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -157,13 +175,17 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
 
 def load_report(folder: Path) -> dict[str, Any] | None:
     """Return the report of a complete run; None if there is none."""
-    return _load(folder / REPORT, lambda path: json.loads(path.read_text(encoding="utf-8")))
+    return _load(folder / REPORT, lambda path: json.loads(path.read_text(encoding="utf-8")), "command")
 
 
-def _load(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any] | None:
+def _load(path: Path, read: Callable[[Path], dict[str, Any]], *keys: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return read(path)
+        found = read(path)
     except Exception as error:  # a broken file can fail in any of zip, pickle, torch and json
         raise UsageError(f"cannot read {path} ({type(error).__name__}); delete it to start again") from error
+    with told_unreadable(path):
+        if not isinstance(found, dict) or not isinstance(found["arguments"], dict) or not set(keys) <= set(found):
+            raise TypeError(f"it must hold {', '.join(('arguments', *keys))}")
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from fasterai.cli.folders import read_data
 from fasterai.cli.networks import check_runs, choose_device, how_to_make
 from fasterai.cli.output import SMALL, check_new_folder, file_of, new_folder, write_report
 from fasterai.cli.pictures import write_removal
+from fasterai.cli.runs import origin_of
 from fasterai.cli.training import Recipe, evaluate
 from fasterai.cli.weights import Weights, load_classifier, read_weights
 from fasterai.prune.pruner import Pruner
@@ -79,16 +80,23 @@ def run(arguments: argparse.Namespace) -> int:
 def _make_job(arguments: argparse.Namespace) -> _Job:
     device = choose_device(arguments.device)
     weights = read_weights(arguments.weights)
+    origin = origin_of(arguments.weights)
+    if origin is not None:  # what is given goes first
+        arguments.image_size = arguments.image_size or origin.image_size
+    arguments.seed = (0 if origin is None else origin.seed) if arguments.seed is None else arguments.seed
     data = None if arguments.data is None else read_data(arguments)
+    if data is not None and origin is not None:
+        data = replace(data, mean=origin.mean, std=origin.std)
     image_size = arguments.image_size or IMAGE_SIZE if data is None else data.image_size
     network, classes, left_out = load_classifier(arguments.arch, weights, image_size)
     _check_classes(weights, classes, data)
     _check_layers(network, arguments)
     inputs = _noise(arguments.batch, image_size).to(device) if data is None else data.examples(arguments.batch, device)
     check_runs(network.to(device), inputs, arguments.arch, training=False)
-    notes = [f"left out, for they serve training alone: {', '.join(sorted({n.split('.')[0] for n in left_out}))}"]
+    notes = [] if origin is None else [f"image size, normalisation and seed of the run in {arguments.weights.parent}"]
+    left = [f"left out, for they serve training alone: {', '.join(sorted({n.split('.')[0] for n in left_out}))}"]
     recipe = Recipe(1, BATCH_SIZE, 1.0, arguments.seed, device)
-    return _Job(network, inputs, image_size, classes, data, recipe, tuple(notes if left_out else ()))
+    return _Job(network, inputs, image_size, classes, data, recipe, tuple(notes + (left if left_out else [])))
 
 
 def _check_classes(weights: Weights, count: int, data: Data | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fasterai.cli.errors import UsageError
 from fasterai.cli.experiment import Job, compare, finished_report, make_sparsifier
 from fasterai.cli.folders import read_data
 from fasterai.cli.networks import check_runs, choose_device, make_classifier
-from fasterai.cli.output import holds_run, prepare_folder
+from fasterai.cli.output import REPORT, holds_run, prepare_folder, told_unreadable
 from fasterai.cli.tables import result_table
 from fasterai.cli.training import Recipe
 
@@ -40,11 +41,15 @@ def run(arguments: argparse.Namespace) -> int:
         report = compare(job)
     else:
         print("this run is complete")
-    print(f"\n{result_table(report)}\n")
-    for name, reason in report["left_out"].items():
-        print(f"left dense: {name} ({reason})")
-    print(f"weights, masks, report and pictures: {folder}/")
+    with told_unreadable(folder / REPORT):
+        closing = _closing(report, folder)
+    print(closing)
     return 0
+
+
+def _closing(report: Mapping[str, Any], folder: Path) -> str:
+    left = [f"left dense: {name} ({reason})" for name, reason in report["left_out"].items()]
+    return "\n".join([f"\n{result_table(report)}\n", *left, f"weights, masks, report and pictures: {folder}/"])
 
 
 def _make_job(arguments: argparse.Namespace, data: Data, device: torch.device) -> Job:

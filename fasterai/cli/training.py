@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from fasterai.cli.data import Data, Part
 from fasterai.cli.errors import UsageError
 from fasterai.sparse.sparsifier import Sparsifier
 
-__all__ = ["Recipe", "Training", "augment", "evaluate", "learning_rate", "shuffled"]
+__all__ = ["Recipe", "Training", "augment", "check_epochs", "evaluate", "learning_rate", "shuffled"]
 
 TRACE_POINTS = 200
 
@@ -124,6 +124,14 @@ class Training:
             self.trace.append((self.step / self.steps_per_epoch, self.sparsity))
         return loss.item()
 
+    def _check_numbers(self, state: Mapping[str, Any]) -> None:
+        epochs = state["history"]
+        check_epochs(epochs, state["trace"], state["seconds"])
+        if self.handle is not None and state["handle"]["step"] != state["step"]:
+            raise ValueError(f"the sparsifier's step must be {state['step']!r}, got {state['handle']['step']!r}")
+        if state["step"] != len(epochs) * self.steps_per_epoch or len(epochs) > self.recipe.epochs:
+            raise ValueError(f"step must be that of whole epochs of {self.steps_per_epoch} steps, got {state['step']!r}")
+
     def finish(self) -> None:
         """End the run of the sparsifier."""
         if self.handle is not None:
@@ -145,7 +153,12 @@ class Training:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a saved state."""
+        """Resume from a saved state.
+
+        Raises:
+            ValueError: Its numbers are not those of this training.
+        """
+        self._check_numbers(state)
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.handle is not None:
@@ -157,6 +170,21 @@ class Training:
         self.step, self.seconds = state["step"], state["seconds"]
         self.history = [dict(epoch) for epoch in state["history"]]
         self.trace = [(x, y) for x, y in state["trace"]]
+
+
+def check_epochs(history: Sequence[Mapping[str, Any]], trace: Sequence[Any], seconds: Any) -> None:
+    """Refuse a history that is not of numbers.
+
+    Raises:
+        ValueError: It is not.
+    """
+    numbers = [seconds, *(epoch[name] for epoch in history for name in EPOCH), *(x for point in trace for x in point)]
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers) or any(len(point) != 2 for point in trace):
+        raise ValueError("history, trace and seconds must be finite numbers")
+
+
+#: Numbers of an epoch in the history.
+EPOCH = ("epoch", "loss", "accuracy", "validation_loss", "sparsity")
 
 
 def learning_rate(peak: float, position: float) -> float:

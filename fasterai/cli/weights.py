@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,19 @@ def _read_safetensors(path: Path) -> Weights:
         raise UsageError(f"WEIGHTS must be a file of safetensors, got {path} ({error})") from error
     if header.get("format", "").startswith("fasterai-small"):
         raise UsageError(f"WEIGHTS must be of a network of full size, got {path}, which holds a small one already")
-    classes = json.loads(header["classes"]) if "classes" in header else None
-    return Weights(path, tensors, None if classes is None else tuple(classes))
+    return Weights(path, tensors, _classes(header, path))
+
+
+def _classes(header: Mapping[str, str], path: Path) -> tuple[str, ...] | None:
+    if "classes" not in header:
+        return None
+    try:
+        classes = json.loads(header["classes"])
+    except (ValueError, RecursionError):
+        classes = None
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UsageError(f"WEIGHTS must name its classes in a list of text, got {header['classes'][:60]!r} in {path}")
+    return tuple(classes)
 
 
 def _read_saved(path: Path) -> Weights:
@@ -106,7 +118,9 @@ def load_classifier(arch: str, weights: Weights, image_size: int) -> tuple[nn.Mo
             f"{'; '.join(problems[:MOST_PROBLEMS])}{rest}"
         )
     network = make_classifier(arch, classes, image_size).eval()
-    network.load_state_dict(tensors, strict=False)  # what older files lack is the count of batches, as checked
+    state = OrderedDict(tensors)
+    state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined] # MNASNet asks for its version, as files have none
+    network.load_state_dict(state, strict=False)  # what older files lack is the count of batches, as checked
     return network, classes, left_out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -14,24 +15,17 @@ from torch import Tensor, nn
 from fasterai.core.files import write_tensors
 from fasterai.model.names import unwrap
 from fasterai.model.supported import check_model, check_whole
+from fasterai.prune.small_header import SIZES, SMALL_FORMAT, Shapes, read_header, sizes_of, stamp, unfit_sizes
 from fasterai.prune.surgery.dense_shapes import dense_shapes, note, put_note
-from fasterai.prune.surgery.modules import HEADS, STREAMS, WIDTHS
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention, encoders_of
 
 __all__ = ["load_small", "save_small"]
 
-SMALL_FORMAT = "fasterai-small-1"
-SIZES = (
-    *("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels", "num_groups"),
-    *("normalized_shape", "embedding_dim", "num_parameters", "input_size", "hidden_size", *HEADS, *WIDTHS, *STREAMS),
-    *("nf", "nx", "bias_shape", "kdim", "vdim"),
-)
 #: What differs between two runs of one network, or counts in training only.
 PASSING = {
     *("training", "inplace", "p", "momentum", "dropout", "drop_prob", "drop_rate", "dropout_p", "attention_dropout"),
     *("fused_attn", "use_nested_tensor", "grad_checkpointing", "gradient_checkpointing", "name_or_path"),
 }
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def save_small(path: str | os.PathLike[str], model: nn.Module) -> None:
@@ -49,8 +43,14 @@ def save_small(path: str | os.PathLike[str], model: nn.Module) -> None:
     if empty := [name for name, parameter in inner.named_parameters() if parameter.is_meta]:
         raise ValueError(f"model must hold its weights, got {empty[0]} on the meta device")
     tensors = _untied({n: t.detach().contiguous() for n, t in inner.state_dict().items()})
-    entries = {"sizes": _sizes(inner), "slim": _slim(inner), "traits": _traits(inner), "dense": dense_shapes(inner)}
+    entries = {
+        "sizes": {name: own for name, m in inner.named_modules() if (own := sizes_of(m))},
+        "slim": _slim(inner),
+        "traits": _traits(inner),
+        "dense": dense_shapes(inner),
+    }
     header = {"format": SMALL_FORMAT} | {key: json.dumps(value) for key, value in entries.items()}
+    header["stamp"] = stamp(header, {name: tuple(x.shape) for name, x in tensors.items()})
     write_tensors(path, tensors, header)
 
 
@@ -69,49 +69,37 @@ def load_small(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
     try:
         with safe_open(str(path), "pt") as file:
-            header = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise ValueError(f"path must be a file that save_small wrote, got {path}: {error}") from error
-    if header.get("format") != SMALL_FORMAT:
-        raise ValueError(f"path must be a file that save_small wrote, got {path}, which is not one")
+    header = read_header(str(path), metadata, {name: tuple(x.shape) for name, x in tensors.items()})
     inner = check_whole(model)
-    slim, all_sizes = json.loads(header["slim"]), json.loads(header["sizes"])
     own = dense_shapes(inner)
-    dense = {name: tuple(shape) for name, shape in json.loads(header.get("dense", "{}")).items()}  # not in old files
     problems = [
-        *_differing_tensors(inner, tensors, dense, own),
-        *_missing_modules(inner, slim, all_sizes),
-        *_differing_modules(inner, json.loads(header.get("traits", "{}")), slim),
+        *_differing_tensors(inner, tensors, header.dense, own),
+        *_missing_modules(inner, header.slim, header.sizes),
+        *_differing_modules(inner, header.traits, header.slim),
     ]
+    problems = problems or list(unfit_sizes(inner, header, tensors))  # which speak of a model that fits
     if problems:
         raise ValueError(
             f"model must be the dense model that the small one was made of, got one where {'; '.join(problems[:5])}"
         )
-    for name, heads in slim.items():
+    for name, heads in header.slim.items():
         parent = inner.get_submodule(name.rpartition(".")[0])
         attention = parent.get_submodule(name.rpartition(".")[2])
         if isinstance(attention, nn.MultiheadAttention):
             for encoder in encoders_of(inner, attention):
                 encoder.use_nested_tensor = False
             setattr(parent, name.rpartition(".")[2], SlimMultiheadAttention(attention, heads))
-    for name, sizes in all_sizes.items():
+    for name, sizes in header.sizes.items():
         module = inner.get_submodule(name)
-        for attribute, value in sizes.items():
-            setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
+        for attribute in sizes.keys() & sizes_of(module).keys():  # others are what a first run fills
+            setattr(module, attribute, sizes[attribute])
     _put(inner, tensors)
-    _note(inner, own | dense)
+    _note(inner, own | dict(header.dense))
     return model
-
-
-def _sizes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Collect the sizes that modules keep as attributes, by module name."""
-    found = {}
-    for name, module in model.named_modules():
-        own = {a: v for a in SIZES if isinstance(v := vars(module).get(a), int | tuple) and not isinstance(v, bool)}
-        if own:
-            found[name] = own
-    return found
 
 
 def _slim(model: nn.Module) -> dict[str, int]:
@@ -172,8 +160,14 @@ def _missing_modules(model: nn.Module, slim: Mapping[str, int], sizes: Mapping[s
     for name in slim:
         if not name or not isinstance(modules.get(name), nn.MultiheadAttention | SlimMultiheadAttention):
             yield f"{name} is no nn.MultiheadAttention"
+        elif _has_more(modules[name]):
+            yield f"{name} has bias_k or add_zero_attn, with which no heads are removed"
     for name, found in sizes.items():
         yield from (f"{name or 'the model'} has no {a}" for a in found if not hasattr(modules.get(name), a))
+
+
+def _has_more(attention: nn.Module) -> bool:
+    return vars(attention).get("add_zero_attn", False) or getattr(attention, "bias_k", None) is not None
 
 
 def _differing_modules(model: nn.Module, traits: Mapping[str, Any], slim: Mapping[str, int]) -> Iterator[str]:
@@ -189,8 +183,15 @@ def _differing_modules(model: nn.Module, traits: Mapping[str, Any], slim: Mappin
             yield f"{said} is a {here} here and a {there} in the file"
         else:
             yield from (
-                f"{said}.{a} is {found[a]!r} here and {v!r} in the file" for a, v in known.items() if found.get(a, v) != v
+                f"{said}.{a} is {found[a]!r} here and {v!r} in the file"
+                for a, v in known.items()
+                if found.get(a, v) != v and not _is_filled_by_a_run(model.get_submodule(name), a, found[a], v)
             )
+
+
+def _is_filled_by_a_run(module: nn.Module, attribute: str, here: Any, there: Any) -> bool:
+    """Tell if an attribute is nothing in one of two models and no argument of its class, as what a first run notes is."""
+    return (here in (None, []) or there in (None, [])) and attribute not in inspect.signature(type(module).__init__).parameters
 
 
 def _note(model: nn.Module, dense: Shapes) -> None:

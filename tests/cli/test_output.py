@@ -27,19 +27,22 @@ from fasterai.cli.output import (
     write_report,
 )
 
+#: What a checkpoint holds at least.
+KEYS = {"arguments": {}, "done": {}, "stage": None, "state": {}}
+
 
 def test_checkpoints_and_reports_come_back(tmp_path: Path) -> None:
     assert not holds_run(tmp_path)
     assert load_checkpoint(tmp_path) is None
     assert load_report(tmp_path) is None
-    save_checkpoint({"step": 3, "weights": torch.ones(2)}, tmp_path)
+    save_checkpoint({"step": 3, "weights": torch.ones(2), **KEYS}, tmp_path)
     assert holds_run(tmp_path)
     assert load_checkpoint(tmp_path)["step"] == 3
     remove_checkpoint(tmp_path)
     assert not holds_run(tmp_path)
-    write_report({"a": "ä"}, tmp_path)
+    write_report({"command": "ä", "arguments": {}}, tmp_path)
     assert holds_run(tmp_path)
-    assert load_report(tmp_path) == {"a": "ä"}
+    assert load_report(tmp_path) == {"command": "ä", "arguments": {}}
 
 
 @pytest.mark.parametrize(("name", "load"), [("checkpoint.pt", load_checkpoint), ("report.json", load_report)])
@@ -143,7 +146,7 @@ def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_pat
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
-    save_checkpoint({"step": 1}, tmp_path)
+    save_checkpoint({"step": 1, **KEYS}, tmp_path)
     with pytest.raises(UsageError, match=r"checkpoint\.pt cannot be written"), full_disk():
         save_checkpoint({"step": 2, "weights": torch.ones(10_000)}, tmp_path)
     with pytest.raises(UsageError, match=r"dense\.safetensors cannot be written \(File too large\)"), full_disk():

@@ -136,3 +136,18 @@ def test_a_folder_of_a_run_names_the_file_in_it(tmp_path: Path) -> None:
     (tmp_path / "sparse.safetensors").write_text("")
     with pytest.raises(UsageError, match=r"got the folder .*; pass .*sparse.safetensors$"):
         read_weights(tmp_path)
+
+
+def test_a_network_that_asks_for_the_version_of_its_file_loads_from_one_without(tmp_path: Path) -> None:
+    model = network("mnasnet0_5", 3)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    found, classes, _ = load_classifier("mnasnet0_5", read_weights(tmp_path / "w.safetensors"), 64)
+    assert classes == 3
+    assert all(torch.equal(found.state_dict()[name], x) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize("classes", ["", "3", "{}", "[1, 2]", '"ab"', "[", "[" * 100_000, "null"])
+def test_class_names_that_are_none_are_one_line(tmp_path: Path, classes: str) -> None:
+    save_file({"w": torch.zeros(2)}, tmp_path / "w.safetensors", {"classes": classes})
+    with pytest.raises(UsageError, match=r"WEIGHTS must name its classes in a list of text, got .* in .*w\.safetensors"):
+        read_weights(tmp_path / "w.safetensors")
