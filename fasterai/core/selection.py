@@ -66,7 +66,7 @@ def keep_highest(pool: Sequence[Scores], prune: int, limits: Limits) -> list[Ten
         prune = most
     pruned = sum(s.pruned for s in pool)
     if not limits.may_fall:
-        prune = max(prune, pruned)
+        prune = max(prune, min(pruned, most))  # masks below the floors return to them
     if limits.nested and prune == pruned and pruned and all(s.keep is not None for s in pool):
         return [s.keep.clone() for s in pool if s.keep is not None]
     mark = Mark.NONE if not pruned or not limits.nested else Mark.PRUNED_FIRST if prune >= pruned else Mark.KEPT_LAST
@@ -111,8 +111,6 @@ def _select_with_floors(pool: Sequence[Scores], prune: int, mark: Mark, floors: 
     for i in short:
         keeps[i] = _at_floor(pool[i], floors[i], mark)
     rest = [i for i in range(len(pool)) if i not in short]
-    if not rest:  # earlier masks kept fewer than the floors ask for, so that nothing makes up for it
-        return keeps
     left = prune - sum(pool[i].count - floors[i] for i in short)
     others = _select_with_floors([pool[i] for i in rest], left, mark, [floors[i] for i in rest])
     for i, keep in zip(rest, others, strict=True):
