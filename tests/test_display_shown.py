@@ -128,6 +128,8 @@ MADE = {
     "Budget": lambda _: everything.Budget(latency=0.5, batch=8),
     "ChannelGraph": lambda _: graph(),
     "Comparison": lambda _: compared(latency=True),
+    "Conv_Decomposer": lambda _: folder_of(nn.Sequential(nn.Conv2d(8, 8, 3)), everything.Conv_Decomposer()),
+    "ConvolutionReport": lambda _: folder_of(nn.Sequential(nn.Conv2d(8, 8, 3)), everything.Conv_Decomposer()).report,
     "Cosine": lambda _: everything.Cosine(),
     "Cost": lambda _: compared(latency=False).costs["dense"],
     "Coupled": lambda _: everything.Coupled("mean", relative=False),
@@ -179,7 +181,18 @@ OTHERS = {
     "Timing": lambda _: compared(latency=True).latency.models["again"].timings[0],
 }
 WITH_TABLES = {
-    *("BN_Folder", "Budget", "ChannelGraph", "Comparison", "Cost", "DecompositionReport", "FC_Decomposer", "FoldReport"),
+    *(
+        "BN_Folder",
+        "Budget",
+        "ChannelGraph",
+        "Comparison",
+        "Conv_Decomposer",
+        "ConvolutionReport",
+        "Cost",
+        "DecompositionReport",
+        "FC_Decomposer",
+        "FoldReport",
+    ),
     *(
         "GradualPruner",
         "Group",
@@ -221,7 +234,17 @@ def test_it_is_one_line_and_its_tables_have_the_cells_of_the_text(name: str, tmp
 
 
 #: Whose text has sentences where the table has columns, so that only the table has heads.
-NEW_HEADS = {"Budget", "FoldReport", "BN_Folder", "DecompositionReport", "FC_Decomposer", "Plan", "Removal"}
+NEW_HEADS = {
+    "Budget",
+    "FoldReport",
+    "BN_Folder",
+    "DecompositionReport",
+    "FC_Decomposer",
+    "Conv_Decomposer",
+    "ConvolutionReport",
+    "Plan",
+    "Removal",
+}
 
 
 class Cells(HTMLParser):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fasterai.core.batch import Batch, Fit
 from fasterai.core.checks import check_count, warn
 from fasterai.core.joined import Joined
-from fasterai.core.participant import EVENTS, Participant
+from fasterai.core.participant import EVENTS, Participant, tell
 from fasterai.model.cuts import follow
 
 __all__ = ["EVENTS", "STOPPED", "Batch", "Fit", "Loop", "Participant"]
@@ -91,7 +91,7 @@ class Loop:
         with ExitStack() as begun:
             begun.callback(self._leave)
             for participant in self.participants:
-                _tell(participant, "on_fit_start", fit)
+                tell(participant, "on_fit_start", fit)
                 begun.callback(participant.on_fit_end, False)
             begun.pop_all()
         for participant in self.participants if fit.model is not None else ():
@@ -104,7 +104,7 @@ class Loop:
     def after_forward(self, batch: Batch) -> None:
         """Show a batch with its outputs."""
         for participant in self.participants:
-            _tell(participant, "after_forward", batch)
+            tell(participant, "after_forward", batch)
 
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
         """Return the loss after every participant has had it.
@@ -113,7 +113,7 @@ class Loop:
             TypeError: A participant returns no loss.
         """
         for participant in self.participants:
-            loss = _tell(participant, "after_loss", loss, batch)
+            loss = tell(participant, "after_loss", loss, batch)
             if not isinstance(loss, Tensor):
                 raise TypeError(f"{participant.name}.after_loss must return the loss to go on with, got {loss!r}")
         return loss
@@ -121,7 +121,7 @@ class Loop:
     def after_backward(self) -> None:
         """Pass on that the gradients of a step are complete."""
         for participant in self.participants:
-            _tell(participant, "after_backward")
+            tell(participant, "after_backward")
 
     def before_step(self) -> None:
         """Pass on that the optimizer is about to step.
@@ -131,7 +131,7 @@ class Loop:
         """
         self.check_step()
         for participant in self.participants:
-            _tell(participant, "before_step", (self.step + 1) / self.total_steps)
+            tell(participant, "before_step", (self.step + 1) / self.total_steps)
 
     def check_step(self) -> None:
         """Refuse a step beyond the run's end.
@@ -149,7 +149,7 @@ class Loop:
         """Count a step of the optimizer, and pass it on."""
         self.step += 1
         for participant in self.participants:
-            _tell(participant, "after_step", self.step / self.total_steps)
+            tell(participant, "after_step", self.step / self.total_steps)
         self.clear_gradients()
 
     def clear_gradients(self) -> None:
@@ -161,7 +161,7 @@ class Loop:
         """Return the figures of all participants; equal names are numbered: `sparsity`, `sparsity_2`."""
         found: dict[str, float] = {}
         for participant in self.participants:
-            for name, value in _tell(participant, "metrics").items():
+            for name, value in tell(participant, "metrics").items():
                 found[_numbered(name, "_", found)] = value
         return found
 
@@ -180,7 +180,7 @@ class Loop:
             if self.running:
                 self.total_steps = 0
                 for participant in reversed(self.participants):  # a stack ends the last first
-                    ends.callback(_tell, participant, "on_fit_end", completed)
+                    ends.callback(tell, participant, "on_fit_end", completed)
         if is_short and why:
             self._warn_of(step, total_steps, why)
 
@@ -263,30 +263,13 @@ class Loop:
         return [(named[name], own) for name, own in states.items() if name in named]
 
 
-def _tell(participant: Participant, event: str, *arguments: Any) -> Any:
-    """Pass an event on; an error of the participant gets a note that names it."""
-    try:
-        return getattr(participant, event)(*arguments)
-    except Exception as error:
-        note = f"raised in {event} of the participant {participant.name}"
-        if note not in getattr(error, "__notes__", ()):
-            error.add_note(note)
-        raise
-
-
-@atexit.register
-def _tell_of_open_runs() -> None:
-    for loop in list(_open):
-        loop.tell_if_open(UNENDED)
-
-
 def _own_parameters(participant: Participant, model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that a participant wants to train.
 
     Raises:
         TypeError: What it returns is no list of parameters; one parameter alone would be taken for its rows.
     """
-    found = _tell(participant, "on_setup", model)
+    found = tell(participant, "on_setup", model)
     own = list(found) if isinstance(found, Iterable) and not isinstance(found, Tensor) else [None]
     if not all(isinstance(p, Tensor) and p.is_leaf for p in own):
         raise TypeError(f"{participant.name}.on_setup must return a list of parameters, [] for none, got {_kind(found)}")

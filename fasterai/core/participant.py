@@ -11,7 +11,7 @@ from fasterai.core.batch import Batch, Fit
 from fasterai.core.types import Move
 from fasterai.model.cuts import Cut
 
-__all__ = ["EVENTS", "Participant"]
+__all__ = ["EVENTS", "Participant", "tell"]
 
 #: The events of a participant, in the order in which a run has them.
 EVENTS = (
@@ -84,3 +84,20 @@ class Participant:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state; the caller's dict is not changed."""
+
+
+def tell(participant: Participant, event: str, *arguments: Any) -> Any:
+    """Pass an event on; an error of the participant gets a note that names it."""
+    try:
+        return getattr(participant, event)(*arguments)
+    except Exception as error:
+        note = f"raised in {event} of the participant {participant.name}"
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+        raise
+
+
+@atexit.register
+def tell_of_open_runs() -> None:
+    for loop in list(_open):
+        loop.tell_if_open(UNENDED)

@@ -311,11 +311,17 @@ def _macs(model: nn.Module, example_inputs: Any) -> int | None:
     return None if example_inputs is None else cost(model, example_inputs).macs
 
 
-class Conv_Decomposer:  # noqa: N801 - its familiar name
+class Conv_Decomposer(Shown):  # noqa: N801 - its familiar name
     """Decomposer that works as `decompose_convolutions` does, and keeps its last report as `.report`."""
 
     def __init__(self) -> None:
         self.report = ConvolutionReport()
+
+    def _line(self) -> str:
+        return f"<Conv_Decomposer: {self.report._head()}>"
+
+    def _parts(self) -> Iterable[Table | str]:
+        return self.report._parts()
 
     def decompose(
         self,
