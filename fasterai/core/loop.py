@@ -263,6 +263,12 @@ class Loop:
         return [(named[name], own) for name, own in states.items() if name in named]
 
 
+@atexit.register
+def tell_of_open_runs() -> None:
+    for loop in list(_open):
+        loop.tell_if_open(UNENDED)
+
+
 def _own_parameters(participant: Participant, model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that a participant wants to train.
 

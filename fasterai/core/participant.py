@@ -95,9 +95,3 @@ def tell(participant: Participant, event: str, *arguments: Any) -> Any:
         if note not in getattr(error, "__notes__", ()):
             error.add_note(note)
         raise
-
-
-@atexit.register
-def tell_of_open_runs() -> None:
-    for loop in list(_open):
-        loop.tell_if_open(UNENDED)
