@@ -120,6 +120,11 @@ def sensitivity() -> Any:
     return sensitivity(net(), accuracy, granularity="weight", sparsities=(0.5, 0.9), progress=False)
 
 
+def by_layers(call: str | None) -> Any:
+    analyzer = everything.SensitivityAnalyzer(net(), X, accuracy)
+    return analyzer if call is None else analyzer.analyze(verbose=False)
+
+
 #: Class -> how to make one of it.
 MADE = {
     "AGP": lambda _: everything.AGP(),
@@ -159,7 +164,11 @@ MADE = {
     "PruneCallback": lambda _: everything.PruneCallback(0.5, "agp", "local", "large_final"),
     "Pruner": lambda _: everything.Pruner(net(), 0.5, "local", "large_final", example_inputs=X),
     "Removal": lambda _: removal(),
+    "LayerSensitivity": lambda _: layer_sensitivity().layers[0],
+    "LayerSensitivity": lambda _: by_layers("analyze").layers[0],
     "Sensitivity": lambda _: sensitivity(),
+    "SensitivityAnalyzer": lambda _: by_layers(None),
+    "SensitivityResult": lambda _: by_layers("analyze"),
     "Sparsifier": lambda _: sparsifier(),
     "SparsifyCallback": lambda _: everything.SparsifyCallback({"*": 0.5}, "filter", "local", lambda w: w, "agp"),
 }
@@ -204,7 +213,7 @@ WITH_TABLES = {
         "Pruner",
         "Reached",
     ),
-    *("Removal", "Sensitivity", "Sparsifier", "SparsityReport"),
+    *("Removal", "Sensitivity", "SensitivityResult", "Sparsifier", "SparsityReport"),
 }
 
 
