@@ -164,7 +164,6 @@ MADE = {
     "PruneCallback": lambda _: everything.PruneCallback(0.5, "agp", "local", "large_final"),
     "Pruner": lambda _: everything.Pruner(net(), 0.5, "local", "large_final", example_inputs=X),
     "Removal": lambda _: removal(),
-    "LayerSensitivity": lambda _: layer_sensitivity().layers[0],
     "LayerSensitivity": lambda _: by_layers("analyze").layers[0],
     "Sensitivity": lambda _: sensitivity(),
     "SensitivityAnalyzer": lambda _: by_layers(None),

@@ -1,6 +1,6 @@
 """The calls of the public fasterai's notebooks, in our own words: each runs here, or its error says what to write instead.
 
-By tutorial; what stands behind a call (losses, data, plots of theirs) is left out. `RUNS` is code that runs as it is there, `SAYS`
+By tutorial; what stands behind a call (losses, data, pictures) is left out. `RUNS` is code that runs as it is there, `SAYS`
 code whose error names the replacement. What is not here at all (distillation, regularisation, quantisation) is in neither.
 """
 
