@@ -1,4 +1,7 @@
-"""Functions and classes of the public fasterai, in terms of this library's catalogues."""
+"""Functions and classes of the public fasterai, in terms of this library's catalogues.
+
+Over 300 lines, since it is a list: each call by its own name.
+"""
 
 from __future__ import annotations
 
@@ -74,13 +77,13 @@ class Reducer:
 
 
 def _stretched(scores: Tensor) -> Tensor:
-    """Bring scores to [0, 1] by their extremes; equal scores become 0."""
+    """Scale scores to [0, 1] by their extremes; equal scores become 0."""
     low, high = scores.min(), scores.max()
     return torch.zeros_like(scores) if low == high else (scores - low) / (high - low)
 
 
 def _standardised(scores: Tensor) -> Tensor:
-    """Bring scores to mean 0 and deviation 1 of the sample, which divides by n - 1; equal scores become 0."""
+    """Shift and scale scores to mean 0 and deviation 1 of the sample, which divides by n - 1; equal scores become 0."""
     if scores.numel() < 2 or scores.min() == scores.max():
         return torch.zeros_like(scores)
     return (scores - scores.mean()) / scores.std()
