@@ -1,4 +1,7 @@
-"""Functions and classes of the public fasterai, in terms of this library's catalogues."""
+"""Functions and classes of the public fasterai, in terms of this library's catalogues.
+
+Over 300 lines, since it is a list: each call by its own name.
+"""
 
 from __future__ import annotations
 
@@ -73,14 +76,31 @@ class Reducer:
         return scores.sum(_dims(dim), keepdim=True)
 
 
+def _stretched(scores: Tensor) -> Tensor:
+    """Scale scores to [0, 1] by their extremes; equal scores become 0."""
+    low, high = scores.min(), scores.max()
+    return torch.zeros_like(scores) if low == high else (scores - low) / (high - low)
+
+
+def _standardised(scores: Tensor) -> Tensor:
+    """Shift and scale scores to mean 0 and deviation 1 of the sample, which divides by n - 1; equal scores become 0."""
+    if scores.numel() < 2 or scores.min() == scores.max():
+        return torch.zeros_like(scores)
+    return (scores - scores.mean()) / scores.std()
+
+
 class Normalizer:
-    """Normalisers as functions of a target's unit scores."""
+    """Normalisers as functions of a target's unit scores, as the public fasterai means their names.
+
+    `standardization` brings scores to [0, 1], and `gaussian` to mean 0 and deviation 1. A `Criterion`'s own names mean
+    others: its `standardise` is of mean 0, and its `gaussian` the normal distribution function of that.
+    """
 
     sum = staticmethod(NORMALIZERS["sum"])
     mean = staticmethod(NORMALIZERS["mean"])
     max = staticmethod(NORMALIZERS["max"])
-    standardization = staticmethod(NORMALIZERS["standardise"])
-    gaussian = staticmethod(NORMALIZERS["gaussian"])
+    standardization = staticmethod(_stretched)
+    gaussian = staticmethod(_standardised)
 
 
 @dataclass(frozen=True)
@@ -158,10 +178,10 @@ def Criteria(  # noqa: N802 - the familiar name
         raise ValueError(f"scale must be None, got {scale!r}: scores are compared as they are; pass normalizer=")
     names = {Reducer.mean: "mean", Reducer.sum: "sum"}
     reducer_name = check_choice("reducer", names.get(reducer, reducer), ("mean", "sum"))
-    functions = {function: name for name, function in NORMALIZERS.items()}
-    normalizer_name = functions.get(normalizer, normalizer)
-    if normalizer_name == "standardization":
-        normalizer_name = "standardise"
+    functions: dict[Any, str] = {NORMALIZERS[name]: name for name in ("sum", "mean", "max")}
+    named = {"standardization": Normalizer.standardization, "gaussian": Normalizer.gaussian}
+    given: Any = named.get(normalizer, normalizer) if isinstance(normalizer, str) else normalizer
+    normalizer_name = functions.get(given, given)
     if needs_data:
         statistic = DATA_FNS[check_choice("data_fn", data_fn, DATA_FNS)]
         return Criterion(_Activated(f, statistic), frozenset({statistic}), reducer_name, normalizer_name)
@@ -278,7 +298,8 @@ class Granularities:
     @staticmethod
     def available_modules() -> tuple[type[nn.Module], ...]:
         """List the module classes that are known."""
-        return tuple(t for t in read_module.registry if t is not object)
+        plain = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        return tuple(dict.fromkeys([*(t for t in read_module.registry if t is not object), *plain]))
 
     @staticmethod
     def _read(m: nn.Module) -> Layout:

@@ -120,6 +120,11 @@ def sensitivity() -> Any:
     return sensitivity(net(), accuracy, granularity="weight", sparsities=(0.5, 0.9), progress=False)
 
 
+def by_layers(call: str | None) -> Any:
+    analyzer = everything.SensitivityAnalyzer(net(), X, accuracy)
+    return analyzer if call is None else analyzer.analyze(verbose=False)
+
+
 #: Class -> how to make one of it.
 MADE = {
     "AGP": lambda _: everything.AGP(),
@@ -128,6 +133,8 @@ MADE = {
     "Budget": lambda _: everything.Budget(latency=0.5, batch=8),
     "ChannelGraph": lambda _: graph(),
     "Comparison": lambda _: compared(latency=True),
+    "Conv_Decomposer": lambda _: folder_of(nn.Sequential(nn.Conv2d(8, 8, 3)), everything.Conv_Decomposer()),
+    "ConvolutionReport": lambda _: folder_of(nn.Sequential(nn.Conv2d(8, 8, 3)), everything.Conv_Decomposer()).report,
     "Cosine": lambda _: everything.Cosine(),
     "Cost": lambda _: compared(latency=False).costs["dense"],
     "Coupled": lambda _: everything.Coupled("mean", relative=False),
@@ -157,7 +164,10 @@ MADE = {
     "PruneCallback": lambda _: everything.PruneCallback(0.5, "agp", "local", "large_final"),
     "Pruner": lambda _: everything.Pruner(net(), 0.5, "local", "large_final", example_inputs=X),
     "Removal": lambda _: removal(),
+    "LayerSensitivity": lambda _: by_layers("analyze").layers[0],
     "Sensitivity": lambda _: sensitivity(),
+    "SensitivityAnalyzer": lambda _: by_layers(None),
+    "SensitivityResult": lambda _: by_layers("analyze"),
     "Sparsifier": lambda _: sparsifier(),
     "SparsifyCallback": lambda _: everything.SparsifyCallback({"*": 0.5}, "filter", "local", lambda w: w, "agp"),
 }
@@ -179,7 +189,18 @@ OTHERS = {
     "Timing": lambda _: compared(latency=True).latency.models["again"].timings[0],
 }
 WITH_TABLES = {
-    *("BN_Folder", "Budget", "ChannelGraph", "Comparison", "Cost", "DecompositionReport", "FC_Decomposer", "FoldReport"),
+    *(
+        "BN_Folder",
+        "Budget",
+        "ChannelGraph",
+        "Comparison",
+        "Conv_Decomposer",
+        "ConvolutionReport",
+        "Cost",
+        "DecompositionReport",
+        "FC_Decomposer",
+        "FoldReport",
+    ),
     *(
         "GradualPruner",
         "Group",
@@ -191,7 +212,7 @@ WITH_TABLES = {
         "Pruner",
         "Reached",
     ),
-    *("Removal", "Sensitivity", "Sparsifier", "SparsityReport"),
+    *("Removal", "Sensitivity", "SensitivityResult", "Sparsifier", "SparsityReport"),
 }
 
 
@@ -221,7 +242,17 @@ def test_it_is_one_line_and_its_tables_have_the_cells_of_the_text(name: str, tmp
 
 
 #: Whose text has sentences where the table has columns, so that only the table has heads.
-NEW_HEADS = {"Budget", "FoldReport", "BN_Folder", "DecompositionReport", "FC_Decomposer", "Plan", "Removal"}
+NEW_HEADS = {
+    "Budget",
+    "FoldReport",
+    "BN_Folder",
+    "DecompositionReport",
+    "FC_Decomposer",
+    "Conv_Decomposer",
+    "ConvolutionReport",
+    "Plan",
+    "Removal",
+}
 
 
 class Cells(HTMLParser):

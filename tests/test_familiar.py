@@ -6,6 +6,7 @@ import pickle
 from dataclasses import FrozenInstanceError
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -230,9 +231,10 @@ def test_functions_may_write_into_what_they_get():
         ("sum", "max", ("sum", "max")),
         (Reducer.mean, Normalizer.mean, ("mean", "mean")),
         (Reducer.mean, Normalizer.max, ("mean", "max")),
-        (Reducer.mean, Normalizer.standardization, ("mean", "standardise")),
-        (Reducer.mean, "standardization", ("mean", "standardise")),
-        (Reducer.mean, Normalizer.gaussian, ("mean", "gaussian")),
+        (Reducer.mean, Normalizer.standardization, ("mean", Normalizer.standardization)),
+        (Reducer.mean, "standardization", ("mean", Normalizer.standardization)),
+        (Reducer.mean, Normalizer.gaussian, ("mean", Normalizer.gaussian)),
+        (Reducer.mean, "gaussian", ("mean", Normalizer.gaussian)),
     ],
 )
 def test_reducers_and_normalisers_go_by_function_or_name(reducer, normalizer, wanted):
@@ -252,15 +254,42 @@ def test_reducers_reduce_and_keep_the_dimensions(dim):
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("sum", [0.25, 0.75]),
-        ("mean", [0.5, 1.5]),
-        ("max", [1 / 3, 1.0]),
-        ("standardization", [-1.0, 1.0]),
-        ("gaussian", [0.158655, 0.841345]),
+        ("sum", [1 / 6, 1 / 3, 1 / 2]),
+        ("mean", [0.5, 1.0, 1.5]),
+        ("max", [1 / 3, 2 / 3, 1.0]),
+        ("standardization", [0.0, 0.5, 1.0]),
+        ("gaussian", [-1.0, 0.0, 1.0]),
     ],
 )
-def test_normalisers_by_hand(name, wanted):
-    assert getattr(Normalizer, name)(torch.tensor([1.0, 3.0])).tolist() == pytest.approx(wanted, abs=1e-6)
+def test_normalisers_mean_what_they_mean_there(name, wanted):
+    assert getattr(Normalizer, name)(torch.tensor([1.0, 2.0, 3.0])).tolist() == pytest.approx(wanted, abs=1e-6)
+    criterion = Criteria(torch.abs, normalizer=name)
+    assert criterion.normalize(torch.tensor([1.0, 2.0, 3.0])).tolist() == pytest.approx(wanted, abs=1e-6)
+    assert pickle.loads(pickle.dumps(criterion)) == criterion
+
+
+@pytest.mark.parametrize("name", ["standardization", "gaussian"])
+@pytest.mark.parametrize("values", [[2.0], [3.0, 3.0], [-1.0, -1.0, -1.0]])
+def test_equal_scores_stay_equal_and_finite(name, values):
+    assert getattr(Normalizer, name)(torch.tensor(values)).tolist() == [0.0] * len(values)
+
+
+@pytest.mark.parametrize(
+    "function", [sched_oneshot, sched_iterative, sched_agp, sched_onecycle, sched_dsd, schedules.sched_cos, schedules.sched_lin]
+)
+def test_curves_take_arrays_of_positions(function):
+    positions = np.linspace(0, 1, 11)
+    one_by_one = [function(0.1, 0.9, float(p)) for p in positions]
+    np.testing.assert_allclose(np.broadcast_to(function(0.1, 0.9, positions), 11), one_by_one, atol=1e-12)
+
+
+@pytest.mark.parametrize("call", [lambda c, m: c(m, "filter"), lambda c, m: c(m), lambda c, m: c(m, g="filter", squeeze=True)])
+@pytest.mark.parametrize("name", ["large_final", "wanda", "taylor"])
+def test_a_criterion_called_on_a_module_names_the_function_that_does_it(call, name):
+    with pytest.raises(
+        TypeError, match=r"criterion must be called with evidence alone, got Conv2d.*; unit_scores\(m, criterion"
+    ):
+        call(getattr(criteria, name), nn.Conv2d(3, 4, 3))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,10 @@ from fasterai.analyze.latency import Latency as Latency
 from fasterai.analyze.latency import LatencyComparison as LatencyComparison
 from fasterai.analyze.latency import compare_latency as compare_latency
 from fasterai.analyze.latency import latency as latency
+from fasterai.analyze.sensitivity import LayerSensitivity as LayerSensitivity
 from fasterai.analyze.sensitivity import Sensitivity as Sensitivity
+from fasterai.analyze.sensitivity import SensitivityAnalyzer, analyze_sensitivity
+from fasterai.analyze.sensitivity import SensitivityResult as SensitivityResult
 from fasterai.analyze.sensitivity import sensitivity as sensitivity
 from fasterai.core import all as _core
 from fasterai.core.all import *
@@ -27,5 +30,5 @@ from fasterai.core.schedules import *
 from fasterai.familiar import *
 from fasterai.sparse.sparsifier import Sparsifier
 
-__all__ = ["Sparsifier", "analyze"]
+__all__ = ["SensitivityAnalyzer", "Sparsifier", "analyze", "analyze_sensitivity"]
 __all__ += _core.__all__

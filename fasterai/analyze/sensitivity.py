@@ -10,16 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasterai.analyze.layer_sensitivity import LayerSensitivity, SensitivityResult
 from fasterai.analyze.sensitivity_report import Ranked, Sensitivity
-from fasterai.core.checks import check_fraction
+from fasterai.core.checks import check_fraction, unknown
 from fasterai.core.criteria import Criterion
 from fasterai.core.granularities import Granularity
+from fasterai.display import one_line
+from fasterai.model.names import unwrap
 from fasterai.model.running import evaluating, undisturbed
 from fasterai.model.supported import check_model
 from fasterai.model.targets import TargetsLike
 from fasterai.sparse.sparsifier import Sparsifier
 
-__all__ = ["Ranked", "Sensitivity", "sensitivity"]
+__all__ = [
+    "LayerSensitivity",
+    "Ranked",
+    "Sensitivity",
+    "SensitivityAnalyzer",
+    "SensitivityResult",
+    "analyze_sensitivity",
+    "sensitivity",
+]
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -137,3 +148,111 @@ def _bar(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
             bar.update()
 
         yield step
+
+
+class SensitivityAnalyzer:
+    """Sensitivities of a model, by the names of the public fasterai; `sensitivity` is the simpler call.
+
+    Args:
+        model: The model.
+        sample: Example inputs, which `pruning` needs to follow channels through the model.
+        eval_fn: The model -> its score.
+        criteria: The importance of a weight, as for `Sparsifier`.
+        higher_is_better: True where a higher score is better.
+        metric_name: The name of the score, for texts.
+    """
+
+    VALID_COMPRESSIONS = frozenset({"sparsity", "pruning"})
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sample: Any,
+        eval_fn: Callable[[nn.Module], float],
+        *,
+        criteria: Criterion | Callable[[Tensor], Tensor] | str = "large_final",
+        higher_is_better: bool = True,
+        metric_name: str = "accuracy",
+    ) -> None:
+        check_model(model, holds_values=True)
+        self.model, self.sample, self.eval_fn = model, sample, eval_fn
+        self.criteria, self.higher_is_better, self.metric_name = criteria, higher_is_better, metric_name
+
+    def __repr__(self) -> str:
+        return one_line(f"<SensitivityAnalyzer of {type(unwrap(self.model)).__name__}, by {self.metric_name}>")
+
+    def analyze(
+        self,
+        compression: str = "sparsity",
+        level: float = 0.5,
+        *,
+        granularity: Granularity | str = "weight",
+        layers: Sequence[str] | None = None,
+        verbose: bool = True,
+        **options: Any,
+    ) -> SensitivityResult:
+        """Score the model with one layer at a time pruned.
+
+        Args:
+            compression: `sparsity` for weights of the granularity, `pruning` for the channels that go together.
+            level: The share of each layer, in [0, 1].
+            granularity: For `sparsity`, as for `Sparsifier`.
+            layers: Names of the layers; all if left out.
+            verbose: True to show a progress bar.
+            **options: Further arguments of `sensitivity`.
+
+        Raises:
+            ValueError: `compression` is not known, or another argument is out of range.
+        """
+        if compression not in self.VALID_COMPRESSIONS:
+            hint = "there is no quantisation here; torchao has it" if compression == "quantization" else None
+            raise unknown("compression", compression, sorted(self.VALID_COMPRESSIONS), hint=hint)
+        level = check_fraction("level", level)
+        pruning = compression == "pruning"
+        measured = sensitivity(
+            self.model,
+            self.eval_fn,
+            granularity="coupled" if pruning else granularity,
+            criteria=self.criteria,
+            sparsities=(level,),
+            targets=layers,
+            higher_is_better=self.higher_is_better,
+            progress=verbose,
+            **({"example_inputs": self.sample} if pruning else {}),
+            **options,
+        )
+        rows = [self._row(name, measured) for name in measured.scores]
+        return SensitivityResult(compression, level, measured.baseline, rows, self.metric_name, self.higher_is_better, measured)
+
+    def _row(self, name: str, measured: Sensitivity) -> LayerSensitivity:
+        module_name, _, attribute = name.rpartition(".")
+        module = unwrap(self.model).get_submodule(module_name)
+        label = module_name or name if attribute == "weight" else name
+        count = module._parameters[attribute].numel()  # type: ignore[union-attr]
+        (score,), (drop,) = measured.scores[name], measured.drops(name)
+        return LayerSensitivity(label, type(module).__name__, count, measured.baseline, score, drop)
+
+    def sweep(
+        self, compression: str = "sparsity", levels: Sequence[float] = (0.25, 0.5, 0.75), **options: Any
+    ) -> list[SensitivityResult]:
+        """Score the model at several shares; the further arguments are those of `analyze`."""
+        for level in levels:
+            check_fraction("levels", level)
+        return [self.analyze(compression, level, **options) for level in levels]
+
+
+def analyze_sensitivity(
+    model: nn.Module,
+    sample: Any,
+    eval_fn: Callable[[nn.Module], float],
+    compression: str = "sparsity",
+    level: float = 0.5,
+    *,
+    criteria: Criterion | Callable[[Tensor], Tensor] | str = "large_final",
+    higher_is_better: bool = True,
+    metric_name: str = "accuracy",
+    **options: Any,
+) -> SensitivityResult:
+    """Score a model with one layer at a time pruned, by the names of the public fasterai; see `SensitivityAnalyzer.analyze`."""
+    named: dict[str, Any] = {"criteria": criteria, "higher_is_better": higher_is_better, "metric_name": metric_name}
+    return SensitivityAnalyzer(model, sample, eval_fn, **named).analyze(compression, level, **options)

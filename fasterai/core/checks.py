@@ -14,11 +14,12 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fasterai.core.words import find_entry, hint_for
+from fasterai.core.words import GONE, find_entry, hint_for
 
 __all__ = [
+    "NamesReplacements",
     "check_choice",
     "check_count",
     "check_fraction",
@@ -97,6 +98,19 @@ def check_choice(name: str, value: object, known: Iterable[str]) -> str:
     if value not in names:
         raise unknown(name, value, names)
     return value
+
+
+class NamesReplacements:
+    """Anything whose missing attributes, where the public fasterai has them, are answered with what to write instead."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if hasattr(type(self), name):  # a property that has failed: its own error
+                return object.__getattribute__(self, name)
+            hints = (GONE.get(base.__name__, {}).get(name) for base in type(self).__mro__)
+            hint = next((f"; {found}" for found in hints if found), "")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}", name=name, obj=self)
 
 
 def instead_of_class(value: object) -> str:

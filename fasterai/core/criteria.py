@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasterai.core.checks import check_choice, instead_of_class, noted
+from fasterai.core.checks import NamesReplacements, check_choice, instead_of_class, noted
 from fasterai.core.types import EVIDENCE, Evidence
 from fasterai.display import brief, one_line
 
@@ -74,7 +74,7 @@ SHOWN = ("reducer", "normalizer", "unit_rule")
 
 
 @dataclass(frozen=True, repr=False)
-class Criterion:
+class Criterion(NamesReplacements):
     """A way to score weights by how much they matter.
 
     Attributes:
@@ -146,13 +146,19 @@ class Criterion:
         """The gatherers that it needs, by name."""
         return {gatherer_name(need): need for need in sorted((n for n in self.needs if callable(n)), key=gatherer_name)}
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: Evidence, *others: object, **named: object) -> Tensor:
         """Return the scores of the weights, in the shape of the weight and in float32 at least.
 
         Raises:
             TypeError: The function returns no tensor, or reads evidence and has not been said to.
             ValueError: The function's scores have another shape.
         """
+        if others or named or not isinstance(evidence, Evidence):
+            got = ", ".join(type(x).__name__ for x in (evidence, *others))
+            raise TypeError(
+                f"criterion must be called with evidence alone, got {got}; "
+                "unit_scores(m, criterion, 'filter') from fasterai.core.all gives the scores of a module"
+            )
         with noted(f"raised by the criterion {self.title}, for {evidence.name}"):
             scores = self.function(evidence.at_least_float32())
         if not isinstance(scores, Tensor):

@@ -265,7 +265,7 @@ class Loop:
 
 
 @atexit.register
-def _tell_of_open_runs() -> None:
+def tell_of_open_runs() -> None:
     for loop in list(_open):
         loop.tell_if_open(UNENDED)
 

@@ -17,7 +17,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fasterai.core.checks import check_count, check_fraction, instead_of_class, noted
+import numpy as np
+
+from fasterai.core.checks import NamesReplacements, check_count, check_fraction, instead_of_class, noted
 from fasterai.display import SERIES, Brief, as_percent, dress, new_axes, styled
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["agp", "cos", "dsd", "iterative", "lin", "one_cycle", "one_shot"]
 
 
-class Schedule(ABC):
+class Schedule(NamesReplacements, ABC):
     """Interface of schedules; `Schedule(function, start_pct, end_pct, start_val, end_val)` makes a `Custom` one."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Schedule:
@@ -83,6 +85,11 @@ def _inside(position: float, start_pct: float, end_pct: float) -> float | None:
     return (position - start_pct) / (end_pct - start_pct)
 
 
+def _on(pos: float, number: Callable[[float], float], array: Callable[[Any], Any]) -> float:
+    """Apply a function of Python's to a number, or numpy's to an array of positions."""
+    return number(pos) if isinstance(pos, int | float) else array(pos)  # type: ignore[no-any-return]
+
+
 def sched_oneshot(start: float, end: float, pos: float) -> float:
     """Return `end` at every position: everything at once."""
     return end
@@ -90,7 +97,7 @@ def sched_oneshot(start: float, end: float, pos: float) -> float:
 
 def sched_iterative(start: float, end: float, pos: float, n_steps: int = 3) -> float:
     """Return `start + (end - start) ceil(pos n) / n`: `n_steps` equal stairs (Hubens, One-Cycle Pruning, author's code)."""
-    return start + (end - start) * (math.ceil(pos * n_steps) / n_steps)
+    return start + (end - start) * (_on(pos * n_steps, math.ceil, np.ceil) / n_steps)
 
 
 def sched_agp(start: float, end: float, pos: float) -> float:
@@ -100,12 +107,12 @@ def sched_agp(start: float, end: float, pos: float) -> float:
 
 def sched_onecycle(start: float, end: float, pos: float, α: float = 14, β: float = 6) -> float:  # noqa: PLC2401
     """Return `start + (end - start)(1 + e^(β-α)) / (1 + e^(β-α pos))` (Hubens et al. 2021, arXiv 2107.02086)."""
-    return start + (end - start) * (1 + math.exp(β - α)) / (1 + math.exp(β - α * pos))
+    return start + (end - start) * (1 + math.exp(β - α)) / (1 + _on(β - α * pos, math.exp, np.exp))
 
 
 def sched_cos(start: float, end: float, pos: float) -> float:
     """Return the value of half a cosine from `start` to `end`, as in fastai."""
-    return start + (1 + math.cos(math.pi * (1 - pos))) * (end - start) / 2
+    return start + (1 + _on(math.pi * (1 - pos), math.cos, np.cos)) * (end - start) / 2
 
 
 def sched_lin(start: float, end: float, pos: float) -> float:
@@ -115,7 +122,7 @@ def sched_lin(start: float, end: float, pos: float) -> float:
 
 def sched_dsd(start: float, end: float, pos: float) -> float:
     """Return a cosine from `start` to `end` and back: dense, sparse, dense (after Han et al. 2016, arXiv 1607.04381)."""
-    return start + (1 + math.cos(math.pi * (1 - 2 * pos))) * (end - start) / 2
+    return start + (1 + _on(math.pi * (1 - 2 * pos), math.cos, np.cos)) * (end - start) / 2
 
 
 class _Windowed(Schedule):

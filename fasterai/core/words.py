@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-__all__ = ["HINTS", "NAMES", "find_entry", "hint_for"]
+__all__ = ["GONE", "HINTS", "NAMES", "find_entry", "hint_for"]
 
 #: Catalogue -> further name -> entry.
 NAMES: Mapping[str, Mapping[str, str]] = {
@@ -112,6 +112,38 @@ HINTS: Mapping[str, Mapping[str, str]] = {
         "rigl": _GROW,
         "set": _GROW,
         "static": "did you mean 'nested', with a schedule that has no further steps: OneShot(0)?",
+    },
+}
+
+_FREE = "schedules remember nothing, so there is nothing to do in its place"
+_EVIDENCE = "evidence is gathered when it is needed: pass data= to the Sparsifier, or train with a callback"
+_GRAPH = "fasterai.graph.channels.channel_graph(model, inputs) has the groups, and why the others stay"
+
+#: Class -> attribute that it has in the public fasterai 0.4.1 -> what to write instead.
+GONE: Mapping[str, Mapping[str, str]] = {
+    "Schedule": {
+        "progress": "call the schedule itself: schedule(0.3)",
+        **dict.fromkeys(("changed", "pruned", "after_step", "after_pruned", "reset"), _FREE),
+    },
+    "Criterion": {
+        "calibrate": _EVIDENCE,
+        "update_weights": _EVIDENCE,
+        "scale": "scores are compared as they are; criterion.using(normalizer='max') makes those of targets comparable",
+        "needs_data": "criterion.needs has the names of all evidence",
+        "f": "it is criterion.function",
+    },
+    "Sparsifier": {
+        "_save_weights": "LotteryTicket(sparsifier) saves and rewinds, or lth=True in a callback",
+        "_reset_weights": "LotteryTicket(sparsifier) saves and rewinds, or lth=True in a callback",
+        "_apply_masks": "call apply_masks()",
+        "_clean_buffers": "nothing is put on the modules; finalize() drops the copies, reset() the masks",
+        "_reset_threshold": "there is no threshold to reset",
+        "sparsify_batchnorm": "norms follow the data flow: pass example_inputs=, or train with a callback",
+    },
+    "Pruner": {
+        **dict.fromkeys(("pruner", "group_importance", "restore_attention_layers"), _GRAPH),
+        **dict.fromkeys(("get_ignored_layers", "get_linear_layers_to_ignore", "get_attention_layers_to_ignore"), _GRAPH),
+        "num_heads": _GRAPH,
     },
 }
 

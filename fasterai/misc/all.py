@@ -2,7 +2,20 @@
 
 from fasterai.misc.batchnorm import BN_Folder, find_folds, fold_batchnorms
 from fasterai.misc.batchnorm import FoldReport as FoldReport
+from fasterai.misc.convolutions import VALID_METHODS, Conv_Decomposer, decompose_convolutions, factorise_convolution
+from fasterai.misc.convolutions import ConvolutionReport as ConvolutionReport
 from fasterai.misc.decomposition import DecompositionReport as DecompositionReport
 from fasterai.misc.decomposition import FC_Decomposer, decompose_linear, factorise_linear
 
-__all__ = ["BN_Folder", "FC_Decomposer", "decompose_linear", "factorise_linear", "find_folds", "fold_batchnorms"]
+__all__ = [
+    "BN_Folder",
+    "Conv_Decomposer",
+    "FC_Decomposer",
+    "VALID_METHODS",
+    "decompose_convolutions",
+    "decompose_linear",
+    "factorise_convolution",
+    "factorise_linear",
+    "find_folds",
+    "fold_batchnorms",
+]

@@ -2,28 +2,22 @@
 
 The truncation is the best approximation of that rank (Eckart & Young 1936, https://doi.org/10.1007/BF02288367). With data it is
 that of `W diag(x)`, `x` the 2-norms of the input features: what the layer adds up, not its weights, is then approximated.
-
-Over 300 lines, since the search for layers that cannot be replaced is longer than the decomposition.
 """
 
 from __future__ import annotations
 
 import copy
-import dis
-import fnmatch
-import inspect
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice, pairwise
-from types import FunctionType
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fasterai.core.checks import check_count, check_fraction, unknown, warn
+from fasterai.core.checks import check_count, check_fraction, warn
 from fasterai.display import Shown, Table
+from fasterai.misc.layer_choice import Kind, choose_layers, replace_modules
 from fasterai.model.names import unwrap
 from fasterai.model.targets import all_targets
 from fasterai.units.evidence import Source, activations
@@ -32,8 +26,8 @@ __all__ = ["DecompositionReport", "FC_Decomposer", "decompose_linear", "factoris
 
 # Input features smaller than this share of the largest count as if they had it, so that nothing is divided by 0.
 LEAST_SCALE = 1e-6
-# What a linear layer has and the two that replace it have not.
-OWN_ATTRIBUTES = frozenset({"weight", "bias", "in_features", "out_features"})
+# Linear layers, and what one has and the two that replace it have not.
+LINEAR = Kind((nn.Linear,), "linear layer", frozenset({"weight", "bias", "in_features", "out_features"}))
 
 
 @dataclass(frozen=True, repr=False)
@@ -123,7 +117,7 @@ def decompose_linear(
             not reach a layer.
     """
     share, energy = _check_shares(share_removed, energy_threshold)
-    return FC_Decomposer().decompose(model, share, energy, data, n_batches, layers, exclude)
+    return FC_Decomposer()._decompose(model, share, energy, data, n_batches, layers, exclude)
 
 
 class FC_Decomposer(Shown):  # noqa: N801 - its familiar name
@@ -148,12 +142,25 @@ class FC_Decomposer(Shown):  # noqa: N801 - its familiar name
         layers: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
     ) -> nn.Module:
-        """Decompose as `decompose_linear` does; `percent_removed` is its `share_removed`, a fraction."""
+        """Decompose as `decompose_linear` does; `percent_removed` is its `share_removed`, a fraction below 1."""
+        _refuse_all(percent_removed, energy_threshold)
+        return self._decompose(model, percent_removed, energy_threshold, data, n_batches, layers, exclude)
+
+    def _decompose(
+        self,
+        model: nn.Module,
+        percent_removed: float,
+        energy_threshold: float | None,
+        data: Iterable[Any] | None,
+        n_batches: int,
+        layers: str | Iterable[str] | None,
+        exclude: str | Iterable[str] | None,
+    ) -> nn.Module:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
         share, energy = _check_shares(percent_removed, energy_threshold, name="percent_removed")
         new = copy.deepcopy(unwrap(model))
-        chosen, left = _choose(new, layers, exclude)
+        chosen, left = choose_layers(new, LINEAR, layers, exclude)
         scales = {} if data is None else _scales(new, chosen, islice(data, check_count("n_batches", n_batches)))
         ranks: dict[str, int] = {}
         replacements: dict[nn.Module, nn.Module] = {}
@@ -169,7 +176,7 @@ class FC_Decomposer(Shown):  # noqa: N801 - its familiar name
                     f"rank {rank} of {min(outs, ins)} would not save parameters (below {outs * ins / (outs + ins):g} does)"
                 )
         before = _count(new)
-        new = _replace(new, replacements)
+        new = replace_modules(new, replacements)
         if not ranks:
             warn(f"no linear layer was decomposed: {'; '.join(f'{n}: {why}' for n, why in left.items()) or 'there is none'}")
         self.report = DecompositionReport(ranks, left, before, _count(new))
@@ -182,12 +189,22 @@ class FC_Decomposer(Shown):  # noqa: N801 - its familiar name
         energy_threshold: float | None = None,
         scale: Tensor | None = None,
     ) -> nn.Sequential:
-        """Factorise one layer as `factorise_linear` does."""
+        """Factorise one layer as `factorise_linear` does; `percent_removed` is below 1."""
+        _refuse_all(percent_removed, energy_threshold)
         return factorise_linear(layer, percent_removed, energy_threshold, scale)
 
 
 def _check_shares(share: float, energy: float | None, name: str = "share_removed") -> tuple[float, float | None]:
     return check_fraction(name, share), None if energy is None else check_fraction("energy_threshold", energy)
+
+
+def _refuse_all(percent_removed: float, energy_threshold: float | None) -> None:
+    """Refuse to remove all singular values, by the familiar calls, where that has always been an error."""
+    if energy_threshold is None and check_fraction("percent_removed", percent_removed) == 1:
+        raise ValueError(
+            f"percent_removed must be below 1, got {percent_removed!r}: nothing would be left; decompose_linear and "
+            "factorise_linear keep one singular value then"
+        )
 
 
 def _count(model: nn.Module) -> int:
@@ -232,85 +249,3 @@ def _split(layer: nn.Linear, first: Tensor, second: Tensor) -> nn.Sequential:
     if layer.bias is not None:
         wide.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
     return nn.Sequential(narrow, wide).train(layer.training)
-
-
-def _choose(
-    model: nn.Module, layers: str | Iterable[str] | None, exclude: str | Iterable[str] | None
-) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """Choose the linear layers to decompose, by name, and say for each other one why it stays."""
-    known = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
-    asked = None if layers is None else _matching("layers", layers, known)
-    excluded = set() if exclude is None else _matching("exclude", exclude, known)
-    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    readers = _direct_readers(model)
-    chosen: dict[str, nn.Linear] = {}
-    left: dict[str, str] = {}
-    for layer in dict.fromkeys(known.values()):
-        names = [n for n, m in known.items() if m is layer]
-        why = None
-        if asked is not None and not asked.intersection(names):
-            why = "not named in layers"
-        elif excluded.intersection(names):
-            why = "named in exclude"
-        elif layer in readers:
-            why = f"{readers[layer]} reads its weight directly"
-        elif type(layer) is not nn.Linear:
-            why = f"a {type(layer).__name__} may compute more than a linear layer"
-        elif layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-            why = "it has hooks, which would be lost"
-        elif holders[id(layer.weight)] > 1:
-            why = "its weight is shared with another module"
-        if why is None:
-            chosen[names[0]] = layer
-        else:
-            left[names[0]] = why
-    return chosen, left
-
-
-def _matching(argument: str, patterns: str | Iterable[str], known: Iterable[str]) -> set[str]:
-    found: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        hits = {n for n in known if n == pattern or n.startswith(f"{pattern}.") or fnmatch.fnmatchcase(n, pattern)}
-        if not hits:
-            raise unknown(argument, pattern, known, "the name of a linear layer or of a module that holds one, or a glob, of")
-        found |= hits
-    return found
-
-
-def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put the new modules in the place of the old ones, under each of their names."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and child in replacements:
-                parent._modules[name] = replacements[child]
-    return replacements.get(model, model)
-
-
-def _direct_readers(model: nn.Module) -> dict[nn.Module, str]:
-    """Find the linear layers whose weight or other attribute is read by a module above them: layer -> that module's class.
-
-    Attention and the encoder layers' fast path call no `forward` of their linear layers but take the weights, and so may any
-    module: its methods are searched for `<layer>.weight`.
-    """
-    readers: dict[nn.Module, str] = {}
-    for module in model.modules():
-        read = set(_read_attributes(type(module)))
-        for path, layer in module.named_modules():
-            if isinstance(layer, nn.Linear) and path and path.rpartition(".")[2] in read:
-                readers.setdefault(layer, type(module).__name__)
-    return readers
-
-
-def _read_attributes(cls: type) -> Iterator[str]:
-    """List every `name` for which a method of the class reads `name.weight` or the like.
-
-    Methods that set initial values are left out.
-    """
-    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
-        for method in vars(base).values():
-            function = inspect.unwrap(method) if callable(method) else None
-            if isinstance(function, FunctionType) and not any(part in function.__name__ for part in ("init", "reset")):
-                steps = [(step.opname, step.argval) for step in dis.get_instructions(function)]
-                for (_, name), (opname, attribute) in pairwise(steps):
-                    if opname in ("LOAD_ATTR", "LOAD_METHOD") and attribute in OWN_ATTRIBUTES and isinstance(name, str):
-                        yield name

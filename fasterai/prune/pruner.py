@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.core import criteria as criterion_catalogue
-from fasterai.core.checks import check_choice, check_count, check_fraction, from_catalogue, warn
+from fasterai.core.checks import NamesReplacements, check_choice, check_count, check_fraction, from_catalogue, warn
 from fasterai.core.contexts import Context
 from fasterai.core.criteria import Criterion, as_criterion
 from fasterai.core.granularities import Coupled
@@ -44,7 +44,7 @@ __all__ = ["Pruner"]
 Weights = Mapping[nn.Parameter, Tensor]
 
 
-class Pruner(ShownChannels):
+class Pruner(NamesReplacements, ShownChannels):
     """Removal of the channels of a model that matter least.
 
     Args:

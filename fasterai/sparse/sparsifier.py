@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fasterai.core import criteria as criterion_catalogue
 from fasterai.core import schedules
-from fasterai.core.checks import check_count, check_fraction, from_catalogue, warn
+from fasterai.core.checks import NamesReplacements, check_count, check_fraction, from_catalogue, warn
 from fasterai.core.contexts import NM, Context, PerTarget
 from fasterai.core.criteria import Criterion, as_criterion
 from fasterai.core.granularities import Granularity
@@ -53,7 +53,7 @@ from fasterai.units.watching import without_unwatched
 __all__ = ["Sparsifier", "Sparsity"]
 
 
-class Sparsifier(Masked):
+class Sparsifier(NamesReplacements, Masked):
     """A tool that makes the weights of a model sparse, at once or over a training, and keeps them sparse.
 
     Nothing is added to the model: no buffer, no hook, no renamed parameter. All state is here and in `state_dict()`.

@@ -366,3 +366,15 @@ def test_the_familiar_path():
 def test_a_layer_that_reads_nothing_is_left_alone():
     model = nn.Sequential(nn.Linear(0, 3), nn.Linear(3, 8))
     assert decompose_linear(model, 0.5)[0].weight.shape == (3, 0)
+
+
+def test_the_familiar_calls_refuse_to_remove_everything():
+    model = nn.Sequential(nn.Linear(10, 10))
+    with pytest.raises(
+        ValueError, match=r"percent_removed must be below 1, got 1\.0: .*decompose_linear .* keep one singular value"
+    ):
+        FC_Decomposer().decompose(model, percent_removed=1.0)
+    with pytest.raises(ValueError, match="percent_removed must be below 1, got 1:"):
+        FC_Decomposer().SVD(model[0], 1)
+    assert decompose_linear(model, 1.0)[0][0].out_features == 1
+    assert FC_Decomposer().SVD(model[0], 1, energy_threshold=0.0)[0].out_features == 1
