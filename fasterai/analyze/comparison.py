@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from fasterai.display import (
     short_time,
     styled,
 )
+from fasterai.model.running import evaluating, undisturbed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,10 +54,12 @@ class Comparison(Shown):
     Attributes:
         costs: Model name -> its cost. The others are compared with the first model.
         latency: Measured times; None if they were not measured.
+        scores: Name of a score -> model name -> its value; empty if none was asked for.
     """
 
     costs: Mapping[str, Cost]
     latency: LatencyComparison | None = None
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def first(self) -> str:
@@ -111,7 +114,8 @@ class Comparison(Shown):
         """Return plain data, ready for JSON."""
         measured = None if self.latency is None else self.latency.to_dict()
         costs = {name: one.to_dict() for name, one in self.costs.items()}
-        return {"costs": costs, "latency": measured, "verdicts": list(self.verdicts())}
+        scores = {label: dict(values) for label, values in self.scores.items()}
+        return {"costs": costs, "latency": measured, "scores": scores, "verdicts": list(self.verdicts())}
 
     @property
     def batch_size(self) -> int | None:
@@ -123,10 +127,10 @@ class Comparison(Shown):
 
     def _parts(self) -> Iterator[Table | str]:
         names = tuple(self.costs)
-        body = []
-        for label, field, write in self._labels():
-            shares = ["", *(f" ({self.share(name, field):.1%})" for name in names[1:])]
-            body.append([label, *(write(getattr(self.costs[n], field)) + s for n, s in zip(names, shares, strict=True))])
+        body = [[label, *(f"{values[name]:.4g}" for name in names)] for label, values in self.scores.items()]
+        for label, measure, write in self._labels():
+            shares = ["", *(f" ({self.share(name, measure):.1%})" for name in names[1:])]
+            body.append([label, *(write(getattr(self.costs[n], measure)) + s for n, s in zip(names, shares, strict=True))])
         body += [[label, *cells] for label, cells in self._times()]
         uncounted = dict.fromkeys(op for one in self.costs.values() for op in one.uncounted)
         yield Table(["", *names], body)
@@ -200,6 +204,7 @@ def compare(
     models: Mapping[str, nn.Module],
     example_inputs: Any,
     *,
+    scores: Mapping[str, Callable[[nn.Module], float]] | None = None,
     latency: bool = True,
     batch_sizes: Sequence[int] | None = (1,),
     threads: int = 1,
@@ -211,6 +216,7 @@ def compare(
     Args:
         models: Name -> model; the others are compared with the first.
         example_inputs: A tensor, or a tuple or list of positional arguments, that all models run on.
+        scores: Name -> a function of a model, such as its accuracy on data of yours. Each model is in eval mode for it.
         latency: True to measure time, which takes `min_run_time` for each model and batch size.
         batch_sizes: As for `analyze.latency.latency`.
         threads: As there.
@@ -218,16 +224,18 @@ def compare(
         min_run_time: Seconds for each model and batch size.
 
     Raises:
-        TypeError: A model is no module.
+        TypeError: A model is no module, or a score is no function or returns no number.
         ValueError: There is no model, a number is out of range, or a model does not run on these inputs.
     """
     if not isinstance(models, Mapping) or not models:
         raise ValueError(f"models must be a dict of at least one name and model, got {models!r}")
     costs = {name: _cost(name, model, example_inputs) for name, model in models.items()}
+    scored = {label: {n: _score(label, score, model) for n, model in models.items()} for label, score in (scores or {}).items()}
     if not latency:
-        return Comparison(costs)
+        return Comparison(costs, scores=scored)
     options = {"threads": threads, "channels_last": channels_last, "min_run_time": min_run_time}
-    return Comparison(costs, compare_latency(models, example_inputs, batch_sizes=batch_sizes, **options))  # type: ignore[arg-type]
+    measured = compare_latency(models, example_inputs, batch_sizes=batch_sizes, **options)  # type: ignore[arg-type]
+    return Comparison(costs, measured, scored)
 
 
 def _cost(name: str, model: nn.Module, example_inputs: Any) -> Cost:
@@ -235,3 +243,14 @@ def _cost(name: str, model: nn.Module, example_inputs: Any) -> Cost:
         return cost(model, example_inputs)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error}, for models[{name!r}]") from error
+
+
+def _score(label: str, score: Callable[[nn.Module], float], model: nn.Module) -> float:
+    if not callable(score):
+        raise TypeError(f"scores must be functions of a model, got {score!r} for {label!r}")
+    with undisturbed(model), evaluating(model):
+        value = score(model)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"scores must return a number, got {value!r} ({type(value).__name__}) of {label!r}") from error

@@ -184,3 +184,30 @@ def test_bad_arguments():
         compare({"dense": net(), "small": 3}, X)
     with pytest.raises(ValueError, match=r"example_inputs must be .*for models\['other'\]"):
         compare({"dense": net(), "other": nn.Linear(5, 2)}, X)
+
+
+def test_scores_stand_above_the_costs_and_find_each_model_in_eval_mode():
+    modes = []
+
+    def width(model):
+        modes.append(model.training)
+        return torch.tensor(float(model[0].out_features))
+
+    models = {"dense": net(8).train(), "small": net(2).train()}
+    report = compare(models, X, scores={"width": width}, latency=False)
+    assert report.scores == {"width": {"dense": 8.0, "small": 2.0}}
+    assert str(report).splitlines()[2].split() == ["width", "8", "2"]
+    assert json.loads(json.dumps(report.to_dict()))["scores"] == {"width": {"dense": 8.0, "small": 2.0}}
+    assert modes == [False, False] and all(model.training for model in models.values())
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({"accuracy": 0.9}, r"scores must be functions of a model, got 0\.9 for 'accuracy'"),
+        ({"accuracy": lambda model: "high"}, r"scores must return a number, got 'high' \(str\) of 'accuracy'"),
+    ],
+)
+def test_a_score_that_is_none_is_an_error(scores, message):
+    with pytest.raises(TypeError, match=message):
+        compare({"dense": net()}, X, scores=scores, latency=False)
