@@ -1,0 +1,84 @@
+"""Runs notebooks, and keeps them with their outputs: `python -m tests.notebooks [NAME ...]` writes those of nbs/ anew."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+FOLDER = Path(__file__).parents[1] / "nbs"
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+#: Beginnings of warnings that other libraries give of themselves when they are imported or first used.
+QUIET = ("`torch.jit.script` is deprecated", "IProgress not found", "`isinstance(treespec")
+ENVIRONMENT = {
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    "PYTHONWARNINGS": ",".join(f"ignore:{words}" for words in QUIET),
+}
+
+
+class OwnKernelManager(AsyncKernelManager):
+    """Runs the interpreter that runs the tests, whatever a kernel called python3 stands for on this machine."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], language="python")
+
+
+def run(notebook: NotebookNode, folder: Path) -> None:
+    """Run all cells in a fresh interpreter that works in `folder`; an error in a cell is raised."""
+    manager = OwnKernelManager(kernel_name="python3")
+    client = NotebookClient(notebook, km=manager, timeout=120, resources={"metadata": {"path": str(folder)}})
+    client.execute(env=os.environ | ENVIRONMENT)
+
+
+def joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Join neighbouring pieces of the same stream; where a kernel cuts them depends on the moment."""
+    kept: list[NotebookNode] = []
+    for output in outputs:
+        if kept and output.output_type == "stream" and kept[-1].get("name") == output.name:
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
+
+
+def clean(notebook: NotebookNode) -> None:
+    """Leave out what differs from machine to machine: ids, times of execution, the versions of the kernel."""
+    notebook.metadata = NotebookNode(METADATA)
+    notebook.nbformat_minor = 5
+    for i, cell in enumerate(notebook.cells):
+        cell.id, cell.metadata = f"cell-{i:02}", NotebookNode()
+        if cell.cell_type == "code":
+            cell.outputs = joined(cell.outputs)
+        for output in cell.get("outputs", []):
+            if "metadata" in output:
+                output.metadata = NotebookNode()
+            output.pop("transient", None)
+
+
+def write_anew(path: Path) -> None:
+    """Run a notebook, and write it with its outputs."""
+    notebook = nbformat.read(path, as_version=4)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        run(notebook, Path(folder))
+    clean(notebook)
+    nbformat.write(notebook, path)
+    print(f"{path.stem}: {time.perf_counter() - began:.1f} s, {path.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    for path in sorted(FOLDER.glob("*.ipynb")):
+        if len(sys.argv) == 1 or path.stem in sys.argv[1:]:
+            write_anew(path)
