@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import nbformat
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
@@ -20,7 +21,12 @@ METADATA = {
     "language_info": {"name": "python"},
 }
 #: Beginnings of warnings that other libraries give of themselves when they are imported or first used.
-QUIET = ("`torch.jit.script` is deprecated", "IProgress not found", "`isinstance(treespec")
+QUIET = (
+    "`torch.jit.script` is deprecated",
+    "`isinstance(treespec",
+    "IProgress not found",
+    "The given NumPy array is not writable",
+)
 ENVIRONMENT = {
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     "PYTHONWARNINGS": ",".join(f"ignore:{words}" for words in QUIET),
@@ -39,7 +45,10 @@ def run(notebook: NotebookNode, folder: Path) -> None:
     """Run all cells in a fresh interpreter that works in `folder`; an error in a cell is raised."""
     manager = OwnKernelManager(kernel_name="python3")
     client = NotebookClient(notebook, km=manager, timeout=120, resources={"metadata": {"path": str(folder)}})
-    client.execute(env=os.environ | ENVIRONMENT)
+    try:
+        client.execute(env=os.environ | ENVIRONMENT)
+    finally:  # a manager that is given is not ended by the client
+        run_sync(manager.shutdown_kernel)(now=True)
 
 
 def joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
@@ -70,12 +79,13 @@ def clean(notebook: NotebookNode) -> None:
 def write_anew(path: Path) -> None:
     """Run a notebook, and write it with its outputs."""
     notebook = nbformat.read(path, as_version=4)
-    began = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     with tempfile.TemporaryDirectory() as folder:
         run(notebook, Path(folder))
     clean(notebook)
     nbformat.write(notebook, path)
-    print(f"{path.stem}: {time.perf_counter() - began:.1f} s, {path.stat().st_size / 1000:.0f} kB")
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    print(f"{path.stem}: {spent:.1f} s of a processor, {path.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":
