@@ -305,11 +305,19 @@ def settings(pairs: Mapping[str, Any]) -> Table:
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Apply the library's style to all that is drawn inside; also a decorator, `@styled()`, of functions that draw."""
+    """Apply the library's style to all that is drawn inside; also a decorator, `@styled()`, of functions that draw.
+
+    Only its own settings are put back. A notebook's backend begins with the first figure, and sets `interactive`, without which
+    no later picture is shown; `matplotlib.rc_context` would put that back as well.
+    """
     import matplotlib as mpl
 
-    with mpl.rc_context(STYLE):
+    before = {name: mpl.rcParams[name] for name in STYLE}
+    mpl.rcParams.update(STYLE)
+    try:
         yield
+    finally:
+        mpl.rcParams.update(before)
 
 
 @styled()

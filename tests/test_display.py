@@ -5,6 +5,7 @@ import pytest
 
 from fasterai.display import (
     SERIES,
+    STYLE,
     counted,
     line_colors,
     model_colors,
@@ -13,6 +14,7 @@ from fasterai.display import (
     short,
     short_bytes,
     short_time,
+    styled,
     table,
     units_word,
 )
@@ -78,3 +80,17 @@ def test_models_have_one_colour_in_every_picture():
     assert model_colors(["a", "small", "b"]) == {"a": SERIES[0], "small": SERIES[3], "b": SERIES[1]}
     assert len(set(model_colors(["a", "b", "dense", "c", "sparse", "small"]).values())) == 6
     assert len(model_colors(map(str, range(20)))) == 20
+
+
+def test_a_style_puts_back_its_own_settings_and_no_others():
+    import matplotlib as mpl
+
+    was, interactive = {name: mpl.rcParams[name] for name in STYLE}, mpl.is_interactive()
+    try:
+        with styled():
+            assert mpl.rcParams["axes.spines.top"] == STYLE["axes.spines.top"]
+            mpl.interactive(not interactive)  # as the backend of a notebook does with its first figure
+        assert mpl.is_interactive() is not interactive
+        assert {name: mpl.rcParams[name] for name in STYLE} == was
+    finally:
+        mpl.interactive(interactive)
