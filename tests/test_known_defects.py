@@ -531,7 +531,7 @@ def test_a_head_tied_to_an_embedding_is_left_out_unless_it_is_named():
     model = LanguageModel()
     sparsifier = sparsified(model, 0.5)
     assert [t.name for t in sparsifier.targets] == ["body.weight"]
-    assert sparsifier.report().left_out == {"table.weight": "embeddings only when named"}
+    assert sparsifier.report().left_out == {"table.weight": "embeddings only when named in targets="}
     assert zeros(model.table.weight) == 0
     sparsified(model, 0.5, targets="head")
     assert zeros(model.table.weight) == 40

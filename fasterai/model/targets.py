@@ -269,8 +269,8 @@ def _by_kind(candidates: Sequence[Target], coarse: bool) -> tuple[list[Target], 
         kinds = ("convolution",) if convolutional else ("linear", "attention")
     chosen = [t for t in candidates if t.kind in kinds]
     why = {
-        "embedding": "embeddings only when named",
-        "other": "raw parameters only when named",
+        "embedding": "embeddings only when named in targets=",
+        "other": "raw parameters only when named in targets=",
     }
     fallback = f"at this granularity the {' and '.join(kinds)} weights are the default"
     return chosen, {t.name: why.get(t.kind, fallback) for t in candidates if t.kind not in kinds}

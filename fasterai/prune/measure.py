@@ -46,7 +46,7 @@ class Measurement(Brief):
 
     comparison: Comparison | None = None
     inputs: str = ""
-    why_not: str = "it was not asked for"
+    why_not: str = "measure=False was given"
 
 
 def measured(model: nn.Module, surgery: Surgery, inputs: tuple[Any, ...], description: str) -> Measurement:

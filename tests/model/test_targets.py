@@ -152,8 +152,8 @@ def test_the_default_at_weight_is_every_known_weight_and_the_rest_says_why_not()
     selection = find(Mixed())
     assert {t.name for t in selection.targets} == set(FINE)
     assert selection.left_out == {
-        "experts": "raw parameters only when named",
-        "embedding.weight": "embeddings only when named",
+        "experts": "raw parameters only when named in targets=",
+        "embedding.weight": "embeddings only when named in targets=",
     }
     assert selection.named == frozenset()
 
@@ -193,7 +193,7 @@ def test_a_target_that_does_not_fit_is_left_out_at_weight_and_an_error_at_coarse
     ("model", "message"),
     [
         (nn.ReLU(), "no targets found in ReLU (it has no parameters); name some with targets="),
-        (nn.Embedding(3, 2), "no targets found in Embedding (weight: embeddings only when named)"),
+        (nn.Embedding(3, 2), "no targets found in Embedding (weight: embeddings only when named in targets=)"),
         (nn.Sequential(nn.LazyLinear(3)), "model must have run once before, since lazy layers have no weights"),
     ],
 )
@@ -403,7 +403,7 @@ def test_an_unknown_module_is_read_by_dimensions_until_it_is_registered():
     class Narrow(Transposed): ...
 
     model = nn.Sequential(Transposed(), Narrow())
-    with pytest.raises(ValueError, match=r"no targets found in Sequential .0.weight: raw parameters only when named"):
+    with pytest.raises(ValueError, match=r"no targets found in Sequential .0.weight: raw parameters only when named in targets="):
         find(model)
     register_axes(Transposed, weight=("in", "out"), gate=("out",))
     assert [(t.name, t.kind, axes(t.layout)) for t in find(model).targets] == [

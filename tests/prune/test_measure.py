@@ -171,6 +171,6 @@ def test_a_removal_that_went_well_does_not_fail_for_its_figures(monkeypatch: pyt
 
 def test_nothing_is_measured_where_it_was_not_asked_for_or_nothing_went(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fasterai.prune.removal.measured", lambda *_: pytest.fail("measured"))
-    assert "not measured: it was not asked for" in str(remove(net(), X, measure=False))
+    assert "not measured: measure=False was given" in str(remove(net(), X, measure=False))
     whole = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
     assert "measured" not in str(remove(whole, X))

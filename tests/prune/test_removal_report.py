@@ -123,14 +123,14 @@ def test_plain_data_goes_through_json() -> None:
     assert data["measured"]["latency"]["ratios"]["small"] == [2.5]
     assert (data["exact"], data["difference"], data["parameters"]) == (True, 2e-7, [2_000_000, 500_000])
     bare = json.loads(json.dumps(removal(measurement=Measurement()).to_dict()))
-    assert (bare["measured"], bare["not_measured"]) == (None, "it was not asked for")
+    assert (bare["measured"], bare["not_measured"]) == (None, "measure=False was given")
 
 
 def test_layer_by_layer_on_request() -> None:
     layers = removal().layers()
     assert [row.name for row in layers.rows] == ["a"]
     assert "2,000,000" in str(layers)
-    with pytest.raises(ValueError, match="layers must have figures to show, got none: it was not asked for"):
+    with pytest.raises(ValueError, match="layers must have figures to show, got none: measure=False was given"):
         removal(measurement=Measurement()).layers()
 
 

@@ -1244,7 +1244,7 @@ def test_bad_arguments_are_named_and_the_known_ones_listed(arguments, error, mes
 
 
 def test_a_model_without_targets_is_an_error():
-    with pytest.raises(ValueError, match=r"no targets found in Sequential \(.*raw parameters only when named"):
+    with pytest.raises(ValueError, match=r"no targets found in Sequential \(.*raw parameters only when named in targets="):
         Sparsifier(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), "weight")
     with pytest.raises(ValueError, match=r"no targets found in ReLU \(it has no parameters\)"):
         Sparsifier(nn.ReLU(), "weight")
