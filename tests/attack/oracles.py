@@ -55,7 +55,8 @@ def equal(a: Any, b: Any) -> bool:
             and isinstance(b, Tensor)
             and a.shape == b.shape
             and a.dtype == b.dtype
-            and bytes_of(a) == bytes_of(b)
+            and a.device == b.device
+            and (a.is_meta or bytes_of(a) == bytes_of(b))
         )
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return list(a) == list(b) and all(equal(x, b[n]) for n, x in a.items())
