@@ -26,7 +26,7 @@ from fasterai.sparse.states import check_masks
 from fasterai.sparse.watch import Watch
 from fasterai.units.making import maker_of
 from fasterai.units.partners import revive_
-from fasterai.units.pool import Pool
+from fasterai.units.pool import Pool, WeightScores
 
 __all__ = ["MaskRecord"]
 
@@ -163,6 +163,15 @@ class MaskRecord:
         moved = [n for n, keep in held.items() if _differ(before.get(n), keep)]
         self.moves += bool(moved)
         return Move({n: _or_dense(before.get(n), held[n]) for n in moved}, {n: held[n] for n in moved})
+
+    def take_zeros(self) -> None:
+        """Take units whose weights are all zero for pruned, since another process's weights have taken the place of these."""
+        nonzero = WeightScores(lambda target: target.parameter.detach().ne(0).float(), "sum")
+        found = {}
+        for pool in self.pools:
+            stays = pool.score(nonzero) > 0
+            found[pool.name] = stays & self.keep[pool.name] if pool.name in self.keep else stays
+        self.replace(found)
 
     def apply_(self) -> None:
         """Set all masked weights to zero, and with removed outputs their biases and their norms' scales and shifts.

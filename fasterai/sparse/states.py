@@ -52,6 +52,8 @@ def check_shapes(what: str, weights: Mapping[str, Tensor], shapes: Mapping[str, 
     for name, weight in weights.items():
         if list(weight.shape) != list(shapes.get(name, [None])):
             raise ValueError(f"{what} must be of its targets' shapes, got {tuple(weight.shape)} for {name}")
+    if missing := [name for name in shapes if name not in weights] if weights else []:
+        raise ValueError(f"{what} must be those of all targets or of none, got them without {missing[0]}")
 
 
 def _asked(what: str, value: Any) -> None:
@@ -63,6 +65,8 @@ def _asked(what: str, value: Any) -> None:
 def _masks(what: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{what} must be a tensor, got {value!r} ({type(value).__name__})")
+    if value.is_meta:
+        raise ValueError(f"{what} must hold values, got a tensor on the meta device")
 
 
 PARTS: Mapping[str, Check] = {
