@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from fasterai.core.files import written_files
 from fasterai.model.inputs import as_tuple
-from fasterai.model.running import evaluating, undisturbed
+from fasterai.model.running import at_rest
 
 __all__ = ["as_inputs", "check_place", "model_outputs", "require", "written"]
 
@@ -52,7 +52,7 @@ def model_outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
     Raises:
         ValueError: It does not run on these inputs.
     """
-    with torch.no_grad(), evaluating(model), undisturbed(model):
+    with at_rest(model):
         try:
             output = model(*inputs)
         except Exception as error:
