@@ -27,7 +27,7 @@ from tests.attack import commands, oracles
 from tests.attack.files import workplace
 from tests.attack.trials import REFUSED, SURVIVED
 
-COUNT, SECONDS = 120, 180
+COUNT, SECONDS = 80, 180
 NOBODY = 65534
 
 
@@ -78,8 +78,12 @@ def writer(draw: random.Random, folder: Path) -> str:
         said = oracles.refusal(lambda: WRITERS[name](path), OSError)
     if hindrance in ("full", "read-only"):
         assert said or hindrance == "full", f"{hindrance}: {name} is said to be written"
-        assert path.read_bytes() == before or not said, f"{hindrance}: {name}: refused ({said}), but the old file is another one"
-        assert [p.name for p in place.iterdir()] == [name], f"{hindrance}: {name}: there are {[p.name for p in place.iterdir()]}"
+        assert path.read_bytes() == before or not said, (
+            f"{hindrance}: {name}: refused ({said}), but the old file is another one"
+        )
+        assert [p.name for p in place.iterdir()] == [name], (
+            f"{hindrance}: {name}: there are {[p.name for p in place.iterdir()]}"
+        )
     elif hindrance == "a folder":
         assert said and path.is_dir(), f"{name} has taken the place of a folder"
     return REFUSED if said else SURVIVED

@@ -23,7 +23,7 @@ from tests.attack.mutations import mutated, mutated_bytes, mutated_header
 from tests.attack.networks import random_net
 from tests.attack.trials import REFUSED, SURVIVED
 
-COUNT, SECONDS = 240, 180
+COUNT, SECONDS = 160, 180
 
 
 def attack(draw: random.Random, folder: Path) -> str:
@@ -81,7 +81,9 @@ def weights(draw: random.Random, folder: Path) -> str:
     source = workplace() / "whole" / "sparse.safetensors"
     if draw.random() < 0.5:
         path = folder / "weights.safetensors"
-        content, words = mutated_bytes(draw, source.read_bytes()) if draw.random() < 0.4 else mutated_header(draw, source.read_bytes())[::2]
+        content, words = (
+            mutated_bytes(draw, source.read_bytes()) if draw.random() < 0.4 else mutated_header(draw, source.read_bytes())[::2]
+        )
         path.write_bytes(content)
     else:
         path, (content, words) = folder / "weights.pt", saved(draw, _state(source))
@@ -150,5 +152,3 @@ def finished(draw: random.Random, folder: Path) -> str:
     except BaseException as error:
         raise AssertionError(f"report.json: {words}: {type(error).__name__}: {error}") from error
     return REFUSED if status else SURVIVED
-
-

@@ -20,7 +20,7 @@ from fasterai.cli.folders import read_folder
 from tests.attack import oracles
 from tests.attack.trials import REFUSED, SURVIVED
 
-COUNT, SECONDS = 300, 20
+COUNT, SECONDS = 250, 20
 POSTSCRIPT = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 
 
@@ -83,7 +83,9 @@ def truncated(tree: Tree) -> None:
 
 def noise(tree: Tree) -> None:
     """Bytes that are no image."""
-    tree.unreadable(tree.draw.randbytes(tree.draw.choice((0, 1, 100, 5000))), tree.draw.choice(("png", "jpg", "gif", "tif", "webp")))
+    tree.unreadable(
+        tree.draw.randbytes(tree.draw.choice((0, 1, 100, 5000))), tree.draw.choice(("png", "jpg", "gif", "tif", "webp"))
+    )
 
 
 def postscript(tree: Tree) -> None:
@@ -216,5 +218,3 @@ def _colours(part: folders.Subset) -> list[tuple[int, int, bool]]:
         (rgb[0] if (grey := rgb[0] == rgb[1] == rgb[2]) else rgb[0] + 256 * rgb[1], label, grey)
         for rgb, label in zip(first, labels.tolist(), strict=True)
     ]
-
-

@@ -28,7 +28,7 @@ from tests.attack.networks import random_net
 from tests.attack.settings import OPTIMIZERS, Run
 from tests.attack.trials import SURVIVED, start
 
-COUNT, OUTSIDE = 60, True
+COUNT, OUTSIDE = 40, True
 PATIENCE = 120
 
 
@@ -194,7 +194,9 @@ ENDINGS = {"model": "pt", "onnx": "onnx", "program": "pt2"}
 
 def writer(draw: random.Random, folder: Path) -> str:
     """A file that is written again and again, by turns of two networks."""
-    kind = draw.choice(("model", "model", "small", "small", "weights", "weights", *(["onnx", "program"] if draw.random() < 0.3 else [])))
+    kind = draw.choice(
+        ("model", "model", "small", "small", "weights", "weights", *(["onnx", "program"] if draw.random() < 0.3 else []))
+    )
     path = folder / f"file.{ENDINGS.get(kind, 'safetensors')}"
     process = start(rewrite, folder, kind, path)
     limit = time.perf_counter() + PATIENCE
@@ -303,7 +305,7 @@ def compare(whole: Path, run: Path) -> None:
     for key in ("layers", "schedule", "left_out"):
         assert a[key] == b[key], f"report.json differs in {key}"
     for stage, history in a["history"].items():
-        without = [[{k: v for k, v in epoch.items() if "second" not in k} for epoch in one] for one in (history, b["history"][stage])]
+        without = [
+            [{k: v for k, v in epoch.items() if "second" not in k} for epoch in one] for one in (history, b["history"][stage])
+        ]
         assert without[0] == without[1], f"report.json differs in the history of {stage}"
-
-

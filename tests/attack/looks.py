@@ -32,7 +32,7 @@ from tests.attack import oracles
 from tests.attack.networks import Net, random_net
 from tests.attack.trials import REFUSED, SURVIVED
 
-COUNT, SECONDS = 150, 120
+COUNT, SECONDS = 100, 120
 
 
 class Host(nn.Module):
@@ -139,7 +139,9 @@ class Snapshot:
         """What is not as it was."""
         values, marks, world = {n: oracles.bytes_of(x) for n, x in _tensors(model)}, _marks(model), _world()
         found = [n for n in {**self.values, **values} if self.values.get(n) != values.get(n)]
-        found += [f"{n} ({self.marks.get(n)} -> {marks.get(n)})" for n in {**self.marks, **marks} if self.marks.get(n) != marks.get(n)]
+        found += [
+            f"{n} ({self.marks.get(n)} -> {marks.get(n)})" for n in {**self.marks, **marks} if self.marks.get(n) != marks.get(n)
+        ]
         return found + [n for n in world if not oracles.equal(world[n], self.world[n])]
 
 

@@ -108,7 +108,9 @@ def mutated_bytes(draw: random.Random, content: bytes) -> tuple[bytes, str]:
         begin = draw.randrange(len(data))
         data[begin : begin + 64] = bytes(len(data[begin : begin + 64]))
     else:
-        data = bytearray() if kind == "empty" else bytearray(draw.choice((b"{}", b"\x80\x04N.", b"PK\x03\x04", b"null", b"[1]")))
+        data = (
+            bytearray() if kind == "empty" else bytearray(draw.choice((b"{}", b"\x80\x04N.", b"PK\x03\x04", b"null", b"[1]")))
+        )
     return bytes(data), kind
 
 

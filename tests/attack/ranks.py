@@ -25,7 +25,7 @@ from tests.attack import oracles
 from tests.attack.networks import random_net
 from tests.attack.trials import REFUSED, SURVIVED, start
 
-COUNT, OUTSIDE = 40, True
+COUNT, OUTSIDE = 30, True
 WAIT = 30  # seconds of gloo; a process that is alone longer ends with an error
 
 
@@ -95,8 +95,10 @@ def work(folder: Path, rank: int, world: int, seed: int) -> None:
 
 def train(settings: dict[str, Any], rank: int, world: int, found: dict[str, Any]) -> None:
     """Train some steps, more of them in some processes if they may join."""
-    net = random_net(random.Random(settings["net"]), "perceptron", "residual") if not settings["join"] else random_net(
-        random.Random(settings["net"]), "perceptron"
+    net = (
+        random_net(random.Random(settings["net"]), "perceptron", "residual")
+        if not settings["join"]
+        else random_net(random.Random(settings["net"]), "perceptron")
     )
     model = net.model()
     whole: nn.Module = DistributedDataParallel(model) if settings["wrap"] else model

@@ -24,7 +24,7 @@ from tests.attack import oracles
 from tests.attack.networks import Net, random_net
 from tests.attack.trials import REFUSED, SURVIVED
 
-COUNT, SECONDS = 250, 60
+COUNT, SECONDS = 200, 60
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
     "adam": lambda p: torch.optim.AdamW(p, 0.01),
@@ -67,7 +67,9 @@ def random_axes(draw: random.Random) -> dict[str, Any]:
     rule = draw.choice(("nested", "nested", "nested", "free", "grow"))
     names = [*granularities.__all__, "coupled", "weight", "weight", "filter"]
     axes: dict[str, Any] = {
-        "granularity": draw.choice([n for n in names if isinstance(getattr(granularities, n, None), granularities.Granularity)]),
+        "granularity": draw.choice(
+            [n for n in names if isinstance(getattr(granularities, n, None), granularities.Granularity)]
+        ),
         "context": context,
         "criteria": draw.choice(criteria.__all__),
         "sparsity": draw.choice((0.0, 0.1, 0.5, 0.5, 0.9, 1.0, round(draw.random(), 3))) if context != "two_four" else 0.5,
@@ -180,7 +182,11 @@ def gradual(draw: random.Random) -> str:
     """Train with channels taken out on the way, and again from half of the way."""
     net, steps, share = random_net(draw), draw.randint(3, 8), draw.choice((0.0, 0.25, 0.5, 0.8))
     axes = (share, draw.choice(("local", "global")), draw.choice(("large_final", "movement", "random", "taylor")))
-    schedule, stop, kind = draw.choice(("lin", "agp", "one_cycle", "iterative")), draw.randint(1, steps - 1), draw.choice([*OPTIMIZERS])
+    schedule, stop, kind = (
+        draw.choice(("lin", "agp", "one_cycle", "iterative")),
+        draw.randint(1, steps - 1),
+        draw.choice([*OPTIMIZERS]),
+    )
 
     def made() -> tuple[nn.Module, torch.optim.Optimizer, GradualPruner, Handle]:
         model = net.model()

@@ -24,7 +24,7 @@ from tests.attack.mutations import UNSEEN, mutated
 from tests.attack.networks import Net, random_net
 from tests.attack.trials import REFUSED, SURVIVED
 
-COUNT, SECONDS = 300, 120
+COUNT, SECONDS = 250, 120
 STEPS, HALF = 8, 4
 
 
@@ -158,5 +158,3 @@ def learner(draw: random.Random, folder: Path) -> str:
         return REFUSED
     assert change in UNSEEN or abs(callback.sparsifier.sparsity.overall - 0.5) < 0.05, f"fastai: {words}: accepted"
     return SURVIVED
-
-

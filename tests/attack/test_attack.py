@@ -17,7 +17,7 @@ from fasterai.cli import folders as image_folders
 from fasterai.sparse.record import MaskRecord
 from fasterai.sparse.sparsifier import Sparsifier
 from tests.attack import __main__ as command
-from tests.attack import disks, loops, looks, mutations, oracles, settings, states, trials
+from tests.attack import disks, looks, loops, mutations, oracles, settings, states, trials
 from tests.attack.trials import FAILED, KINDS, REFUSED, SURVIVED, Trial, count_of, one, run
 
 TINY = {"kills": 1, "disks": 3, "files": 4, "states": 6, "folders": 6, "ranks": 1, "settings": 4, "loops": 6, "looks": 4}
@@ -73,7 +73,7 @@ def test_an_attribute_that_is_replaced_by_a_look_is_found_out(monkeypatch: pytes
 
 
 def test_random_numbers_that_are_drawn_by_a_look_are_found_out(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(looks, "LOOKS", dict.fromkeys(looks.RARE + ("graph",), lambda *_: torch.rand(1)))
+    monkeypatch.setattr(looks, "LOOKS", dict.fromkeys((*looks.RARE, "graph"), lambda *_: torch.rand(1)))
     assert any("torch's random numbers" in why for why in failures("looks", 1))
 
 
@@ -86,7 +86,9 @@ def test_a_run_that_ends_short_without_a_word_is_found_out(monkeypatch: pytest.M
 
 def test_an_image_that_is_read_twice_is_found_out(monkeypatch: pytest.MonkeyPatch):
     listed = image_folders._images_below
-    monkeypatch.setattr(image_folders, "_images_below", lambda tops: {n: [*found, found[0]] for n, found in listed(tops).items()})
+    monkeypatch.setattr(
+        image_folders, "_images_below", lambda tops: {n: [*found, found[0]] for n, found in listed(tops).items()}
+    )
     assert any("images of" in why for why in failures("folders", 4))
 
 
@@ -180,7 +182,9 @@ def vanish(draw: random.Random, folder: Path) -> str:
 
 
 @pytest.mark.parametrize(("seeds", "expected"), [([0, 1, 2], {SURVIVED, FAILED})])
-def test_a_trial_that_takes_its_process_down_is_one_failure(monkeypatch: pytest.MonkeyPatch, seeds: list[int], expected: set[str]):
+def test_a_trial_that_takes_its_process_down_is_one_failure(
+    monkeypatch: pytest.MonkeyPatch, seeds: list[int], expected: set[str]
+):
     served = functools.partial(_served, vanish)
     monkeypatch.setattr(trials, "_serve", served)
     found = list(run("settings", seeds))
@@ -199,7 +203,9 @@ def _served(attack: object, pipe: object, name: str, seeds: list[int]) -> None:
         pipe.send(Trial(seed, attack(random.Random(seed), Path())))  # type: ignore[attr-defined,operator]
 
 
-def test_the_command_prints_a_row_and_how_to_repeat_what_failed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_command_prints_a_row_and_how_to_repeat_what_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     found = {1: SURVIVED, 2: REFUSED, 3: FAILED}
     monkeypatch.setattr(command, "run", lambda name, seeds: (Trial(seed, found[seed], "oh") for seed in seeds))
     assert command.main(["folders", "--seed", "1", "--count", "3"]) == 1
