@@ -22,7 +22,7 @@ from fasterai.model.masks import apply_masks_
 from fasterai.model.names import unwrap
 from fasterai.model.sharded import check_plain
 from fasterai.model.targets import Selection, all_targets
-from fasterai.sparse.states import check_masks
+from fasterai.sparse.states import check_masks, check_noted
 from fasterai.sparse.watch import Watch
 from fasterai.units.making import maker_of
 from fasterai.units.partners import revive_
@@ -300,15 +300,16 @@ class MaskRecord:
             ValueError: The state is of another model or granularity; the message names the difference.
         """
         check_masks(state, self.granularity, self.targets, self.pools)
-        self.watch.end()
-        devices = {p.name: p.device for p in self.pools}
-        devices_of_vectors = {
-            name: p.tensor(name).device
+        vectors = {
+            name: p.tensor(name)
             for p in self.pools
             for name, _ in p.vectors(torch.ones(p.shape, dtype=torch.bool, device=p.device))
         }
+        check_noted(state["noted"], vectors)
+        self.watch.end()
+        devices = {p.name: p.device for p in self.pools}
         self.keep = {n: k.to(devices[n], copy=True) for n, k in state["keep"].items()}
-        self.noted = {n: s.to(devices_of_vectors.get(n, s.device), copy=True) for n, s in state["noted"].items()}
+        self.noted = {n: s.to(vectors[n].device if n in vectors else s.device, copy=True) for n, s in state["noted"].items()}
         self.trained |= set(state.get("trained", ()))  # states of earlier versions have none
         self.moves = state.get("moves", self.moves)
 

@@ -25,7 +25,7 @@ from fasterai.core.saved import (
 from fasterai.core.types import Target
 from fasterai.units.pool import Pool
 
-__all__ = ["FORMAT", "check_masks", "check_shapes", "check_state"]
+__all__ = ["FORMAT", "check_masks", "check_noted", "check_shapes", "check_state"]
 
 FORMAT = 1
 
@@ -101,3 +101,15 @@ def check_masks(state: Mapping[str, Any], granularity: Granularity, targets: Seq
         if keep.dtype is not torch.bool or tuple(keep.shape) != units.get(name):
             wanted = f"bool of shape {units[name]}" if name in units else f"of {', '.join(units)}"
             raise ValueError(f"state's keep must be {wanted}, got {name}: {keep.dtype} of shape {tuple(keep.shape)}")
+
+
+def check_noted(noted: Mapping[str, Tensor], vectors: Mapping[str, Tensor]) -> None:
+    """Refuse values of biases and norms that are of other shapes than these; what is no such vector here is left alone.
+
+    Raises:
+        ValueError: They are; one is named.
+    """
+    for name, values in noted.items():
+        if name in vectors and values.shape != vectors[name].shape:
+            wanted = tuple(vectors[name].shape)
+            raise ValueError(f"state's noted must be of shape {wanted} for {name}, got {tuple(values.shape)}")

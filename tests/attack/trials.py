@@ -43,7 +43,9 @@ class Trial:
 
 
 def _kind(name: str) -> ModuleType:
-    return importlib.import_module(f"tests.attack.{name}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(f"tests.attack.{name}")
 
 
 def count_of(name: str) -> int:

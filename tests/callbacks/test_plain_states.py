@@ -229,6 +229,16 @@ def test_parts_of_a_sparsifier_are_named(change, error, message):
         run("masks", STEPS, state)
 
 
+@pytest.mark.parametrize("values", [torch.ones(0), torch.ones(1, 4), torch.ones(5)])
+def test_noted_values_of_another_shape_are_refused(values):
+    state = copy.deepcopy(good("tickets")[0])
+    noted = state["handle"]["participants"]["Sparsifier"]["noted"]
+    name = next(iter(noted))
+    noted[name] = values
+    with pytest.raises(ValueError, match=r"state's noted must be of shape \(\d+,\) for "):
+        run("tickets", STEPS, state)
+
+
 def test_earlier_weights_of_a_part_of_the_targets_are_refused():
     state = copy.deepcopy(good("masks")[0])
     earlier = state["handle"]["participants"]["Sparsifier"]["initial"]
