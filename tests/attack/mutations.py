@@ -75,7 +75,7 @@ def _altered(draw: random.Random, value: Any) -> tuple[Any, str]:
         return draw.choice((value + 1, -value - 1, value * 1000 + 7, value / 2)), "number"
     if isinstance(value, str):
         return draw.choice((value[:-1], value + "x", value.upper())), "text"
-    return (dict(value) if isinstance(value, dict) else list(value)), "extra"
+    return ("x" if value is None else type(value)(value)), "wrong" if value is None else "extra"
 
 
 def _altered_tensor(draw: random.Random, value: Tensor) -> tuple[Tensor, str]:

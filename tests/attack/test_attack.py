@@ -6,7 +6,7 @@ import functools
 import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,18 @@ from tests.attack import __main__ as command
 from tests.attack import disks, looks, loops, mutations, oracles, settings, states, trials
 from tests.attack.trials import FAILED, KINDS, REFUSED, SURVIVED, Trial, count_of, one, run
 
-TINY = {"kills": 1, "disks": 3, "files": 4, "states": 6, "folders": 6, "ranks": 1, "settings": 4, "loops": 6, "looks": 4}
+#: Seeds; those of the command line take longer, and are left to the command.
+TINY: dict[str, Sequence[int]] = {
+    "kills": (0, 1, 3),
+    "disks": range(4),
+    "files": (0, 3, 7, 10, 11, 13),
+    "states": range(8),
+    "folders": range(12),
+    "ranks": range(2),
+    "settings": range(6),
+    "loops": range(8),
+    "looks": range(6),
+}
 
 
 def test_every_kind_has_a_count():
@@ -30,8 +41,8 @@ def test_every_kind_has_a_count():
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_library_withstands(name: str):
-    found = list(run(name, range(TINY[name])))
-    assert [t.seed for t in found] == list(range(TINY[name]))
+    found = list(run(name, TINY[name]))
+    assert [t.seed for t in found] == list(TINY[name])
     assert [t for t in found if t.verdict == FAILED] == []
 
 

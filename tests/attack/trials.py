@@ -77,7 +77,7 @@ def run(name: str, seeds: Sequence[int]) -> Iterator[Trial]:
         return
     left = list(seeds)
     while left:
-        for trial in _in_one_process(name, left, kind.SECONDS):
+        for trial in _in_one_process(name, tuple(left), kind.SECONDS):
             left.remove(trial.seed)
             yield trial
 
