@@ -70,15 +70,14 @@ class Branching(nn.Module):
 
 
 class Counting(nn.Module):
-    """Multiplies by the number of its calls, so that no two answer the same."""
+    """Multiplies by the number of its calls, so that no two answer the same; whoever restores attributes does not know it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = 0
+        self.numbers = itertools.count(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return x * self.calls
+        return x * next(self.numbers)
 
 
 class Failing(nn.Module):

@@ -11,6 +11,7 @@ TESTS = Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "fasterai"
 #: What no single source file stands for.
 OTHERS = {
+    "attack/test_attack.py": "the attack on the library's reliability, a few trials of each kind",
     "callbacks/test_coupled.py": "coupled channels in each of the loops",
     "callbacks/test_events.py": "the table of events in each of the loops",
     "callbacks/test_own_method.py": "a method of one's own, as the page has it",

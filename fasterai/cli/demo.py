@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,13 +15,14 @@ from fasterai.cli.data import digits
 from fasterai.cli.errors import UsageError
 from fasterai.cli.experiment import Job, compare
 from fasterai.cli.networks import digits_network
-from fasterai.cli.output import holds_run, load_report, prepare_folder, remove_checkpoint
+from fasterai.cli.output import holds_run, load_checkpoint, load_report, prepare_folder, remove_checkpoint
 from fasterai.cli.tables import result_table
 from fasterai.cli.training import Recipe
 
 __all__ = ["run"]
 
 EPOCHS = 15
+NETWORK = "digits CNN"
 AXES = {
     "sparsity": 0.75,
     "granularity": "coupled",
@@ -38,7 +40,7 @@ def run(arguments: argparse.Namespace, epochs: int = EPOCHS) -> int:
     _check_replaceable(folder)
     recipe = Recipe(epochs, 64, 5e-3, arguments.seed, torch.device("cpu"), crop=False, flip=False)
     data = digits(arguments.seed)
-    known = {"arch": "digits CNN", "seed": arguments.seed, "epochs": epochs, "batch_size": 64, "lr": 5e-3, **AXES}
+    known = {"arch": NETWORK, "seed": arguments.seed, "epochs": epochs, "batch_size": 64, "lr": 5e-3, **AXES}
     print(f"{len(data.train):,} digits to train on, {len(data.valid)} to test on")
     print("the same network dense, then with three of four channels silenced on the way, then without these channels\n")
     with one_thread():
@@ -65,6 +67,11 @@ def _check_replaceable(folder: Path) -> None:
     if not holds_run(folder):
         return
     report = load_report(folder)
-    if report is None or report["command"] != "demo":
+    if (report["command"] != "demo") if report is not None else not _is_demos(load_checkpoint(folder)):
         raise UsageError(f"--output must not hold another run, got {folder}")
     remove_checkpoint(folder)
+
+
+def _is_demos(checkpoint: Mapping[str, Any] | None) -> bool:
+    """Tell if a run that was broken off is a demo's."""
+    return checkpoint is not None and checkpoint["arguments"].get("arch") == NETWORK

@@ -138,6 +138,8 @@ def finite_tensors(what: str, value: Any) -> None:
 def _finite(what: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{what} must be a tensor, got {value!r} ({type(value).__name__})")
+    if value.is_meta:
+        raise ValueError(f"{what} must hold values, got a tensor on the meta device")
     if value.is_floating_point() and not math.isfinite(float(value.detach().abs().sum())) and not bool(value.isfinite().all()):
         raise ValueError(f"{what} must be finite, got NaN or infinity in it")
 

@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fasterai.core.files import written_files
 from fasterai.model.inputs import as_tuple
-from fasterai.model.running import evaluating, undisturbed
+from fasterai.model.running import at_rest
 
 __all__ = ["as_inputs", "check_place", "model_outputs", "require", "written"]
 
@@ -52,7 +51,7 @@ def model_outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
     Raises:
         ValueError: It does not run on these inputs.
     """
-    with torch.no_grad(), evaluating(model), undisturbed(model):
+    with at_rest(model):
         try:
             output = model(*inputs)
         except Exception as error:

@@ -20,7 +20,7 @@ from fasterai.model.exporting import exporting
 from fasterai.model.inputs import batch_of
 from fasterai.model.names import unwrap
 from fasterai.model.outputs import check_same
-from fasterai.model.running import evaluating, undisturbed
+from fasterai.model.running import at_rest
 
 __all__ = ["ONNXModel", "export_onnx", "verify_onnx"]
 
@@ -136,7 +136,7 @@ def _write(model: nn.Module, inputs: tuple[Any, ...], place: Path, dynamic_batch
     batch = torch.export.Dim("batch")
     shapes = tuple({0: batch} if isinstance(x, Tensor) and x.dim() else None for x in inputs) if dynamic_batch else None
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    with exporting(), evaluating(model), undisturbed(model), torch.no_grad(), open(os.devnull, "w") as silence:
+    with exporting(), at_rest(model), open(os.devnull, "w") as silence:
         try:
             with contextlib.redirect_stdout(silence), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "# The axis name")  # of a second input with the same batch

@@ -16,7 +16,7 @@ from fasterai.export.checking import as_inputs, check_place, model_outputs
 from fasterai.model.exporting import exporting
 from fasterai.model.names import unwrap
 from fasterai.model.outputs import check_same
-from fasterai.model.running import evaluating, undisturbed
+from fasterai.model.running import at_rest
 
 __all__ = ["export_program"]
 
@@ -41,7 +41,7 @@ def export_program(model: nn.Module, sample: Any, path: str | os.PathLike[str]) 
     model, inputs = unwrap(model), tree_map(_plain, as_inputs(sample))
     expected = model_outputs(model, inputs)
     content = io.BytesIO()  # where its own writing meets a full disk, torch ends the process
-    with exporting(), evaluating(model), undisturbed(model), torch.no_grad():
+    with exporting(), at_rest(model):
         try:
             torch.export.save(torch.export.export(model, inputs, strict=False), content)
         except Exception as error:

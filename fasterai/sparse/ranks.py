@@ -13,7 +13,7 @@ from fasterai.core.criteria import Criterion, WeightFunction
 from fasterai.units.evidence import NotYetError
 from fasterai.units.pool import Pool
 
-__all__ = ["agree", "find_parallel"]
+__all__ = ["agree", "check_joining", "find_parallel", "is_joining"]
 
 #: Evidence that is a copy of weights: the same in every process that trains the same weights.
 ALIKE = frozenset({"initial", "previous"})
@@ -28,6 +28,26 @@ def find_parallel(model: nn.Module | None) -> DistributedDataParallel | None:
     """
     modules = () if model is None else model.modules()
     return next((m for m in modules if isinstance(m, DistributedDataParallel)), None)
+
+
+def is_joining(parallel: DistributedDataParallel | None) -> bool:
+    """Tell if processes may end at different steps, as inside of `with parallel.join():`."""
+    config = getattr(parallel, "_join_config", None)
+    return config is not None and bool(config.enable) and not config.throw_on_early_termination
+
+
+def check_joining(parallel: DistributedDataParallel | None, criteria: Sequence[Criterion]) -> None:
+    """Refuse processes that may end at different steps where they have to agree on what is pruned.
+
+    Raises:
+        ValueError: They may; one that is done early would leave the others waiting for ever.
+    """
+    if is_joining(parallel) and _group(parallel, criteria) is not None:
+        raise ValueError(
+            "criteria must read weights alone inside of join(), where a process that is done early would leave the others "
+            "waiting at the next move, got one that reads data or is a function of yours; give every process as many batches, "
+            "and wrap the model anew without join(), or take one such as large_final"
+        )
 
 
 def agree(

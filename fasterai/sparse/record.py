@@ -22,11 +22,11 @@ from fasterai.model.masks import apply_masks_
 from fasterai.model.names import unwrap
 from fasterai.model.sharded import check_plain
 from fasterai.model.targets import Selection, all_targets
-from fasterai.sparse.states import check_masks
+from fasterai.sparse.states import check_masks, check_noted
 from fasterai.sparse.watch import Watch
 from fasterai.units.making import maker_of
 from fasterai.units.partners import revive_
-from fasterai.units.pool import Pool
+from fasterai.units.pool import Pool, WeightScores
 
 __all__ = ["MaskRecord"]
 
@@ -164,6 +164,15 @@ class MaskRecord:
         self.moves += bool(moved)
         return Move({n: _or_dense(before.get(n), held[n]) for n in moved}, {n: held[n] for n in moved})
 
+    def take_zeros(self) -> None:
+        """Take units whose weights are all zero for pruned, since another process's weights have taken the place of these."""
+        nonzero = WeightScores(lambda target: target.parameter.detach().ne(0).float(), "sum")
+        found = {}
+        for pool in self.pools:
+            stays = pool.score(nonzero) > 0
+            found[pool.name] = stays & self.keep[pool.name] if pool.name in self.keep else stays
+        self.replace(found)
+
     def apply_(self) -> None:
         """Set all masked weights to zero, and with removed outputs their biases and their norms' scales and shifts.
 
@@ -291,15 +300,16 @@ class MaskRecord:
             ValueError: The state is of another model or granularity; the message names the difference.
         """
         check_masks(state, self.granularity, self.targets, self.pools)
-        self.watch.end()
-        devices = {p.name: p.device for p in self.pools}
-        devices_of_vectors = {
-            name: p.tensor(name).device
+        vectors = {
+            name: p.tensor(name)
             for p in self.pools
             for name, _ in p.vectors(torch.ones(p.shape, dtype=torch.bool, device=p.device))
         }
+        check_noted(state["noted"], vectors)
+        self.watch.end()
+        devices = {p.name: p.device for p in self.pools}
         self.keep = {n: k.to(devices[n], copy=True) for n, k in state["keep"].items()}
-        self.noted = {n: s.to(devices_of_vectors.get(n, s.device), copy=True) for n, s in state["noted"].items()}
+        self.noted = {n: s.to(vectors[n].device if n in vectors else s.device, copy=True) for n, s in state["noted"].items()}
         self.trained |= set(state.get("trained", ()))  # states of earlier versions have none
         self.moves = state.get("moves", self.moves)
 

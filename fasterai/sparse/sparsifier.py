@@ -40,7 +40,7 @@ from fasterai.sparse.goal import (
 from fasterai.sparse.masked import Masked
 from fasterai.sparse.moves import move_masks, tell_of_rounding, warn_without_flow
 from fasterai.sparse.pace import Pace
-from fasterai.sparse.ranks import agree, find_parallel
+from fasterai.sparse.ranks import agree, check_joining, find_parallel, is_joining
 from fasterai.sparse.record import MaskRecord
 from fasterai.sparse.states import FORMAT, check_state
 from fasterai.units.choice import Goal, limits_of
@@ -317,7 +317,12 @@ class Sparsifier(NamesReplacements, Masked):
         self._scorer.see(batch)
 
     def before_step(self, position: float) -> None:
-        """Note that the optimizer is about to write into the weights."""
+        """Note that the optimizer is about to write into the weights.
+
+        Raises:
+            ValueError: Processes have to agree, and may end at different steps.
+        """
+        check_joining(self._parallel, (self.criteria, *self.rule.criteria))
         self._stepping = True
 
     def after_step(self, position: float) -> None:
@@ -351,6 +356,8 @@ class Sparsifier(NamesReplacements, Masked):
         if not self._stepping:
             fate = "sets them to zero" if completed else "leaves them so (sparsifier.apply_masks() sets them to zero)"
             warn_of_filled(self._record, f"at the end of the run, which {fate}")
+        if is_joining(self._parallel) and not self._pace.finished:  # the weights are those of the process that came last
+            self._record.take_zeros()
         if completed and not self._pace.finished:
             try:
                 self._follow(1.0)

@@ -25,7 +25,7 @@ from fasterai.core.saved import (
 from fasterai.core.types import Target
 from fasterai.units.pool import Pool
 
-__all__ = ["FORMAT", "check_masks", "check_shapes", "check_state"]
+__all__ = ["FORMAT", "check_masks", "check_noted", "check_shapes", "check_state"]
 
 FORMAT = 1
 
@@ -52,6 +52,8 @@ def check_shapes(what: str, weights: Mapping[str, Tensor], shapes: Mapping[str, 
     for name, weight in weights.items():
         if list(weight.shape) != list(shapes.get(name, [None])):
             raise ValueError(f"{what} must be of its targets' shapes, got {tuple(weight.shape)} for {name}")
+    if missing := [name for name in shapes if name not in weights] if weights else []:
+        raise ValueError(f"{what} must be those of all targets or of none, got them without {missing[0]}")
 
 
 def _asked(what: str, value: Any) -> None:
@@ -63,6 +65,8 @@ def _asked(what: str, value: Any) -> None:
 def _masks(what: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{what} must be a tensor, got {value!r} ({type(value).__name__})")
+    if value.is_meta:
+        raise ValueError(f"{what} must hold values, got a tensor on the meta device")
 
 
 PARTS: Mapping[str, Check] = {
@@ -97,3 +101,15 @@ def check_masks(state: Mapping[str, Any], granularity: Granularity, targets: Seq
         if keep.dtype is not torch.bool or tuple(keep.shape) != units.get(name):
             wanted = f"bool of shape {units[name]}" if name in units else f"of {', '.join(units)}"
             raise ValueError(f"state's keep must be {wanted}, got {name}: {keep.dtype} of shape {tuple(keep.shape)}")
+
+
+def check_noted(noted: Mapping[str, Tensor], vectors: Mapping[str, Tensor]) -> None:
+    """Refuse values of biases and norms that are of other shapes than these; what is no such vector here is left alone.
+
+    Raises:
+        ValueError: They are; one is named.
+    """
+    for name, values in noted.items():
+        if name in vectors and values.shape != vectors[name].shape:
+            wanted = tuple(vectors[name].shape)
+            raise ValueError(f"state's noted must be of shape {wanted} for {name}, got {tuple(values.shape)}")

@@ -209,6 +209,16 @@ def test_parts_of_a_loop_are_named(change, error, message):
         ({"keep": {"0.weight": [True]}}, TypeError, r"state's keep of 0\.weight must be a tensor"),
         ({"noted": {"0.bias": torch.tensor([float("nan")])}}, ValueError, r"state's noted of 0\.bias must be finite"),
         ({"initial": None}, TypeError, "state's initial must be a dict, got None"),
+        (
+            {"initial": {"0.weight": torch.ones(1, device="meta")}},
+            ValueError,
+            r"state's initial of 0\.weight must hold values, got a tensor on the meta device",
+        ),
+        (
+            {"keep": {"0.weight": torch.ones(1, device="meta")}},
+            ValueError,
+            r"state's keep of 0\.weight must hold values, got a tensor on the meta device",
+        ),
         ({"shapes": {"0.weight": "x"}}, TypeError, r"state's shapes of 0\.weight must be a list, got 'x'"),
     ],
 )
@@ -216,6 +226,25 @@ def test_parts_of_a_sparsifier_are_named(change, error, message):
     state = copy.deepcopy(good("masks")[0])
     state["handle"]["participants"]["Sparsifier"] |= change
     with pytest.raises(error, match=message):
+        run("masks", STEPS, state)
+
+
+@pytest.mark.parametrize("values", [torch.ones(0), torch.ones(1, 4), torch.ones(5)])
+def test_noted_values_of_another_shape_are_refused(values):
+    state = copy.deepcopy(good("tickets")[0])
+    noted = state["handle"]["participants"]["Sparsifier"]["noted"]
+    name = next(iter(noted))
+    noted[name] = values
+    with pytest.raises(ValueError, match=r"state's noted must be of shape \(\d+,\) for "):
+        run("tickets", STEPS, state)
+
+
+def test_earlier_weights_of_a_part_of_the_targets_are_refused():
+    state = copy.deepcopy(good("masks")[0])
+    earlier = state["handle"]["participants"]["Sparsifier"]["initial"]
+    assert len(earlier) > 1
+    del earlier["0.weight"]
+    with pytest.raises(ValueError, match=r"must be those of all targets or of none, got them without 0\.weight"):
         run("masks", STEPS, state)
 
 

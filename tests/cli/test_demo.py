@@ -95,8 +95,22 @@ def test_demo_replaces_a_demo_and_nothing_else(tmp_path: Path, capsys: pytest.Ca
     assert json.loads((tmp_path / "report.json").read_text())["arguments"]["seed"] == 1
     assert not (tmp_path / "checkpoint.pt").exists()
 
-    (tmp_path / "report.json").write_text('{"command": "sparsify"}')
+    (tmp_path / "report.json").write_text('{"command": "sparsify", "arguments": {}}')
     capsys.readouterr()
     assert main(["demo", "-o", str(tmp_path)]) == 2
     assert "--output must not hold another run" in capsys.readouterr().err
-    assert (tmp_path / "report.json").read_text() == '{"command": "sparsify"}'
+    assert (tmp_path / "report.json").read_text() == '{"command": "sparsify", "arguments": {}}'
+
+
+def test_demo_replaces_a_demo_that_was_killed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arch = "digits CNN"
+    content = {"arguments": {"arch": arch, "seed": 7}, "done": {}, "stage": None, "state": {}}
+    torch.save(content, tmp_path / "checkpoint.pt")
+    assert demo.run(arguments(tmp_path, seed=1), epochs=1) == 0
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+    (tmp_path / "report.json").unlink()
+    torch.save(content | {"arguments": {"arch": "resnet18"}}, tmp_path / "checkpoint.pt")
+    assert main(["demo", "-o", str(tmp_path)]) == 2
+    assert "--output must not hold another run" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.pt").exists()

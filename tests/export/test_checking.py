@@ -8,6 +8,8 @@ from torch import nn
 
 from fasterai.export import checking
 from fasterai.export.checking import as_inputs, model_outputs, require, written
+from fasterai.export.onnx import export_onnx
+from fasterai.export.program import export_program
 
 
 def test_inputs_are_tensors():
@@ -71,3 +73,25 @@ def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr(checking.importlib, "import_module", missing)
     with pytest.raises(ImportError, match=r"needs onnx and onnxruntime: pip install 'fasterai\[export\]'"):
         require("onnx", "onnxruntime")
+
+
+class Tallying(nn.Module):
+    """Counts its calls in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("export", [export_onnx, export_program])
+def test_buffers_that_a_pass_writes_to_are_as_before(tmp_path, export):
+    model = Tallying()
+    calls = model.calls
+    export(model, torch.randn(2, 3), tmp_path / "file.pt2")
+    assert model.calls is calls
+    assert calls.item() == 0

@@ -92,12 +92,12 @@ def features(rank: int) -> dict[str, Any]:
     return {"weight": model.weight.detach().clone()}
 
 
-def uneven(rank: int) -> dict[str, Any]:
+def uneven(rank: int, criterion: Any = "large_final") -> dict[str, Any]:
     """Train two steps here and five there, as `join` allows; the first process is done early."""
     model = net()
     model[1] = nn.Identity()  # batch norms' buffers are no matter of join
     parallel = DistributedDataParallel(model)
-    sparsifier = Sparsifier(parallel, "weight", "local", "large_final", sparsity=0.5, schedule="lin")
+    sparsifier = Sparsifier(parallel, "weight", "local", criterion, sparsity=0.5, schedule="lin", loss=F.mse_loss)
     optimizer = torch.optim.SGD(parallel.parameters(), 0.1)
     handle = attach(optimizer, sparsifier, total_steps=5)
     with parallel.join():
@@ -107,6 +107,16 @@ def uneven(rank: int) -> dict[str, Any]:
             optimizer.step()
     handle.remove(completed=True)
     return {"masks": sparsifier.masks, "weights": dict(model.named_parameters())}
+
+
+def uneven_by_movement(rank: int) -> dict[str, Any]:
+    """The same by a criterion whose choices depend on when they were made."""
+    return uneven(rank, "movement")
+
+
+def uneven_by_data(rank: int) -> dict[str, Any]:
+    """The same by criteria that processes have to agree on."""
+    return {name: said(lambda name=name: uneven(rank, criterion_of(name))) for name in ("taylor", "drawn")}
 
 
 def said(call: Callable[[], object]) -> str:
@@ -178,7 +188,7 @@ def work(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     found: dict[str, Any] = {f"bare {name}": trained(rank, criterion_of(name), wrap=False) for name in BARE}
     found |= {f"wrapped {name}": trained(rank, criterion_of(name), wrap=True) for name in WRAPPED}
-    found |= {one.__name__: one(rank) for one in (features, uneven, failing, sharded)}
+    found |= {one.__name__: one(rank) for one in (features, uneven, uneven_by_movement, failing, sharded, uneven_by_data)}
     torch.save(found, Path(folder) / f"{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
@@ -217,11 +227,18 @@ def test_the_decision_is_that_of_the_first_process(both):
         assert found["features"]["weight"].tolist() == [[1.0, 1.0, 0.0, 0.0]]
 
 
-def test_a_process_that_is_done_early_does_not_stop_the_others(both):
-    first, second = (found["uneven"] for found in both)
+@pytest.mark.parametrize("run", ["uneven", "uneven_by_movement"])
+def test_a_process_that_is_done_early_does_not_stop_the_others(both, run):
+    first, second = (found[run] for found in both)
     assert same(first["weights"], second["weights"])
     assert same(first["masks"], second["masks"])
     assert [int((~m).sum()) for m in first["masks"].values()] == [20, 12]
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "drawn"])
+def test_a_process_that_may_be_done_early_cannot_agree_with_the_others(both, criterion):
+    for found in both:
+        assert found["uneven_by_data"][criterion].startswith("ValueError: criteria must read weights alone inside of join()")
 
 
 def test_an_error_of_the_first_process_is_one_of_all(both):
