@@ -468,9 +468,13 @@ def test_a_layer_without_a_bias_attribute_goes_by_filter():
 )
 @pytest.mark.parametrize("granularity", ["weight", "filter"])
 def test_parametrised_weights_are_refused_and_never_silently_lost(wrap, granularity):
-    model = nn.Sequential(wrap(nn.Conv2d(4, 8, 3)))
+    model = nn.Sequential(wrap(nn.Conv2d(4, 8, 3)), nn.Conv2d(8, 2, 1))
     with pytest.raises(ValueError, match="targets must not be parametrised, got 0"):
-        Sparsifier(model, granularity)
+        Sparsifier(model, granularity, targets="0")
+    left_out = Sparsifier(model, granularity).report().left_out
+    assert any(name.startswith("0.") and "works its weight out anew" in why for name, why in left_out.items())
+    with pytest.raises(ValueError, match=r"no targets found in Sequential \(0\..*works its weight out anew"):
+        Sparsifier(model[:1], granularity)
 
 
 # D-G8

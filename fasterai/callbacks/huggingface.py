@@ -114,8 +114,9 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
                 raise ValueError(f"callbacks must hold one {kind}, as its file has that name, got two; give one of them all")
 
     def _end_forgotten(self) -> None:
-        kind, lacking = type(self).__name__, self.loop.shortfall() or "nothing lacking"
-        warn(f"an earlier training was interrupted with its {kind} on the model, {lacking}: its run ends here")
+        kind, lacking = type(self).__name__, self.loop.shortfall()
+        reached = f", with {lacking}" if lacking else ""
+        warn(f"an earlier training was interrupted with its {kind} on the model{reached}: its run ends here")
         self._end(completed=False, why="")
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -12,13 +12,18 @@ from fasterai.analyze.latency import compare_latency, latency
 
 
 class Sleeper(nn.Module):
-    """Takes so many seconds per sample, and notes how it was called."""
+    """Takes so many seconds per sample, and notes how it was called, where whoever restores its attributes does not look."""
 
     def __init__(self, seconds):
         super().__init__()
-        self.seconds, self.calls = seconds, []
+        calls = []
+        self.seconds, self.calls_of = seconds, lambda: calls
         self.conv = nn.Conv2d(2, 2, 1)
         self.register_buffer("count", torch.zeros(()))
+
+    @property
+    def calls(self):
+        return self.calls_of()
 
     def forward(self, x, *others):
         last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)

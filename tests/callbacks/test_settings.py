@@ -59,7 +59,7 @@ def test_the_arguments_in_their_familiar_order(callback):
         ("context", "globe", ValueError, "context must be one of .*, got 'globe'"),
         ("criteria", "large", ValueError, "criteria must be one of .*, got 'large'"),
         ("criteria", 3, TypeError, "criteria must be a criterion, its name, or a function of the weight, got 3"),
-        ("schedule", "onecycle", ValueError, "schedule must be one of .*, got 'onecycle'; did you mean 'one_cycle'"),
+        ("schedule", "one_cycel", ValueError, "schedule must be one of .*, got 'one_cycel'; did you mean 'one_cycle'"),
         ("schedule", 3, TypeError, "schedule must be a schedule, its name, or a function of the position, got 3"),
         ("rounds_to", 8, TypeError, "unexpected keyword argument 'rounds_to'"),
     ],
