@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -57,11 +59,27 @@ def test_every_notebook_has_its_check() -> None:
     assert set(CHECKS) == {path.stem for path in NOTEBOOKS}
 
 
-@by_notebook
-def test_notebook_runs(path: Path, tmp_path: Path) -> None:
+def check(path: Path, folder: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(TABLE + CHECKS[path.stem]))
-    run(notebook, tmp_path)
+    run(notebook, folder)
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, Future[None]]]:
+    """Run the notebooks of the tests that were chosen, two at a time: each has a process of its own."""
+    tests = [item for item in request.session.items if item.name.startswith("test_notebook_runs[")]
+    pool = ThreadPoolExecutor(2)
+    try:
+        paths = [test.callspec.params["path"] for test in tests]
+        yield {path: pool.submit(check, path, tmp_path_factory.mktemp(path.stem)) for path in paths}
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@by_notebook
+def test_notebook_runs(path: Path, runs: dict[Path, Future[None]]) -> None:
+    runs[path].result()
 
 
 @by_notebook
