@@ -874,7 +874,6 @@ def test_save_model_writes_no_copy_of_another_shape(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-
 # --- parametrised weights ----------------------------------------------------------------------------------------------
 
 
