@@ -41,6 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     job = _make_job(arguments, read_data(arguments), device, start)
     report = finished_report(folder, job.arguments) if arguments.resume else None
     if report is None:
+        if arguments.resume and not holds_run(folder):
+            print(f"{folder} holds no run to go on with: this one begins at the beginning")
         prepare_folder(folder)
         print(_headline(job))
         report = compare(job)
