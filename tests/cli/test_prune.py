@@ -230,7 +230,10 @@ def test_images_must_be_of_the_classes_of_the_run_also_where_its_weights_do_not_
     save_file(network().state_dict(), tmp_path / "run" / "w.safetensors")
     (images / "bee").rename(images / "cow")
     weights = tmp_path / "run" / "w.safetensors"
-    assert main(["prune", str(weights), "--arch", ARCH, "--sparsity", "0.5", "--data", str(images)]) == 2
+    assert (
+        main(["prune", str(weights), "--arch", ARCH, "--sparsity", "0.5", "--data", str(images), "-o", str(tmp_path / "s")])
+        == 2
+    )
     assert "--data must hold the classes of WEIGHTS, got 'cow' in the place of 'bee'" in capsys.readouterr().err
 
 
