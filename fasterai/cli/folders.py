@@ -198,19 +198,15 @@ def _check_counts(labels: Tensor, classes: Sequence[str], minimum: int) -> None:
 
 def _warn_of_shared(paths: Sequence[str], train: Sequence[int], valid: Sequence[int]) -> None:
     """Warn of validation images that are training images too, by a link of either kind; copies are not looked for."""
-    trained = {_identity(paths[row]): row for row in train}
-    shared = [(row, trained[key]) for row in valid if (key := _identity(paths[row])) in trained]
+    files = {row: (found.st_dev, found.st_ino) for row in (*train, *valid) for found in [os.stat(paths[row])]}
+    trained = {files[row]: row for row in train}
+    shared = [(row, trained[files[row]]) for row in valid if files[row] in trained]
     if shared:
         here, there = (_shown(paths[row]) for row in shared[0])
         warn(
             f"{len(shared)} of {len(valid)} images to validate on are trained on as well, so that accuracy is too high: "
             f"{here} is the same file as {there}"
         )
-
-
-def _identity(path: str) -> tuple[int, int]:
-    found = os.stat(path)
-    return found.st_dev, found.st_ino
 
 
 def _default_size(paths: Sequence[str]) -> int:
