@@ -29,6 +29,9 @@ DATA holds one sub-folder a class; if it has train/ and one of valid/, val/ or t
 these are used, else a fifth of each class is kept for validation. Images are cut to a square and resized, then kept in
 memory up to 2 GiB; larger sets are decoded anew in every epoch. Networks are torchvision's own, as they are: a resnet
 shrinks its input 32 times, so 32x32 images are worth a larger --image-size where accuracy counts more than time.
+
+With --weights both trainings start from the same trained weights instead of random ones. A head of another number of classes is
+left as initialised, and named.
 """
 
 PRUNE_HELP = """\
@@ -80,6 +83,12 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+def _weights(text: str) -> Path | str:
+    from fasterai.cli.start import DEFAULT
+
+    return text if text == DEFAULT else _path(text)
+
+
 def _add_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "-o", "--output", type=_path, default=Path("fasterai-demo"), help="folder to write (default: %(default)s)"
@@ -99,6 +108,13 @@ def _add_sparsify(sparsify: argparse.ArgumentParser) -> None:
     axes.add_argument("--schedule", default="one_cycle", help="how much is pruned when (default: %(default)s)")
     training = sparsify.add_argument_group("training")
     training.add_argument("--arch", default="resnet18", help="a classifier of torchvision.models (default: %(default)s)")
+    training.add_argument(
+        "--weights",
+        type=_weights,
+        metavar="FILE|DEFAULT",
+        help="trained weights to start from: a state dict of --arch, or torchvision's own, which it downloads "
+        "(default: random ones)",
+    )
     training.add_argument("--epochs", type=int, default=5, help="of each of the two trainings (default: %(default)s)")
     training.add_argument("--batch-size", type=int, default=128, help="images in a step, at most (default: %(default)s)")
     training.add_argument("--lr", type=float, default=1e-3, help="highest learning rate of AdamW (default: %(default)s)")

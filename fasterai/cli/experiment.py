@@ -25,6 +25,8 @@ from fasterai.sparse.sparsifier import Sparsifier
 __all__ = ["Job", "compare", "finished_report", "make_sparsifier", "versions"]
 
 FORMAT = 1
+#: Arguments that nobody gives: hashes of what others name.
+CONTENT = {"content": "the weights that --weights names are others now", "files": "the files in DATA are others now"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Job:
         recipe: Settings of the trainings.
         folder: The folder to write to.
         with_dense: True to train the dense network, too.
+        start: Plain data for the report about the trained weights that the network starts from; None if they are random.
     """
 
     command: str
@@ -50,6 +53,7 @@ class Job:
     recipe: Recipe
     folder: Path
     with_dense: bool = True
+    start: Mapping[str, Any] | None = None
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -126,9 +130,8 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) 
         UsageError: They differ; each difference is named.
     """
     names = sorted(name for name in set(before) | set(now) if before.get(name) != now.get(name))
-    differences = [f"{_flag(name)} was {before.get(name)!r} and is {now.get(name)!r}" for name in names if name != "files"]
-    if names == ["files"]:
-        differences = ["the files in DATA are others now"]
+    differences = [f"{_flag(name)} was {before.get(name)!r} and is {now.get(name)!r}" for name in names if name not in CONTENT]
+    differences = differences or [CONTENT[name] for name in names]
     if differences:
         raise UsageError(f"--resume must be with the arguments of the run in {folder}: {'; '.join(differences)}")
 
@@ -200,6 +203,7 @@ def _report(job: Job, done: Mapping[str, Any]) -> dict[str, Any]:
         "versions": versions(),
         "device": str(job.recipe.device),
         "data": job.data.summary(),
+        "start": None if job.start is None else dict(job.start),
         "results": {stage: _result(record) for stage, record in done.items()},
         "layers": [
             {

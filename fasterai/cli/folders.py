@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from fasterai.cli.data import Data, byte_sums, image_statistics, split_each_class
 from fasterai.cli.errors import UsageError
+from fasterai.core.checks import warn
 
 __all__ = ["read_data", "read_folder"]
 
@@ -114,6 +115,7 @@ def read_folder(
         train, valid = (rows[picks] for picks in split_each_class(labels[rows], SHARE, seed))
     elif not len(valid):
         raise UsageError(f"no readable images in {valid_root}")
+    _warn_of_shared(paths, train.tolist(), valid.tolist())
     mean, std = image_statistics(sums[train], size * size)
     validation = "a fifth of each class" if valid_root is None else f"folder {valid_root.name}/"
     parts = Subset(images, train.tolist()), Subset(images, valid.tolist())
@@ -125,6 +127,7 @@ def _find_parts(root: Path) -> tuple[Path, Path | None]:
     if not root.is_dir():
         problem = "is a file" if root.exists() else "does not exist"
         raise UsageError(f"DATA must be a folder of images, got {root}, which {problem}")
+    os.scandir(root).close()  # one that may not be read is named itself, not what would be in it
     train = root / "train"
     if _sub_folders(train):  # else it is a class called train
         for name in VALIDATION_NAMES:
@@ -193,6 +196,19 @@ def _check_counts(labels: Tensor, classes: Sequence[str], minimum: int) -> None:
             raise UsageError(f"class {name!r} must hold at least {minimum} readable images, got {count}")
 
 
+def _warn_of_shared(paths: Sequence[str], train: Sequence[int], valid: Sequence[int]) -> None:
+    """Warn of validation images that are training images too, by a link of either kind; copies are not looked for."""
+    files = {row: (found.st_dev, found.st_ino) for row in (*train, *valid) for found in [os.stat(paths[row])]}
+    trained = {files[row]: row for row in train}
+    shared = [(row, trained[files[row]]) for row in valid if files[row] in trained]
+    if shared:
+        here, there = (_shown(paths[row]) for row in shared[0])
+        warn(
+            f"{len(shared)} of {len(valid)} images to validate on are trained on as well, so that accuracy is too high: "
+            f"{here} is the same file as {there}"
+        )
+
+
 def _default_size(paths: Sequence[str]) -> int:
     """Return the shorter side of the first image; if it is above 64, the nearest lower multiple of 32, at most 224."""
     for path in paths:
@@ -232,6 +248,8 @@ def _decode(path: str, size: int) -> Tensor | str:
         with _open(path) as image:
             square = ImageOps.fit(_as_rgb(image), (size, size), Image.Resampling.BILINEAR)
             pixels: Tensor = pil_to_tensor(square)
+    except OSError as error:
+        return " ".join((error.strerror or str(error)).replace(repr(path), "").split())
     except Exception as error:  # decoders raise whatever they like on broken files
         return " ".join(str(error).replace(repr(path), "").split()) or type(error).__name__
     return pixels

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from fasterai.cli.errors import UsageError
 
-__all__ = ["check_runs", "choose_device", "classifiers", "digits_network", "how_to_make", "make_classifier"]
+__all__ = [
+    "check_runs",
+    "choose_device",
+    "classifiers",
+    "depends_on_size",
+    "digits_network",
+    "how_to_make",
+    "make_classifier",
+]
 
 
 def classifiers() -> list[str]:
@@ -44,6 +52,11 @@ def how_to_make(arch: str, class_count: int, image_size: int) -> str:
     options = {name: value for name, value in _options(arch, image_size).items() if name != "init_weights"}
     arguments = [repr(arch), f"num_classes={class_count}", *(f"{name}={value!r}" for name, value in options.items())]
     return ", ".join(arguments)
+
+
+def depends_on_size(arch: str) -> bool:
+    """Tell if shapes of a network's parameters depend on the side of the images."""
+    return _options(arch, 32) != _options(arch, 64)
 
 
 def _options(arch: str, image_size: int) -> dict[str, Any]:

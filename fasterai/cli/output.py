@@ -84,7 +84,8 @@ def prepare_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UsageError(f"--output must be a folder, got {folder} ({error.strerror})") from error
+        wanted = "a folder" if isinstance(error, FileExistsError | NotADirectoryError) else "a folder that can be written to"
+        raise UsageError(f"--output must be {wanted}, got {folder} ({error.strerror})") from error
 
 
 def check_new_folder(folder: Path) -> None:

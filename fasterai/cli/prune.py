@@ -21,7 +21,7 @@ from fasterai.cli.output import SMALL, check_new_folder, file_of, new_folder, wr
 from fasterai.cli.pictures import write_removal
 from fasterai.cli.runs import origin_of
 from fasterai.cli.training import Recipe, evaluate
-from fasterai.cli.weights import Weights, load_classifier, read_weights
+from fasterai.cli.weights import load_classifier, read_weights
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import Removal, remove
 from fasterai.prune.small_files import save_small
@@ -89,7 +89,8 @@ def _make_job(arguments: argparse.Namespace) -> _Job:
         data = replace(data, mean=origin.mean, std=origin.std)
     image_size = arguments.image_size or IMAGE_SIZE if data is None else data.image_size
     network, classes, left_out = load_classifier(arguments.arch, weights, image_size)
-    _check_classes(weights, classes, data)
+    named = (weights.classes, None if origin is None else origin.classes)
+    _check_classes(next((names for names in named if names is not None and len(names) == classes), None), classes, data)
     _check_layers(network, arguments)
     inputs = _noise(arguments.batch, image_size).to(device) if data is None else data.examples(arguments.batch, device)
     check_runs(network.to(device), inputs, arguments.arch, training=False)
@@ -99,12 +100,12 @@ def _make_job(arguments: argparse.Namespace) -> _Job:
     return _Job(network, inputs, image_size, classes, data, recipe, tuple(notes + (left if left_out else [])))
 
 
-def _check_classes(weights: Weights, count: int, data: Data | None) -> None:
+def _check_classes(names: tuple[str, ...] | None, count: int, data: Data | None) -> None:
     if data is None:
         return
     if count != len(data.classes):
         raise UsageError(f"--data must hold the {count} classes of WEIGHTS, got {len(data.classes)}")
-    for own, theirs in zip(weights.classes or data.classes, data.classes, strict=True):
+    for own, theirs in zip(names or data.classes, data.classes, strict=True):
         if own != theirs:
             raise UsageError(f"--data must hold the classes of WEIGHTS, got {theirs!r} in the place of {own!r}")
 

@@ -142,9 +142,19 @@ class Masked(Shown, Participant, ABC):
         print(self.report())  # noqa: T201 - what it is for
 
     def save_model(self, path: str | os.PathLike[str], model: nn.Module | None = None) -> None:
-        """Save the weights, masked, as a plain state dict for `torch.load(path, weights_only=True)`; whole or not at all."""
-        self.apply_masks()
-        write_saved(path, unwrap(model or self.model).state_dict())
+        """Save the weights, masked, as a plain state dict for `torch.load(path, weights_only=True)`; whole or not at all.
+
+        Args:
+            path: The file.
+            model: A copy of the model to mask and save instead, as for `apply_masks`.
+
+        Raises:
+            ValueError: The copy lacks a masked parameter, or has it in another shape. Nothing is changed or written then.
+            OSError: The file cannot be written.
+        """
+        saved = unwrap(self.model if model is None else model)
+        self.apply_masks(None if saved is unwrap(self.model) else saved)
+        write_saved(path, saved.state_dict())
 
     def metrics(self) -> dict[str, float]:
         """Return the share of units that are pruned now, in [0, 1]."""

@@ -10,10 +10,14 @@ import onnxruntime
 import pytest
 import torch
 import torchvision
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fasterai.cli import main
+from fasterai.cli.folders import read_folder
 from fasterai.cli.output import save_weights
+from fasterai.prune.removal import remove
 from fasterai.prune.small_files import load_small
 
 MakeImages = Callable[..., Path]
@@ -180,6 +184,57 @@ def test_images_tell_the_accuracy_and_feed_criteria(
     assert report["accuracy"] == {"before": 0.5, "after": 0.5}
     assert report["removal"]["inputs"].startswith("3x3x32x32")
     assert report["data"]["classes"] == ["ant", "bee"]
+
+
+def test_a_run_brings_its_image_size_normalisation_split_and_classes(
+    make_images: MakeImages, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = make_images("data", {"ant": 10, "bee": 10}, size=(48, 48))
+    run = ["sparsify", str(images), "--arch", ARCH, "--epochs", "1", "--batch-size", "8", "--seed", "5", "--image-size", "40"]
+    axes = ["--granularity", "coupled", "--context", "local", "--sparsity", "0.5", "--no-dense"]
+    assert main([*run, *axes, "-o", str(tmp_path / "run")]) == 0
+    made = read_report(tmp_path / "run")
+    for path in images.rglob("*.png"):  # another part of the images would have another mean now
+        if path.name in ("0.png", "1.png"):
+            Image.new("RGB", (48, 48)).save(path)
+    capsys.readouterr()
+    seen = {}
+
+    def noted(network: nn.Module, inputs: Tensor) -> Any:
+        seen["inputs"] = inputs
+        return remove(network, inputs)
+
+    monkeypatch.setattr("fasterai.cli.prune.remove", noted)
+    more = ["--arch", ARCH, "--remove-only", "--data", str(images), "--batch", "4"]
+    assert main(["prune", str(tmp_path / "run" / "sparse.safetensors"), *more, "-o", str(tmp_path / "small")]) == 0
+    printed = capsys.readouterr().out
+    assert "squeezenet1_1: 723,522 parameters, 2 classes, 40x40 images" in printed
+    assert f"image size, normalisation and seed of the run in {tmp_path / 'run'}" in printed
+
+    report = read_report(tmp_path / "small")
+    assert (report["image_size"], report["arguments"]["seed"], report["classes"]) == (40, 5, 2)
+    for name in ("mean", "std", "classes", "training_images", "validation_images"):
+        assert report["data"][name] == made["data"][name]
+    pixels = read_folder(images, image_size=40, seed=5).train[[0, 1, 2, 3]][0].double()
+    mean, std = (torch.tensor(made["data"][name], dtype=torch.float64)[:, None, None] for name in ("mean", "std"))
+    torch.testing.assert_close(seen["inputs"].double(), (pixels / 255 - mean) / std, rtol=0, atol=1e-5)
+    assert small_of(tmp_path / "small").features[0].out_channels == 32  # half of 64, as the run has masked
+
+
+def test_images_must_be_of_the_classes_of_the_run_also_where_its_weights_do_not_name_them(
+    make_images: MakeImages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = make_images("data", {"ant": 10, "bee": 10}, size=(32, 32))
+    run = ["sparsify", str(images), "--arch", ARCH, "--epochs", "1", "--batch-size", "8", "--no-dense"]
+    assert main([*run, "-o", str(tmp_path / "run")]) == 0
+    save_file(network().state_dict(), tmp_path / "run" / "w.safetensors")
+    (images / "bee").rename(images / "cow")
+    weights = tmp_path / "run" / "w.safetensors"
+    assert (
+        main(["prune", str(weights), "--arch", ARCH, "--sparsity", "0.5", "--data", str(images), "-o", str(tmp_path / "s")])
+        == 2
+    )
+    assert "--data must hold the classes of WEIGHTS, got 'cow' in the place of 'bee'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("classes", "message"), [

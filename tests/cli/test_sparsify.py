@@ -108,7 +108,9 @@ def test_resuming_a_complete_run_shows_it_again(images: Path, tmp_path: Path, ca
     folder = tmp_path / "run"
     assert main(command(images, folder, "--no-dense", "--resume")) == 0  # nothing to go on with: from the beginning
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    table = capsys.readouterr().out.split("\n\n")[-2]
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{folder} holds no run to go on with: this one begins at the beginning\n")
+    table = printed.split("\n\n")[-2]
     assert "dense" not in table
 
     assert main(command(images, folder, "--no-dense", "--resume")) == 0

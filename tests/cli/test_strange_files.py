@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -156,6 +162,158 @@ def test_what_is_no_regular_file_is_named_and_skipped(make_images: MakeImages, m
         read_folder(root)
     data = read_folder(root, skip_unreadable=True)
     assert list(data.skipped) == [str(root / "a" / name)]
+
+
+def png(width: int, height: int, bits: int, colour: int, row: bytes, rows: int) -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + row) * rows, 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def plain(mode: str, colour: object, size: tuple[int, int] = (8, 8)) -> Image.Image:
+    return Image.new(mode, size, colour)
+
+
+def palette() -> Image.Image:
+    image = plain("P", 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    return image
+
+
+RED, GREEN = plain("RGB", (255, 0, 0)), plain("RGB", (0, 255, 0))
+#: File name, content, and the colour that it is read as.
+WHOLE = {
+    "moving GIF: its first picture": ("x.gif", saved(RED, "GIF", save_all=True, append_images=[GREEN]), [255, 0, 0]),
+    "CMYK": ("x.tif", saved(plain("CMYK", (255, 0, 0, 0)), "TIFF"), [0, 255, 255]),
+    "palette": ("x.png", saved(palette(), "PNG"), [10, 20, 30]),
+    "transparent palette": ("x.png", saved(palette(), "PNG", transparency=1), [10, 20, 30]),
+    "LA: the transparency is dropped": ("x.png", saved(plain("LA", (70, 0)), "PNG"), [70, 70, 70]),
+    "RGBA: the transparency is dropped": ("x.png", saved(plain("RGBA", (10, 20, 30, 0)), "PNG"), [10, 20, 30]),
+    "1 bit": ("x.png", saved(plain("1", 1), "PNG"), [255, 255, 255]),
+    "16 bits, grey": ("x.png", png(8, 8, 16, 0, struct.pack(">H", 40 * 256 + 9) * 8, 8), [40, 40, 40]),
+    "16 bits, colours": ("x.png", png(8, 8, 16, 2, struct.pack(">HHH", 256, 40 * 256, 65535) * 8, 8), [1, 40, 255]),
+    "mixed case": ("x.JpEg", saved(plain("RGB", (90, 90, 90)), "JPEG"), [90, 90, 90]),
+    "another format's name": ("x.jpg", saved(plain("RGB", (10, 20, 30)), "PNG"), [10, 20, 30]),
+    "one pixel": ("x.png", saved(plain("RGB", (10, 20, 30), (1, 1)), "PNG"), [10, 20, 30]),
+    "one column": ("x.png", saved(plain("RGB", (10, 20, 30), (1, 3000)), "PNG"), [10, 20, 30]),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "colour"), WHOLE.values(), ids=WHOLE)
+def test_images_of_every_kind_are_read_as_they_look(
+    make_images: MakeImages, name: str, content: bytes, colour: list[int]
+) -> None:
+    root = make_images("data/train", {"a": 1, "b": 1}).parent
+    make_images("data/valid", {"a": 1})
+    (root / "train" / "a" / "0.png").unlink()
+    (root / "train" / "a" / name).write_bytes(content)
+    data = read_folder(root, image_size=8)
+    assert [channel.unique().tolist() for channel in data.train[[0]][0][0]] == [[value] for value in colour]
+    assert len(data.train) == 2
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+BROKEN = {
+    "of no bytes": ("x.png", b"", "cannot identify"),
+    "of more pixels than memory": ("x.png", png(20_000, 20_000, 8, 2, b"", 1), r"exceeds limit of \d+ pixels"),
+    "of 2^62 pixels": ("x.png", png(2**31 - 1, 2**31 - 1, 8, 2, b"", 1), r"exceeds limit of \d+ pixels"),
+    **{f"cut short: {kind}": (f"x.{kind}", saved(NOISE, format)[:-100], "") for kind, format in {
+        "png": "PNG", "jpg": "JPEG", "gif": "GIF", "webp": "WEBP", "tif": "TIFF", "bmp": "BMP", "ppm": "PPM",
+    }.items()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), BROKEN.values(), ids=BROKEN)
+def test_images_that_are_broken_are_named_and_skipped(make_images: MakeImages, name: str, content: bytes, reason: str) -> None:
+    root = make_images("data", {"a": 3, "b": 3})
+    (root / "a" / name).write_bytes(content)
+    with pytest.raises(UsageError, match=rf"unreadable image .*a/{name} \(.*{reason}.+\); pass --skip-unreadable"):
+        read_folder(root)
+    data = read_folder(root, skip_unreadable=True)
+    assert list(data.skipped) == [str(root / "a" / name)]
+    assert len(data.train) + len(data.valid) == 6
+
+
+def test_text_that_unpacks_to_more_than_memory_is_not_unpacked(make_images: MakeImages) -> None:
+    root = make_images("data", {"a": 3, "b": 3})
+    whole = (root / "a" / "0.png").read_bytes()
+    packed = b"k\0\0" + zlib.compress(bytes(200_000_000), 1)
+    text = struct.pack(">I", len(packed)) + b"zTXt" + packed + struct.pack(">I", zlib.crc32(b"zTXt" + packed))
+    (root / "a" / "0.png").write_bytes(whole[:33] + text + whole[33:])  # after the header
+    with pytest.raises(UsageError, match=r"a/0\.png \(Decompressed data too large"):
+        read_folder(root)
+
+
+def test_folders_are_no_images_whatever_they_are_called(make_images: MakeImages) -> None:
+    root = make_images("data", {"a": 3, "b": 3})
+    make_images("data/a", {"x.jpg": 2})
+    (root / "b" / "y.png").mkdir()
+    data = read_folder(root)
+    assert len(data.train) + len(data.valid) == 8
+    assert data.classes == ("a", "b")
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_file_in_both_parts_is_told(make_images: MakeImages, link: Callable[[Path, Path], None]) -> None:
+    root = make_images("data/train", {"a": 3, "b": 3}).parent
+    make_images("data/valid", {"a": 2, "b": 2})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert count(root) == (6, 4)
+    for n in (0, 1):
+        (root / "valid" / "b" / f"{n}.png").unlink()
+        link(root / "train" / "a" / "2.png", root / "valid" / "b" / f"{n}.png")
+    with pytest.warns(
+        UserWarning, match=r"^2 of 4 images to validate on .*valid/b/0\.png is the same file as .*train/a/2\.png$"
+    ):
+        assert count(root) == (6, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        os.symlink(root / "train" / "b" / "0.png", root / "train" / "b" / "more of it.png")  # to weigh it more
+        shutil.rmtree(root / "valid" / "b")
+        assert count(root) == (7, 2)
+
+
+def test_a_file_that_the_split_puts_into_both_parts_is_told(make_images: MakeImages) -> None:
+    root = make_images("data", {"a": 1, "b": 3})
+    os.symlink(root / "a" / "0.png", root / "a" / "1.png")
+    with pytest.warns(UserWarning, match=r"1 of 2 images to validate on are trained on as well"):
+        assert count(root) == (3, 2)
+
+
+DENIED = """
+import ctypes, os, sys
+from pathlib import Path
+from fasterai.cli import main
+import fasterai.cli.sparsify, PIL.PngImagePlugin
+if os.geteuid() == 0:  # what root may do all the same
+    assert ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()) == 0
+sys.exit(main(["sparsify", sys.argv[1], "-o", sys.argv[1] + "-run"]))
+"""
+
+
+@pytest.mark.parametrize(("denied", "message"), [
+    ("a/0.png", "unreadable image {0}/a/0.png (Permission denied); pass --skip-unreadable to leave such files out"),
+    ("a", "{0}/a: Permission denied"), (".", "{0}: Permission denied"),
+])  # fmt: skip
+def test_what_may_not_be_read_is_one_line(make_images: MakeImages, denied: str, message: str) -> None:
+    root = make_images("data", {"a": 3, "b": 3})
+    (root / denied).chmod(0)
+    command = [sys.executable, "-c", DENIED, str(root)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    finally:
+        (root / denied).chmod(0o755)
+    assert (done.returncode, done.stderr) == (2, f"fasterai: error: {message.format(root)}\n")
 
 
 def test_names_that_are_no_text_are_named_and_skipped(

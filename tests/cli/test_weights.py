@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,48 @@ def test_weights_of_before_batches_were_counted() -> None:
     assert same(found, state)
 
 
+# Files that torchvision still gives out; it renames them when it downloads them.
+@pytest.mark.parametrize(("arch", "pattern", "before"), [
+    ("densenet121", r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2"),
+    ("vit_b_32", r"mlp\.0", "mlp.linear_1"), ("vit_b_32", r"mlp\.3", "mlp.linear_2"),
+])  # fmt: skip
+def test_names_of_older_files_are_known(arch: str, pattern: str, before: str) -> None:
+    options = {"image_size": 64} if arch.startswith("vit") else {}
+    state = network(arch, 7, **options).state_dict()
+    older = {re.sub(pattern, before, name): x for name, x in state.items()}
+    assert older.keys() != state.keys()
+    found, _, _ = load_classifier(arch, Weights(Path("old.pth"), older), 64)
+    assert same(found, state)
+    assert not same(network(arch, 7, **options).apply(halve), state)
+
+
+def halve(module: nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        parameter.data /= 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused_by_name(value: float) -> None:
+    state = network().state_dict()
+    state["features.0.bias"][3] = value
+    with pytest.raises(UsageError, match=r"WEIGHTS must be finite, got w\.pth, where features\.0\.bias holds infinity or NaN"):
+        load_classifier(ARCH, broken(state), 64)
+
+
+def test_shapes_that_follow_the_images_are_said_to() -> None:
+    state = network("vit_b_32", 2, image_size=64).state_dict()
+    with pytest.raises(
+        UsageError, match=r"got 'vit_b_32' \(of 32x32 images; --image-size changes its shapes\), for which .*pos"
+    ):
+        load_classifier("vit_b_32", broken(state), 32)
+
+
+def test_a_name_for_each_class_or_none() -> None:
+    weights = Weights(Path("w.safetensors"), network(classes=3).state_dict(), ("ant", "bee"))
+    with pytest.raises(UsageError, match=r"WEIGHTS must name each of its 3 classes, got 2 names in w\.safetensors"):
+        load_classifier(ARCH, weights, 64)
+
+
 def broken(state: dict[str, Tensor], **changes: Tensor | None) -> Weights:
     return Weights(Path("w.pth"), {name: x for name, x in {**state, **changes}.items() if x is not None})
 
@@ -136,6 +180,12 @@ def test_a_folder_of_a_run_names_the_file_in_it(tmp_path: Path) -> None:
     (tmp_path / "sparse.safetensors").write_text("")
     with pytest.raises(UsageError, match=r"got the folder .*; pass .*sparse.safetensors$"):
         read_weights(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "w.pth")
+    with pytest.raises(UsageError, match=r"--weights must be a file, got .*w\.pth, which is no regular file"):
+        read_weights(tmp_path / "w.pth", "--weights")
 
 
 def test_a_network_that_asks_for_the_version_of_its_file_loads_from_one_without(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from fasterai.core.criteria import Criterion
 from fasterai.core.granularities import Keep
 from fasterai.core.loop import Batch, Fit
 from fasterai.core.schedules import OneShot, Piecewise
+from fasterai.model.names import unwrap
 from fasterai.sparse.hold import Hold
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.units.rules import DropAndGrow
@@ -841,6 +842,36 @@ def test_save_model_writes_masked_weights_as_a_plain_state_dict(tmp_path):
     loaded = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert list(loaded) == list(cnn().state_dict())
     assert int((loaded["0.weight"] == 0).sum()) == 144
+
+
+def wrapped(model):
+    return nn.DataParallel(model)
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda model: wrapped(copy.deepcopy(model)), wrapped])
+def test_save_model_masks_the_copy_that_it_saves(tmp_path, make):
+    sparsifier = Sparsifier(cnn(), "filter", example_inputs=X)
+    sparsifier.sparsify_model(0.5)
+    other = make(sparsifier.model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.fill_(1.0)
+    own = {name: x.clone() for name, x in sparsifier.model.state_dict().items()}
+    sparsifier.save_model(tmp_path / "weights.pt", model=other)
+    loaded = torch.load(tmp_path / "weights.pt", weights_only=True)
+    wanted = {name: mask.float() for name, mask in sparsifier.masks.items()}
+    assert all(torch.equal(loaded[name], values) for name, values in wanted.items())
+    assert [int((loaded[name] == 0).sum()) for name in ("1.weight", "1.bias", "3.bias", "4.bias")] == [4] * 4
+    if unwrap(other) is not sparsifier.model:
+        assert all(torch.equal(own[name], x) for name, x in sparsifier.model.state_dict().items())
+
+
+def test_save_model_writes_no_copy_of_another_shape(tmp_path):
+    sparsifier = Sparsifier(cnn(), "weight")
+    sparsifier.sparsify_model(0.5)
+    with pytest.raises(ValueError, match=r"model must be a copy of the sparsifier's, got one where 0\.weight is"):
+        sparsifier.save_model(tmp_path / "weights.pt", model=nn.Sequential(nn.Linear(2, 2)))
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- parametrised weights ----------------------------------------------------------------------------------------------
