@@ -297,23 +297,30 @@ from fasterai.cli import main
 import fasterai.cli.sparsify, PIL.PngImagePlugin
 if os.geteuid() == 0:  # what root may do all the same
     assert ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()) == 0
-sys.exit(main(["sparsify", sys.argv[1], "-o", sys.argv[1] + "-run"]))
+for place in sys.argv[1:]:
+    assert main(["sparsify", place, "-o", place + "-run"]) == 2
 """
+DENIALS = {
+    "a/0.png": "unreadable image {0}/a/0.png (Permission denied); pass --skip-unreadable to leave such files out",
+    "a": "{0}/a: Permission denied",
+    ".": "{0}: Permission denied",
+}
 
 
-@pytest.mark.parametrize(("denied", "message"), [
-    ("a/0.png", "unreadable image {0}/a/0.png (Permission denied); pass --skip-unreadable to leave such files out"),
-    ("a", "{0}/a: Permission denied"), (".", "{0}: Permission denied"),
-])  # fmt: skip
-def test_what_may_not_be_read_is_one_line(make_images: MakeImages, denied: str, message: str) -> None:
-    root = make_images("data", {"a": 3, "b": 3})
-    (root / denied).chmod(0)
-    command = [sys.executable, "-c", DENIED, str(root)]
+def test_what_may_not_be_read_is_one_line(make_images: MakeImages) -> None:
+    roots = [make_images(f"data{i}", {"a": 3, "b": 3}) for i in range(len(DENIALS))]
+    denied = [root / name for root, name in zip(roots, DENIALS, strict=True)]
+    command = [sys.executable, "-c", DENIED, *map(str, roots)]
     try:
+        for path in denied:
+            path.chmod(0)
         done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
     finally:
-        (root / denied).chmod(0o755)
-    assert (done.returncode, done.stderr) == (2, f"fasterai: error: {message.format(root)}\n")
+        for path in denied:
+            path.chmod(0o755)
+    wanted = [f"fasterai: error: {words.format(root)}" for root, words in zip(roots, DENIALS.values(), strict=True)]
+    assert done.stderr.splitlines() == wanted
+    assert done.returncode == 0
 
 
 def test_names_that_are_no_text_are_named_and_skipped(
