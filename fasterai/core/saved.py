@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fasterai.core.checks import check_count, check_fraction
+from fasterai.core.checks import check_count, check_fraction, warn
 
 __all__ = [
     "Check",
@@ -27,6 +27,7 @@ __all__ = [
     "numbers",
     "text",
     "texts",
+    "warn_of_length",
     "whole",
 ]
 
@@ -172,8 +173,24 @@ def check_loop_state(state: Any) -> None:
     if not isinstance(state, Mapping) or not {"step", "participants"} <= set(state):
         raise ValueError(f"state must be what state_dict() returned, got {_summary(state)}")
     states = state["participants"]
-    check_parts(state, "Loop", {"step": whole}, {"joined": _joined})
+    check_parts(state, "Loop", {"step": whole}, {"joined": _joined, "total_steps": whole, "steps_per_epoch": whole})
     (mapping_of if isinstance(states, Mapping) else list_of)(_of_participant)("state's participants", states)
+
+
+def warn_of_length(state: Mapping[str, Any], total_steps: int) -> None:
+    """Warn of a loop's state from the middle of a run of another length; one of a run's end may go on in a longer one.
+
+    Args:
+        state: The state; those of earlier versions do not say how long their runs were.
+        total_steps: Steps of the run that goes on from it.
+    """
+    step, before = state["step"], state.get("total_steps", 0)
+    if step < before != total_steps:
+        warn(
+            f"the saved state is of step {step} of {before}, and this run has {total_steps} steps: it goes on at position "
+            f"{step / total_steps:.0%} of the schedule instead of {step / before:.0%}; with the epochs, batches and "
+            "accumulation of before it goes on where it was"
+        )
 
 
 def _of_participant(what: str, value: Any) -> None:

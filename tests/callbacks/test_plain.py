@@ -121,6 +121,36 @@ def test_a_step_beyond_total_steps_raises_before_a_weight_changes():
     assert all(torch.equal(before[n], x) for n, x in model.state_dict().items())
 
 
+COUNTS = {"epochs": 2, "steps_per_epoch": 2, "accumulate": 2}  # 2 steps
+
+
+def test_a_step_too_many_names_the_counts_that_were_given():
+    model, sparsifier = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = attach(optimizer, sparsifier, **COUNTS)
+    for _ in range(2):
+        step(model, optimizer, batches(1)[0])
+    given = "epochs=2, steps_per_epoch=2 and accumulate=2"
+    wanted = (
+        f"^{given} must make at least the number of steps taken, got 2 and a further step; accumulate is the number of batches"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        step(model, optimizer, batches(1)[0])
+    with pytest.raises(ValueError, match=f"^{given} must make at least the 3 steps of the state, got 2"):
+        handle.load_state_dict({**handle.state_dict(), "step": 3})
+    handle.remove()
+    assert repr(handle) == "<Handle: step 2 of 2; Sparsifier>"
+
+
+def test_a_run_that_ends_short_names_them_too():
+    model, sparsifier = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = attach(optimizer, sparsifier, **COUNTS)
+    step(model, optimizer, batches(1)[0])
+    with pytest.warns(UserWarning, match="epochs=2, steps_per_epoch=2 and accumulate=2 make 2 steps; total_steps counts"):
+        handle.remove()
+
+
 @pytest.mark.parametrize("optimizer", [None, "sgd", nn.Linear(1, 1)])
 def test_optimizer_of_another_type(optimizer):
     with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got"):
