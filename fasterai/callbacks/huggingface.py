@@ -242,10 +242,11 @@ class ParticipantCallback(Elsewhere, TrainerCallback):  # type: ignore[misc]
         return f"{key_of(self, self._given)}.pt"
 
     def _resume(self, step: int, model: nn.Module) -> None:
-        state = self._saved(checkpoint_folder(self._args.output_dir, step))
+        place = checkpoint_folder(self._args.output_dir, step)
+        state = self._saved(place)
         if state is None:
             warn(
-                f"the Trainer resumes at step {step}, and no {self._file} is in {checkpoint_folder(self._args.output_dir, step)}: "
+                f"the Trainer resumes at step {step}, and no {self._file} is in {place}: "
                 "the participants begin afresh; set the callback's resume_from to the checkpoint's folder"
             )
             return
