@@ -258,7 +258,7 @@ class GradualPruner(ShownChannels, Participant):
             "channels": {name: list(counts) for name, counts in self.channels.items()},
             "done": self._done,
             "pruner": {} if self._pruner is None else self._pruner.state_dict(),
-            "settings": read_settings(*self._settings(), self.max_updates),
+            "settings": read_settings(self._ratio, *self._axes, self.schedule, self.max_updates),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -271,7 +271,11 @@ class GradualPruner(ShownChannels, Participant):
         """
         plans, shapes = read_state(state)
         if self._optimizer is not None:  # in a run, which goes on with what it has
-            warn_of_settings("GradualPruner", state.get("settings", {}), read_settings(*self._settings(), self.max_updates))
+            warn_of_settings(
+                "GradualPruner",
+                state.get("settings", {}),
+                read_settings(self._ratio, *self._axes, self.schedule, self.max_updates),
+            )
         self._take_back(shapes)
         if isinstance(self._ratio, Budget) and self._dense is None:
             self._dense = copy.deepcopy(self.model)
