@@ -403,7 +403,9 @@ def test_an_unknown_module_is_read_by_dimensions_until_it_is_registered():
     class Narrow(Transposed): ...
 
     model = nn.Sequential(Transposed(), Narrow())
-    with pytest.raises(ValueError, match=r"no targets found in Sequential .0.weight: raw parameters only when named in targets="):
+    with pytest.raises(
+        ValueError, match=r"no targets found in Sequential .0.weight: raw parameters only when named in targets="
+    ):
         find(model)
     register_axes(Transposed, weight=("in", "out"), gate=("out",))
     assert [(t.name, t.kind, axes(t.layout)) for t in find(model).targets] == [
