@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fasterai.callbacks.elsewhere import ASKED_BY, refuse_elsewhere
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
 from fasterai.core.loop import STOPPED, Batch, Fit, Loop
 from fasterai.model.cuts import Cut, follow
@@ -74,6 +75,8 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         self.__dict__["_learner"] = learner
 
     def __getattr__(self, name: str) -> Any:
+        if name in ASKED_BY["huggingface"] and self.learn is None:
+            refuse_elsewhere(self, "fastai", "huggingface")
         if name in LIGHTNING_ASKS_FOR and self.learn is None:
             kind = type(self).__name__
             raise TypeError(

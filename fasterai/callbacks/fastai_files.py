@@ -94,7 +94,7 @@ def find_state(learn: Learner, callback: Stateful, saving: Sequence[Stateful], n
         named: The name of a checkpoint, as for `learn.load`; any in the learner's folder if left out.
 
     Raises:
-        ValueError: The checkpoint that was named has no states or others, or the states are of another epoch.
+        ValueError: The checkpoint that was named has no states or others, or the states are of another epoch or batch size.
     """
     folder = Path(learn.path, learn.model_dir)
     files = sorted(folder.glob(f"*{END}")) if named is None else [_beside(folder / named)]
@@ -124,15 +124,22 @@ def _is_of_epoch(learn: Learner, content: Mapping[str, Any]) -> bool:
 
 
 def _epochs_done(learn: Learner, state: Mapping[str, Any]) -> int:
-    return math.ceil(int(state["step"]) / len(learn.dls.train))  # the last batches of an epoch may have had no step
+    per_epoch = state.get("steps_per_epoch") or len(learn.dls.train)  # files of earlier versions do not say
+    return math.ceil(int(state["step"]) / per_epoch)  # the last batches of an epoch may have had no step
 
 
 def _check_epoch(learn: Learner, state: Mapping[str, Any], file: Path) -> None:
-    done, asked = _epochs_done(learn, state), skipped_epochs(learn)
-    if done != asked:
+    done, asked, now = _epochs_done(learn, state), skipped_epochs(learn), len(learn.dls.train)
+    step, before = state["step"], state.get("steps_per_epoch")
+    if before not in (None, now):
         raise ValueError(
-            f"start_epoch must be {done} for the weights in the learner, whose states {file} holds, got {asked}; delete that "
-            "file to begin afresh"
+            f"the learner's batches must be those of the interrupted fit, which had {before} an epoch, got {now}: {file} is of "
+            f"step {step}, the end of epoch {done}; give the learner's data the batch size of before, and start_epoch={done}"
+        )
+    if done != asked:
+        doubt = "" if before else f", if the batch size is that of before: it is of step {step}, and an epoch has {now} now"
+        raise ValueError(
+            f"start_epoch must be {done} for the weights in the learner, whose states {file} holds, got {asked}{doubt}"
         )
 
 

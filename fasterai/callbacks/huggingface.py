@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasterai.callbacks.elsewhere import Elsewhere
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
 from fasterai.core.checks import warn
 from fasterai.core.files import write_saved
@@ -24,7 +25,7 @@ try:
 except ImportError as error:
     raise ImportError("fasterai.callbacks.huggingface needs transformers: pip install 'fasterai[huggingface]'") from error
 
-from fasterai.callbacks.huggingface_trainer import batches_of_step, is_training, returned_loss, unscale
+from fasterai.callbacks.huggingface_trainer import batches_of_step, checkpoint_folder, is_training, returned_loss, unscale
 
 __all__ = ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 
@@ -34,7 +35,7 @@ COUNT = "num_items_in_batch"
 KEPT = "_max_grad_norm_of_a_callback"
 
 
-class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
+class ParticipantCallback(Elsewhere, TrainerCallback):  # type: ignore[misc]
     """Lets participants take part in a Trainer's training.
 
     A run begins with the first training batch, and counts the Trainer's own steps. Each checkpoint gets a file with the
@@ -50,6 +51,7 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
         resume_from: The folder of the checkpoint that the Trainer resumes, to be set if it is not in its `output_dir`.
     """
 
+    framework = "huggingface"
     is_late = True
 
     def __init__(self, *participants: Makes) -> None:
@@ -231,7 +233,7 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Save the participants' states beside the checkpoint that was just written."""
-        folder = _checkpoint(args.output_dir, state.global_step)
+        folder = checkpoint_folder(args.output_dir, state.global_step)
         if state.is_world_process_zero and self.loop.participants and folder.is_dir():
             write_saved(folder / self._file, {**self.loop.state_dict(), "weights": _sums(given["model"])})
 
@@ -240,10 +242,11 @@ class ParticipantCallback(TrainerCallback):  # type: ignore[misc]
         return f"{key_of(self, self._given)}.pt"
 
     def _resume(self, step: int, model: nn.Module) -> None:
-        state = self._saved(_checkpoint(self._args.output_dir, step))
+        place = checkpoint_folder(self._args.output_dir, step)
+        state = self._saved(place)
         if state is None:
             warn(
-                f"the Trainer resumes at step {step}, and no {self._file} is in {_checkpoint(self._args.output_dir, step)}: "
+                f"the Trainer resumes at step {step}, and no {self._file} is in {place}: "
                 "the participants begin afresh; set the callback's resume_from to the checkpoint's folder"
             )
             return
@@ -275,10 +278,6 @@ def _sums(model: nn.Module) -> list[float]:
 def _are_alike(saved: Sequence[float] | None, now: Sequence[float]) -> bool:
     """Tell if sums are those of the same weights, on another device too; files of before have none."""
     return saved is None or all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in zip(saved, now, strict=False))
-
-
-def _checkpoint(output_dir: str | None, step: int) -> Path:
-    return Path(output_dir or ".") / f"checkpoint-{step}"
 
 
 class SparsifyCallback(SparsifyMethod, ParticipantCallback):  # noqa: D101 - the method's

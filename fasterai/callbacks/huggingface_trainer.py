@@ -6,13 +6,14 @@ import math
 import sys
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fasterai.core.joined import innermost
 
-__all__ = ["batches_of_step", "is_training", "returned_loss", "unscale"]
+__all__ = ["batches_of_step", "checkpoint_folder", "is_training", "returned_loss", "unscale"]
 
 
 def is_training(callback: object) -> bool:
@@ -66,3 +67,8 @@ def returned_loss(output: Any, *_: Any) -> Tensor:
             "labels in each batch"
         )
     return loss
+
+
+def checkpoint_folder(output_dir: str | None, step: int) -> Path:
+    """Return the folder that the Trainer writes a step's checkpoint into."""
+    return Path(output_dir or ".") / f"checkpoint-{step}"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fasterai.callbacks.elsewhere import Elsewhere
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
 from fasterai.core.loop import STOPPED, Batch, Fit, Loop
 from fasterai.model.cuts import Cut, follow
@@ -30,7 +31,7 @@ from fasterai.callbacks.lightning_wraps import CutFirst, StepWraps, stop_waiting
 __all__ = ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 
 
-class ParticipantCallback(pl.Callback):
+class ParticipantCallback(Elsewhere, pl.Callback):
     """Lets participants take part in Lightning's training.
 
     A run begins with the first training batch. Steps are the optimizer's own, so that accumulation, clipping, precision
@@ -41,6 +42,7 @@ class ParticipantCallback(pl.Callback):
         *participants: Participants, or functions of the model that make some.
     """
 
+    framework = "lightning"
     is_late = True
 
     def __init__(self, *participants: Makes) -> None:
@@ -52,12 +54,6 @@ class ParticipantCallback(pl.Callback):
         self._batch = Batch()
         self._trainer: pl.Trainer | None = None
         self._was_cut = False
-
-    def _refuse_learner(self, learner: Any) -> None:
-        kind = type(self).__name__
-        raise TypeError(f"cbs must be fastai's, got Lightning's {kind}; from fasterai.callbacks.fastai import {kind}")
-
-    learn = property(fset=_refuse_learner)  # what a fastai learner sets first
 
     @property
     def state_key(self) -> str:

@@ -184,8 +184,13 @@ class HoldMethod(Method):
 
     def __init__(self, sparsifier: Sparsifier) -> None:
         if not isinstance(sparsifier, Sparsifier):
-            got = type(sparsifier).__name__
-            raise TypeError(f"sparsifier must be a Sparsifier, got {got}; after a fit pass its callback's `.sparsifier`")
+            repair = "after a fit pass its callback's `.sparsifier`"
+            if sparsifier is None:
+                repair = (
+                    "a callback has none before its first batch, nor after resuming a run that was at its end: make one, "
+                    "Sparsifier(model, granularity), and take the zeros for its masks, sparsifier.mask_zeros()"
+                )
+            raise TypeError(f"sparsifier must be a Sparsifier, got {type(sparsifier).__name__}; {repair}")
         super().__init__(sparsifier.hold())
         self.sparsifier = sparsifier
 

@@ -54,7 +54,7 @@ class Handle:
 
     def __repr__(self) -> str:
         names = ", ".join(p.name for p in self.loop.participants)
-        return one_line(f"<Handle: step {self.loop.step} of {self.loop.total_steps}; {names}>")
+        return one_line(f"<Handle: step {self.loop.step} of {self.loop.planned_steps}; {names}>")
 
     def loss(self, loss: Tensor, inputs: Any = (), targets: Any = (), outputs: Any = None) -> Tensor:
         """Show a batch to the participants, and return the loss to go on with.
@@ -132,7 +132,8 @@ class Handle:
                 "step() is called, such as the base_optimizer of one that has first_step and second_step"
             )
             self._end(False)
-        self._end(*((self._is_done, COUNTED) if completed is None else (completed, "")))
+        counted = f"{self.loop.counts} make {self.loop.planned_steps} steps; {COUNTED}" if self.loop.counts else COUNTED
+        self._end(*((self._is_done, counted) if completed is None else (completed, "")))
 
     @property
     def _is_done(self) -> bool:
@@ -219,6 +220,7 @@ def attach(
     _end_earlier_runs(inner, participants)
     whole = model if model is not None else next((m for p in participants if isinstance(m := _own(p), nn.Module)), None)
     loop = Loop(participants)
+    loop.counts = "" if per_epoch is None else f"epochs={epochs}, steps_per_epoch={steps_per_epoch} and accumulate={accumulate}"
     if whole is not None:
         loop.setup(whole, inner)
     elif loop.wants("on_setup"):

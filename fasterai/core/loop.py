@@ -25,7 +25,7 @@ from fasterai.core.batch import Batch, Fit
 from fasterai.core.checks import check_count, warn
 from fasterai.core.joined import Joined
 from fasterai.core.participant import EVENTS, Participant, own_parameters, tell
-from fasterai.core.saved import check_loop_state
+from fasterai.core.saved import check_loop_state, warn_of_length
 from fasterai.model.cuts import follow
 
 __all__ = ["EVENTS", "STOPPED", "Batch", "Fit", "Loop", "Participant"]
@@ -48,12 +48,18 @@ class Loop:
         participants: The participants, in the order in which they hear of every event, its end included.
         step: Steps done. A callback whose framework counts for itself sets it before each step.
         total_steps: Steps of the run under way, 0 if there is none.
+        planned_steps: Steps of the run under way, or else of the last one; 0 before the first.
+        counts: The arguments that the steps are worked out from, in words; empty if they were given themselves.
     """
+
+    planned_steps = 0  # copies of earlier versions have none
+    counts = ""
 
     def __init__(self, participants: Sequence[Participant]) -> None:
         self.participants = list(participants)
         self.step = 0
         self.total_steps = 0
+        self._steps_per_epoch: int | None = None
         self._joined: Joined | None = None
         self._is_told = False
 
@@ -98,7 +104,8 @@ class Loop:
         for participant in self.participants if fit.model is not None else ():
             if fit.model is not None and (participant.hears("after_move") or participant.hears("after_cut")):
                 follow(fit.model, participant)
-        self.step, self.total_steps = 0, total_steps
+        self.step, self.total_steps, self.planned_steps = 0, total_steps, total_steps
+        self._steps_per_epoch = fit.steps_per_epoch
         self._is_told = False
         _open.add(self)
 
@@ -141,9 +148,11 @@ class Loop:
             ValueError: The run has had its `total_steps` already.
         """
         if self.step >= self.total_steps:
+            given = f"{self.counts} must make" if self.counts else "total_steps must be"
+            of = "; accumulate is the number of batches of a step, steps_per_epoch that of an epoch" if self.counts else ""
             raise ValueError(
-                f"total_steps must be at least the number of steps taken, got {self.total_steps} and a further step; end "
-                "the run first (handle.remove()), then train on, with the masks held if they should stay"
+                f"{given} at least the number of steps taken, got {self.total_steps} and a further step{of}; end the run first "
+                "(handle.remove()), then train on, with the masks held if they should stay"
             )
 
     def after_step(self) -> None:
@@ -182,7 +191,7 @@ class Loop:
                 self.total_steps = 0
                 for participant in reversed(self.participants):  # a stack ends the last first
                     ends.callback(tell, participant, "on_fit_end", completed)
-        if is_short and why:
+        if is_short and why and step:  # a run that fails before its first step has said all
             self._warn_of(step, total_steps, why)
 
     def look_back(self) -> None:
@@ -219,10 +228,12 @@ class Loop:
         return named
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step, the participants' states by their names, and the optimizer's state of their parameters."""
+        """Return the step and the run's length, the participants' states by names, and the optimizer's of their parameters."""
         states = {name: participant.state_dict() for name, participant in self._named().items()}
         joined = {} if self._joined is None else {"joined": self._joined.state_dict()}
-        return {"step": self.step, "participants": states, **joined}
+        per_epoch = {} if self._steps_per_epoch is None else {"steps_per_epoch": self._steps_per_epoch}
+        length = {"total_steps": self.planned_steps, **per_epoch}
+        return {"step": self.step, **length, "participants": states, **joined}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state; if one participant refuses it, all stay as they were.
@@ -236,7 +247,10 @@ class Loop:
         """
         check_loop_state(state)
         if self.running and state["step"] > self.total_steps:
-            raise ValueError(f"total_steps must be at least the {state['step']} steps of the state, got {self.total_steps}")
+            given = f"{self.counts} must make" if self.counts else "total_steps must be"
+            raise ValueError(f"{given} at least the {state['step']} steps of the state, got {self.total_steps}")
+        if self.running:
+            warn_of_length(state, self.total_steps)
         loads = self._matched(state["participants"])
         before = [(participant, participant.state_dict()) for participant, _ in loads]
         try:

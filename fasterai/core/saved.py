@@ -6,12 +6,13 @@ A check is a function `(what, value)` that raises. To add one: such a function, 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from fasterai.core.checks import check_count, check_fraction
+from fasterai.core.checks import check_count, check_fraction, warn
 
 __all__ = [
     "Check",
@@ -25,8 +26,11 @@ __all__ = [
     "list_of",
     "mapping_of",
     "numbers",
+    "settings_in_words",
     "text",
     "texts",
+    "warn_of_length",
+    "warn_of_settings",
     "whole",
 ]
 
@@ -172,8 +176,45 @@ def check_loop_state(state: Any) -> None:
     if not isinstance(state, Mapping) or not {"step", "participants"} <= set(state):
         raise ValueError(f"state must be what state_dict() returned, got {_summary(state)}")
     states = state["participants"]
-    check_parts(state, "Loop", {"step": whole}, {"joined": _joined})
+    check_parts(state, "Loop", {"step": whole}, {"joined": _joined, "total_steps": whole, "steps_per_epoch": whole})
     (mapping_of if isinstance(states, Mapping) else list_of)(_of_participant)("state's participants", states)
+
+
+def warn_of_length(state: Mapping[str, Any], total_steps: int) -> None:
+    """Warn of a loop's state from the middle of a run of another length; one of a run's end may go on in a longer one.
+
+    Args:
+        state: The state; those of earlier versions do not say how long their runs were.
+        total_steps: Steps of the run that goes on from it.
+    """
+    step, before = state["step"], state.get("total_steps", 0)
+    if step < before != total_steps:
+        warn(
+            f"the saved state is of step {step} of {before}, and this run has {total_steps} steps: it goes on at position "
+            f"{step / total_steps:.0%} of the schedule instead of {step / before:.0%}; with the epochs, batches and "
+            "accumulation of before it goes on where it was"
+        )
+
+
+def settings_in_words(**settings: Any) -> dict[str, str]:
+    """Return arguments in words that are the same in another process, for a saved state: no address in memory is in them."""
+    return {name: re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)) for name, value in settings.items()}
+
+
+def warn_of_settings(what: str, saved: Mapping[str, str], own: Mapping[str, str]) -> None:
+    """Warn of a run that goes on with other arguments than those of a saved state.
+
+    Args:
+        what: The participant that they are arguments of.
+        saved: Argument -> its value in words when the state was saved; states of earlier versions have none.
+        own: The same now.
+    """
+    differing = [f"{name} was {saved[name]} and is {now}" for name, now in own.items() if saved.get(name, now) != now]
+    if differing:
+        warn(
+            f"the saved state is of a {what} with other arguments, and the run goes on with those that it has now: "
+            f"{'; '.join(differing)}"
+        )
 
 
 def _of_participant(what: str, value: Any) -> None:

@@ -17,13 +17,14 @@ from fasterai.core.checks import from_catalogue, warn
 from fasterai.core.contexts import Context
 from fasterai.core.criteria import Criterion, as_criterion
 from fasterai.core.loop import Batch, Fit, Participant
+from fasterai.core.saved import warn_of_settings
 from fasterai.core.schedules import Schedule, lin
 from fasterai.core.updates import Updates, plan_updates
 from fasterai.model.cuts import note_optimizer
 from fasterai.model.inputs import batch_inputs
 from fasterai.model.names import unwrap
 from fasterai.prune.choice.budget import Budget
-from fasterai.prune.gradual_settings import check_bare, check_settings
+from fasterai.prune.gradual_settings import check_bare, check_settings, read_settings
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import Removal
 from fasterai.prune.shown_channels import ShownChannels
@@ -257,6 +258,7 @@ class GradualPruner(ShownChannels, Participant):
             "channels": {name: list(counts) for name, counts in self.channels.items()},
             "done": self._done,
             "pruner": {} if self._pruner is None else self._pruner.state_dict(),
+            "settings": read_settings(self._ratio, *self._axes, self.schedule, self.max_updates),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -268,6 +270,12 @@ class GradualPruner(ShownChannels, Participant):
             ValueError: It is no state of a `GradualPruner`, or of another model. Nothing is changed then.
         """
         plans, shapes = read_state(state)
+        if self._optimizer is not None:  # in a run, which goes on with what it has
+            warn_of_settings(
+                "GradualPruner",
+                state.get("settings", {}),
+                read_settings(self._ratio, *self._axes, self.schedule, self.max_updates),
+            )
         self._take_back(shapes)
         if isinstance(self._ratio, Budget) and self._dense is None:
             self._dense = copy.deepcopy(self.model)

@@ -8,18 +8,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fasterai.core import contexts, schedules
 from fasterai.core import criteria as criterion_catalogue
-from fasterai.core import schedules
 from fasterai.core.checks import check_choice, check_count, check_fraction, from_catalogue
 from fasterai.core.contexts import Context
 from fasterai.core.criteria import Criterion, as_criterion
+from fasterai.core.saved import settings_in_words
 from fasterai.core.schedules import Schedule, as_schedule
 from fasterai.model.supported import check_whole
 from fasterai.prune.goal import OVER_PLACES, check_context
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.surgery.model_copies import Copies, check_copies
 
-__all__ = ["check_bare", "check_settings"]
+__all__ = ["check_bare", "check_settings", "read_settings"]
 
 POSITIONS = 1000  # at which a schedule is looked at
 
@@ -48,6 +49,24 @@ def check_settings(
     check_copies(copies)
     _check_options(options)
     return _rising(as_schedule(from_catalogue("schedule", schedule, schedules)))
+
+
+def read_settings(
+    pruning_ratio: Any,
+    context: Context | str,
+    criteria: Criterion | Callable[[Tensor], Tensor] | str,
+    schedule: Schedule,
+    max_updates: int,
+) -> dict[str, str]:
+    """Return the settings in words, for a saved state."""
+    ratio = dict(sorted(pruning_ratio.items())) if isinstance(pruning_ratio, Mapping) else pruning_ratio
+    return settings_in_words(
+        pruning_ratio=ratio,
+        context=from_catalogue("context", context, contexts),
+        criteria=as_criterion(from_catalogue("criteria", criteria, criterion_catalogue)),
+        schedule=schedule,
+        max_updates=max_updates,
+    )
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from fasterai.units.pool import Pool
 if TYPE_CHECKING:
     from fasterai.sparse.record import MaskRecord
 
-__all__ = ["count_filled", "count_masked", "count_reached", "write_report"]
+__all__ = ["count_filled", "count_masked", "count_reached", "count_zeros", "write_report"]
 
 
 def count_reached(record: MaskRecord) -> Reached:
@@ -33,6 +33,11 @@ def count_reached(record: MaskRecord) -> Reached:
 def count_filled(record: MaskRecord) -> int:
     """Count the masked weights of the targets that are not zero, each once."""
     return sum(count_true(weight.ne(0) & ~mask) for weight, mask in record.masks_of_targets())
+
+
+def count_zeros(record: MaskRecord) -> int:
+    """Count the weights of the targets that are zero, masked or not."""
+    return sum(_zeros(t) for t in record.targets)
 
 
 def write_report(record: MaskRecord) -> SparsityReport:
@@ -57,7 +62,7 @@ def _row(record: MaskRecord, pool: Pool) -> Row:
 def _together(record: MaskRecord, rows: Sequence[Row]) -> Row:
     """Return all targets as one row."""
     sums = (sum(r.units for r in rows), sum(r.pruned for r in rows))
-    weights, zeros = sum(t.parameter.numel() for t in record.targets), sum(_zeros(t) for t in record.targets)
+    weights, zeros = sum(t.parameter.numel() for t in record.targets), count_zeros(record)
     return Row("all targets", (), *sums, weights, zeros, count_masked(record), count_filled(record))
 
 

@@ -6,10 +6,10 @@ from fasterai.core.checks import warn
 from fasterai.core.joined import innermost
 from fasterai.core.loop import Fit
 from fasterai.model.names import unwrap
-from fasterai.sparse.counting import count_filled, count_masked
+from fasterai.sparse.counting import count_filled, count_masked, count_zeros
 from fasterai.sparse.record import MaskRecord
 
-__all__ = ["AFTERWARDS", "tell_of_averages", "warn_of_filled", "warn_of_replaced"]
+__all__ = ["AFTERWARDS", "tell_of_averages", "warn_of_filled", "warn_of_replaced", "warn_without_masks"]
 
 #: When masked weights are counted that the framework has brought back after the run, and the repair.
 AFTERWARDS = "after the run, which left them zero (sparsifier.apply_masks() does so again)"
@@ -50,3 +50,16 @@ def warn_of_replaced(record: MaskRecord) -> None:
             f"the layer of {', '.join(gone[:5])} is not in the model any more, and what was put in its place is dense, "
             "though the sparsity counts it: make a new Sparsifier after the model is as it stays"
         )
+
+
+def warn_without_masks(record: MaskRecord) -> None:
+    """Warn if there is no mask to hold, as in a new process that has loaded sparse weights alone."""
+    if any(record.pruned(pool) for pool in record.pools):
+        return
+    zeros, weights = count_zeros(record), sum(t.parameter.numel() for t in record.targets)
+    found = f"{zeros:,} of the {weights:,} weights of its targets are zero, and will train" if zeros else "nothing is pruned"
+    repair = "sparsifier.mask_zeros() takes the zeros for its masks, and " if zeros else ""
+    warn(
+        f"the sparsifier that is held has no masks ({found}): {repair}sparsifier.load_state_dict(...) loads masks that were "
+        "saved; call it before the hold"
+    )

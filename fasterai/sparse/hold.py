@@ -5,7 +5,7 @@ from __future__ import annotations
 from fasterai.core.loop import Fit, Participant
 from fasterai.model.cuts import note_optimizer
 from fasterai.sparse.counting import count_reached
-from fasterai.sparse.doubts import AFTERWARDS, tell_of_averages, warn_of_filled
+from fasterai.sparse.doubts import AFTERWARDS, tell_of_averages, warn_of_filled, warn_without_masks
 from fasterai.sparse.record import MaskRecord
 
 __all__ = ["Hold"]
@@ -18,12 +18,13 @@ class Hold(Participant):
         self.record = record
 
     def on_fit_start(self, fit: Fit) -> None:
-        """Take up a run.
+        """Take up a run, with a warning if there is no mask to apply.
 
         Raises:
             ValueError: The run trains another model, or a weight is no plain tensor any more, as a sharded one is.
         """
         self.record.check_trained(fit)
+        warn_without_masks(self.record)
         note_optimizer(self.record.model, fit.optimizer)
         tell_of_averages(fit)
         self.record.watch.take_up(fit)

@@ -19,7 +19,7 @@ from fasterai.model.cuts import note_optimizer
 from fasterai.model.masks import apply_masks_
 from fasterai.model.names import unwrap, walk_tensors
 from fasterai.sparse.counting import count_reached, write_report
-from fasterai.sparse.doubts import AFTERWARDS, warn_of_filled
+from fasterai.sparse.doubts import AFTERWARDS, warn_of_filled, warn_without_masks
 from fasterai.sparse.hold import Hold
 from fasterai.sparse.record import MaskRecord
 from fasterai.sparse.report import Reached, SparsityReport
@@ -74,12 +74,27 @@ class Masked(Shown, Participant, ABC):
         self._record.apply_()
         self._record.look_on()
 
+    def mask_zeros(self) -> None:
+        """Take the units that are all zero for pruned: the masks of a sparse model whose weights alone were saved.
+
+        Weights that are zero for another reason are masked too, such as those of a layer that begins with zeros. No weight
+        is changed now; where the masks are held, the bias, scale and shift of a zero filter become zero with it.
+
+        Raises:
+            ValueError: A weight has been sharded, or is no plain tensor, or the units are not known without example inputs.
+        """
+        self._record.check_plain()
+        self._record.maker.check_seen()
+        self._record.forget_stale()
+        self._record.take_zeros()
+        self._record.look_on()
+
     def look_back(self) -> None:
         """Warn if masked weights are not zero any more."""
         warn_of_filled(self._record, AFTERWARDS)
 
     def hold(self, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Keep the masks in later training.
+        """Keep the masks in later training; where there are none a warning says so.
 
         Args:
             optimizer: A torch optimizer; after each of its steps the masks are applied.
@@ -99,6 +114,7 @@ class Masked(Shown, Participant, ABC):
                 f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; in fastai and Lightning pass "
                 "HoldCallback(sparsifier) as a callback"
             )
+        warn_without_masks(self._record)
         note_optimizer(self.model, optimizer)
         self._record.watch.end()
         handle = optimizer.register_step_post_hook(torch.compiler.disable(self._hold_after_step))  # type: ignore[no-untyped-call]

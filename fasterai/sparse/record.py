@@ -165,7 +165,7 @@ class MaskRecord:
         return Move({n: _or_dense(before.get(n), held[n]) for n in moved}, {n: held[n] for n in moved})
 
     def take_zeros(self) -> None:
-        """Take units whose weights are all zero for pruned, since another process's weights have taken the place of these."""
+        """Take units whose weights are all zero for pruned: other weights were loaded, or those of another process."""
         nonzero = WeightScores(lambda target: target.parameter.detach().ne(0).float(), "sum")
         found = {}
         for pool in self.pools:

@@ -131,7 +131,8 @@ class SparsityReport(Shown):
                 f"{whole.disobeying:,} of {whole.masked:,} masked weights are not zero: others were loaded, or they trained "
                 "without the masks being held; the sparsity above is that of the masks, not of the model."
             )
-        yield "Masked weights are zero; a mask alone makes a network neither smaller nor faster."
+        start = "A" if whole.disobeying else "Masked weights are zero; a"
+        yield f"{start} mask alone makes a network neither smaller nor faster."
 
     @styled()
     def plot(self, ax: Axes | None = None) -> Axes:

@@ -20,6 +20,7 @@ from fasterai.core.contexts import NM, Context, PerTarget
 from fasterai.core.criteria import Criterion, as_criterion
 from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Batch, Fit
+from fasterai.core.saved import settings_in_words, warn_of_settings
 from fasterai.core.schedules import Schedule, as_schedule
 from fasterai.core.types import Target
 from fasterai.display import counted, units_word
@@ -413,16 +414,32 @@ class Sparsifier(NamesReplacements, Masked):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the masks and all else that is needed to go on bit for bit, as copies by parameter name."""
-        own = {"format": FORMAT, "regrown": self._regrown}
+        own = {"format": FORMAT, "regrown": self._regrown, "settings": self._in_words()}
         return {**own, **self._record.state_dict(), **self._scorer.state_dict(), **self._pace.state_dict()}
 
+    def _in_words(self) -> dict[str, str]:
+        goal = self._goal
+        per_target = goal is not None and isinstance(goal.context, PerTarget)
+        return settings_in_words(
+            sparsity=goal and (goal.context if per_target else goal.sparsity),
+            context=self.context,
+            criteria=self.criteria,
+            schedule=self.schedule,
+            rule=self.rule,
+            min_keep=self.min_keep,
+            round_to=self.round_to,
+            max_updates=self.max_updates,
+        )
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a saved state; the weights and the caller's dict are unchanged.
+        """Load a saved state; the weights and the caller's dict are unchanged. In a run, other arguments are warned of.
 
         Raises:
             ValueError: It is no sparsifier's state, or of another model or granularity; the message names the difference.
         """
         check_state(state)
+        if self._record.watch.is_held:
+            warn_of_settings("Sparsifier", state.get("settings", {}), self._in_words())
         self._record.load_state_dict(state)
         self._scorer.load_state_dict(state, self.targets)
         self._pace.load_state_dict(state)

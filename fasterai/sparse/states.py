@@ -37,7 +37,7 @@ def check_state(state: Mapping[str, Any]) -> None:
         ValueError: Something is missing or out of range, the format is another, or earlier weights are of other shapes.
         TypeError: A part is of the wrong type.
     """
-    later = {"trained": texts, "finished": flag, "moves": whole, "regrown": flag}
+    later = {"trained": texts, "finished": flag, "moves": whole, "regrown": flag, "settings": mapping_of(text)}
     check_parts(state, "Sparsifier", PARTS, later)
     for part in ("initial", "previous"):
         check_shapes(f"state's {part} weights", state[part], state["shapes"])

@@ -42,6 +42,11 @@ class Watch:
         self.end()
         self._is_held, self._is_search = True, fit.is_search
 
+    @property
+    def is_held(self) -> bool:
+        """True while a run holds the masks."""
+        return self._is_held
+
     def let_go(self) -> None:
         """Note that nothing holds the masks any more."""
         self._is_held = False

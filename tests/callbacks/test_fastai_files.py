@@ -240,6 +240,27 @@ def test_a_wrong_start_epoch_is_refused_before_anything_changes(tmp_path):
     assert zeros(learn) == [42, 28]
 
 
+def test_batches_of_another_size_are_named_and_not_the_epoch(tmp_path):
+    interrupted(tmp_path, [sparsify()])
+    learn = learner(tmp_path, batches=2 * BATCHES)
+    learn.load("model_1")
+    wanted = rf"which had 4 an epoch, got 8: .*model_1{END} is of step 8, the end of epoch 2"
+    with pytest.raises(ValueError, match=wanted):
+        learn.fit(EPOCHS, cbs=sparsify(), start_epoch=2)
+
+
+def test_a_file_that_does_not_say_how_long_an_epoch_was_leaves_the_doubt(tmp_path):
+    interrupted(tmp_path, [sparsify()])
+    file = next(tmp_path.rglob(f"model_1{END}"))
+    content = torch.load(file, weights_only=True)
+    del content["states"]["SparsifyCallback"]["steps_per_epoch"]
+    torch.save(content, file)
+    learn = learner(tmp_path, batches=2 * BATCHES)
+    learn.load("model_1")
+    with pytest.raises(ValueError, match=r"must be 1 for .* got 2, if the batch size is that of before: it is of step 8, and"):
+        learn.fit(EPOCHS, cbs=sparsify(), start_epoch=2)
+
+
 def test_states_of_other_weights_are_left_where_they_are(tmp_path):
     interrupted(tmp_path, [sparsify()])
     learn = learner(tmp_path, seed=5)

@@ -741,7 +741,7 @@ def test_checkpoints_are_plain_and_load_into_a_model_without_the_callback(tmp_pa
     state = torch.load(tmp_path / "step=12.ckpt", weights_only=True)
     assert list(state["state_dict"]) == list(Net().state_dict())
     Net(seed=3).load_state_dict(state["state_dict"])
-    assert list(state["callbacks"]["SparsifyCallback"]) == ["step", "participants"]
+    assert list(state["callbacks"]["SparsifyCallback"]) == ["step", "total_steps", "steps_per_epoch", "participants"]
 
 
 def test_a_checkpoint_for_validation_is_not_taken_over_by_the_next_fit(tmp_path):

@@ -1,5 +1,7 @@
 import copy
 import io
+import warnings
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -8,7 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fasterai.callbacks.plain import Handle, attach
+from fasterai.core.criteria import large_final
 from fasterai.core.loop import Participant
+from fasterai.prune.gradual import GradualPruner
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.sparse.tickets import LotteryTicket
 from tests.networks import perceptron
@@ -119,6 +123,84 @@ def test_a_step_beyond_total_steps_raises_before_a_weight_changes():
     ):
         step(model, optimizer, data[2])
     assert all(torch.equal(before[n], x) for n, x in model.state_dict().items())
+
+
+def state_of(half: Callable[[nn.Module], Participant]) -> tuple[nn.Module, Handle, dict]:
+    """A run of a model at half its way, and its state."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    handle = attach(torch.optim.SGD(model.parameters(), lr=0.1), half(model), total_steps=4)
+    return model, handle, handle.state_dict()
+
+
+def masks_of(sparsity=0.8, criteria="large_final", schedule="one_cycle"):
+    return lambda model: Sparsifier(model, "weight", "local", criteria, sparsity=sparsity, schedule=schedule)
+
+
+def removals_of(ratio=0.5, criteria="large_final", schedule="lin"):
+    return lambda model: GradualPruner(model, ratio, "local", criteria, schedule, example_inputs=torch.ones(2, 6))
+
+
+OTHERS = [
+    (masks_of(), masks_of(0.9, schedule="agp"), r"a Sparsifier with .*: sparsity was 0\.8 and is 0\.9; schedule was OneCycle"),
+    (masks_of(), masks_of({"0.weight": 0.5}), r"sparsity was 0\.8 and is PerTarget\(.*0\.5"),
+    (removals_of(), removals_of(0.3, "random"), r"a GradualPruner with .*: pruning_ratio was 0\.5 and is 0\.3; criteria was"),
+]
+
+
+@pytest.mark.parametrize(("before", "now", "message"), OTHERS)
+def test_a_state_of_other_arguments_is_said(before, now, message):
+    _, first, state = state_of(before)
+    _, second, _ = state_of(now)
+    with pytest.warns(UserWarning, match=message):
+        second.load_state_dict(state)
+    first.remove(completed=False)
+    second.remove(completed=False)
+
+
+def test_nothing_is_said_of_the_same_arguments_in_other_words_nor_outside_of_a_run():
+    given = [masks_of(), masks_of(criteria=large_final), removals_of(), removals_of(criteria=large_final)]
+    given += [masks_of(criteria=lambda w: w.abs()), masks_of(criteria=lambda w: w.abs())]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for before, now in zip(given[::2], given[1::2], strict=True):
+            _, first, state = state_of(before)
+            _, second, _ = state_of(now)
+            second.load_state_dict(state)
+            first.remove(completed=False)
+            second.remove(completed=False)
+        model, handle, state = state_of(masks_of())
+        handle.remove(completed=False)
+        Sparsifier(model, "weight", criteria="random").load_state_dict(state["participants"]["Sparsifier"])  # to be held
+
+
+COUNTS = {"epochs": 2, "steps_per_epoch": 2, "accumulate": 2}  # 2 steps
+
+
+def test_a_step_too_many_names_the_counts_that_were_given():
+    model, sparsifier = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = attach(optimizer, sparsifier, **COUNTS)
+    for _ in range(2):
+        step(model, optimizer, batches(1)[0])
+    given = "epochs=2, steps_per_epoch=2 and accumulate=2"
+    wanted = (
+        f"^{given} must make at least the number of steps taken, got 2 and a further step; accumulate is the number of batches"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        step(model, optimizer, batches(1)[0])
+    with pytest.raises(ValueError, match=f"^{given} must make at least the 3 steps of the state, got 2"):
+        handle.load_state_dict({**handle.state_dict(), "step": 3})
+    handle.remove()
+    assert repr(handle) == "<Handle: step 2 of 2; Sparsifier>"
+
+
+def test_a_run_that_ends_short_names_them_too():
+    model, sparsifier = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = attach(optimizer, sparsifier, **COUNTS)
+    step(model, optimizer, batches(1)[0])
+    with pytest.warns(UserWarning, match="epochs=2, steps_per_epoch=2 and accumulate=2 make 2 steps; total_steps counts"):
+        handle.remove()
 
 
 @pytest.mark.parametrize("optimizer", [None, "sgd", nn.Linear(1, 1)])

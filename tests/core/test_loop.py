@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -174,7 +175,7 @@ def test_state_goes_to_each_participant_and_is_not_changed():
     loop.before_step()
     loop.after_step()
     state = loop.state_dict()
-    assert state == {"step": 1, "participants": {"Diary": {"heard": 3}, "Diary:2": {"heard": 3}}}
+    assert state == {"step": 1, "total_steps": 4, "participants": {"Diary": {"heard": 3}, "Diary:2": {"heard": 3}}}
     before = copy.deepcopy(state)
     other = Loop([Diary(), Diary()])
     other.load_state_dict(state)
@@ -211,6 +212,54 @@ def test_a_state_of_a_longer_run_is_refused():
         loop.load_state_dict({"step": 4, "participants": []})
     loop.load_state_dict({"step": 3, "participants": []})
     assert loop.step == 3
+
+
+@pytest.mark.parametrize(("step", "total", "said"), [(2, 4, 0), (2, 8, 1), (4, 8, 0)])  # (4, 8) is of a run's end
+def test_a_state_of_a_run_of_another_length_is_said(step, total, said):
+    first, second = Loop([]), Loop([])
+    first.start(Fit(total_steps=4))
+    first.step = step
+    second.start(Fit(total_steps=total))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        second.load_state_dict(first.state_dict())
+    messages = [str(w.message) for w in caught]
+    assert len(messages) == said
+    assert all(
+        "step 2 of 4, and this run has 8 steps: it goes on at position 25% of the schedule instead of 50%" in m
+        for m in messages
+    )
+
+
+def test_a_state_without_a_length_is_one_of_earlier_versions():
+    loop = Loop([])
+    loop.start(Fit(total_steps=8))
+    loop.load_state_dict({"step": 2, "participants": {}})
+    assert loop.step == 2
+    with pytest.raises(ValueError, match="state's total_steps must be at least 0, got -1"):
+        loop.load_state_dict({"step": 2, "total_steps": -1, "participants": {}})
+
+
+def test_the_length_of_a_run_is_saved_after_its_end_too():
+    loop = Loop([])
+    loop.start(Fit(total_steps=4, steps_per_epoch=2))
+    loop.end(completed=True)
+    assert loop.state_dict() == {"step": 0, "total_steps": 4, "steps_per_epoch": 2, "participants": {}}
+
+
+@pytest.mark.parametrize(("step", "said"), [(0, False), (1, True)])
+def test_a_run_that_fails_before_its_first_step_says_nothing_of_its_end(step, said):
+    class Short(Participant):
+        def shortfall(self):
+            return "half of it"
+
+    loop = Loop([Short()])
+    loop.start(Fit(total_steps=4))
+    loop.step = step
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loop.end(completed=False, why="it failed")
+    assert ["step 1 of 4, with half of it: it failed" in str(w.message) for w in caught] == [True] * said
 
 
 def test_if_one_participant_refuses_its_state_all_stay_as_they_were():

@@ -1,6 +1,7 @@
 """Reports are data, with a table and a picture."""
 
 import json
+from dataclasses import replace
 
 import matplotlib as mpl
 import pytest
@@ -69,6 +70,14 @@ def test_the_report_is_plain_data():
         100,
         25,
     )
+
+
+@pytest.mark.parametrize("filled", [0, 3])
+def test_masked_weights_are_called_zero_only_where_they_are(filled):
+    text = str(replace(REPORT, together=replace(REPORT.together, masked=20, disobeying=filled)))
+    assert ("3 of 20 masked weights are not zero" in text) is bool(filled)
+    assert ("Masked weights are zero" in text) is not bool(filled)
+    assert "mask alone makes a network neither smaller nor faster." in text
 
 
 def test_the_plot_draws_a_bar_for_each_target_and_a_line_for_the_whole():

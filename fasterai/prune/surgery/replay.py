@@ -18,6 +18,7 @@ from fasterai.core.saved import (
     fraction,
     list_of,
     mapping_of,
+    text,
     texts,
     whole,
 )
@@ -44,7 +45,7 @@ def read_state(state: Mapping[str, Any]) -> tuple[list[Plan], Shapes]:
         ValueError: It is no such state, or a part of it is out of range.
         TypeError: A part is of the wrong type.
     """
-    check_parts(state, "GradualPruner", PARTS)
+    check_parts(state, "GradualPruner", PARTS, {"settings": mapping_of(text)})
     shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
     if state["pruner"]:
         earlier: dict[str, Check] = dict.fromkeys(("initial", "previous"), finite_tensors)
