@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.core import criteria as criterion_catalogue
+from fasterai.core import schedules
 from fasterai.core.checks import NamesReplacements, check_choice, check_count, check_fraction, from_catalogue, warn
 from fasterai.core.contexts import Context
 from fasterai.core.criteria import Criterion, as_criterion
@@ -80,7 +81,7 @@ class Pruner(NamesReplacements, ShownChannels):
         pruning_ratio: Ratio,
         context: Context | str,
         criteria: Criterion | Callable[[Tensor], Tensor] | str,
-        schedule: Schedule | Callable[[float], float] = lin,
+        schedule: Schedule | Callable[[float], float] | str = lin,
         ignored_layers: Iterable[nn.Module | str] | None = None,
         example_inputs: Any = None,
         *,
@@ -95,7 +96,7 @@ class Pruner(NamesReplacements, ShownChannels):
         self.model = check_whole(model)
         self.pruning_ratio = pruning_ratio
         self.criteria = as_criterion(from_catalogue("criteria", criteria, criterion_catalogue))
-        self.schedule = as_schedule(schedule)
+        self.schedule = as_schedule(from_catalogue("schedule", schedule, schedules))
         self.iterative_steps = check_count("iterative_steps", iterative_steps)
         self.over_places = check_choice("over_places", over_places, OVER_PLACES)
         self.round_to = None if round_to is None else check_count("round_to", round_to)

@@ -288,3 +288,8 @@ def test_counts_of_coupled_channels_are_exact_unless_rounding_is_asked_for(optio
     model, x = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)), torch.zeros(1, 4)
     options = {"granularity": "coupled", "example_inputs": x, "sparsities": (0.1,), **options}
     assert run(model, lambda _: 1.0, **options).reached == {"0.weight": (pruned / 32,)}
+
+
+def test_coupled_channels_need_example_inputs_and_the_message_says_so():
+    with pytest.raises(ValueError, match="example_inputs must be given for granularity 'coupled', got None"):
+        run(granularity="coupled")

@@ -306,3 +306,10 @@ def test_what_was_asked_for_is_not_said(sparsity, round_to):
     with warnings.catch_warnings(action="error"):
         sparsifier = Sparsifier(residual(40, 12), "coupled", example_inputs=X, round_to=round_to)
         sparsifier.sparsify_model(sparsity)
+
+
+def test_the_line_says_that_channels_are_not_known_before_example_inputs():
+    axes = "coupled, local, large_final, one_cycle"
+    unseen, seen = (Sparsifier(residual(), "coupled", example_inputs=inputs) for inputs in (None, X))
+    assert repr(unseen) == f"<Sparsifier: channels not known yet, example_inputs= shows them; {axes}>"
+    assert repr(seen) == f"<Sparsifier: 0.0% of the channels pruned in 2 targets; {axes}>"
