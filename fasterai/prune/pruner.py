@@ -23,7 +23,7 @@ from fasterai.core.selection import Scores, TensorScores
 from fasterai.graph.channels import ChannelGraph, channel_graph
 from fasterai.graph.labels import Flags
 from fasterai.model.cuts import Cut, follow
-from fasterai.model.inputs import positional
+from fasterai.model.inputs import batch_of, positional
 from fasterai.model.names import unwrap
 from fasterai.model.supported import check_whole
 from fasterai.model.targets import all_targets
@@ -167,8 +167,10 @@ class Pruner(NamesReplacements, ShownChannels):
         before = {p: p.detach().clone() for p in unwrap(self.model).parameters()}
         try:
             sound, refused = self._mask_sound(graph, kept, before)
+            batch = self.pruning_ratio.batch if isinstance(self.pruning_ratio, Budget) else None
+            shown = batch_of(self.inputs, batch)  # what the budget is of is what is timed
             removal = take_out(
-                self.model, graph, sound, self.inputs, optimizer=optimizer, copies=copies, exact=self.exact, measure=measure
+                self.model, graph, sound, shown, optimizer=optimizer, copies=copies, exact=self.exact, measure=measure
             )
         except BaseException:
             _restore(before)

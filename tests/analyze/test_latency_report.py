@@ -101,3 +101,13 @@ def test_blocks_and_passes_become_a_timing():
 
 def test_the_values_are_found_where_they_were():
     assert (old_home.Latency, old_home.LatencyComparison, old_home.Timing) == (Latency, LatencyComparison, Timing)
+
+
+def test_the_only_batch_size_need_not_be_named():
+    models = {name: Latency((Timing(8, 0.01, 0.001, 9),), "cpu", 1, False) for name in ("dense", "small")}
+    one = LatencyComparison(models, {"dense": (1.0,), "small": (2.0,)}, {"dense": ((1.0, 1.0),), "small": ((1.9, 2.1),)})
+    assert one.ratio("small") == one.ratio("small", 8) == one.speed("small").ratio == 2.0
+    with pytest.raises(ValueError, match="batch_size must be one of 8, got 4"):
+        one.ratio("small", 4)
+    with pytest.raises(ValueError, match="batch_size must be one of 1, 8, got None"):
+        made().ratio("small")
