@@ -235,7 +235,7 @@ class LatencyComparison(Shown):
         """
         axes = new_axes(max(5.0, 1.6 + 1.1 * len(self.models) * len(self.batch_sizes)), 3.8) if ax is None else ax
         _draw_bars(axes, self.models, self.speed)
-        dress(axes, f"Time of a forward pass, {_conditions(next(iter(self.models.values())))}", grid="y")
+        dress(axes, "Time of a forward pass", grid="y", below=_conditions(next(iter(self.models.values()))))
         legend_above(axes)
         return axes
 

@@ -115,7 +115,8 @@ class Pruner(NamesReplacements, ShownChannels):
         self._follow()
 
     def _settings(self) -> tuple[Any, ...]:
-        return (self.pruning_ratio, self.context, self.criteria, self.schedule)
+        given = () if self.schedule == lin else (self.schedule,)
+        return (self.pruning_ratio, self.context, self.criteria, *given)
 
     @property
     def channels(self) -> dict[str, tuple[int, int]]:

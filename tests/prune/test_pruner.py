@@ -526,3 +526,12 @@ def test_a_removal_for_the_time_of_a_batch_is_timed_on_such_a_batch(monkeypatch)
     for budget, shape in ((Budget(latency=0.5, batch=3), "3x4"), (Budget(latency=0.5), "1x4")):
         pruner = Pruner(perceptron(4, 8, 2), budget, "local", "large_final", example_inputs=torch.randn(1, 4))
         assert pruner.prune_model().measurement.inputs == f"{shape} float32"
+
+
+def test_the_line_has_a_schedule_where_one_was_given():
+    given = [Pruner(net(), 0.5, "local", "large_final", *one, example_inputs=X) for one in ((), ("agp",))]
+    start = "<Pruner: 0.5, Local(), Criterion(large_final)"
+    assert [repr(one) for one in given] == [
+        f"{start}; 24 of 24 channels left>",
+        f"{start}, AGP(start_pct=0.2, end_pct=1.0); 24 of 24 channels left>",
+    ]
