@@ -16,7 +16,7 @@ class OpenFigure(Figure):
     """Figure that a notebook does not show a second time at the end of the cell, as the value of the last line was shown."""
 
     def _ipython_display_(self) -> None:
-        """Close the figure where the end of the cell would show all open ones; it is about to be shown.
+        """Drop the figure from the open ones, where the end of the cell would show them; it is about to be shown.
 
         Raises:
             NotImplementedError: Always, whereupon IPython shows it as it shows any figure.

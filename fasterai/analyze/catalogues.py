@@ -154,7 +154,7 @@ def _draw_criterion(axes: Axes, name: str, criterion: Criterion, kept: float) ->
 
 
 def _in_lines(name: str) -> str:
-    """Break a name that is wider than its panel after the first word."""
+    """Split a name that is wider than its panel after the first word."""
     return name.replace("_", "_\n", 1) if len(name) > WIDEST else name
 
 

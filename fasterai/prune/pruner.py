@@ -115,8 +115,7 @@ class Pruner(NamesReplacements, ShownChannels):
         self._follow()
 
     def _settings(self) -> tuple[Any, ...]:
-        given = () if self.schedule == lin else (self.schedule,)
-        return (self.pruning_ratio, self.context, self.criteria, *given)
+        return (self.pruning_ratio, self.context, self.criteria, *([] if self.schedule == lin else [self.schedule]))
 
     @property
     def channels(self) -> dict[str, tuple[int, int]]:
