@@ -44,6 +44,7 @@ def test_scores_of_one_target_at_a_time():
     assert found.units == {"0.weight": 10, "1.weight": 20}
     assert found.drops("0.weight") == pytest.approx((0.06, 0.15))
     assert (found.sparsities, found.granularity, found.higher_is_better) == ((0.2, 0.5), "weight", True)
+    assert repr(found).endswith("; largest mean drops: 0.weight (0.105), 1.weight (0.07)>")
 
 
 def test_of_a_loss_a_rise_is_a_drop():
