@@ -345,7 +345,9 @@ def new_figure(width: float, height: float, *, shown: bool = True, pad: float = 
         return Figure(figsize=(width, height), layout=engine)
     import matplotlib.pyplot as plt
 
-    return plt.figure(figsize=(width, height), layout=engine)
+    from fasterai.figures import OpenFigure
+
+    return plt.figure(figsize=(width, height), layout=engine, FigureClass=OpenFigure)
 
 
 def save_figure(figure: Figure, path: Path | BinaryIO) -> None:

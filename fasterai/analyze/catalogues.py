@@ -33,6 +33,8 @@ AXES = ("out", "in", "height", "width")
 UNITS, OTHERS = (SERIES[2], SERIES[3]), EMPTY
 KEPT = SERIES[3]
 POINTS = 60
+#: Letters of a title that a criterion's panel has room for.
+WIDEST = 24
 #: Evidence -> how it is written at an axis.
 SYMBOLS = {
     "initial": "w at first",
@@ -147,8 +149,13 @@ def _draw_criterion(axes: Axes, name: str, criterion: Criterion, kept: float) ->
     axes.set(xticks=[], yticks=[], xlabel=SYMBOLS[needs[0]] if needs else "")
     axes.xaxis.label.set_fontsize(SMALL)
     dress(axes, "")
-    axes.set_title(name, fontsize=SMALL)
+    axes.set_title(_in_lines(name), fontsize=SMALL)
     axes.spines["bottom"].set_visible(False)
+
+
+def _in_lines(name: str) -> str:
+    """Split a name that is wider than its panel after the first word."""
+    return name.replace("_", "_\n", 1) if len(name) > WIDEST else name
 
 
 def kept_by(criterion: Criterion, kept: float) -> Tensor:

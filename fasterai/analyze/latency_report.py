@@ -178,14 +178,19 @@ class LatencyComparison(Shown):
         """Measured batch sizes; None stands for the inputs as given."""
         return tuple(t.batch_size for t in next(iter(self.models.values())).timings)
 
-    def ratio(self, name: str, batch_size: int | None) -> float:
-        """Return the first model's time divided by the named model's: 2.0 means twice as fast."""
-        return self.ratios[name][self.batch_sizes.index(batch_size)]
+    def ratio(self, name: str, batch_size: int | None = None) -> float:
+        """Return the first model's time divided by the named model's: 2.0 means twice as fast. A single batch needs no name."""
+        return self.ratios[name][self._place(batch_size)]
 
-    def speed(self, name: str, batch_size: int | None) -> Speed:
+    def speed(self, name: str, batch_size: int | None = None) -> Speed:
         """Return how many times as fast as the first model it is, with the spread; its text names no figure that is noise."""
-        place = self.batch_sizes.index(batch_size)
+        place = self._place(batch_size)
         return Speed(self.ratios[name][place], *self.quartiles[name][place])
+
+    def _place(self, size: int | None) -> int:
+        if size not in self.batch_sizes and (size is not None or len(self.batch_sizes) > 1):
+            raise ValueError(f"batch_size must be one of {', '.join(map(str, self.batch_sizes))}, got {size!r}")
+        return self.batch_sizes.index(size) if size in self.batch_sizes else 0
 
     def is_same(self, name: str) -> bool:
         """Tell if a model is as fast as the first one at every batch size: within 5 %, or within the spread of the turns."""
@@ -200,9 +205,7 @@ class LatencyComparison(Shown):
 
     def _line(self) -> str:
         first = next(iter(self.models))
-        speeds = [
-            f"{name} {self.speed(name, size).words(size)}" for name in self.models if name != first for size in self.batch_sizes
-        ]
+        speeds = [f"{n} {self.speed(n, size).words(size)}" for n in self.models if n != first for size in self.batch_sizes]
         return f"<LatencyComparison against {first}: {', '.join(speeds) or 'no other model'}>"
 
     def _parts(self) -> Iterator[Table | str]:
@@ -232,7 +235,7 @@ class LatencyComparison(Shown):
         """
         axes = new_axes(max(5.0, 1.6 + 1.1 * len(self.models) * len(self.batch_sizes)), 3.8) if ax is None else ax
         _draw_bars(axes, self.models, self.speed)
-        dress(axes, f"Time of a forward pass, {_conditions(next(iter(self.models.values())))}", grid="y")
+        dress(axes, "Time of a forward pass", grid="y", below=_conditions(next(iter(self.models.values()))))
         legend_above(axes)
         return axes
 

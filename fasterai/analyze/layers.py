@@ -69,12 +69,14 @@ class LayerComparison(Shown):
         rows: The layers, in the order of the first model that has them.
         batch_sizes: Timed batch sizes, as for `LatencyComparison`; empty if nothing was.
         batch_size: The number of samples that MACs and activations are of; None if the inputs had none.
+        note: A sentence on the figures, shown below the table.
     """
 
     names: tuple[str, ...]
     rows: tuple[LayerRow, ...]
     batch_sizes: tuple[int | None, ...] = ()
     batch_size: int | None = None
+    note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON."""
@@ -103,6 +105,8 @@ class LayerComparison(Shown):
         yield Table(header, body, left=3)
         if self.batch_size is not None:
             yield f"MACs and activations{of_batch(self.batch_size)}"
+        if self.note:
+            yield self.note
 
     @styled()
     def plot(self) -> Figure:

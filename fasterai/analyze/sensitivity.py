@@ -80,6 +80,7 @@ def sensitivity(
     report = sparsifier.report()
     units = {row.name: row.units for row in report.rows if row.name not in report.left_out}  # frozen ones cannot be pruned
     if not units:
+        sparsifier.check_seen()
         raise ValueError("targets must train, and all are frozen: name them with targets= to prune them all the same")
     scores: dict[str, list[float]] = {name: [] for name in units}
     reached: dict[str, list[float]] = {name: [] for name in units}

@@ -155,7 +155,9 @@ class Sensitivity(Shown):
 
     def _line(self) -> str:
         worst = ", ".join(f"{one.name} ({one.drop:.3g})" for one in self.top(2))
-        return f"<Sensitivity of {counted(len(self.scores), 'target')}, baseline {self.baseline:.4g}; largest drops: {worst}>"
+        return (
+            f"<Sensitivity of {counted(len(self.scores), 'target')}, baseline {self.baseline:.4g}; largest mean drops: {worst}>"
+        )
 
     def _parts(self) -> Iterator[Table | str]:
         header = (

@@ -80,7 +80,8 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         if name in LIGHTNING_ASKS_FOR and self.learn is None:
             kind = type(self).__name__
             raise TypeError(
-                f"callbacks must be Lightning's, got fastai's {kind}; from fasterai.callbacks.lightning import {kind}"
+                f"callbacks must be Lightning's, got fastai's {kind}; from fasterai.callbacks.lightning import {kind} "
+                "below any `from fasterai... import *`, which brings fastai's by the same name"
             )
         return super().__getattr__(name)
 

@@ -24,6 +24,7 @@ __all__ = [
     "check_count",
     "check_fraction",
     "entry_name",
+    "entry_or_repr",
     "from_catalogue",
     "instead_of_class",
     "noted",
@@ -32,6 +33,14 @@ __all__ = [
 ]
 
 
+#: Module of a catalogue -> the argument that its entries are given for, and what one of them is called.
+ARGUMENTS = {
+    "fasterai.core.contexts": ("context", "context"),
+    "fasterai.core.criteria": ("criteria", "criterion"),
+    "fasterai.core.granularities": ("granularity", "granularity"),
+    "fasterai.core.schedules": ("schedule", "schedule"),
+    "fasterai.units.rules": ("rule", "rule"),
+}
 #: Packages that call this one on the user's behalf, by hooks and callbacks.
 FRAMEWORKS = frozenset(
     (
@@ -179,12 +188,34 @@ def entry_name(name: str, value: object, catalogue: ModuleType, among: Iterable[
 
 
 def from_catalogue(name: str, value: Any, catalogue: ModuleType) -> Any:
-    """Look a name up in a catalogue module; a value that is no text is returned unchanged.
+    """Look a name up in a catalogue module; a value that is no text and of no other catalogue is returned unchanged.
 
     Raises:
+        TypeError: The value is of another catalogue, as where two arguments have changed places.
         ValueError: There is no entry of that name; the known ones are listed.
     """
     if not isinstance(value, str):
+        _check_catalogue(name, value, catalogue)
         return value
     entries = {entry.rstrip("_"): entry for entry in catalogue.__all__}  # `global` is a keyword, its entry `global_`
     return getattr(catalogue, entries[entry_name(name, value, catalogue)])
+
+
+def entry_or_repr(value: object, catalogue: ModuleType) -> str:
+    """Return the name of the entry of a catalogue module that a value is equal to, and the value's `repr` if there is none."""
+    return next((entry.rstrip("_") for entry in catalogue.__all__ if getattr(catalogue, entry) == value), repr(value))
+
+
+def _check_catalogue(name: str, value: object, catalogue: ModuleType) -> None:
+    """Refuse a value of another catalogue: most of them are functions, which would be taken for one of the user's own."""
+    homes = [base.__module__ for base in type(value).__mro__ if base.__module__ in ARGUMENTS]
+    if not homes or catalogue.__name__ in homes or catalogue.__name__ not in ARGUMENTS:
+        return
+    argument, kind = ARGUMENTS[homes[0]]
+    wanted = ARGUMENTS[catalogue.__name__][1]
+    raise TypeError(f"{name} must be a {wanted} or its name, got {value!r}, which is a {kind}{_swapped(name, argument)}")
+
+
+def _swapped(name: str, argument: str) -> str:
+    known = {argument for argument, _ in ARGUMENTS.values()}
+    return f"; are {name} and {argument} in each other's place?" if name in known else f"; pass it as {argument}="

@@ -50,17 +50,20 @@ class Schedule(NamesReplacements, ABC):
         Args:
             target: The sparsity asked for, in [0, 1].
             num_points: Number of positions to draw.
-            ax: Axes to draw on; a new figure if it is left out.
+            ax: Axes to draw on, titled only if they have no title and no other line; a new figure if it is left out.
         """
         check_fraction("target", target)
         check_count("num_points", num_points, 2)
         axes = new_axes(5.0, 3.0) if ax is None else ax
+        title = (
+            "" if axes.lines or axes.get_title() else axes.get_title("left") or type(self).__name__
+        )  # of two it would name one
         positions = [i / (num_points - 1) for i in range(num_points)]
         axes.plot(positions, [target * self(p) for p in positions], color=SERIES[2], linewidth=2.0, label=repr(self))
         axes.set(xlabel="position in the training", ylabel="sparsity", xlim=(0, 1), ylim=(-0.02, 1.02))
         axes.xaxis.set_major_formatter(as_percent)
         axes.yaxis.set_major_formatter(as_percent)
-        dress(axes, type(self).__name__, grid="y")
+        dress(axes, title, grid="y")
         return axes
 
 

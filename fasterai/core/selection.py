@@ -99,23 +99,37 @@ def round_kept(scores: Sequence[Scores], keeps: Sequence[Tensor], limits: Limits
     return result
 
 
-def _select_with_floors(pool: Sequence[Scores], prune: int, mark: Mark, floors: Sequence[int]) -> list[Tensor]:
-    """Select; a target left below its floor keeps exactly its floor, and more are removed from the others in its place."""
+def _select_with_floors(
+    pool: Sequence[Scores], prune: int, mark: Mark, floors: Sequence[int], saved: tuple[str, ...] = ()
+) -> list[Tensor]:
+    """Select; a target left below its floor keeps exactly its floor, and more are removed from the others in its place.
+
+    `saved` are those to which that has happened already, for the warning, which is one for all of them.
+    """
     keeps, kept = _select(pool, prune, mark)
     short = {i for i, (count, floor) in enumerate(zip(kept, floors, strict=True)) if count < floor}
     if not short:
+        _warn_of_floors(saved)
         return keeps
-    if len(pool) > 1:
-        names = ", ".join(pool[i].name for i in sorted(short)[:5])
-        warn(f"only min_keep keeps units of {names}, which score lowest; a normalizer makes the scores of targets comparable")
+    if len(pool) > 1 or saved:
+        saved = (*saved, *(pool[i].name for i in sorted(short)))
     for i in short:
         keeps[i] = _at_floor(pool[i], floors[i], mark)
     rest = [i for i in range(len(pool)) if i not in short]
     left = prune - sum(pool[i].count - floors[i] for i in short)
-    others = _select_with_floors([pool[i] for i in rest], left, mark, [floors[i] for i in rest])
+    others = _select_with_floors([pool[i] for i in rest], left, mark, [floors[i] for i in rest], saved)
     for i, keep in zip(rest, others, strict=True):
         keeps[i] = keep
     return keeps
+
+
+def _warn_of_floors(saved: Sequence[str]) -> None:
+    if saved:
+        names = ", ".join(saved[:5])
+        warn(
+            f"only min_keep keeps units of {names}, which score lowest of all targets; a normalizer makes them comparable: "
+            "criteria=large_final.using(normalizer='mean'), say"
+        )
 
 
 def _at_floor(s: Scores, floor: int, mark: Mark) -> Tensor:

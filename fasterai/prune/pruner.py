@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.core import criteria as criterion_catalogue
+from fasterai.core import schedules
 from fasterai.core.checks import NamesReplacements, check_choice, check_count, check_fraction, from_catalogue, warn
 from fasterai.core.contexts import Context
 from fasterai.core.criteria import Criterion, as_criterion
@@ -22,7 +23,7 @@ from fasterai.core.selection import Scores, TensorScores
 from fasterai.graph.channels import ChannelGraph, channel_graph
 from fasterai.graph.labels import Flags
 from fasterai.model.cuts import Cut, follow
-from fasterai.model.inputs import positional
+from fasterai.model.inputs import batch_of, positional
 from fasterai.model.names import unwrap
 from fasterai.model.supported import check_whole
 from fasterai.model.targets import all_targets
@@ -80,7 +81,7 @@ class Pruner(NamesReplacements, ShownChannels):
         pruning_ratio: Ratio,
         context: Context | str,
         criteria: Criterion | Callable[[Tensor], Tensor] | str,
-        schedule: Schedule | Callable[[float], float] = lin,
+        schedule: Schedule | Callable[[float], float] | str = lin,
         ignored_layers: Iterable[nn.Module | str] | None = None,
         example_inputs: Any = None,
         *,
@@ -95,7 +96,7 @@ class Pruner(NamesReplacements, ShownChannels):
         self.model = check_whole(model)
         self.pruning_ratio = pruning_ratio
         self.criteria = as_criterion(from_catalogue("criteria", criteria, criterion_catalogue))
-        self.schedule = as_schedule(schedule)
+        self.schedule = as_schedule(from_catalogue("schedule", schedule, schedules))
         self.iterative_steps = check_count("iterative_steps", iterative_steps)
         self.over_places = check_choice("over_places", over_places, OVER_PLACES)
         self.round_to = None if round_to is None else check_count("round_to", round_to)
@@ -114,7 +115,7 @@ class Pruner(NamesReplacements, ShownChannels):
         self._follow()
 
     def _settings(self) -> tuple[Any, ...]:
-        return (self.pruning_ratio, self.context, self.criteria, self.schedule)
+        return (self.pruning_ratio, self.context, self.criteria, *([] if self.schedule == lin else [self.schedule]))
 
     @property
     def channels(self) -> dict[str, tuple[int, int]]:
@@ -166,8 +167,10 @@ class Pruner(NamesReplacements, ShownChannels):
         before = {p: p.detach().clone() for p in unwrap(self.model).parameters()}
         try:
             sound, refused = self._mask_sound(graph, kept, before)
+            batch = self.pruning_ratio.batch if isinstance(self.pruning_ratio, Budget) else None
+            shown = batch_of(self.inputs, batch)  # what the budget is of is what is timed
             removal = take_out(
-                self.model, graph, sound, self.inputs, optimizer=optimizer, copies=copies, exact=self.exact, measure=measure
+                self.model, graph, sound, shown, optimizer=optimizer, copies=copies, exact=self.exact, measure=measure
             )
         except BaseException:
             _restore(before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fasterai.analyze.comparison import Comparison
@@ -66,7 +66,8 @@ class Removal(Shown):
         """
         if self.comparison is None:
             raise ValueError(f"layers must have figures to show, got none: {self.measurement.why_not}")
-        return self.comparison.layers()
+        note = f"non-zero of {DENSE}: its removed channels were masked already, so that they count as zeros"
+        return replace(self.comparison.layers(), note=note)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON; the plan has a `to_dict` of its own."""
@@ -127,6 +128,7 @@ class Removal(Shown):
             f"masked: {1 - dense.nonzero / max(1, dense.parameters):.1%} of the parameters are zero; a mask changes no shape, "
             f"so that all else is as dense, and was not measured again"
         )
+        yield "file: the weights alone, as safetensors; save_small writes what was removed beside them"
         yield from _timing(comparison, self.measurement.inputs)
         if uncounted := dict.fromkeys(op for one in comparison.costs.values() for op in one.uncounted):
             yield f"not counted, without a rule: {', '.join(uncounted)}"

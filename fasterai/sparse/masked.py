@@ -50,6 +50,14 @@ class Masked(Shown, Participant, ABC):
         """The targets, frozen ones included."""
         return self._record.targets
 
+    def check_seen(self) -> None:
+        """Refuse to go on while the units are not known, as coupled channels are not before example inputs are given.
+
+        Raises:
+            ValueError: They are not; the message names the repair.
+        """
+        self._record.maker.check_seen()
+
     @property
     def moves(self) -> int:
         """The number of times that the masks have changed so far."""

@@ -125,6 +125,8 @@ class SparsityReport(Shown):
         share = f"{self.zeros / self.parameters if self.parameters else 0.0:.2%}"
         body.append(("whole model", "", f"{self.parameters:,} weights", "", share, f"{self.zeros:,}"))
         yield Table(header, body, left=2, foot=2)
+        if sum(row.zeros for row in self.rows) > whole.zeros:
+            yield "zeros: a weight that two groups of channels share stands in the rows of both, and counts once in the whole"
         yield from (f"left out: {name} ({why})" for name, why in self.left_out.items())
         if whole.disobeying:
             yield (

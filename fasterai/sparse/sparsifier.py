@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fasterai.core import contexts, granularities, schedules
 from fasterai.core import criteria as criterion_catalogue
-from fasterai.core import schedules
-from fasterai.core.checks import NamesReplacements, check_count, check_fraction, from_catalogue, warn
+from fasterai.core.checks import NamesReplacements, check_count, check_fraction, entry_or_repr, from_catalogue, warn
 from fasterai.core.contexts import NM, Context, PerTarget
 from fasterai.core.criteria import Criterion, as_criterion
 from fasterai.core.granularities import Granularity
@@ -161,8 +161,16 @@ class Sparsifier(NamesReplacements, Masked):
 
     def _line(self) -> str:
         reached, units = self.sparsity, units_word(repr(self.granularity))
-        axes = f"{self.granularity!r}, {self.context!r}, {self.criteria!r}, {self.schedule!r}"
-        return f"<Sparsifier: {reached.overall:.1%} of the {units} pruned in {counted(len(reached), 'target')}; {axes}>"
+        done = f"{reached.overall:.1%} of the {units} pruned in {counted(len(reached), 'target')}"
+        if self._record.maker.needs_inputs and not self._record.maker.is_seen:
+            done = f"{units} not known yet, example_inputs= shows them"
+        named = (
+            (self.granularity, granularities),
+            (self.context, contexts),
+            (self.criteria, criterion_catalogue),
+            (self.schedule, schedules),
+        )
+        return f"<Sparsifier: {done}; {', '.join(entry_or_repr(value, catalogue) for value, catalogue in named)}>"
 
     def _misfit(self, target: Target) -> str | None:
         return find_misfit(target, self.granularity, self.context)

@@ -202,6 +202,6 @@ def warn_of_rounding(asked: int, gone: int, count: int, round_to: int | None) ->
     if asked - gone > count / 100:
         where = f"in groups of at least {ENOUGH} " if round_to is None else ""
         warn(
-            f"asked to prune {asked / count:.1%} of the channels, pruned {gone / count:.1%}: {where}kept channels are rounded "
-            f"up to multiples of {round_to or ROUND_TO}; pass round_to=1 for exact counts"
+            f"asked to prune {asked:,} of {count:,} channels, pruned {gone:,} ({gone / count:.1%}): {where}kept channels are "
+            f"rounded up to multiples of {round_to or ROUND_TO}; pass round_to=1 for exact counts"
         )

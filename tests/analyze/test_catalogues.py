@@ -33,7 +33,7 @@ def closed():
 
 
 def titles(figure):
-    return [axes.get_title(loc="left") for axes in figure.axes if axes.get_visible()]
+    return [axes.get_title(loc="left").replace("\n", "") for axes in figure.axes if axes.get_visible()]
 
 
 @pytest.mark.parametrize(
@@ -114,3 +114,11 @@ def test_shares_are_checked():
         plot_criteria(kept=50)
     with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\], got 2"):
         plot_contexts(2)
+
+
+def test_titles_of_criteria_do_not_run_into_each_other():
+    figure = plot_criteria(["updating_magnitude_increase", "updating_movement"])
+    figure.canvas.draw()
+    first, second = [axes._left_title.get_window_extent() for axes in figure.axes]
+    assert 50 < first.x1 < second.x0
+    plt.close(figure)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import matplotlib.pyplot as plt
 import pytest
 
 from fasterai.analyze import latency as old_home
@@ -82,7 +83,7 @@ def test_pictures_show_the_medians():
     ax = plt.subplots()[1]
     assert made().plot(ax) is ax
     assert [bar.get_height() for bar in ax.patches] == pytest.approx([10, 80, 5, 40])
-    assert {text.get_text() for text in ax.texts} == {"10 ms", "80 ms", "5 ms\n2.00x", "40 ms\n2.00x"}
+    assert {text.get_text() for text in ax.texts} == {"10 ms", "80 ms", "5 ms\n2.00x", "40 ms\n2.00x", "cpu, 1 thread"}
     assert [bar.get_height() for bar in made().models["dense"].plot().patches] == pytest.approx([10, 80])
     plt.close("all")
 
@@ -101,3 +102,22 @@ def test_blocks_and_passes_become_a_timing():
 
 def test_the_values_are_found_where_they_were():
     assert (old_home.Latency, old_home.LatencyComparison, old_home.Timing) == (Latency, LatencyComparison, Timing)
+
+
+def test_the_only_batch_size_need_not_be_named():
+    models = {name: Latency((Timing(8, 0.01, 0.001, 9),), "cpu", 1, False) for name in ("dense", "small")}
+    one = LatencyComparison(models, {"dense": (1.0,), "small": (2.0,)}, {"dense": ((1.0, 1.0),), "small": ((1.9, 2.1),)})
+    assert one.ratio("small") == one.ratio("small", 8) == one.speed("small").ratio == 2.0
+    with pytest.raises(ValueError, match="batch_size must be one of 8, got 4"):
+        one.ratio("small", 4)
+    with pytest.raises(ValueError, match="batch_size must be one of 1, 8, got None"):
+        made().ratio("small")
+
+
+def test_the_legend_does_not_stand_on_the_title():
+    models = {name: Latency((Timing(1, 0.01, 0.001, 9),), "cpu", 1, False) for name in ("dense", "small")}
+    axes = LatencyComparison(models, {"dense": (1.0,), "small": (2.0,)}, dict.fromkeys(models, ((1.9, 2.1),))).plot()
+    axes.figure.canvas.draw()
+    title = next(text for text in axes.get_children() if getattr(text, "get_text", str)() == "Time of a forward pass")
+    assert not title.get_window_extent().overlaps(axes.get_legend().get_window_extent())
+    plt.close(axes.figure)

@@ -44,6 +44,7 @@ def test_scores_of_one_target_at_a_time():
     assert found.units == {"0.weight": 10, "1.weight": 20}
     assert found.drops("0.weight") == pytest.approx((0.06, 0.15))
     assert (found.sparsities, found.granularity, found.higher_is_better) == ((0.2, 0.5), "weight", True)
+    assert repr(found).endswith("; largest mean drops: 0.weight (0.105), 1.weight (0.07)>")
 
 
 def test_of_a_loss_a_rise_is_a_drop():
@@ -288,3 +289,8 @@ def test_counts_of_coupled_channels_are_exact_unless_rounding_is_asked_for(optio
     model, x = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)), torch.zeros(1, 4)
     options = {"granularity": "coupled", "example_inputs": x, "sparsities": (0.1,), **options}
     assert run(model, lambda _: 1.0, **options).reached == {"0.weight": (pruned / 32,)}
+
+
+def test_coupled_channels_need_example_inputs_and_the_message_says_so():
+    with pytest.raises(ValueError, match="example_inputs must be given for granularity 'coupled', got None"):
+        run(granularity="coupled")

@@ -7,6 +7,7 @@ from torch.nn.parallel import DataParallel
 import fasterai.callbacks.fastai as with_fastai
 import fasterai.callbacks.lightning as with_lightning
 from fasterai.callbacks.settings import SparsifySettings
+from fasterai.core import schedules
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.sparse.tickets import LotteryTicket
 
@@ -58,6 +59,7 @@ def test_the_arguments_in_their_familiar_order(callback):
         ("granularity", "filters", ValueError, "granularity must be one of .*, got 'filters'; did you mean 'filter'"),
         ("context", "globe", ValueError, "context must be one of .*, got 'globe'"),
         ("criteria", "large", ValueError, "criteria must be one of .*, got 'large'"),
+        ("criteria", schedules.one_cycle, TypeError, "a schedule; are criteria and schedule in each other's place"),
         ("criteria", 3, TypeError, "criteria must be a criterion, its name, or a function of the weight, got 3"),
         ("schedule", "one_cycel", ValueError, "schedule must be one of .*, got 'one_cycel'; did you mean 'one_cycle'"),
         ("schedule", 3, TypeError, "schedule must be a schedule, its name, or a function of the position, got 3"),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from fasterai.core import checks, contexts, schedules
-from fasterai.core.checks import check_choice, check_count, check_fraction, from_catalogue, unknown
+from fasterai.core import checks, contexts, criteria, granularities, schedules
+from fasterai.core.checks import check_choice, check_count, check_fraction, entry_or_repr, from_catalogue, unknown
+from fasterai.units import rules
 
 
 @pytest.mark.parametrize(
@@ -139,3 +140,48 @@ def test_a_warning_stands_at_the_users_line_and_not_at_a_frameworks():
     with pytest.warns(UserWarning, match="doubtful") as seen:
         exec(code, {"__name__": "torch.optim", "call": ours, "warn": checks.warn})
     assert seen[0].filename == __file__  # of this test, beyond torch's frame
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "catalogue", "message"),
+    [
+        (
+            "criteria",
+            schedules.agp,
+            criteria,
+            "criteria must be a criterion or its name, got AGP(start_pct=0.2, end_pct=1.0), which is a schedule; are criteria "
+            "and schedule in each other's place?",
+        ),
+        (
+            "schedule",
+            criteria.large_final,
+            schedules,
+            "schedule must be a schedule or its name, got Criterion(large_final), which is a criterion; are schedule and "
+            "criteria in each other's place?",
+        ),
+        ("context", granularities.filter, contexts, "a granularity; are context and granularity in each other's place?"),
+        ("granularity", rules.nested, granularities, "a rule; are granularity and rule in each other's place?"),
+        ("grow", contexts.local, criteria, "which is a context; pass it as context="),
+    ],
+)
+def test_a_value_of_another_catalogue_is_refused(name, value, catalogue, message):
+    with pytest.raises(TypeError) as error:
+        from_catalogue(name, value, catalogue)
+    assert str(error.value).endswith(message)
+
+
+def test_a_value_of_ones_own_is_of_the_catalogue_that_it_extends():
+    class Late(schedules.Schedule):
+        def __call__(self, position):
+            return float(position > 0.9)
+
+    late = Late()
+    assert from_catalogue("schedule", late, schedules) is late
+    with pytest.raises(TypeError, match="which is a schedule"):
+        from_catalogue("criteria", late, criteria)
+
+
+def test_a_value_is_named_after_its_entry():
+    assert entry_or_repr(schedules.AGP(), schedules) == "agp"
+    assert entry_or_repr(contexts.global_, contexts) == "global"
+    assert entry_or_repr(schedules.AGP(start_pct=0.25), schedules) == "AGP(start_pct=0.25, end_pct=1.0)"

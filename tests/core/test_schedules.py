@@ -359,3 +359,16 @@ def test_an_error_of_a_function_of_your_own_says_where_it_comes_from(schedule):
         "raised by the schedule's function <lambda>, at position 0.25",
         "raised by the schedule's function fails, at position 0.25",
     )
+
+
+def test_a_plot_on_given_axes_names_one_schedule_alone():
+    import matplotlib.pyplot as plt
+
+    alone, together, named = plt.figure().subplots(1, 3)
+    schedules.lin.plot(ax=alone)
+    schedules.agp.plot(ax=schedules.one_cycle.plot(ax=together))
+    named.set_title("mine")
+    schedules.lin.plot(ax=named)
+    assert [axes.get_title("left") for axes in (alone, together, named)] == ["Linear", "", ""]
+    assert named.get_title() == "mine"
+    plt.close("all")

@@ -437,3 +437,13 @@ def test_masks_below_every_floor_return_to_it():
     with warnings.catch_warnings(action="ignore"):
         found = keep_highest(pool, 0, Limits(min_keep=1, may_fall=False))
     assert [keep.int().tolist() for keep in found] == [[1], [1], [0, 0, 0, 1]]
+
+
+def test_the_second_target_that_min_keep_saves_is_in_the_same_warning():
+    """Of 12 units 7 go: all of `low` and 3 of `middle`; in place of the one that `low` keeps, `middle` would lose its last."""
+    pool = [TensorScores(name, torch.arange(4.0) + 10 * i) for i, name in enumerate(("low", "middle", "high"))]
+    with pytest.warns(UserWarning, match="only min_keep keeps units of low, middle, which") as told:
+        found = keep_highest(pool, 7, Limits(min_keep=1))
+    assert [int(keep.sum()) for keep in found] == [1, 1, 3]
+    (text,) = [str(one.message) for one in told]
+    assert text.endswith("a normalizer makes them comparable: criteria=large_final.using(normalizer='mean'), say")

@@ -5,6 +5,7 @@ import pickle
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from fasterai.prune.small_files import load_small, save_small
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.units.channel_pools import channel_pools
 from fasterai.units.pool import WeightScores
+from tests.networks import perceptron
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -516,3 +518,20 @@ def test_groups_that_are_left_out_after_a_restart_do_not_count_as_gone():
     again = Pruner(copy.deepcopy(model), 0.5, "local", "large_final", ignored_layers=["0"], example_inputs=X)
     again.load_state_dict(pruner.state_dict())
     assert again.channels == {"3.weight": (16, 16)}
+
+
+def test_a_removal_for_the_time_of_a_batch_is_timed_on_such_a_batch(monkeypatch):
+    half = lambda model, graph, *_: [np.arange(g.channels) % 2 == 0 for g in graph.groups]  # noqa: E731
+    monkeypatch.setattr("fasterai.prune.pruner.fit_budget", half)
+    for budget, shape in ((Budget(latency=0.5, batch=3), "3x4"), (Budget(latency=0.5), "1x4")):
+        pruner = Pruner(perceptron(4, 8, 2), budget, "local", "large_final", example_inputs=torch.randn(1, 4))
+        assert pruner.prune_model().measurement.inputs == f"{shape} float32"
+
+
+def test_the_line_has_a_schedule_where_one_was_given():
+    given = [Pruner(net(), 0.5, "local", "large_final", *one, example_inputs=X) for one in ((), ("agp",))]
+    start = "<Pruner: 0.5, Local(), Criterion(large_final)"
+    assert [repr(one) for one in given] == [
+        f"{start}; 24 of 24 channels left>",
+        f"{start}, AGP(start_pct=0.2, end_pct=1.0); 24 of 24 channels left>",
+    ]

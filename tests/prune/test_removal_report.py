@@ -151,3 +151,13 @@ def test_the_report_of_a_real_removal() -> None:
     assert ["MACs", "of", "4", "samples", "256", "as", "dense", "224", "(87.5%)"] in lines
     assert any(line[:5] == ["time:", "a", "forward", "pass", "on"] and line[5] == "4x5" for line in lines)
     assert [row.costs["small"].parameters for row in found.layers().rows] == [42, 24]
+
+
+def test_the_file_is_said_to_be_of_the_weights_alone() -> None:
+    assert "file: the weights alone, as safetensors; save_small writes what was removed beside them" in str(removal())
+
+
+def test_layers_say_that_the_zeros_of_the_dense_model_are_masked_channels() -> None:
+    assert str(removal().layers()).splitlines()[-1] == (
+        "non-zero of dense: its removed channels were masked already, so that they count as zeros"
+    )

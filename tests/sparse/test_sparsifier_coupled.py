@@ -59,6 +59,10 @@ def test_reports_count_shared_weights_once():
     assert sparsifier.sparsity.overall == 0.5
     assert math.isclose(sparsifier.sparsity.weights, zeros / total)
     assert "channels" in str(report).splitlines()[0]
+    assert sum(row.zeros for row in report.rows) > zeros
+    assert "zeros: a weight that two groups of channels share stands in the rows of both" in str(report)
+    dense = Sparsifier(residual(), "filter", "local", "large_final", example_inputs=X)
+    assert "stands in the rows of both" not in str(dense.report())
 
 
 def test_weights_that_disobey_count_once_where_channels_cross():
@@ -286,7 +290,7 @@ def test_only_what_has_the_batchs_length_is_cut_to_a_few_samples():
 
 def test_a_ratio_that_rounding_misses_is_said():
     model = residual(40, 12)
-    message = r"asked to prune 44.2% of the channels, pruned 40.4%: .* multiples of 8; pass round_to=1 for exact counts"
+    message = r"asked to prune 23 of 52 channels, pruned 21 \(40.4%\): .* multiples of 8; pass round_to=1 for exact counts"
     with pytest.warns(UserWarning, match=message):  # asked for 18 and 5 of 52, pruned 16 and 5
         Sparsifier(model, "coupled", "local", "large_final", example_inputs=X).sparsify_model(0.45)
     with pytest.warns(UserWarning, match=message):
@@ -294,7 +298,7 @@ def test_a_ratio_that_rounding_misses_is_said():
 
 
 def test_a_ratio_that_rounding_by_hand_misses_is_said():
-    message = r"asked to prune 44.2% of the channels, pruned 38.5%: kept channels .* multiples of 8; pass round_to=1"
+    message = r"asked to prune 23 of 52 channels, pruned 20 \(38.5%\): kept channels .* multiples of 8; pass round_to=1"
     with pytest.warns(UserWarning, match=message):  # 16 and 4 of 40 and 12 go
         Sparsifier(residual(40, 12), "coupled", "local", "large_final", example_inputs=X, round_to=8).sparsify_model(0.45)
     with pytest.warns(UserWarning, match=message):
@@ -306,3 +310,10 @@ def test_what_was_asked_for_is_not_said(sparsity, round_to):
     with warnings.catch_warnings(action="error"):
         sparsifier = Sparsifier(residual(40, 12), "coupled", example_inputs=X, round_to=round_to)
         sparsifier.sparsify_model(sparsity)
+
+
+def test_the_line_says_that_channels_are_not_known_before_example_inputs():
+    axes = "coupled, local, large_final, one_cycle"
+    unseen, seen = (Sparsifier(residual(), "coupled", example_inputs=inputs) for inputs in (None, X))
+    assert repr(unseen) == f"<Sparsifier: channels not known yet, example_inputs= shows them; {axes}>"
+    assert repr(seen) == f"<Sparsifier: 0.0% of the channels pruned in 2 targets; {axes}>"

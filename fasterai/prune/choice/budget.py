@@ -66,7 +66,10 @@ class Budget:
     batch: int | None = None
 
     def __new__(cls, *args: Any, **shares: Any) -> Budget:
-        """Refuse a share of something else by name, before the dataclass does so without a hint."""
+        """Refuse a share of nothing or of something else by name, before the dataclass does so without a hint."""
+        if args:
+            got = ", ".join(map(repr, args))
+            raise TypeError(f"Budget must be given macs=, params= or latency=, got {got}; a share of what, as in macs=0.5?")
         for name in shares.keys() - {f.name for f in fields(cls)}:
             meant = find_entry("budgets", name)
             hint = f"; did you mean {meant}={shares[name]!r}?" if meant != name else ""

@@ -91,6 +91,11 @@ def test_a_budget_says_what_is_wrong(options: dict[str, object], error: type[Exc
         Budget(**options)  # type: ignore[arg-type]
 
 
+def test_a_share_of_nothing_in_particular_is_no_budget() -> None:
+    with pytest.raises(TypeError, match=r"given macs=, params= or latency=, got 0\.5; a share of what, as in macs=0\.5"):
+        Budget(0.5)  # type: ignore[misc]
+
+
 def test_a_budget_is_a_value() -> None:
     budget = Budget(latency=0.5, batch=4)
     assert (budget.kind, budget.share, budget.batch) == ("latency", 0.5, 4)
