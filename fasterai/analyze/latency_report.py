@@ -240,14 +240,9 @@ class LatencyComparison(Shown):
 def timing_of(
     batch_size: int | None, times: Sequence[float], passes: Sequence[Mapping[str, float]], blocks: int | None = None
 ) -> Timing:
-    """Summarise times: the seconds per pass of each turn, of so many blocks in all, and of separate passes those of each layer.
-
-    Where `blocks` is left out, each turn was one.
-    """
-    fastest = dealt(times)
-    first, third = quartiles(fastest)
-    blocks = len(times) if blocks is None else blocks
-    return Timing(batch_size, statistics.median(fastest), third - first, blocks, layer_timings(passes))
+    """Summarise the seconds per pass of turns, of so many blocks in all (by default one each), and of each layer's passes."""
+    first, third = quartiles(fastest := dealt(times))
+    return Timing(batch_size, statistics.median(fastest), third - first, blocks or len(times), layer_timings(passes))
 
 
 def against_first(turns: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, tuple[float, float]]]:

@@ -23,7 +23,7 @@ try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ImportError as error:
     raise ImportError(
-        "fasterai.callbacks.huggingface needs transformers: pip install '.[huggingface]' in a checkout of fasterai"
+        "fasterai.callbacks.huggingface needs transformers: pip install '.[huggingface]' in a checkout"
     ) from error
 
 from fasterai.callbacks.huggingface_trainer import batches_of_step, is_training, returned_loss, unscale
