@@ -10,6 +10,8 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
+import types
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -122,11 +124,12 @@ def reader() -> dict[str, Any]:
 
 def run_block(code: str, names: dict[str, Any]) -> None:
     for node in ast.parse(code).body:
-        source = ast.get_source_segment(code, node)
+        above = [one.lineno for one in getattr(node, "decorator_list", ())]  # a class begins with its decorators
+        source = "\n".join(code.splitlines()[min([node.lineno, *above]) - 1 : node.end_lineno])
         expected = code.splitlines()[node.end_lineno - 1].partition("# -> ")[2]
         if expected:
             assert isinstance(node, ast.Expr), f"only an expression has a value: {source}"
-            assert repr(eval(source, names)) == expected, source
+            assert repr(eval(ast.get_source_segment(code, node), names)) == expected, source
         else:
             exec(compile(source, "<docs>", "exec"), names)
 
@@ -135,6 +138,10 @@ def test_a_wrong_value_in_a_page_is_noticed() -> None:
     run_block("x = 1\nx + 1  # -> 2\n", {})
     with pytest.raises(AssertionError, match=r"x \+ 1"):
         run_block("x = 1\nx + 1  # -> 3\n", {})
+
+
+def test_decorators_of_a_page_are_run() -> None:
+    run_block("@staticmethod\n@repr\ndef f():\n    pass\nf.__func__[:9]  # -> '<function'\n", {})
 
 
 @by_page
@@ -154,7 +161,10 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
         pytest.skip("no Python to run")
     monkeypatch.chdir(tmp_path)
     matplotlib.use("Agg")
-    names = reader()
+    script = types.ModuleType("script")  # where what is pickled is found again
+    monkeypatch.setitem(sys.modules, "script", script)
+    names = vars(script)
+    names.update(reader())
     for block in blocks:
         run_block(block, names)
     matplotlib.pyplot.close("all")

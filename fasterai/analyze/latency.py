@@ -103,7 +103,7 @@ def compare_latency(
             blocks, passes = _take_turns(models, batch_of(inputs, size), threads, min_run_time)
             fastest = {name: [min(turn) for turn in turns] for name, turns in blocks.items()}
             for name, ratio in against_first(fastest).items():
-                timings[name].append(timing_of(size, [seconds for turn in blocks[name] for seconds in turn], passes[name]))
+                timings[name].append(timing_of(size, fastest[name], passes[name], sum(map(len, blocks[name]))))
                 ratios[name].append(ratio)
     device = device_name(next(iter(models.values())), inputs)
     return LatencyComparison(

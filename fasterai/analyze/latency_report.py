@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fasterai.analyze.layer_times import LayerTiming, layer_timings
-from fasterai.analyze.timing import dealt, quartiles
+from fasterai.analyze.timing import dealt, quartiles, ratio_of
 from fasterai.display import (
     INK,
     QUIET,
@@ -32,7 +32,7 @@ __all__ = ["NOISE", "NOISY", "Latency", "LatencyComparison", "Speed", "Timing", 
 
 #: Times closer to each other than this are called the same.
 NOISE = 0.05
-#: A ratio whose third quartile is more than so many times its first is not named.
+#: A ratio whose spread's upper end is more than so many times the lower is not named.
 NOISY = 1.25
 
 
@@ -41,8 +41,8 @@ class Speed(NamedTuple):
 
     Attributes:
         ratio: The other's time by its own.
-        low: The first quartile of it.
-        high: The third quartile.
+        low: The lower end of its spread, over the middle half of the fastest passes at least.
+        high: The upper end.
     """
 
     ratio: float
@@ -86,7 +86,7 @@ class Speed(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Timing(Brief):
-    """Time of one forward pass. The blocks are dealt out to five hands, and the fastest of each hand counts.
+    """Time of one forward pass. The turns are dealt out to five hands, and the fastest block of each hand counts.
 
     Attributes:
         batch_size: The number of samples; None where the inputs were taken as they are.
@@ -164,9 +164,9 @@ class LatencyComparison(Shown):
     Attributes:
         models: Name -> its latency. The first is the one that the others are held against.
         ratios: Name -> for each batch size how many times as fast as the first it is: the first's time by its own, so that 2.0
-            is twice as fast. The turns are dealt out to five hands, and the fastest of each hand counts; this is the median
-            over the hands.
-        quartiles: Name -> for each batch size the first and the third quartile of that over the hands.
+            is twice as fast. Both times are those that are shown, medians over the five hands.
+        quartiles: Name -> for each batch size the first and the third quartile of the ratios hand by hand; where the ratio
+            lies outside of them, the nearer one is the ratio.
     """
 
     models: Mapping[str, Latency]
@@ -240,23 +240,23 @@ class LatencyComparison(Shown):
         return axes
 
 
-def timing_of(batch_size: int | None, times: Sequence[float], passes: Sequence[Mapping[str, float]]) -> Timing:
-    """Summarise times: the seconds per pass of each block, and of separate passes the seconds of each layer."""
-    fastest = dealt(times)
-    first, third = quartiles(fastest)
-    return Timing(batch_size, statistics.median(fastest), third - first, len(times), layer_timings(passes))
+def timing_of(
+    batch_size: int | None, times: Sequence[float], passes: Sequence[Mapping[str, float]], blocks: int | None = None
+) -> Timing:
+    """Summarise the seconds per pass of turns, of so many blocks in all (by default one each), and of each layer's passes."""
+    first, third = quartiles(fastest := dealt(times))
+    return Timing(batch_size, statistics.median(fastest), third - first, blocks or len(times), layer_timings(passes))
 
 
 def against_first(turns: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, tuple[float, float]]]:
-    """Return name -> (first model's time / its time as the median over the five hands of turns, the quartiles of it).
+    """Return name -> (first model's time / its time, the ends of its spread); both times are medians over the five hands.
 
     Args:
         turns: Name -> seconds of a forward pass, turn by turn.
     """
-    fastest = {name: dealt(times) for name, times in turns.items()}
-    first = next(iter(fastest.values()))
-    ratios = {name: [a / b for a, b in zip(first, times, strict=True)] for name, times in fastest.items()}
-    return {name: (statistics.median(values), quartiles(values)) for name, values in ratios.items()}
+    first = next(iter(turns.values()))
+    found = {name: ratio_of(first, times) for name, times in turns.items()}
+    return {name: (ratio, (low, high)) for name, (ratio, low, high) in found.items()}
 
 
 def _batch_words(timing: Timing) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 from fasterai.model.running import device_of, wait_for
 
-__all__ = ["HANDS", "by_turns", "dealt", "on_threads", "passes_in", "quartiles", "seconds_per_pass", "spread_of"]
+__all__ = ["HANDS", "by_turns", "dealt", "on_threads", "passes_in", "quartiles", "ratio_of", "seconds_per_pass", "spread_of"]
 
 #: Passes of one block at most: a clock that shows next to nothing must not ask for millions.
 MOST_PASSES = 10_000
@@ -92,9 +92,25 @@ def dealt(values: Sequence[float]) -> list[float]:
     return [min(values[hand::HANDS]) for hand in range(min(HANDS, len(values)))]
 
 
+def ratio_of(first: Sequence[float], own: Sequence[float]) -> tuple[float, float, float]:
+    """Return the ratio of two models' times, and the ends of its spread.
+
+    The ratio is that of the medians over the five hands, which are the times that are shown. The spread reaches from the first
+    to the third quartile of the ratios hand by hand, and to the ratio where it lies outside, as on a machine so busy that the
+    two ways to compare disagree.
+
+    >>> ratio_of([4.0, 4.0, 8.0], [2.0, 2.0, 2.0]), ratio_of([9.0, 5.0, 8.0], [4.0, 8.0, 5.0])
+    ((2.0, 2.0, 3.0), (1.6, 1.1125, 1.925))
+    """
+    first, own = dealt(first), dealt(own)
+    low, high = quartiles([a / b for a, b in zip(first, own, strict=True)])
+    ratio = statistics.median(first) / statistics.median(own)
+    return ratio, min(low, ratio), max(high, ratio)
+
+
 def spread_of(first: Sequence[float], own: Sequence[float]) -> float:
-    """Return how far the ratios of two models' times spread: the third quartile over the first, of those of the five hands."""
-    low, high = quartiles([a / b for a, b in zip(dealt(first), dealt(own), strict=True)])
+    """Return how far the ratio of two models' times spreads: the upper end over the lower one."""
+    _, low, high = ratio_of(first, own)
     return high / low
 
 

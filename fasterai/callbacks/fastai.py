@@ -22,7 +22,7 @@ try:
     from fastai.callback.tracker import SaveModelCallback, TrackerCallback
     from fastai.callback.training import GradientAccumulation, GradientClip
 except ImportError as error:
-    raise ImportError("fasterai.callbacks.fastai needs fastai: pip install 'fasterai[fastai]'") from error
+    raise ImportError("fasterai.callbacks.fastai needs fastai: pip install '.[fastai]' in a checkout of fasterai") from error
 
 from fasterai.callbacks.fastai_files import begin_saving, end_saving, find_state, skipped_epochs
 

@@ -24,7 +24,7 @@ try:
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 except ImportError as error:
-    raise ImportError("fasterai.callbacks.lightning needs lightning: pip install 'fasterai[lightning]'") from error
+    raise ImportError("fasterai.callbacks.lightning needs lightning: pip install '.[lightning]' in a checkout") from error
 
 from fasterai.callbacks.lightning_wraps import CutFirst, StepWraps, stop_waiting
 

@@ -13,7 +13,7 @@ class _Missing:
 
     def _refuse(self) -> NoReturn:
         raise ImportError(
-            f"{type(self).__name__} needs fastai: pip install 'fasterai[fastai]'; "
+            f"{type(self).__name__} needs fastai: pip install '.[fastai]' in a checkout of fasterai; "
             "Lightning's is in fasterai.callbacks.lightning"
         )
 

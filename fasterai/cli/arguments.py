@@ -6,8 +6,9 @@ import argparse
 import difflib
 import math
 import os
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fasterai.cli.errors import UsageError, told_as_usage
 
@@ -170,14 +171,14 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         UsageError: An argument is out of range or unknown; the known names are listed.
     """
     from fasterai.core import contexts, criteria, granularities, schedules
-    from fasterai.core.checks import check_count, check_fraction, entry_name
+    from fasterai.core.checks import check_count, check_fraction
 
     with told_as_usage():
         check_fraction("--sparsity", arguments.sparsity)
-        arguments.granularity = entry_name("--granularity", arguments.granularity, granularities)
-        arguments.context = entry_name("--context", arguments.context, contexts)
-        arguments.criteria = entry_name("--criteria", arguments.criteria, criteria)
-        arguments.schedule = entry_name("--schedule", arguments.schedule, schedules)
+        arguments.granularity = _entry("--granularity", arguments.granularity, granularities)
+        arguments.context = _entry("--context", arguments.context, contexts)
+        arguments.criteria = _entry("--criteria", arguments.criteria, criteria)
+        arguments.schedule = _entry("--schedule", arguments.schedule, schedules)
         check_count("--epochs", arguments.epochs)
         check_count("--batch-size", arguments.batch_size, 2)
         check_count("--workers", arguments.workers, 0)
@@ -196,13 +197,13 @@ def check_prune_arguments(arguments: argparse.Namespace) -> None:
         UsageError: An argument is out of range or unknown; the known names are listed.
     """
     from fasterai.core import contexts, criteria
-    from fasterai.core.checks import check_count, check_fraction, entry_name
+    from fasterai.core.checks import check_count, check_fraction
 
     with told_as_usage():
         if arguments.sparsity is not None and check_fraction("--sparsity", arguments.sparsity) == 1:
             raise UsageError("--sparsity must be below 1, got 1.0: it would leave a layer without a channel")
-        arguments.context = entry_name("--context", arguments.context, contexts, CONTEXTS)
-        arguments.criteria = entry_name("--criteria", arguments.criteria, criteria)
+        arguments.context = _entry("--context", arguments.context, contexts, CONTEXTS)
+        arguments.criteria = _entry("--criteria", arguments.criteria, criteria)
         check_count("--batch", arguments.batch)
         check_count("--workers", arguments.workers, 0)
         check_seed(arguments.seed or 0)
@@ -216,6 +217,22 @@ def check_prune_arguments(arguments: argparse.Namespace) -> None:
     _check_arch(arguments.arch)
     if arguments.onnx:
         _check_onnx()
+
+
+def _entry(name: str, value: str, *catalogue: Any) -> str:
+    """Return the name of an entry for a word, with errors in words that can be typed on the command line.
+
+    Raises:
+        UsageError: There is no such entry.
+    """
+    from fasterai.core.checks import entry_name
+
+    try:
+        return entry_name(name, value, *catalogue)
+    except ValueError as error:
+        said = re.sub(r"\b(granularity|context|criteria|schedule|sparsity)=(?:'(\w+)'|([\d.]+))", r"--\1 \2\3", str(error))
+        in_python = " (in Python: the command line takes names alone)" if re.search(r"lambda|import|\w\(", said) else ""
+        raise UsageError(said + in_python) from error
 
 
 def read_budget(text: str) -> Budget:
@@ -236,8 +253,10 @@ def read_budget(text: str) -> Budget:
         meant = find_entry("budgets", kind)
         hint = f"; did you mean {meant}={share}?" if meant != kind else ""
         raise UsageError(f"--budget must be macs=SHARE, params=SHARE or latency=SHARE, got {text!r}{hint}")
-    with told_as_usage():
+    try:
         return Budget(macs=shares.get("macs"), params=shares.get("params"), latency=shares.get("latency"))
+    except ValueError as error:
+        raise UsageError(f"--budget {error}") from error
 
 
 def _check_evidence(needs: frozenset[str], arguments: argparse.Namespace) -> None:

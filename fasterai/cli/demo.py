@@ -15,7 +15,7 @@ from fasterai.cli.data import digits
 from fasterai.cli.errors import UsageError
 from fasterai.cli.experiment import Job, compare
 from fasterai.cli.networks import digits_network
-from fasterai.cli.output import holds_run, load_checkpoint, load_report, prepare_folder, remove_checkpoint
+from fasterai.cli.output import check_free, holds_run, load_checkpoint, load_report, prepare_folder, remove_checkpoint
 from fasterai.cli.tables import result_table
 from fasterai.cli.training import Recipe
 
@@ -65,6 +65,7 @@ def one_thread() -> Iterator[None]:
 
 def _check_replaceable(folder: Path) -> None:
     if not holds_run(folder):
+        check_free(folder)
         return
     report = load_report(folder)
     if (report["command"] != "demo") if report is not None else not _is_demos(load_checkpoint(folder)):

@@ -78,15 +78,15 @@ def compare(job: Job) -> dict[str, Any]:
     for stage in job.stages:
         if stage in done:
             continue
-        training = _begin(job, stage)
-        if checkpoint is not None and checkpoint["stage"] == stage:
-            with output.told_unreadable(job.folder / output.CHECKPOINT):
-                training.load_state_dict(checkpoint["state"])
-            print(f"{stage}: going on after epoch {len(training.history)} of {job.recipe.epochs}", flush=True)
-        while not training.is_done:
-            print(epoch_line(stage, training.run_epoch(), job.recipe.epochs, training.seconds), flush=True)
-            _save(job, done, stage, training.state_dict())
-        done[stage] = _finish(job, stage, training)
+        with _begin(job, stage) as training:
+            if checkpoint is not None and checkpoint["stage"] == stage:
+                with output.told_unreadable(job.folder / output.CHECKPOINT):
+                    training.load_state_dict(checkpoint["state"])
+                print(f"{stage}: going on after epoch {len(training.history)} of {job.recipe.epochs}", flush=True)
+            while not training.is_done:
+                print(epoch_line(stage, training.run_epoch(), job.recipe.epochs, training.seconds), flush=True)
+                _save(job, done, stage, training.state_dict())
+            done[stage] = _finish(job, stage, training)
         _save(job, done, None, {})
     report = _report(job, done) | {"small": _small(job)}
     pictures.write_all(report, job.folder)

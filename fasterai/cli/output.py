@@ -18,6 +18,7 @@ from fasterai.sparse.sparsifier import Sparsifier
 
 __all__ = [
     "SMALL",
+    "check_free",
     "check_new_folder",
     "file_of",
     "holds_run",
@@ -84,19 +85,39 @@ def prepare_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        wanted = "a folder" if isinstance(error, FileExistsError | NotADirectoryError) else "a folder that can be written to"
-        raise UsageError(f"--output must be {wanted}, got {folder} ({error.strerror})") from error
+        raise _no_place(folder, error) from error
+
+
+def _no_place(folder: Path, error: OSError) -> UsageError:
+    wanted = "a folder" if isinstance(error, FileExistsError | NotADirectoryError) else "a folder that can be written to"
+    return UsageError(f"--output must be {wanted}, got {folder} ({error.strerror})")
 
 
 def check_new_folder(folder: Path) -> None:
-    """Refuse a folder that holds anything.
+    """Refuse a folder that holds anything, or that cannot be made; none is made yet.
 
     Raises:
-        UsageError: It does, or it is a file.
+        UsageError: It is one, or it is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output must be a folder, got {folder}, which is a file")
     if folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"--output must be a new folder, got {folder}, which is not empty; pass another one")
+    above = next(place for place in folder.absolute().parents if place.exists())
+    try:
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise _no_place(folder, error) from error
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder that holds anything but what is left of a file half written.
+
+    Raises:
+        UsageError: It does.
+    """
+    left = set(_parts(folder))
+    if any(path not in left for path in folder.iterdir()):
         raise UsageError(f"--output must be a new folder, got {folder}, which is not empty; pass another one")
 
 
@@ -117,9 +138,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def remove_parts(folder: Path) -> None:
     """Remove the temporary files of a run that was killed while it wrote."""
-    for left in folder.glob(f".*.????????{PART}"):
+    for left in _parts(folder):
         with suppress(OSError):
             left.unlink()
+
+
+def _parts(folder: Path) -> Iterator[Path]:
+    return folder.glob(f".*.????????{PART}")
 
 
 def save_checkpoint(content: Mapping[str, Any], folder: Path) -> None:

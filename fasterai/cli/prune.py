@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,11 @@ FORMAT = 1
 IMAGE_SIZE = 224
 #: For criteria that need data: how many batches of how many training images.
 BATCHES, BATCH_SIZE = 4, 32
+#: Files of a run that hold no state dict of weights: what they are, and what tells them.
+STATES = {
+    "checkpoint.pt": ("the checkpoint", {"arguments", "done", "stage", "state"}),
+    "sparsifier.pt": ("the masks' state", {"format", "keep", "granularity"}),
+}
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _make_job(arguments: argparse.Namespace) -> _Job:
     device = choose_device(arguments.device)
+    _check_no_state(arguments.weights)
     weights = read_weights(arguments.weights)
     origin = origin_of(arguments.weights)
     if origin is not None:  # what is given goes first
@@ -98,6 +106,24 @@ def _make_job(arguments: argparse.Namespace) -> _Job:
     left = [f"left out, for they serve training alone: {', '.join(sorted({n.split('.')[0] for n in left_out}))}"]
     recipe = Recipe(1, BATCH_SIZE, 1.0, arguments.seed, device)
     return _Job(network, inputs, image_size, classes, data, recipe, tuple(notes + (left if left_out else [])))
+
+
+def _check_no_state(path: Path) -> None:
+    """Refuse the two further files that `fasterai sparsify` writes, by what they hold: neither is a state dict of weights.
+
+    Raises:
+        UsageError: It is one of them.
+    """
+    if path.name not in STATES:
+        return
+    found: Any = None
+    with suppress(Exception):  # told where weights are read
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    what, keys = STATES[path.name]
+    if isinstance(found, Mapping) and keys <= found.keys():
+        inside = file_of(path.parent, "sparse")
+        repair = f"pass {inside}" if inside.exists() else "pass the sparse.safetensors of a run that is complete"
+        raise UsageError(f"WEIGHTS must be a state dict, got {path}, {what} of fasterai sparsify; {repair}")
 
 
 def _check_classes(names: tuple[str, ...] | None, count: int, data: Data | None) -> None:

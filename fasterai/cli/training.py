@@ -138,6 +138,14 @@ class Training:
             self.handle.remove()
             self.trace.append((float(self.recipe.epochs), self.sparsity))
 
+    def __enter__(self) -> Training:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the sparsifier's run where the training was broken off: a checkpoint goes on, so that nothing is lacking."""
+        if self.handle is not None:
+            self.handle.remove(completed=False)
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that resuming bit for bit on the same device needs, for `torch.load(weights_only=True)`."""
         cuda = torch.cuda.get_rng_state_all() if self.recipe.device.type == "cuda" else []

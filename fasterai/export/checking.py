@@ -28,7 +28,7 @@ def require(*names: str) -> Any:
     try:
         return [importlib.import_module(name) for name in names][-1]
     except ImportError as error:
-        raise ImportError(f"ONNX needs {' and '.join(names)}: pip install 'fasterai[export]'") from error
+        raise ImportError(f"ONNX needs {' and '.join(names)}: pip install '.[export]' in a checkout of fasterai") from error
 
 
 def as_inputs(sample: Any) -> tuple[Any, ...]:

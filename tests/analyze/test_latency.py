@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import time
 
 import pytest
@@ -235,6 +236,27 @@ def test_noisy_models_are_measured_for_longer_but_not_for_ever(monkeypatch, spre
     per_turn = {1.0: 3, 2.0: 2}[seconds]
     assert found.models["a"][1].blocks == found.models["b"][1].blocks == turns * per_turn
     assert found.ratio("b", 1) == 1.0
+
+
+def test_ratios_are_those_of_the_times_beside_them_whatever_the_machine_does(monkeypatch):
+    """Turns of another number of blocks each."""
+    now, factors = [0.0], random.Random(0)
+
+    class Takes(nn.Module):
+        def __init__(self, seconds):
+            super().__init__()
+            self.seconds = seconds
+
+        def forward(self, x):
+            now[0] += self.seconds * factors.uniform(1, 10)
+            return x
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    found = compare_latency({"dense": Takes(2.0), "small": Takes(1.0)}, X, batch_sizes=(1,), min_run_time=300.0)
+    ratio = found.models["dense"][1].median / found.models["small"][1].median
+    assert found.ratio("small", 1) == pytest.approx(ratio)
+    speed = found.speed("small", 1)
+    assert speed.low <= speed.ratio <= speed.high
 
 
 def test_a_machine_that_is_disturbed_now_and_then_gives_the_undisturbed_ratio(monkeypatch):

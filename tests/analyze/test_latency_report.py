@@ -88,11 +88,15 @@ def test_pictures_show_the_medians():
     plt.close("all")
 
 
-def test_ratios_are_formed_turn_by_turn():
+def test_ratios_are_those_of_the_times_with_the_spread_turn_by_turn():
     found = against_first({"dense": [4.0, 8.0, 4.0, 4.0, 4.0], "small": [2.0, 4.0, 1.0, 4.0, 2.0]})
-    # by turn 2, 2, 4, 1, 2
+    # medians 4 and 2; by turn 2, 2, 4, 1, 2
     assert found == {"dense": (1.0, (1.0, 1.0)), "small": (2.0, (2.0, 2.0))}
     assert against_first({"a": [1.0, 4.0, 9.0], "b": [1.0, 2.0, 3.0]})["b"] == (2.0, (1.5, 2.5))
+
+
+def test_turns_of_several_blocks_tell_their_number():
+    assert timing_of(8, [3.0, 1.0, 2.0], [], 7) == Timing(8, 2.0, 1.0, 7, {})
 
 
 def test_blocks_and_passes_become_a_timing():

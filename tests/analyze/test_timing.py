@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from fasterai.analyze import timing
-from fasterai.analyze.timing import by_turns, dealt, on_threads, passes_in, quartiles, seconds_per_pass, spread_of
+from fasterai.analyze.timing import by_turns, dealt, on_threads, passes_in, quartiles, ratio_of, seconds_per_pass, spread_of
 
 X = (torch.zeros(1),)
 
@@ -143,6 +143,10 @@ def test_the_spread_is_of_the_ratios_of_the_hands():
     assert spread_of([2.0] * 5, [1.0] * 5) == 1.0
     assert spread_of([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5) == 2.0  # quartiles 2 and 4
     assert spread_of([2.0, 100.0] * 5, [1.0] * 10) == 1.0
+    # Busy: medians 9 and 8, hand by hand 2, 2, 9 / 8, 3, 3. The spread reaches down from 2 to the ratio of what is shown.
+    first, own = [2.0, 4.0, 9.0, 30.0, 36.0], [1.0, 2.0, 8.0, 10.0, 12.0]
+    assert ratio_of(first, own) == (9 / 8, 9 / 8, 3.0)
+    assert spread_of(first, own) == 3.0 / (9 / 8)
 
 
 def test_quartiles_lie_among_the_values():

@@ -114,3 +114,11 @@ def test_demo_replaces_a_demo_that_was_killed(tmp_path: Path, capsys: pytest.Cap
     assert main(["demo", "-o", str(tmp_path)]) == 2
     assert "--output must not hold another run" in capsys.readouterr().err
     assert (tmp_path / "checkpoint.pt").exists()
+
+
+def test_demo_writes_into_no_folder_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert main(["demo", "-o", str(tmp_path)]) == 2
+    wanted = f"--output must be a new folder, got {tmp_path}, which is not empty; pass another one"
+    assert wanted in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

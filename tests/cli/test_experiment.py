@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import json
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,16 @@ def test_an_interrupted_end_is_made_up_for(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(experiment.output, "save_weights", whole)
     compare(make_job(tmp_path / "broken"))
     assert same(written(tmp_path / "broken"), written(tmp_path / "whole"))
+
+
+def test_an_interrupted_run_ends_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_at(monkeypatch, [14])
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        with pytest.raises(KeyboardInterrupt):
+            compare(make_job(tmp_path))
+        gc.collect()
+    assert [str(one.message) for one in found] == []
 
 
 def test_both_trainings_start_alike_and_see_the_same_batches(tmp_path: Path) -> None:

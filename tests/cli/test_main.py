@@ -51,7 +51,7 @@ WRONG = {
     (*PRUNE, "W.pth", "--sparsity", "1.0"): ["--sparsity must be below 1, got 1.0", "without a channel"],
     (*PRUNE, "W.pth", "--budget", "speed=0.5"): ["--budget must be macs=SHARE", "got 'speed=0.5'"],
     (*PRUNE, "W.pth", "--budget", "macs"): ["--budget must be macs=SHARE", "got 'macs'"],
-    (*PRUNE, "W.pth", "--budget", "macs=50"): ["macs must be in (0, 1], got 50", "pass 0.5"],
+    (*PRUNE, "W.pth", "--budget", "macs=50"): ["--budget macs must be in (0, 1], got 50", "pass 0.5"],
     (*HALF, "W.pth", "--context", "two_four"): ["--context must be one of local, global, erk, lamp, got 'two_four'"],
     (*HALF, "W.pth", "--criteria", "largest"): ["--criteria", "large_final", "got 'largest'"],
     (*HALF, "W.pth", "--criteria", "taylor"): ["--data must be given for --criteria taylor"],
@@ -157,3 +157,11 @@ def test_a_warning_is_one_line_without_source(capsys: pytest.CaptureFixture[str]
         warnings.simplefilter("always")
         assert main(["demo"]) == 0
     assert capsys.readouterr().err == "fasterai: warning: this is legal, but doubtful\n"
+
+
+def test_hints_can_be_typed_or_say_that_they_are_python(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sparsify", "images", "--schedule", "exponential"]) == 2
+    assert "position ** 2, say (in Python: the command line takes names alone)" in capsys.readouterr().err
+    assert main(["sparsify", "images", "--criteria", "structured"]) == 2
+    error = capsys.readouterr().err
+    assert "--granularity filter" in error and "granularity='" not in error and "in Python" not in error

@@ -12,6 +12,7 @@ from torch import nn
 
 from fasterai.cli.errors import UsageError
 from fasterai.cli.output import (
+    check_free,
     check_new_folder,
     holds_run,
     load_checkpoint,
@@ -166,3 +167,24 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_to_is_told_before_the_training() -> None:
     with pytest.raises(UsageError, match=r"--output must be a folder that can be written to, got /proc/self/fdinfo \(.+\)$"):
         prepare_folder(Path("/proc/self/fdinfo"))
+
+
+@pytest.mark.parametrize("inside", ["small", "deep/small"])
+def test_of_a_new_folder_it_is_told_before_the_work_and_by_its_own_name(inside: str) -> None:
+    wanted = rf"--output must be a folder that can be written to, got /proc/self/fdinfo/{inside} \("
+    with pytest.raises(UsageError, match=wanted):
+        check_new_folder(Path("/proc/self/fdinfo") / inside)
+
+
+def test_a_new_folder_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"--output must be a folder, got .*file/small \(Not a directory\)"):
+        check_new_folder(tmp_path / "file" / "small")
+
+
+def test_what_was_half_written_alone_leaves_a_folder_free(tmp_path: Path) -> None:
+    (tmp_path / ".checkpoint.pt.0123abcd.part").write_text("")
+    check_free(tmp_path)
+    (tmp_path / "notes").write_text("")
+    with pytest.raises(UsageError, match="which is not empty; pass another one"):
+        check_free(tmp_path)

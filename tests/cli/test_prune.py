@@ -19,6 +19,7 @@ from fasterai.cli.folders import read_folder
 from fasterai.cli.output import save_weights
 from fasterai.prune.removal import remove
 from fasterai.prune.small_files import load_small
+from fasterai.sparse.sparsifier import Sparsifier
 
 MakeImages = Callable[..., Path]
 ARCH = "squeezenet1_1"
@@ -288,3 +289,21 @@ def test_an_existing_folder_is_refused_before_anything_is_done(
     assert captured.out == ""
     assert f"--output must be a new folder, got {tmp_path / 'small'}, which is not empty" in captured.err
     assert (tmp_path / "small" / "report.json").read_text() == "{}"
+
+
+def test_the_other_files_of_a_run_are_told_apart_from_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, masks = tmp_path / "checkpoint.pt", tmp_path / "sparsifier.pt"
+    torch.save({"arguments": {}, "done": {}, "stage": None, "state": {}}, checkpoint)
+    torch.save(Sparsifier(network(), sparsity=0.5).state_dict(), masks)
+    assert main(command(checkpoint, tmp_path / "small", "--remove-only")) == 2
+    wanted = f"got {checkpoint}, the checkpoint of fasterai sparsify; pass the sparse.safetensors of a run that is complete"
+    assert wanted in capsys.readouterr().err
+    (tmp_path / "sparse.safetensors").write_text("")
+    assert main(command(masks, tmp_path / "small", "--remove-only")) == 2
+    wanted = f"got {masks}, the masks' state of fasterai sparsify; pass {tmp_path}/sparse.safetensors"
+    assert wanted in capsys.readouterr().err
+
+
+def test_weights_may_have_the_name_of_a_checkpoint(tmp_path: Path) -> None:
+    torch.save(network().state_dict(), tmp_path / "checkpoint.pt")
+    assert main(command(tmp_path / "checkpoint.pt", tmp_path / "small", "--sparsity", "0.5")) == 0

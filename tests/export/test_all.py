@@ -22,5 +22,5 @@ def test_importing_needs_none_of_the_extra():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     first, second = result.stdout.splitlines()
-    assert first == "ONNX needs onnx and onnxscript and onnxruntime: pip install 'fasterai[export]'"
-    assert second == "ONNX needs onnxruntime: pip install 'fasterai[export]'"
+    assert first == "ONNX needs onnx and onnxscript and onnxruntime: pip install '.[export]' in a checkout of fasterai"
+    assert second == "ONNX needs onnxruntime: pip install '.[export]' in a checkout of fasterai"

@@ -71,7 +71,7 @@ def test_a_missing_package_names_the_extra(monkeypatch):
         raise ImportError(name)
 
     monkeypatch.setattr(checking.importlib, "import_module", missing)
-    with pytest.raises(ImportError, match=r"needs onnx and onnxruntime: pip install 'fasterai\[export\]'"):
+    with pytest.raises(ImportError, match=r"needs onnx and onnxruntime: pip install '\.\[export\]' in a checkout"):
         require("onnx", "onnxruntime")
 
 

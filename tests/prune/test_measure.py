@@ -129,6 +129,26 @@ def test_a_disturbed_machine_is_measured_for_longer(clock: list[float], monkeypa
     assert found.comparison.latency.models["small"].timings[0].blocks > 5
 
 
+def test_the_ratio_is_that_of_the_times_beside_it_on_a_busy_machine(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pass takes another time, up to ten times as long: hand by hand the ratio is another one than that of the medians."""
+    model, factors = Slow(), random.Random(1)
+    surgery = Surgery(model, make_plan(model, channel_graph(model, (X,)), [np.arange(8) < 2]))
+
+    def sleep(seconds: float) -> None:
+        clock[0] += 5 * seconds * factors.uniform(1, 10)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    found = measured(model, surgery, (X,), "")
+    assert found.comparison is not None and found.comparison.latency is not None
+    latency = found.comparison.latency
+    dense, small = (latency.models[name].timings[0].median for name in ("dense", "small"))
+    speed = latency.speed("small", None)
+    assert speed.ratio == pytest.approx(dense / small)
+    assert speed.low <= speed.ratio <= speed.high
+
+
 @pytest.mark.parametrize(
     ("dense", "seconds", "is_enough"),
     [
