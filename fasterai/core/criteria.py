@@ -79,8 +79,8 @@ class Criterion(NamesReplacements):
 
     Attributes:
         function: Evidence -> scores, one per weight, higher is kept.
-        needs: The evidence that it reads besides the weight, one or a set. A name (`gradient`, `initial`, `previous`, `activation`,
-            `hessian_gradient`, `synaptic_flow`, ...) is then a field of the evidence. A gatherer of your own is a function or
+        needs: The evidence that it reads besides the weight, one or a set. A name (`gradient`, `initial`, `previous`,
+            `activation`, `hessian_gradient`, ...) is then a field of the evidence. A gatherer of your own is a function or
             callable object `(model, targets, source) -> target's name -> tensor`; the tensors broadcast against the weight, and
             are found in `evidence.gathered` by the gatherer's `name`, or the name of the function. A gatherer that reads the
             batches of the training has an attribute `reads_data = True`.
