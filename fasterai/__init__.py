@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fasterai.core.granularities import Keep
     from fasterai.core.schedules import Schedule
     from fasterai.model.layouts import register_axes
+    from fasterai.prune.pruner import Pruner as Pruner
     from fasterai.sparse.sparsifier import Sparsifier
     from fasterai.sparse.tickets import LotteryTicket
 
@@ -27,6 +28,7 @@ _HOMES = {
     "Criterion": "fasterai.core.criteria",
     "Keep": "fasterai.core.granularities",
     "LotteryTicket": "fasterai.sparse.tickets",
+    "Pruner": "fasterai.prune.pruner",
     "Schedule": "fasterai.core.schedules",
     "Sparsifier": "fasterai.sparse.sparsifier",
     "attach": "fasterai.callbacks.plain",
@@ -34,6 +36,7 @@ _HOMES = {
 }
 
 # `Block` is torch's as well, and any network's own: `from fasterai import Block`, and no part of the star import.
+# Nor is `Pruner`, which is slow to load.
 __all__ = [
     "Criterion",
     "Keep",

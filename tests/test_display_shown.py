@@ -100,7 +100,8 @@ def a_function(start: float, end: float, pos: float) -> float:
 
 
 def trained(participant: Any) -> Any:
-    return attach(torch.optim.SGD(net().parameters(), 0.1), participant, total_steps=10)
+    optimizer = torch.optim.SGD(participant.sparsifier.model.parameters(), 0.1)
+    return attach(optimizer, participant.sparsifier, participant, total_steps=10)
 
 
 def gradual() -> Any:

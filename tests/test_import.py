@@ -86,7 +86,7 @@ def test_importing_leaves_the_generators_alone():
     assert in_a_fresh_interpreter(code) == [True, True, True]
 
 
-@pytest.mark.parametrize("name", [*fasterai.__all__, "Block"])
+@pytest.mark.parametrize("name", [*fasterai.__all__, "Block", "Pruner"])
 def test_every_public_name_resolves(name):
     assert getattr(fasterai, name).__name__ == name
     assert name in dir(fasterai)

@@ -46,7 +46,7 @@ def made(given: Sequence[Makes], model: nn.Module) -> list[Participant]:
         found += list(result) if isinstance(result, Iterable) else [result]
     for one in found:
         if not isinstance(one, Participant):
-            raise TypeError(f"participants must be participants, or functions of the model that make some, got {one!r}")
+            raise TypeError(f"participants must be participants, or functions of the model that make some, got {brief(one)}")
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fasterai.core.checks import check_count, warn
 from fasterai.core.joined import innermost
 from fasterai.core.loop import Batch, Fit, Loop, Participant
-from fasterai.display import one_line
+from fasterai.display import brief, one_line
 
 __all__ = ["Handle", "attach"]
 
@@ -215,7 +215,7 @@ def attach(
     if not isinstance(inner, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r} ({type(optimizer).__name__})")
     if not participants or not all(isinstance(p, Participant) for p in participants):
-        raise TypeError(f"participants must be participants in training, such as a Sparsifier, got {participants!r}")
+        raise TypeError(f"participants must be participants in training, such as a Sparsifier, got {brief(participants)}")
     steps, per_epoch = _steps(total_steps, epochs, steps_per_epoch, accumulate)
     _end_earlier_runs(inner, participants)
     whole = model if model is not None else next((m for p in participants if isinstance(m := _own(p), nn.Module)), None)

@@ -79,8 +79,8 @@ class Criterion(NamesReplacements):
 
     Attributes:
         function: Evidence -> scores, one per weight, higher is kept.
-        needs: The evidence that it reads besides the weight. A name (`gradient`, `initial`, `previous`, `activation`,
-            `hessian_gradient`, `synaptic_flow`, ...) is then a field of the evidence. A gatherer of your own is a function or
+        needs: The evidence that it reads besides the weight, one or a set. A name (`gradient`, `initial`, `previous`,
+            `activation`, `hessian_gradient`, ...) is then a field of the evidence. A gatherer of your own is a function or
             callable object `(model, targets, source) -> target's name -> tensor`; the tensors broadcast against the weight, and
             are found in `evidence.gathered` by the gatherer's `name`, or the name of the function. A gatherer that reads the
             batches of the training has an attribute `reads_data = True`.
@@ -97,7 +97,7 @@ class Criterion(NamesReplacements):
     """
 
     function: Callable[[Evidence], Tensor]
-    needs: frozenset[Any] = frozenset()  # of names and gatherers
+    needs: frozenset[Any] = frozenset()  # of names and gatherers; one alone, or another collection, becomes one
     reducer: str = "mean"
     normalizer: str | Callable[[Tensor], Tensor] | None = None
     elementwise: bool = False
@@ -108,7 +108,8 @@ class Criterion(NamesReplacements):
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise TypeError(f"function must be a function of evidence, got {self.function!r}")
-        object.__setattr__(self, "needs", frozenset(self.needs))
+        one = isinstance(self.needs, str) or callable(self.needs)  # `needs="gradient"`, or one gatherer
+        object.__setattr__(self, "needs", frozenset({self.needs} if one else self.needs))
         for name in sorted(need for need in self.needs if not callable(need)):
             check_choice("needs", name, EVIDENCE)
         names = [gatherer_name(need) for need in self.needs if callable(need)]
@@ -160,15 +161,31 @@ class Criterion(NamesReplacements):
                 "unit_scores(m, criterion, 'filter') from fasterai.core.all gives the scores of a module"
             )
         with noted(f"raised by the criterion {self.title}, for {evidence.name}"):
-            scores = self.function(evidence.at_least_float32())
+            try:
+                scores = self.function(evidence.at_least_float32())
+            except (AttributeError, TypeError) as error:
+                self._tell_of_missing(evidence, error)
+                raise
         if not isinstance(scores, Tensor):
-            raise TypeError(f"criterion must return a tensor of scores for {evidence.name}, got {scores!r} from {self.title}")
+            got = brief(scores)
+            raise TypeError(f"criterion must return a tensor of scores for {evidence.name}, got {got} from {self.title}")
         if scores.shape != evidence.weight.shape:
             raise ValueError(
                 f"criterion must return scores of the weight's shape {tuple(evidence.weight.shape)} "
                 f"for {evidence.name}, got {tuple(scores.shape)} from {self.title}"
             )
         return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+
+    def _tell_of_missing(self, evidence: Evidence, error: Exception) -> None:
+        """Refuse a function that has failed on evidence that it reads and does not ask for; other errors are its own."""
+        names = getattr(getattr(self.function, "__code__", None), "co_names", ())
+        missing = [name for name in EVIDENCE if name in names and getattr(evidence, name) is None and name not in self.needs]
+        if missing and "NoneType" in str(error):
+            needs = f"{{{', '.join(map(repr, missing))}}}"
+            raise TypeError(
+                f"criterion must ask for the evidence that it reads, got {self.title}, for which "
+                f"evidence.{missing[0]} is None; pass Criterion(function, needs={needs})"
+            ) from error
 
     def normalize(self, scores: Tensor, name: str = "a target") -> Tensor:
         """Apply the normalizer to the unit scores of a target, so that they compare with those of others.
@@ -230,7 +247,7 @@ def gatherer_name(gatherer: Any) -> str:
 
 def _check_units(part: str, found: Any, scores: Tensor) -> Tensor:
     if not isinstance(found, Tensor) or found.shape != scores.shape:
-        got = tuple(found.shape) if isinstance(found, Tensor) else repr(found)
+        got = tuple(found.shape) if isinstance(found, Tensor) else brief(found)
         raise ValueError(f"{part} must return as many scores as it gets, of shape {tuple(scores.shape)}, got {got}")
     return found if found.is_floating_point() else found.float()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -116,12 +117,22 @@ class Keep(Granularity):
     `Keep("out")` makes each output of any layer a unit; a convolution weight `(8, 3, 5, 5)` has 8 units of 75 weights.
 
     Attributes:
-        axes: Some of `expert`, `out`, `in`, `depth`, `height`, `width`; none makes the whole parameter one unit.
+        axes: Some of `expert`, `out`, `in`, `depth`, `height`, `width`, at least one.
+
+    Raises:
+        ValueError: No axis is given, which would make each parameter one unit (`layer`), or an unknown one.
     """
 
     axes: frozenset[str]
 
     def __init__(self, *axes: str) -> None:
+        if not axes:
+            raise ValueError(
+                f"axes must be at least one of {', '.join(AXES)}, got none; granularity='layer' takes whole parameters"
+            )
+        self._set(axes)
+
+    def _set(self, axes: Iterable[str]) -> None:
         for axis in axes:
             if axis not in AXES:
                 raise ValueError(f"axes must be of {', '.join(AXES)}, got {axis!r}")
@@ -184,7 +195,7 @@ class Named(Keep):
     matrix: frozenset[str] | None
 
     def __init__(self, name: str, kernel: str, matrix: str | None = None) -> None:
-        super().__init__(*kernel.split())
+        self._set(kernel.split())
         if self.axes & {"height", "width"}:
             object.__setattr__(self, "axes", self.axes | {"depth"})
         object.__setattr__(self, "name", name)

@@ -92,11 +92,12 @@ class Loop:
         """Begin a run; participants that have begun it end it again if another one refuses.
 
         Raises:
-            ValueError: `fit.total_steps` is not at least 1.
+            ValueError: `fit.total_steps` is not at least 1, or a participant relies on one that is in no run.
         """
         total_steps = check_count("total_steps", fit.total_steps)
         with ExitStack() as begun:
             begun.callback(self._leave)
+            self._check_company()
             for participant in self.participants:
                 tell(participant, "on_fit_start", fit)
                 begun.callback(participant.on_fit_end, False)
@@ -108,6 +109,18 @@ class Loop:
         self._steps_per_epoch = fit.steps_per_epoch
         self._is_told = False
         _open.add(self)
+
+    def _check_company(self) -> None:
+        """Refuse a participant that relies on one that takes part in no run: it would do nothing, and say nothing."""
+        present = {id(p) for loop in (self, *_open) if loop is self or loop.running for p in loop.participants}
+        for participant in self.participants:
+            for other in participant.relies_on():
+                if id(other) not in present:
+                    pair = f"{(kind := type(other).__name__).lower()}, {participant.name}({kind.lower()})"
+                    raise ValueError(
+                        f"participants must hold the {kind} that {participant.name} follows, before it, got none or another "
+                        f"one; pass both: attach(optimizer, {pair}, ...), or ParticipantCallback({pair})"
+                    )
 
     def after_forward(self, batch: Batch) -> None:
         """Show a batch with its outputs."""

@@ -35,6 +35,10 @@ class Participant:
         """Tell if it answers to an event; loops leave out what nobody hears, and refuse what they cannot give."""
         return getattr(type(self), event) is not getattr(Participant, event)
 
+    def relies_on(self) -> Iterable[Participant]:
+        """Return the participants without which it has nothing to do; each has to be in this run, or in another one."""
+        return ()
+
     def on_setup(self, model: nn.Module) -> Iterable[nn.Parameter]:
         """Return parameters of its own that the optimizer is to train; called once, before the run."""
         return ()

@@ -156,7 +156,7 @@ def find_targets(
     lazy = {name: (m, attribute) for name, m, attribute, p in walk if isinstance(p, nn.parameter.UninitializedParameter)}
     if targets is not None:
         _refuse_lazy([n for n in lazy if not callable(targets) and _is_named(n, targets)])
-        chosen = _by_name(candidates, targets)
+        chosen = _by_name(candidates, targets, _recomputing(model))
         reasons = {t.name: "not named in targets" for t in candidates if t not in chosen}
     elif layer_type is not None:
         chosen = _by_type(candidates, layer_type)
@@ -229,7 +229,7 @@ def _adapters(model: nn.Module) -> set[str]:
     return found
 
 
-def _by_name(candidates: Sequence[Target], targets: TargetsLike) -> list[Target]:
+def _by_name(candidates: Sequence[Target], targets: TargetsLike, recomputing: Mapping[str, str]) -> list[Target]:
     if isinstance(targets, type):
         raise TypeError(f"targets must be names, globs or a predicate, got the class {targets.__name__}; pass layer_type=")
     if callable(targets):
@@ -239,7 +239,11 @@ def _by_name(candidates: Sequence[Target], targets: TargetsLike) -> list[Target]
         if not isinstance(pattern, str):
             raise TypeError(f"targets must be names, globs or a predicate, got {pattern!r} ({type(pattern).__name__})")
         if not any(match(pattern, t) for t in candidates):
-            raise unknown("targets", pattern, (t.name for t in candidates), "the name of a parameter or module, or a glob, of")
+            owner, _, attribute = pattern.rpartition(".")
+            which = f"{owner or 'the model'} works its weight out anew in each forward pass, by {recomputing.get(owner)}"
+            hint = f"{which}: remove that first" if owner in recomputing and attribute.startswith("weight") else None
+            known = (t.name for t in candidates)
+            raise unknown("targets", pattern, known, "the name of a parameter or module, or a glob, of", hint)
     chosen = []
     for t in candidates:
         fit = max((match(p, t) for p in patterns), default=0)

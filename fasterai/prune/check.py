@@ -55,6 +55,7 @@ class Sound:
         stayed: Group's name -> its silent channels that stay.
         difference: The largest change of an output, as a share of the outputs' scale.
         streams: True if sizes that the model's own classes keep as attributes must be changed too (`make_plan`).
+        is_blank: True if all outputs were zero before, so that comparing them says nothing.
     """
 
     kept: list[Flags]
@@ -62,6 +63,7 @@ class Sound:
     stayed: dict[str, tuple[int, ...]] = field(default_factory=dict)
     difference: float = 0.0
     streams: bool = False
+    is_blank: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def largest_sound(
     trials = _Trials(model, graph, inputs, exact)
     first = trials.run(kept)
     if first.reason is None:
-        return Sound(kept, difference=first.moved, streams=trials.streams)
+        return Sound(kept, difference=first.moved, streams=trials.streams, is_blank=trials.is_blank)
     precise = _in_float64(model, graph, inputs) if exact and 0 < first.moved <= trials.rounding else None
     # What is plain in the whole may hide rounding in a part.
     trials.asks_float64 = exact and not 0 < first.moved <= trials.rounding
@@ -107,7 +109,7 @@ def largest_sound(
     if precise is not None:
         trials.streams = precise.streams
         sound.difference = trials.run(sound.kept).moved
-    sound.streams = (precise or trials).streams
+    sound.streams, sound.is_blank = (precise or trials).streams, trials.is_blank
     return sound
 
 
@@ -241,6 +243,7 @@ class _Trials:
         is_float64: True where all outputs that could move are in float64.
         asks_float64: True where a movement that may be rounding is decided on a copy in float64.
         rounding: The largest movement that may be rounding.
+        is_blank: True where all outputs are zero before anything is removed.
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], exact: bool) -> None:
@@ -252,6 +255,7 @@ class _Trials:
         runs = [(probe, _outputs(model, probe)) for probe in probes(inputs)]
         self._probes = [(probe, found) for probe, found in runs if not isinstance(found, Exception) and not _has_nan(found)]
         self._probes = self._probes or [(probe, found) for probe, found in runs[:1] if not isinstance(found, Exception)]
+        self.is_blank = not any(bool(x.any()) for _, outputs in self._probes for x in outputs)
         dtypes = [x.dtype for x in self._probes[0][1] if x.is_floating_point()] if self._probes else []
         self._limit = tolerance("removal", dtypes[0]) if dtypes else 0.0
         self.rounding = tolerance("doubtful", dtypes[0]) if dtypes else 0.0

@@ -183,6 +183,7 @@ def take_out(
         groups=groups,
         exact=exact,
         measurement=measurement,
+        is_blank=sound.is_blank,
     )
 
 

@@ -40,6 +40,7 @@ class Removal(Shown):
         groups: Group's name -> (channels before, channels after), for all that could lose some.
         exact: True where the outputs had to stay the same.
         measurement: Size, MACs and time of the dense and the small model, or why there are none.
+        is_blank: True if all outputs were zero, so that nothing could be compared.
     """
 
     plan: Plan
@@ -52,6 +53,7 @@ class Removal(Shown):
     groups: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     exact: bool = True
     measurement: Measurement = field(default_factory=Measurement)
+    is_blank: bool = False
 
     @property
     def comparison(self) -> Comparison | None:
@@ -112,6 +114,8 @@ class Removal(Shown):
         return Table(("group", "channels", "kept"), body, text=text)
 
     def _moved(self) -> str:
+        if self.is_blank and self.difference == 0:
+            return "outputs are all zero, before and after: there was nothing to compare"
         moved = f"outputs moved by at most {self.difference:.1e} of their scale"
         return moved if self.exact else f"{moved}, as was allowed (exact=False)"
 

@@ -12,6 +12,7 @@ from fasterai.core.checks import check_fraction, from_catalogue, instead_of_clas
 from fasterai.core.contexts import NM, Context, PerTarget
 from fasterai.core.granularities import Granularity
 from fasterai.core.types import Target
+from fasterai.display import brief
 from fasterai.model.names import unwrap
 from fasterai.units import rules
 from fasterai.units.choice import Goal
@@ -39,7 +40,7 @@ def check_sources(model: Any, data: Any, loss: Any) -> None:
         TypeError: One of them is of the wrong type.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
+        raise TypeError(f"model must be a torch.nn.Module, got {brief(model)} ({type(model).__name__})")
     if isinstance(data, tuple | Tensor):
         raise TypeError(f"data must be a list or loader of batches, got a {type(data).__name__}; pass data=[(x, y)]")
     if isinstance(loss, type):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from fasterai.core.checks import check_count, warn
 from fasterai.core.loop import Fit, Participant
 from fasterai.core.saved import check_parts, finite_tensors
 from fasterai.core.types import Move
-from fasterai.display import Shown, Table, settings
+from fasterai.display import Shown, Table, brief, settings
 from fasterai.model.cuts import Cut, follow, sliced
 from fasterai.model.names import plain_name, unwrap
 from fasterai.sparse.sparsifier import Sparsifier
@@ -26,7 +26,8 @@ class LotteryTicket(Shown, Participant):
 
     All parameters and buffers, those of batch norms included, get the values back that they had at `rewind_epoch`. Then the
     masks are applied, and the optimizers' states are cleared. A copy of the model's state is held for it. Use it with schedules
-    that change the masks few times (`iterative`, `one_shot`), and put it after the sparsifier in a loop.
+    that change the masks few times (`iterative`, `one_shot`), and put it after the sparsifier in a loop, without which it is
+    refused: `attach(optimizer, sparsifier, LotteryTicket(sparsifier), ...)`.
 
     Args:
         sparsifier: The sparsifier whose masks are followed.
@@ -38,6 +39,7 @@ class LotteryTicket(Shown, Participant):
 
     Raises:
         ValueError: `rewind_epoch` is negative.
+        TypeError: `sparsifier` is no `Sparsifier`, or `save_tickets` no folder.
     """
 
     def __init__(
@@ -49,6 +51,12 @@ class LotteryTicket(Shown, Participant):
         reset_end: bool = False,
         save_tickets: str | Path | None = None,
     ) -> None:
+        if not isinstance(sparsifier, Sparsifier):
+            raise TypeError(f"sparsifier must be a Sparsifier, got {brief(sparsifier)} ({type(sparsifier).__name__})")
+        if not isinstance(save_tickets, str | Path | None):
+            raise TypeError(
+                f"save_tickets must be a folder, got {save_tickets!r}; pass save_tickets='tickets', say, or leave it out"
+            )
         self.sparsifier = sparsifier
         self.rewind = rewind
         self.rewind_epoch = check_count("rewind_epoch", rewind_epoch, 0)
@@ -66,6 +74,11 @@ class LotteryTicket(Shown, Participant):
     def _parts(self) -> Iterator[Table | str]:
         names = ("rewind", "rewind_epoch", "reset_end", "save_tickets")
         yield settings({name: getattr(self, name) for name in names} | {"sparsifier": repr(self.sparsifier)})
+
+    def relies_on(self) -> Iterable[Participant]:
+        """Return the sparsifier, whose moves are followed; a return at the end alone needs no more than its masks."""
+        only_end = self.reset_end and self.sparsifier.sparsity.overall > 0
+        return () if only_end else (self.sparsifier,)
 
     def on_fit_start(self, fit: Fit) -> None:
         """Note the weights, if `rewind_epoch` is 0; later epochs are noted when they begin.

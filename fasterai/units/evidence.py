@@ -46,12 +46,19 @@ class Source:
         batch: The present batch of the training, else None.
         loss: The loss function `(output, *targets) -> scalar`, else None.
         inputs: Example inputs of the model, else None.
+
+    Raises:
+        TypeError: `loss` is no function.
     """
 
     data: Iterable[Any] | None = None
     batch: Batch | None = None
     loss: Callable[..., Tensor] | None = None
     inputs: tuple[Any, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss is not None and not callable(self.loss):
+            raise TypeError(f"loss must be a function (output, *targets), got {self.loss!r}; loss=F.cross_entropy, say")
 
     def batches(self, what: str) -> list[Batch]:
         """Return the batches that evidence is computed from: the user's, else the present one of the training.

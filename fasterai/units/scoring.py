@@ -19,6 +19,7 @@ from fasterai.model.cuts import Cut, sliced
 from fasterai.units.evidence import GATHERERS, Source
 from fasterai.units.own_evidence import gather
 from fasterai.units.pool import Pool, WeightScores
+from fasterai.units.trial import try_criteria
 
 __all__ = ["Scorer"]
 
@@ -35,6 +36,10 @@ class Scorer:
         granularity: The granularity that makes units of weights.
         source: The data, loss and inputs that evidence is computed from.
         others: Further criteria that it can score by.
+
+    Raises:
+        TypeError: A trial of a criterion of the weight alone returns no tensor (`try_criteria`).
+        ValueError: It returns scores of another shape, or NaN.
     """
 
     others: tuple[Criterion, ...] = ()  # pickles of earlier versions have none
@@ -53,6 +58,7 @@ class Scorer:
         self.source = self._given = source
         self._initial = self._copies("initial", targets)
         self._previous = self._copies("previous", targets)
+        try_criteria((criterion, *self.others), targets)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -552,3 +552,10 @@ def test_a_compiled_step_is_followed_like_any_other(compiled):
     plain = run(lambda model, optimizer: lambda batch: step(model, optimizer, batch))[2]
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+
+
+def test_a_model_among_the_participants_is_named_in_a_line():
+    model = small()
+    with pytest.raises(TypeError, match=r"such as a Sparsifier, got .*Sequential") as found:
+        attach(torch.optim.SGD(model.parameters(), lr=0.1), model, total_steps=1)
+    assert "\n" not in str(found.value)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zlib
 from dataclasses import FrozenInstanceError
 from functools import partial
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -246,6 +248,42 @@ def test_a_function_of_evidence_says_what_it_needs():
     criterion = Criterion(lambda e: e.weight * e.gradient, needs=["gradient"])
     assert criterion.needs == {"gradient"}
     assert criterion(evidence(["gradient"])).flatten().tolist() == [1.0, -2.0, -0.5, -3.0]
+
+
+def test_one_need_is_given_without_a_set():
+    def gatherer(model, targets, source):
+        return {}
+
+    assert Criterion(squeezed, needs="gradient").needs == {"gradient"}
+    assert Criterion(squeezed, needs=gatherer).needs == {gatherer}
+
+
+@pytest.mark.parametrize(
+    ("function", "needs"),
+    [
+        (lambda e: (e.weight * e.gradient).abs(), "{'gradient'}"),
+        (lambda e: e.gradient.abs(), "{'gradient'}"),
+        (lambda e: torch.maximum(e.weight * e.initial, e.previous), "{'initial', 'previous'}"),
+    ],
+)
+def test_evidence_that_is_read_and_not_asked_for_is_named(function, needs):
+    with pytest.raises(TypeError, match=rf"got <lambda>, for which evidence\.\w+ is None; .*needs={needs}\)"):
+        Criterion(function)(evidence([]))
+
+
+def test_an_error_of_the_function_itself_stays_its_own():
+    def failing(e):
+        return e.weight + "x" if e.gradient is None else e.weight
+
+    with pytest.raises(TypeError, match="unsupported operand") as found:
+        Criterion(failing)(evidence([]))
+    assert found.value.__notes__ == ["raised by the criterion failing, for layer.weight"]
+
+
+def test_the_page_lists_the_needs_that_the_error_lists():
+    page = (Path(__file__).parents[2] / "docs/criteria.md").read_text()
+    sentence = page.partition("The names of the needs: ")[2].partition(". Besides these")[0]
+    assert sorted(re.findall(r"`(\w+)`", sentence)) == sorted(EVIDENCE)
 
 
 @pytest.mark.parametrize(

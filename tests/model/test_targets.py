@@ -656,3 +656,11 @@ def test_adapters_that_are_named_are_targets():
 def test_adapters_beside_weights_that_train_are_layers_like_others():
     model = nn.Sequential(LoRA(frozen=False), nn.Linear(6, 3).requires_grad_(False))
     assert names(model) == ["0.base_layer.weight", "0.lora_A.default.weight", "0.lora_B.default.weight", "1.weight"]
+
+
+def test_a_weight_that_is_worked_out_anew_is_named_as_the_reason_why_it_is_not_found():
+    model = nn.Sequential(nn.Linear(4, 4), prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5))
+    with pytest.raises(ValueError, match=r"got '1.weight'; 1 works its weight out anew .* by L1Unstructured: remove"):
+        find(model, targets="1.weight")
+    with pytest.raises(ValueError, match=r"got '0.wieght'; did you mean '0.weight'"):
+        find(model, targets="0.wieght")

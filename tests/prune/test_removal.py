@@ -735,3 +735,14 @@ def test_rows_zeroed_by_hand_in_front_of_a_fresh_norm_are_silent() -> None:
     assert silent(silence(BehindNorm(nn.InstanceNorm2d(4, affine=True)), "a.weight", "a.bias", "norm.bias")) == [1, 3]
     # a group norm takes zeros together with other channels, and does not leave them zero
     assert silent(silence(BehindNorm(nn.GroupNorm(2, 4)), "a.weight", "a.bias", "norm.bias")) == []
+
+
+def test_outputs_that_are_all_zero_are_said_to_compare_nothing():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].weight[:4], model[0].bias[:4] = 0, 0
+        for parameter in model[2].parameters():
+            parameter.zero_()  # as the head of a torchvision ViT
+    report = str(remove(model, torch.randn(2, 4), measure=False))
+    assert "outputs are all zero, before and after: there was nothing to compare" in report
+    assert "moved by" not in report

@@ -90,6 +90,55 @@ def test_everything_goes_back_to_the_start_when_the_masks_move():
     assert not torch.equal(seen[5]["raw"], start["raw"]), "and training goes on"
 
 
+def test_a_ticket_without_its_sparsifier_is_refused_as_it_would_prune_nothing():
+    model = net()
+    sparsifier = sparsifier_of(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for others in ([], [sparsifier_of(model)]):  # another sparsifier is not the one
+        with pytest.raises(ValueError, match=r"attach\(optimizer, sparsifier, LotteryTicket\(sparsifier\), ...\)"):
+            attach(optimizer, *others, LotteryTicket(sparsifier), total_steps=4)
+    assert not optimizer._optimizer_step_pre_hooks
+    with pytest.raises(ValueError, match="LotteryTicket follows"):  # as every framework's callback begins a run
+        Loop([LotteryTicket(sparsifier)]).start(Fit(4, model, optimizer))
+
+
+def test_a_ticket_may_follow_a_sparsifier_of_another_callback():
+    model = net()
+    sparsifier = sparsifier_of(model)
+    pruning, rewinding = Loop([sparsifier]), Loop([LotteryTicket(sparsifier)])
+    pruning.start(Fit(4, model))
+    rewinding.start(Fit(4, model))
+    pruning.end(True)
+    rewinding.end(True)
+    with pytest.raises(ValueError, match="LotteryTicket follows"):  # the other run is over
+        rewinding.start(Fit(4, model))
+
+
+def test_a_ticket_that_only_goes_back_at_the_end_needs_masks_and_no_moves():
+    model = net()
+    sparsifier = sparsifier_of(model)
+    start = state_of(model)
+    sparsifier.sparsify_model(0.5)
+    model.load_state_dict(start)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with attach(optimizer, sparsifier.hold(), LotteryTicket(sparsifier, reset_end=True), total_steps=2):
+        for _ in range(2):
+            F.cross_entropy(model(X), Y).backward()
+            optimizer.step()
+    assert equal(state_of(model), masked(start, sparsifier))
+
+
+@pytest.mark.parametrize("value", [True, 3])
+def test_a_folder_that_is_none_is_refused_by_name(value):
+    with pytest.raises(TypeError, match=f"save_tickets must be a folder, got {value}; pass save_tickets='tickets'"):
+        LotteryTicket(sparsifier_of(net()), save_tickets=value)
+
+
+def test_a_model_in_place_of_the_sparsifier_is_refused_in_a_line():
+    with pytest.raises(TypeError, match=r"^sparsifier must be a Sparsifier, got Net \(Net\)$"):
+        LotteryTicket(net())
+
+
 def test_nothing_goes_back_before_the_masks_move():
     model = net()
     sparsifier = sparsifier_of(model)

@@ -10,7 +10,7 @@ from torch import nn
 from fasterai.callbacks.plain import attach
 from fasterai.core import contexts
 from fasterai.core.contexts import NM, PerTarget
-from fasterai.core.criteria import Criterion, Random, large_final
+from fasterai.core.criteria import Criterion, Random, WeightFunction, large_final
 from fasterai.core.granularities import Keep, layer, weight
 from fasterai.core.schedules import OneShot
 from fasterai.core.selection import TensorScores
@@ -292,7 +292,7 @@ def test_a_weight_that_is_not_finite_is_blamed_itself():
 
 def test_a_criterion_that_grows_units_is_named_too():
     layer = nn.Linear(8, 4)
-    rule = DropAndGrow(every=1, grow=nan_scores)
+    rule = DropAndGrow(every=1, grow=Criterion(WeightFunction(nan_scores), needs="initial"))  # not tried at once
     sparsifier = Sparsifier(layer, "weight", "local", large_final, sparsity=0.5, schedule=OneShot(0), rule=rule)
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
     with attach(optimizer, sparsifier, total_steps=5):

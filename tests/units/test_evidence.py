@@ -9,7 +9,10 @@ from fasterai.core.loop import Batch
 from fasterai.core.types import EVIDENCE
 from fasterai.model.inputs import as_batch
 from fasterai.model.targets import find_targets
+from fasterai.prune.pruner import Pruner
+from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.units.evidence import GATHERERS, NotYetError, Source
+from tests.networks import perceptron
 
 X = torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(6) % 3
@@ -427,3 +430,11 @@ def test_synaptic_flow_counts_both_uses_of_a_shared_weight():
     found = gather("synaptic_flow", model, Source(inputs=(torch.zeros(2, 4),)), "stem.weight")
     # R = sum_i sum_j W_ij sum_k W_jk; dR/dW_ij = sum_k W_jk (as the last) + sum_k W_ki (as the first) = 4 + 4
     assert found["stem.weight"].tolist() == [[8.0] * 4] * 4
+
+
+def test_a_loss_that_is_no_function_is_refused_by_name():
+    message = r"loss must be a function \(output, \*targets\), got 'ce'; loss=F.cross_entropy, say"
+    with pytest.raises(TypeError, match=message):
+        Sparsifier(perceptron(6, 10, 4), "weight", "local", "taylor", loss="ce")
+    with pytest.raises(TypeError, match=message):
+        Pruner(perceptron(6, 10, 4), 0.5, "local", "taylor", example_inputs=torch.randn(2, 6), loss="ce")

@@ -11,7 +11,7 @@ from torch import nn
 
 from fasterai.callbacks.plain import attach
 from fasterai.core.criteria import Criterion, large_final
-from fasterai.core.granularities import Block, Coupled, Keep, weight
+from fasterai.core.granularities import Block, Coupled, Keep, layer, weight
 from fasterai.core.schedules import OneShot
 from fasterai.graph.channels import channel_graph
 from fasterai.model.targets import all_targets
@@ -279,7 +279,7 @@ def test_weights_of_units_by_granularity():
 
     assert vectors(Keep("out")) == [[1, 2, 3], [4, 5, 6]]
     assert vectors(Keep("in")) == [[1, 4], [2, 5], [3, 6]]
-    assert vectors(Keep()) == [[1, 2, 3, 4, 5, 6]]
+    assert vectors(layer) == [[1, 2, 3, 4, 5, 6]]
     assert vectors(weight) == [[1], [2], [3], [4], [5], [6]]
     assert vectors(Block(1, 2)) == [[1, 2], [3, 0], [4, 5], [6, 0]], "smaller ones at the edge are filled up"
     assert vectors(Block(2, 2)) == [[1, 2, 4, 5], [3, 6, 0, 0]]
