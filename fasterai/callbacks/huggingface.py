@@ -1,4 +1,7 @@
-"""Hugging Face's `Trainer`: participants in its training, their figures in its logs, their states in its checkpoints."""
+"""Hugging Face's `Trainer`: participants in its training, their figures in its logs, their states in its checkpoints.
+
+Over 300 lines, since one class answers to every event of the trainer, and keeps its file beside the checkpoints.
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ Callbacks know no method and methods know no framework, so the two add up instea
 
 `after_move` and `after_cut` come in between, whenever masks move or parameters get smaller; `metrics` whenever the loop shows
 figures. To add a kind of method: a `Participant`. To add a framework: a file in `fasterai/callbacks/`.
+
+Over 300 lines, since the order of the events, at the beginning, in the steps and at the end, is to be read in one place.
 """
 
 from __future__ import annotations

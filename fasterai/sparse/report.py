@@ -133,7 +133,7 @@ class SparsityReport(Shown):
                 f"{whole.disobeying:,} of {whole.masked:,} masked weights are not zero: others were loaded, or they trained "
                 "without the masks being held; the sparsity above is that of the masks, not of the model."
             )
-        start = "A" if whole.disobeying else "Masked weights are zero; a"
+        start = "Masked weights are zero; a" if whole.masked and not whole.disobeying else "A"
         yield f"{start} mask alone makes a network neither smaller nor faster."
 
     @styled()
