@@ -26,9 +26,7 @@ from fasterai.core.saved import check_loop_state
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ImportError as error:
-    raise ImportError(
-        "fasterai.callbacks.huggingface needs transformers: pip install '.[huggingface]' in a checkout"
-    ) from error
+    raise ImportError("fasterai.callbacks.huggingface needs transformers: pip install '.[huggingface]'") from error
 
 from fasterai.callbacks.huggingface_trainer import batches_of_step, checkpoint_folder, is_training, returned_loss, unscale
 
