@@ -6,6 +6,8 @@ neither to the next one.
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,3 +25,17 @@ def _no_process_group_is_left() -> Iterator[None]:
         os.environ.pop(name, None)
         if name in before:
             os.environ[name] = before[name]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def notebook_runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Path, Future[None]]]:
+    """Run the notebooks of the tests that were chosen, one after the other in processes of their own, while other tests run."""
+    tests = [item for item in request.session.items if item.name.startswith("test_notebook_runs[")]
+    pool = ThreadPoolExecutor(1)
+    try:
+        paths = [test.callspec.params["path"] for test in tests]
+        yield {path: pool.submit(tests[0].module.check, path, tmp_path_factory.mktemp(path.stem)) for path in paths}
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import nbformat
@@ -65,21 +64,9 @@ def check(path: Path, folder: Path) -> None:
     run(notebook, folder)
 
 
-@pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, Future[None]]]:
-    """Run the notebooks of the tests that were chosen, two at a time: each has a process of its own."""
-    tests = [item for item in request.session.items if item.name.startswith("test_notebook_runs[")]
-    pool = ThreadPoolExecutor(2)
-    try:
-        paths = [test.callspec.params["path"] for test in tests]
-        yield {path: pool.submit(check, path, tmp_path_factory.mktemp(path.stem)) for path in paths}
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 @by_notebook
-def test_notebook_runs(path: Path, runs: dict[Path, Future[None]]) -> None:
-    runs[path].result()
+def test_notebook_runs(path: Path, notebook_runs: dict[Path, Future[None]]) -> None:
+    notebook_runs[path].result()
 
 
 @by_notebook

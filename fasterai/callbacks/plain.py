@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -148,7 +149,7 @@ class Handle:
     def __del__(self) -> None:
         loop = self.__dict__.get("loop")
         if loop is not None and loop.running:
-            loop.tell_if_open(DROPPED)
+            loop.tell_if_open(DROPPED, lambda: _in_a_thread(loop.shortfall))
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
@@ -284,3 +285,15 @@ def _end_earlier_runs(optimizer: torch.optim.Optimizer, participants: Sequence[P
     for other in list(_handles):
         if other.loop.running and any(p is q for p in other.loop.participants for q in participants):
             other._end(False, REPLACED)
+
+
+def _in_a_thread(function: Callable[[], str]) -> str:
+    """Call a function in a thread of its own.
+
+    Garbage may be collected in the midst of an export, which would take the tensor operations of this thread for the model's.
+    """
+    found = [""]
+    thread = threading.Thread(target=lambda: found.__setitem__(0, function()))
+    thread.start()
+    thread.join()
+    return found[0]

@@ -16,7 +16,7 @@ Over 300 lines, since the order of the events, at the beginning, in the steps an
 from __future__ import annotations
 
 import atexit
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 from weakref import WeakSet
@@ -207,7 +207,7 @@ class Loop:
                 for participant in reversed(self.participants):  # a stack ends the last first
                     ends.callback(tell, participant, "on_fit_end", completed)
         if is_short and why and step:  # a run that fails before its first step has said all
-            self._warn_of(step, total_steps, why)
+            _warn_of(step, total_steps, self.shortfall(), why)
 
     def look_back(self) -> None:
         """Let the participants look at the model once more, when the framework has done all that it does after a run."""
@@ -218,16 +218,16 @@ class Loop:
         """Return in words what the participants have reached of what was asked for; empty if nothing lacks."""
         return ", ".join(words for participant in self.participants if (words := participant.shortfall()))
 
-    def _warn_of(self, step: int, total_steps: int, why: str) -> None:
-        lacking = self.shortfall()
-        if lacking:
-            warn(f"the run ends at step {step} of {total_steps}, with {lacking}: {why}")
+    def tell_if_open(self, why: str, lacking: Callable[[], str] | None = None) -> None:
+        """Warn of a run that nobody has ended, if it lacks something; once.
 
-    def tell_if_open(self, why: str) -> None:
-        """Warn of a run that nobody has ended, if it lacks something; once."""
+        Args:
+            why: The likely reason, and the repair.
+            lacking: Finds the shortfall, if that is not to happen here.
+        """
         if self.running and not self._is_told:
             self._is_told = True
-            self._warn_of(self.step, self.total_steps, why)
+            _warn_of(self.step, self.total_steps, (lacking or self.shortfall)(), why)
 
     def _leave(self) -> None:
         joined, self._joined = self._joined, None
@@ -291,6 +291,11 @@ class Loop:
             fate = "it is left out" if name in states else "it begins afresh"
             warn(f"state and loop differ in the participant {name}: {fate}")
         return [(named[name], own) for name, own in states.items() if name in named]
+
+
+def _warn_of(step: int, total_steps: int, lacking: str, why: str) -> None:
+    if lacking:
+        warn(f"the run ends at step {step} of {total_steps}, with {lacking}: {why}")
 
 
 @atexit.register

@@ -112,6 +112,24 @@ def test_a_handle_that_is_gone_with_its_optimizer_is_said():
         trains(), gc.collect()
 
 
+def test_a_handle_that_is_collected_during_an_export_is_said_and_leaves_no_operation_in_it():
+    model, optimizer, sparsifier = make()
+    attach(optimizer, sparsifier, total_steps=10)
+    step(model, optimizer, 5)
+    dropped = [(model, optimizer, sparsifier)]
+
+    class Collects(torch.nn.Module):
+        def forward(self, x):
+            dropped.clear()
+            gc.collect()
+            return x + 1
+
+    del model, optimizer, sparsifier
+    with pytest.warns(UserWarning, match=r"ends at step 5 of 10, with sparsity 0\.3500 of 0\.7000: its handle is gone"):
+        program = torch.export.export(Collects(), (torch.ones(2),), strict=False)
+    assert [node.target for node in program.graph.nodes if node.op == "call_function"] == [torch.ops.aten.add.Tensor]
+
+
 def test_a_handle_that_is_gone_after_its_last_step_says_nothing():
     model, optimizer, sparsifier = make()
     attach(optimizer, sparsifier, total_steps=5)
