@@ -314,7 +314,7 @@ def test_what_may_not_be_read_is_one_line(make_images: MakeImages) -> None:
     try:
         for path in denied:
             path.chmod(0)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     finally:
         for path in denied:
             path.chmod(0o755)
