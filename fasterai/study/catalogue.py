@@ -9,9 +9,7 @@ from fasterai.study.description import Study
 
 __all__ = ["STUDIES", "find_study"]
 
-STUDIES = (
-    "schedules",
-)
+STUDIES = ("schedules",)
 
 
 def find_study(name: str) -> Study:

@@ -92,11 +92,11 @@ def _runs(study: Study, size: str, seeds: Sequence[int] | None, only: Mapping[st
     chosen = tuple(dict.fromkeys(check_count("seeds", seed, 0) for seed in chosen))
     if not chosen:
         raise ValueError(f"seeds must be one at least, got {seeds!r}")
-    settings = study.settings(size)
+    whole = settings = study.settings(size)
     for axis, value in (only or {}).items():
-        known = list(dict.fromkeys(one[axis] for one in settings if axis in one))
+        known = list(dict.fromkeys(one[axis] for one in whole if axis in one))
         if not known:
-            axes = ", ".join(dict.fromkeys(axis for one in settings for axis in one))
+            axes = ", ".join(dict.fromkeys(axis for one in whole for axis in one))
             raise ValueError(f"only must name an axis of the study, {axes}, got {axis!r}")
         values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
         for one in values:

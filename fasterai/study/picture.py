@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
+#: Characters of a title, beyond which it is the study's name.
+LONGEST = 64
+
 
 @styled()
 def draw(result: Result, *, shown: bool = True) -> Axes:
@@ -38,7 +41,7 @@ def draw(result: Result, *, shown: bool = True) -> Axes:
         axes.yaxis.set_major_formatter(as_percent)
     if lines:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.2)
-    dress(axes, f"{study.name}: {study.about}", grid="y", below=result.conditions())
+    dress(axes, study.about if len(study.about) < LONGEST else study.name, grid="y", below=result.conditions())
     return axes
 
 

@@ -39,7 +39,7 @@ GRID = [
 ]
 STUDY = Study(
     name="schedules",
-    about="one_cycle beside one_shot, iterative and agp from 80 to 97 % of the weights",
+    about="Schedules from 80 to 97 % of the weights",
     trial=trial,
     grids={"small": GRID, "full": GRID},
     seeds={"full": range(5)},
