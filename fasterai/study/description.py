@@ -188,7 +188,9 @@ def _check_grid(grid: Grid) -> None:
             raise ValueError(f"grids must give each axis (none called seed) a list of values, got {axis!r}: {values!r}")
         for value in values:
             if not (value is None or isinstance(value, str | bool | int | float)):
-                raise TypeError(f"grids must hold text, numbers, booleans and None, got {value!r} for {axis!r}; name it in text")
+                raise TypeError(
+                    f"grids must hold text, numbers, booleans and None, got {value!r} for {axis!r}; name it in text"
+                )
 
 
 def _product(grid: Grid) -> Iterator[dict[str, Any]]:

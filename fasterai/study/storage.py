@@ -126,7 +126,9 @@ class Book:
             found = self.storage.get_study_user_attrs(number)["record"]
         if other := [part for part in record if found.get(part) != record[part]]:
             told = "; ".join(f"{part} {_differs(found.get(part), record[part])}" for part in other)
-            raise ValueError(f"storage must hold runs of the same study, got {name!r} with other settings: {told}; use another one")
+            raise ValueError(
+                f"storage must hold runs of the same study, got {name!r} with other settings: {told}; use another one"
+            )
         return number
 
     def stand(self) -> Ended:
@@ -161,7 +163,9 @@ class Book:
         )
         own = self.storage.create_new_trial(self.id, template_trial=trial)
         states = (optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.COMPLETE)
-        rivals = [t for t in self.storage.get_all_trials(self.id, deepcopy=False, states=states) if t.user_attrs.get("run") == run.key]
+        rivals = [
+            t for t in self.storage.get_all_trials(self.id, deepcopy=False, states=states) if t.user_attrs.get("run") == run.key
+        ]
         if min(rivals, key=lambda t: t.number)._trial_id == own:
             return own
         self._end(own, "taken", "another process was first")
