@@ -9,7 +9,10 @@ from fasterai.study.description import Study
 
 __all__ = ["STUDIES", "find_study"]
 
-STUDIES = ("schedules",)
+STUDIES = (
+    "schedules",
+    "variety",
+)
 
 
 def find_study(name: str) -> Study:
