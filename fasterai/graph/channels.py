@@ -59,6 +59,10 @@ class Group(Shown):
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or first_maker(self.places, frozenset()))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy or pickle; those of earlier versions know of no inputs."""
+        vars(self).update({"inputs": {}, **state})
+
     @property
     def channels(self) -> int:
         """Number of channels of the group."""
@@ -101,6 +105,10 @@ class ChannelGraph(Shown):
     shared: frozenset[str] = frozenset()
     inputs: Mapping[Place, str] = field(default_factory=dict)
     input_sizes: Mapping[Place, int] = field(default_factory=dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy or pickle; those of earlier versions know of no inputs."""
+        vars(self).update({"inputs": {}, "input_sizes": {}, **state})
 
     def _line(self) -> str:
         channels = counted(sum(group.channels for group in self.groups), "channel")

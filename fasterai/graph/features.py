@@ -91,9 +91,8 @@ def _by_argument(dims: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, Any]:
     able = [name for name, x in tensors.items() if x.dim() > 1]
     if len(able) != 1:
         first = able[0] if able else "x"
-        raise ValueError(
-            f"features must say which input is meant, got {dims!r}; {_listed(tensors)}: pass features={{{first!r}: 1}}"
-        )
+        repair = f"pass features={{{first!r}: 1}}"
+        raise ValueError(f"features must say which input is meant, got {dims!r}; {_listed(tensors)}: {repair}")
     return {able[0]: dims}
 
 
@@ -193,5 +192,6 @@ def check_may_go(features: FeaturesLike, model: nn.Module, inputs: tuple[Any, ..
         why = stay.get((asked.argument, asked.dim))
         if why is not None:
             raise ValueError(
-                f"features must be dimensions whose indices may go, got {asked.dim} of {asked.argument}, which stays whole: {why}"
+                f"features must be dimensions whose indices may go, got {asked.dim} of {asked.argument}, "
+                f"which stays whole: {why}"
             )
