@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fasterai.model.names import own_tensors
+from fasterai.prune.selector_files import SELECTORS
 from fasterai.prune.surgery.modules import HEADS, STREAMS, WIDTHS, new_sizes
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention
 
@@ -52,6 +53,7 @@ class Header:
 def stamp(metadata: Mapping[str, str], shapes: Shapes) -> str:
     """Return a sum of a file's header, by which one that was changed later is told."""
     content = [[metadata.get(part) for part in PARTS], sorted((name, list(shape)) for name, shape in shapes.items())]
+    content += [[metadata[SELECTORS]]] if SELECTORS in metadata else []
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
