@@ -20,6 +20,7 @@ from fasterai.prune.gradual import GradualPruner
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import Removal as Removal
 from fasterai.prune.removal import remove
+from fasterai.prune.selector import InputSelector
 from fasterai.prune.small_files import load_small, save_small
 from fasterai.prune.surgery.operate import apply_plan_
 from fasterai.prune.surgery.plan import Plan as Plan
@@ -40,6 +41,7 @@ __all__ = [
     "Budget",
     "GradualPruner",
     "HoldCallback",
+    "InputSelector",
     "ParticipantCallback",
     "PruneCallback",
     "Pruner",
