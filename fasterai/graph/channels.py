@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_map
 
 from fasterai.display import Shown, Table, counted
 from fasterai.graph.exported import Exported, exported
+from fasterai.graph.features import Asked, FeaturesLike, kept_inputs, read_features
+from fasterai.graph.inputs import input_tensors
 from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim
 from fasterai.graph.reasons import summed_reasons
 from fasterai.graph.rules import RULES, Trace, Value, unknown
@@ -45,11 +47,14 @@ class Group(Shown):
 
     Attributes:
         places: Parameter or buffer name and dimension -> the indices there, `(channels, indices per channel)`.
-        name: The first weight that makes them; a number behind it tells groups of one weight apart.
+        name: The first weight that makes them, or the input and its dimension, as `x.1`; a number behind it tells groups of
+            one weight apart.
+        inputs: Input and dimension -> the indices there, in the same way, where the channels are features of an input.
     """
 
     places: Mapping[Place, Array]
     name: str = ""
+    inputs: Mapping[Place, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or first_maker(self.places, frozenset()))
@@ -66,6 +71,7 @@ class Group(Shown):
     def _parts(self) -> Iterator[Table | str]:
         yield f"{self.name}: {counted(self.channels, 'channel')}"
         body = [(name, str(dim), str(indices.size // len(indices))) for (name, dim), indices in self.places.items()]
+        body += [(f"input {name}", str(dim), str(indices.size // len(indices))) for (name, dim), indices in self.inputs.items()]
         yield Table(("tensor", "dimension", "indices per channel"), body)
 
 
@@ -82,6 +88,8 @@ class ChannelGraph(Shown):
         rescaled: Names of weights of norms that average over what may go: the more of it goes, the more they have to grow.
         norms: Those that alone read the output of a layer.
         shared: Names of parameters that several operations use: one may make channels that another reads.
+        inputs: Input and dimension -> why it stays, where all of it does; inputs are named by their arguments.
+        input_sizes: Input and dimension -> its size, where it may lose indices.
     """
 
     groups: tuple[Group, ...]
@@ -91,6 +99,8 @@ class ChannelGraph(Shown):
     rescaled: frozenset[str] = frozenset()
     norms: tuple[Norm, ...] = ()
     shared: frozenset[str] = frozenset()
+    inputs: Mapping[Place, str] = field(default_factory=dict)
+    input_sizes: Mapping[Place, int] = field(default_factory=dict)
 
     def _line(self) -> str:
         channels = counted(sum(group.channels for group in self.groups), "channel")
@@ -103,7 +113,9 @@ class ChannelGraph(Shown):
         yield from summed_reasons([why for why in self.pinned.values() if not why.endswith("kernel size")])
 
 
-def channel_graph(model: nn.Module, inputs: tuple[Any, ...], exact: bool = True) -> ChannelGraph:
+def channel_graph(
+    model: nn.Module, inputs: tuple[Any, ...], exact: bool = True, *, features: FeaturesLike = None
+) -> ChannelGraph:
     """Find the groups of coupled channels from the network's operations.
 
     The network is exported in eval mode (`torch.export`); the labels of every tensor's dimensions are followed through its
@@ -115,33 +127,38 @@ def channel_graph(model: nn.Module, inputs: tuple[Any, ...], exact: bool = True)
         model: The model, wrapped or not.
         inputs: Its positional arguments.
         exact: True if channels that a norm, or a mean, averages over must stay: without them the average moves.
+        features: The dimensions of inputs that may lose indices, by argument, as `{"x": 1}`; by default all inputs stay whole.
 
     Raises:
-        TypeError: The model is no module.
-        ValueError: It is lazy, does not run on the inputs, or cannot be exported; the message says where, and a repair.
+        TypeError: The model is no module, or `features` names no dimensions.
+        ValueError: It is lazy, does not run on the inputs, or cannot be exported; the message says where, and a repair. Or
+            `features` names an input or a dimension that there is not, or that several could be.
     """
     inner, inputs = unwrap(check_model(model)), positional(inputs)
+    asked = read_features(features, inner, inputs) if features is not None else ()
     programs = exported(inner, inputs)
     stay = recomputed(inner)
-    choices = _choose(programs, stay, exact)
-    trace, weights = _follow(programs, stay, choices, exact)
+    choices = _choose(programs, stay, exact, asked)
+    trace, weights = _follow(programs, stay, choices, exact, asked)
     graph = _graph(inner, trace, weights)
     norms = tuple(norms_behind(programs[0]))
-    return replace(graph, norms=norms, shared=frozenset().union(*(p.shared() for p in programs)))
+    may_go = {place for group in graph.groups for place in group.inputs}
+    whole = kept_inputs(input_tensors(inner, inputs), may_go, graph.inputs)
+    return replace(graph, norms=norms, shared=frozenset().union(*(p.shared() for p in programs)), inputs=whole)
 
 
-def _choose(programs: Sequence[Exported], stay: Collection[str], exact: bool) -> dict[str, int]:
+def _choose(programs: Sequence[Exported], stay: Collection[str], exact: bool, asked: Sequence[Asked]) -> dict[str, int]:
     """Choose a way for each kind of operation that has several, so that as many weights as possible may be removed.
 
     Each kind is tried in each of its ways while the others stay as they are; the best of these is taken, until none is better.
     """
     choices: dict[str, int] = {}
-    trace, weights = _follow(programs, stay, choices, exact)
+    trace, weights = _follow(programs, stay, choices, exact, asked)
     best = _removable(trace, weights)
     while True:
         ways = [(kind, way) for kind, count in sorted(trace.options.items()) for way in range(count)]
         trials = [{**choices, kind: way} for kind, way in ways if way != choices.get(kind, 0)]
-        followed = [_follow(programs, stay, trial, exact) for trial in trials]
+        followed = [_follow(programs, stay, trial, exact, asked) for trial in trials]
         scores = [_removable(*one) for one in followed]
         if max(scores, default=best) <= best:
             return choices
@@ -173,7 +190,7 @@ def _components(trace: Trace, weights: Mapping[str, Value]) -> Components:
     """Work out the connected labels, and pin every component that is a whole dimension: nothing of it would be left."""
     components = trace.labels.components()
     pinned = dict(components.pinned)
-    for value in weights.values():
+    for value in (*weights.values(), *trace.inputs.values()):
         for labels in value.dims:
             if isinstance(labels, np.ndarray) and (components.of[labels] == components.of[labels[0]]).all():
                 pinned.setdefault(int(components.of[labels[0]]), "its channels can only be removed all together")
@@ -181,10 +198,10 @@ def _components(trace: Trace, weights: Mapping[str, Value]) -> Components:
 
 
 def _follow(
-    programs: Sequence[Exported], stay: Collection[str], choices: dict[str, int], exact: bool
+    programs: Sequence[Exported], stay: Collection[str], choices: dict[str, int], exact: bool, asked: Sequence[Asked] = ()
 ) -> tuple[Trace, dict[str, Value]]:
     """Run over the operations once, and return the labels and the values of the parameters and buffers."""
-    trace = Trace(choices, exact)
+    trace = Trace(choices, exact, {one.argument: one for one in asked})
     weights: dict[str, Value] = {}
     for program in programs:
         _follow_one(trace, program, weights)
@@ -197,13 +214,15 @@ def _follow(
 
 def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value]) -> None:
     names, parameters = program.names, program.program.graph_signature.inputs_to_parameters
+    given = program.inputs
     values: dict[Any, Any] = {}
     idle, unused = program.idle_and_unused()
     for node in program.program.graph.nodes:
         if node in idle:
             continue
         if node.op == "placeholder":
-            values[node] = _placeholder(trace, node, names.get(node.name), weights, node.name in parameters)
+            name, is_parameter = names.get(node.name), node.name in parameters
+            values[node] = _placeholder(trace, node, name, weights, is_parameter, given.get(node.name, ""))
         elif node.op == "output":
             for value in (v for a in node.args[0] if isinstance(v := values.get(a), Value)):
                 trace.labels.pin_all(value.dims, "it is an output of the network")
@@ -213,13 +232,15 @@ def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value]) -> N
             trace.labels.pin_all(value.dims, f"{node.name} is returned in training alone, or not at all")
 
 
-def _placeholder(trace: Trace, node: Any, name: str | None, weights: dict[str, Value], is_parameter: bool) -> Any:
+def _placeholder(
+    trace: Trace, node: Any, name: str | None, weights: dict[str, Value], is_parameter: bool, argument: str
+) -> Any:
     shown = node.meta.get("val")
     if not isinstance(shown, torch.Tensor):
         return shown
     shape = tuple(int(n) for n in shown.shape)
     if name is None:
-        return Value(shape, (FIXED,) * len(shape))
+        return trace.input(argument, shape)
     if name not in weights:
         dims: tuple[Dim, ...] = tuple(trace.labels.new(n) if n > 1 else FREE for n in shape)
         weights[name] = Value(shape, dims, tuple((name, d) for d in range(len(shape))), is_parameter)
@@ -310,22 +331,58 @@ def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value]) -> Chan
             for number, where, may_go in zip(numbers.tolist(), np.split(order, starts[1:]), free, strict=True):
                 if may_go:
                     touched.setdefault(number, []).append(((name, d), where))
-    kinds: dict[tuple[tuple[Place, int], ...], list[list[tuple[Place, Array]]]] = {}
-    for places in touched.values():
-        kinds.setdefault(tuple((place, where.size) for place, where in places), []).append(places)
-    groups = []
-    for members in kinds.values():
-        stacked = {place: np.stack([m[i][1] for m in members]) for i, (place, _) in enumerate(members[0])}
-        order = np.argsort(next(iter(stacked.values()))[:, 0], kind="stable")
-        groups.append(Group({place: indices[order] for place, indices in stacked.items()}))
-    readers = frozenset(trace.readers)
+    entering = _entering(trace, components)
+    groups, readers = _grouped(touched, entering), frozenset(trace.readers)
+    whole = {place: components.pinned.get(n, "no weight reads it") for n, slices in entering.items() for place, _ in slices}
     return ChannelGraph(
         tuple(_named(groups, readers)),
         pinned,
         readers,
         dict(_normed(model, trace, components, touched)),
         frozenset(trace.rescaled),
+        inputs=whole,
+        input_sizes={(name, d): v.shape[d] for name, v in trace.inputs.items() for d, x in enumerate(v.dims) if x is not FIXED},
     )
+
+
+Slices = list[tuple[Place, Array]]  # of one component: a place, and the indices there
+
+
+def _entering(trace: Trace, components: Components) -> dict[int, Slices]:
+    """Return for each component of an input's labels the dimensions of inputs, and the indices there."""
+    found: dict[int, Slices] = {}
+    for argument, value in trace.inputs.items():
+        for d, labels in enumerate(value.dims):
+            if isinstance(labels, np.ndarray):
+                of = components.of[labels]
+                for number in np.unique(of).tolist():
+                    found.setdefault(number, []).append(((argument, d), np.flatnonzero(of == number)))
+    return found
+
+
+def _grouped(touched: Mapping[int, Slices], entering: Mapping[int, Slices]) -> list[Group]:
+    """Make groups of the components that are slices of the same dimensions of the same weights and inputs."""
+    kinds: dict[tuple[Any, ...], list[tuple[Slices, Slices]]] = {}
+    for number, places in touched.items():
+        inputs = entering.get(number, [])
+        kind = tuple(tuple((place, where.size) for place, where in slices) for slices in (places, inputs))
+        kinds.setdefault(kind, []).append((places, inputs))
+    groups = []
+    for members in kinds.values():
+        places, inputs = (_stacked([member[i] for member in members]) for i in (0, 1))
+        order = np.argsort(next(iter((inputs or places).values()))[:, 0], kind="stable")
+        groups.append(
+            Group(
+                {place: indices[order] for place, indices in places.items()},
+                ".".join(map(str, next(iter(inputs), ()))),
+                {place: indices[order] for place, indices in inputs.items()},
+            )
+        )
+    return groups
+
+
+def _stacked(members: Sequence[Slices]) -> dict[Place, Array]:
+    return {place: np.stack([m[i][1] for m in members]) for i, (place, _) in enumerate(members[0])}
 
 
 def _normed(
@@ -357,6 +414,6 @@ def _named(groups: Iterable[Group], readers: frozenset[Place]) -> Iterator[Group
     """Give each group a name of its own, such as `conv.weight` and `conv.weight #2`."""
     seen: Counter[str] = Counter()
     for group in groups:
-        name = first_maker(group.places, readers)
+        name = group.name if group.inputs else first_maker(group.places, readers)
         seen[name] += 1
         yield replace(group, name=name if seen[name] == 1 else f"{name} #{seen[name]}")

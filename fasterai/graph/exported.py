@@ -5,15 +5,17 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fasterai.core.checks import warn
+from fasterai.graph.inputs import input_names
 from fasterai.model.exporting import exporting
 from fasterai.model.names import plain_name
 from fasterai.model.running import at_rest, copies, in_mode, undisturbed, without_fast_path
@@ -29,10 +31,12 @@ class Exported:
     Attributes:
         program: Its operations.
         names: Placeholder -> name of its parameter or buffer, the first one of a tensor that stands under several.
+        inputs: Placeholder -> name of the input, by the argument of `forward`.
     """
 
     program: ExportedProgram
     names: Mapping[str, str]
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     def uses(self) -> Counter[str]:
         """Count the operations that read each parameter or buffer, by name."""
@@ -154,4 +158,7 @@ def _exported(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> Expo
         called[name] = first.setdefault(id(tensor), plain_name(name))
     signature = program.graph_signature
     found = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    return Exported(program, {node: called.get(name, plain_name(name)) for node, name in found.items()})
+    given = [spec.arg for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    names = input_names(model, inputs)
+    arguments = {arg.name: name for arg, name in zip(given, names, strict=True)} if len(given) == len(names) else {}
+    return Exported(program, {node: called.get(name, plain_name(name)) for node, name in found.items()}, arguments)

@@ -23,14 +23,17 @@ __all__ = [
     "announce_move",
     "check_trains",
     "follow",
+    "input_place",
     "kept_slices",
     "note_optimizer",
     "noted_optimizers",
     "sliced",
 ]
 
-#: Parameter or buffer name and dimension -> the indices that stay, where not all do.
+#: Parameter or buffer name and dimension -> the indices that stay, where not all do; of inputs by their `input_place`.
 Cut = Mapping[tuple[str, int], np.ndarray[Any, np.dtype[np.int64]]]
+
+INPUT = "input "  # what names of inputs begin with in a cut
 
 #: Number of dimensions -> the memory format of images.
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -50,6 +53,11 @@ def follow(model: nn.Module, follower: Any) -> None:
     """
     whole = unwrap(model) if "_modules" in vars(model) else model  # one that is being copied has nothing yet
     _followers.setdefault(whole, WeakSet()).add(follower)
+
+
+def input_place(argument: str, dim: int) -> tuple[str, int]:
+    """Return the place of an input's dimension in a cut."""
+    return INPUT + argument, dim
 
 
 def announce(model: nn.Module, cut: Cut, copies: Sequence[nn.Module] = ()) -> None:
@@ -86,10 +94,12 @@ def _parts(model: nn.Module, cut: Cut) -> list[tuple[Any, Cut]]:
     for (name, d), kept in cut.items():
         if name in own:
             dims.setdefault(id(own[name]), {})[d] = kept
+    inputs = {place: kept for place, kept in cut.items() if place[0].startswith(INPUT) and place[0] not in own}
     parts: list[tuple[Any, Cut]] = []
     for followed, followers in list(_followers.items()) if dims else ():
         held = ((name, dims.get(id(tensor), {})) for name, _, _, tensor in walk_tensors(unwrap(followed)))
         part = {(name, d): kept for name, found in held for d, kept in found.items()}
+        part |= inputs if part and unwrap(followed) is unwrap(model) else {}  # the inputs of its parts are others
         parts += [(follower, part) for follower in followers] if part else []
     return parts
 

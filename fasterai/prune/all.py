@@ -15,6 +15,9 @@ from fasterai.familiar import *
 from fasterai.graph.channels import ChannelGraph as ChannelGraph
 from fasterai.graph.channels import Group as Group
 from fasterai.graph.channels import channel_graph
+from fasterai.graph.features import Features
+from fasterai.graph.inputs import InputCut as InputCut
+from fasterai.graph.inputs import cut_inputs, input_cuts
 from fasterai.prune.choice.budget import Budget, fit_budget
 from fasterai.prune.gradual import GradualPruner
 from fasterai.prune.pruner import Pruner
@@ -39,6 +42,7 @@ else:
 
 __all__ = [
     "Budget",
+    "Features",
     "GradualPruner",
     "HoldCallback",
     "InputSelector",
@@ -50,7 +54,9 @@ __all__ = [
     "apply_plan_",
     "attach",
     "channel_graph",
+    "cut_inputs",
     "fit_budget",
+    "input_cuts",
     "load_small",
     "remove",
     "save_small",

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fasterai.graph.channels import ChannelGraph
+from fasterai.graph.inputs import InputCut, cut_inputs
 from fasterai.graph.labels import Array, Flags
 from fasterai.model.names import unwrap
 from fasterai.model.outputs import movement, tolerance
@@ -283,18 +284,19 @@ class _Trials:
 
     def _run(self, kept: Sequence[Flags], streams: bool) -> _Verdict:
         try:
-            surgery = Surgery(self._model, make_plan(self._model, self.graph, kept, streams=streams))
+            plan = make_plan(self._model, self.graph, kept, streams=streams)
+            surgery = Surgery(self._model, plan)
         except ValueError as error:
             return _Verdict(0.0, str(error), True)
         try:
-            return self._compare()
+            return self._compare(plan.inputs)
         finally:
             surgery.undo()
 
-    def _compare(self) -> _Verdict:
+    def _compare(self, cuts: Sequence[InputCut]) -> _Verdict:
         worst = 0.0
         for probe, wanted in self._probes:
-            found = _outputs(self._model, probe)
+            found = _outputs(self._model, cut_inputs(self._model, probe, cuts))
             if isinstance(found, Exception):
                 return _Verdict(0.0, f"the model fails without them: {said(found)}", True)
             if [x.shape for x in found] != [x.shape for x in wanted]:

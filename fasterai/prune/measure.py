@@ -17,6 +17,7 @@ from fasterai.analyze.latency_report import Latency, LatencyComparison, against_
 from fasterai.analyze.layer_times import layer_times
 from fasterai.analyze.timing import by_turns, passes_in, seconds_per_pass, spread_of
 from fasterai.display import Brief
+from fasterai.graph.inputs import InputCut, cut_inputs
 from fasterai.model.names import unwrap
 from fasterai.model.running import at_rest, copies, device_name
 from fasterai.model.supported import said
@@ -49,7 +50,9 @@ class Measurement(Brief):
     why_not: str = "measure=False was given"
 
 
-def measured(model: nn.Module, surgery: Surgery, inputs: tuple[Any, ...], description: str) -> Measurement:
+def measured(
+    model: nn.Module, surgery: Surgery, inputs: tuple[Any, ...], description: str, cuts: Sequence[InputCut] = ()
+) -> Measurement:
     """Count and time a model before and after a surgery.
 
     A forward pass of each is timed in turns, in changing order, at least five times each, until the ratio of the times has
@@ -61,24 +64,28 @@ def measured(model: nn.Module, surgery: Surgery, inputs: tuple[Any, ...], descri
         surgery: The surgery that made it small.
         inputs: Positional arguments.
         description: A description of the inputs.
+        cuts: What the small model takes of the inputs, where it takes less.
     """
     model = unwrap(model)
     try:
         with surgery.undone():
             dense = cost(model, inputs)
-        costs = {DENSE: dense, SMALL: cost(model, inputs)}
-        return Measurement(Comparison(costs, _timed(model, surgery, copies(inputs))), description, "")
+        less = cut_inputs(model, inputs, cuts)
+        costs = {DENSE: dense, SMALL: cost(model, less)}
+        given = {DENSE: copies(inputs), SMALL: copies(less)}
+        return Measurement(Comparison(costs, _timed(model, surgery, given)), description, "")
     except Exception as error:  # a removal that went well is not to fail for its figures
         return Measurement(None, description, said(error))
 
 
-def _timed(model: nn.Module, surgery: Surgery, inputs: tuple[Any, ...]) -> LatencyComparison:
+def _timed(model: nn.Module, surgery: Surgery, given: Mapping[str, tuple[Any, ...]]) -> LatencyComparison:
     """Time both states of a model in turns."""
     states: dict[str, Callable[[], AbstractContextManager[None]]] = {DENSE: surgery.undone, SMALL: nullcontext}
     passes: dict[str, list[dict[str, float]]] = {name: [] for name in states}
     counts: dict[str, int] = {}
 
     def turn(name: str) -> float:
+        inputs = given[name]
         with states[name](), at_rest(model):
             if name not in counts:
                 seconds_per_pass(model, inputs)
@@ -92,7 +99,7 @@ def _timed(model: nn.Module, surgery: Surgery, inputs: tuple[Any, ...]) -> Laten
 
     times = by_turns({name: partial(turn, name) for name in states}, _is_enough)
     ratios = against_first(times)
-    device, threads = device_name(model, inputs), torch.get_num_threads()
+    device, threads = device_name(model, given[DENSE]), torch.get_num_threads()
     return LatencyComparison(
         {name: Latency((timing_of(None, values, passes[name]),), device, threads, False) for name, values in times.items()},
         {name: (ratio,) for name, (ratio, _) in ratios.items()},

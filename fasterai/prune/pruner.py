@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from fasterai.core.loop import Batch
 from fasterai.core.schedules import Schedule, as_schedule, lin
 from fasterai.core.selection import Scores, TensorScores
 from fasterai.graph.channels import ChannelGraph, channel_graph
+from fasterai.graph.features import FeaturesLike, check_may_go
+from fasterai.graph.inputs import InputCut, cut_inputs
 from fasterai.graph.labels import Flags
-from fasterai.model.cuts import Cut, follow
+from fasterai.model.cuts import Cut, follow, input_place
 from fasterai.model.inputs import batch_of, positional
 from fasterai.model.names import unwrap
 from fasterai.model.supported import check_whole
@@ -65,6 +68,9 @@ class Pruner(NamesReplacements, ShownChannels):
         data: Batches `(x, y)` for criteria that need data.
         loss: The loss function for criteria that need gradients of `data`.
         exact: True to keep all channels that a norm averages over. If False they may be removed, which changes the outputs.
+        features: The dimensions of inputs that may lose indices as channels do, by argument, as `{"x": 1}`, or `Features` with
+            indices that stay all the same. Each is a group of its own, `x.1`. The small model takes the inputs cut alike: the
+            result's `inputs` says how.
 
     Attributes:
         original: Group's name -> number of its channels at first.
@@ -91,6 +97,7 @@ class Pruner(NamesReplacements, ShownChannels):
         data: Iterable[Any] | None = None,
         loss: Callable[..., Tensor] | None = None,
         exact: bool = True,
+        features: FeaturesLike = None,
     ) -> None:
         self.context = check_context(context, pruning_ratio)
         self.model = check_whole(model)
@@ -103,7 +110,9 @@ class Pruner(NamesReplacements, ShownChannels):
         self.exact = exact
         self.inputs = positional(example_inputs)
         self.ignored_layers = read_layers(model, ignored_layers or ())
-        self._graph = channel_graph(model, self.inputs, exact)
+        self._graph = channel_graph(model, self.inputs, exact, features=features)
+        check_may_go(features, model, self.inputs, self._graph.inputs)
+        self._first_inputs, self._cuts = self.inputs, dict[str, InputCut]()
         self._pools = free_pools(channel_pools(model, self._graph, Coupled(over_places)), self._graph, self.ignored_layers)
         self.original = {p.name: p.count for p in self._pools}
         self._goal = read_ratio(pruning_ratio, self.context, model, self._pools)
@@ -197,7 +206,8 @@ class Pruner(NamesReplacements, ShownChannels):
             return True
         equal: list[Scores] = [TensorScores(p.name, torch.zeros(p.shape)) for p in self._pools]
         budget, least = self.pruning_ratio, self._try(equal, 1.0)
-        return least_left(self.model, self._graph_now(), self.inputs, least, budget, self.dense) <= budget.share
+        graph, whole = self._graph_now(), self._first_inputs
+        return least_left(self.model, graph, self.inputs, least, budget, self.dense, dense_inputs=whole) <= budget.share
 
     def see(self, batch: Batch, loss: Callable[..., Tensor] | None = None) -> None:
         """Note the batch and loss of a training, for a criterion that needs data where the user gave none."""
@@ -224,6 +234,19 @@ class Pruner(NamesReplacements, ShownChannels):
         fresh = {t.name: t for t in all_targets(unwrap(self.model))}
         self._pools = tuple(p.cut(cut, fresh) for p in self._pools if p.is_left(fresh))
         self._graph = replace(self._graph, normed=cut_normed(self._graph.normed, cut))
+        self._cut_inputs(cut)
+
+    def _cut_inputs(self, cut: Cut) -> None:
+        """Take less of the example inputs, and of data, where the model does."""
+        sizes = dict(self._graph.input_sizes)
+        for (argument, d), size in self._graph.input_sizes.items():
+            kept = cut.get(input_place(argument, d))
+            if kept is not None:
+                one = InputCut(argument, d, tuple(kept.tolist()), size)
+                self.inputs = cut_inputs(self.model, self.inputs, [one])
+                self._cuts = self._cuts | {argument: self._cuts[argument].then(one) if argument in self._cuts else one}
+                sizes[argument, d] = len(kept)
+        self._graph = replace(self._graph, input_sizes=sizes)
 
     def _follow(self) -> None:
         follow(self.model, self)
@@ -250,7 +273,8 @@ class Pruner(NamesReplacements, ShownChannels):
             left = self.pruning_ratio.share + (1 - share) * (1 - self.pruning_ratio.share)
             shares: dict[str, Any] = {self.pruning_ratio.kind: left, "batch": self.pruning_ratio.batch}
             budget = Budget(**shares)
-            return fit_budget(self.model, graph, self.inputs, lambda s: self._try(scores, s), budget, self.dense)
+            attempt, whole = partial(self._try, scores), self._first_inputs
+            return fit_budget(self.model, graph, self.inputs, attempt, budget, self.dense, dense_inputs=whole)
         assert self._goal is not None
         return self._keep(scores, self._goal.at(share).left(self.original, {p.name: p.count for p in self._pools}))
 

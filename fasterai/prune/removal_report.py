@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fasterai.analyze.comparison import Comparison
 from fasterai.analyze.layers import LayerComparison
 from fasterai.display import Shown, Table, counted, of_batch, short, short_bytes, short_time
+from fasterai.graph.inputs import InputCut
 from fasterai.graph.reasons import summed_reasons
 from fasterai.prune.measure import DENSE, SMALL, Measurement
 from fasterai.prune.removal_picture import GroupBar, ShareBar, draw
@@ -41,6 +42,8 @@ class Removal(Shown):
         exact: True where the outputs had to stay the same.
         measurement: Size, MACs and time of the dense and the small model, or why there are none.
         is_blank: True if all outputs were zero, so that nothing could be compared.
+        inputs: Argument -> what the small model takes of that input, where it takes less than the dense one did at first;
+            what earlier removals have taken is counted in.
     """
 
     plan: Plan
@@ -54,6 +57,7 @@ class Removal(Shown):
     exact: bool = True
     measurement: Measurement = field(default_factory=Measurement)
     is_blank: bool = False
+    inputs: Mapping[str, InputCut] = field(default_factory=dict)
 
     @property
     def comparison(self) -> Comparison | None:
@@ -85,7 +89,7 @@ class Removal(Shown):
             "inputs": self.measurement.inputs,
             "measured": None if self.comparison is None else self.comparison.to_dict(),
             "not_measured": self.measurement.why_not,
-        }
+        } | ({"cut_inputs": [cut.to_dict() for cut in self.inputs.values()]} if self.inputs else {})
 
     def _line(self) -> str:
         before, after = self.parameters
@@ -96,6 +100,7 @@ class Removal(Shown):
         before, after = self.parameters
         if self.removed:
             yield self._lost()
+        yield from (f"takes less of its input {line}" for cut in self.inputs.values() for line in map(str, cut._parts()))
         stays = [f"{name}: {'' if name in self.removed else 'stays, '}{why}" for name, why in self.refused.items()]
         yield from _listed(stays, "groups have to keep silent channels")
         yield from summed_reasons([why for why in self.pinned.values() if not why.endswith("kernel size")])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.core.files import write_tensors
+from fasterai.graph.inputs import input_cuts, put_inputs
 from fasterai.model.names import unwrap
 from fasterai.model.supported import check_model, check_whole
 from fasterai.prune.selector import InputSelector
@@ -49,13 +50,15 @@ def save_small(
     if empty := [name for name, parameter in inner.named_parameters() if parameter.is_meta]:
         raise ValueError(f"model must hold its weights, got {empty[0]} on the meta device")
     tensors = _untied({n: t.detach().contiguous() for n, t in inner.state_dict().items()})
-    entries = {
+    entries: dict[str, Any] = {
         "sizes": {name: own for name, m in inner.named_modules() if (own := sizes_of(m))},
         "slim": _slim(inner),
         "traits": _traits(inner),
         "dense": dense_shapes(inner),
         **_selectors(selector),
     }
+    if cuts := input_cuts(inner):
+        entries["inputs"] = [cut.to_dict() for cut in cuts.values()]
     header = {"format": SMALL_FORMAT} | {key: json.dumps(value) for key, value in entries.items()}
     header["stamp"] = stamp(header, {name: tuple(x.shape) for name, x in tensors.items()})
     write_tensors(path, tensors, header)
@@ -106,6 +109,7 @@ def load_small(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             setattr(module, attribute, sizes[attribute])
     _put(inner, tensors)
     _note(inner, own | dict(header.dense))
+    put_inputs(inner, header.inputs)
     return model
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
+from fasterai.graph.inputs import InputCut
 from fasterai.model.names import own_tensors
 from fasterai.prune.selector_files import SELECTORS
 from fasterai.prune.surgery.modules import HEADS, STREAMS, WIDTHS, new_sizes
@@ -29,6 +30,7 @@ SIZES = (
     *("nf", "nx", "bias_shape", "kdim", "vdim"),
 )
 PARTS = ("sizes", "slim", "traits", "dense")
+LATER = ("inputs", SELECTORS)
 Size = int | tuple[int, ...]
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -42,18 +44,20 @@ class Header:
         slim: Names of `nn.MultiheadAttention`s that have lost heads -> heads.
         traits: Module -> its class, and its settings.
         dense: Tensor -> its shape before the first cut, where known.
+        inputs: Argument -> what the small model takes of that input, where it takes less.
     """
 
     sizes: Mapping[str, Mapping[str, Size]]
     slim: Mapping[str, int]
     traits: Mapping[str, tuple[str, Mapping[str, Any]]]
     dense: Shapes
+    inputs: Mapping[str, InputCut] = field(default_factory=dict)
 
 
 def stamp(metadata: Mapping[str, str], shapes: Shapes) -> str:
     """Return a sum of a file's header, by which one that was changed later is told."""
-    content = [[metadata.get(part) for part in PARTS], sorted((name, list(shape)) for name, shape in shapes.items())]
-    content += [[metadata[SELECTORS]]] if SELECTORS in metadata else []
+    parts = (*PARTS, *(part for part in LATER if part in metadata))  # files of before have none of these
+    content = [[metadata.get(part) for part in parts], sorted((name, list(shape)) for name, shape in shapes.items())]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -75,11 +79,18 @@ def read_header(path: str, metadata: Mapping[str, str], shapes: Shapes) -> Heade
         )
         _expect(_is_map(slim, lambda heads: _is_number(heads) and heads > 0), "numbers of heads")
         _expect(_is_map(traits, _is_trait), "classes with their settings")
+        cuts = [InputCut.from_dict(one) for one in _list(json.loads(metadata.get("inputs", "[]")))]
         _expect(_is_map(dense, lambda shape: isinstance(shape, list) and all(map(_is_number, shape))), "shapes")
-    except (ValueError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"path must be a file that save_small wrote, got {path}, whose header is not one ({error})") from error
     own = {name: {a: tuple(v) if isinstance(v, list) else v for a, v in found.items()} for name, found in sizes.items()}
-    return Header(own, slim, {n: (kind, found) for n, (kind, found) in traits.items()}, {n: tuple(s) for n, s in dense.items()})
+    classes, shapes_before = {n: (kind, found) for n, (kind, found) in traits.items()}, {n: tuple(s) for n, s in dense.items()}
+    return Header(own, slim, classes, shapes_before, {cut.argument: cut for cut in cuts})
+
+
+def _list(value: Any) -> list[Any]:
+    _expect(isinstance(value, list), "lists of what stays of inputs")
+    return list(value)
 
 
 def _expect(holds: bool, wanted: str) -> None:

@@ -24,6 +24,7 @@ from fasterai.core.saved import settings_in_words, warn_of_settings
 from fasterai.core.schedules import Schedule, as_schedule
 from fasterai.core.types import Target
 from fasterai.display import counted, units_word
+from fasterai.graph.features import FeaturesLike
 from fasterai.model.cuts import follow, note_optimizer
 from fasterai.model.sharded import check_unflattened
 from fasterai.model.targets import LayerTypes, TargetsLike, find_targets
@@ -83,6 +84,8 @@ class Sparsifier(NamesReplacements, Masked):
         max_updates: The most times that the masks follow the schedule in one training, each time with an even share of the
             units that are left. A schedule that moves at fewer steps is followed at each of them. The last time the count is
             exact. Changes by a rule come in addition.
+        features: For granularity `coupled`, the dimensions of inputs whose indices are units too, by argument, as `{"x": 1}`,
+            or `Features` with indices that stay all the same: all layers that read an index lose it together.
 
     Raises:
         ValueError: An argument is out of range or unknown, no target is found, a target does not have such units, or a
@@ -109,6 +112,7 @@ class Sparsifier(NamesReplacements, Masked):
         round_to: int | None = None,
         max_updates: int = 50,
         rule: Rule | str = nested,
+        features: FeaturesLike = None,
     ) -> None:
         check_sources(model, data, loss)
         self.granularity = read_granularity(granularity)
@@ -132,6 +136,8 @@ class Sparsifier(NamesReplacements, Masked):
                 selection = without_unwatched(selection, criterion)
         self._record = MaskRecord(model, self.granularity, selection)
         self._record.check_plain()
+        if features is not None:
+            self._record.maker.take_features(features)
         source = Source(data=data, loss=loss, inputs=read_inputs(example_inputs))
         self._sparsity = sparsity
         self._goal: Goal | None = None

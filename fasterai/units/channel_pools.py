@@ -15,7 +15,7 @@ from fasterai.core.checks import warn
 from fasterai.core.granularities import Coupled
 from fasterai.core.types import Layout, Target
 from fasterai.graph.channels import ChannelGraph, Group
-from fasterai.model.cuts import Cut
+from fasterai.model.cuts import Cut, input_place
 from fasterai.model.names import unwrap
 from fasterai.model.sharded import Place
 from fasterai.model.targets import all_targets
@@ -76,11 +76,11 @@ class ChannelPool(Pool):
     def step(self, round_to: int | None, first: int | None = None) -> int:
         """Return the multiple that the number of kept channels is rounded up to.
 
-        By default 8, which suits the hardware, for at least 32 units, and 1 for fewer. A unit may be a head of several
+        By default 8, which suits the hardware, for at least 32 units, and 1 for fewer and for features of an input. A unit may be a head of several
         channels: with a width of 4 channels and `round_to=8`, the number of kept heads is rounded up to a multiple of 2.
         """
         if round_to is None:
-            round_to = ROUND_TO if (first or self.count) >= ENOUGH else 1
+            round_to = 1 if self.group.inputs else ROUND_TO if (first or self.count) >= ENOUGH else 1
         width = min((i.shape[1] for (n, _), i in self.group.places.items() if n in self.makers), default=1)
         return round_to // math.gcd(round_to, width)
 
@@ -144,12 +144,16 @@ class ChannelPool(Pool):
             left = indices[stay]
             # A place's indices move up where others before them have gone.
             places[place] = np.searchsorted(cut[place], left) if place in cut else left
+        inputs = {}
+        for place, indices in self.group.inputs.items():
+            now = cut.get(input_place(*place))
+            inputs[place] = indices[stay] if now is None else np.searchsorted(now, indices[stay])
         return replace(
             self,
             targets=tuple(fresh[t.name] for t in self.targets if t.name in fresh),
             layout=_layout(fresh.get(self.name), int(stay.sum())),
             shape=(int(stay.sum()),),
-            group=Group(places, self.group.name),
+            group=Group(places, self.group.name, inputs),
             parameters={n: fresh[n] for n in self.parameters if n in fresh},
         )
 
@@ -176,8 +180,10 @@ def _channel_pool(group: Group, graph: ChannelGraph, known: Mapping[str, Target]
     matrices = [t for t in parameters.values() if t.parameter.dim() > 1]
     scored = [t for t in matrices if t.kind != "other"] or matrices or list(parameters.values())
     making = {n for n, d in group.places if (n, d) not in graph.readers and n in parameters}
-    makers = frozenset(t.name for t in scored if t.name in making) or frozenset(t.name for t in scored)
-    first = next(t for t in scored if t.name in makers)
+    makers = frozenset(t.name for t in scored if t.name in making)
+    if not (makers or group.inputs):
+        makers = frozenset(t.name for t in scored)
+    first = next((t for t in scored if t.name in makers), None)
     return ChannelPool(
         name=group.name,
         targets=tuple(scored),

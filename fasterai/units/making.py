@@ -6,7 +6,7 @@ To add units that span several parameters: a `Maker`, registered for its granula
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import singledispatch
 from typing import Any, ClassVar
 
@@ -17,10 +17,11 @@ from fasterai.core.granularities import Coupled, Granularity
 from fasterai.core.loop import Fit
 from fasterai.core.types import Target
 from fasterai.graph.channels import ChannelGraph, channel_graph
+from fasterai.graph.features import FeaturesLike, check_may_go
 from fasterai.model.inputs import arguments, batch_inputs
 from fasterai.model.norms import Flow, watch
 from fasterai.model.targets import Selection
-from fasterai.units.channel_pools import channel_pools
+from fasterai.units.channel_pools import ChannelPool, channel_pools
 from fasterai.units.partners import Partner, find_partners, without_outputs
 from fasterai.units.pool import Pool
 from fasterai.units.target_pools import TargetPool
@@ -64,6 +65,14 @@ class Maker(ABC):
         Raises:
             ValueError: There is no unit that may be removed; the message says why.
         """
+
+    def take_features(self, features: FeaturesLike) -> None:
+        """Take dimensions of inputs whose indices are to be units too.
+
+        Raises:
+            ValueError: The granularity has no such units.
+        """
+        raise ValueError(f"features must be left out but for granularity 'coupled', got {features!r}")
 
     def check_seen(self) -> None:
         """Refuse to go on without example inputs, if they are needed.
@@ -110,13 +119,19 @@ class ChannelMaker(Maker):
 
     needs_inputs = True
     rounds_by_default = True
+    features: FeaturesLike = None  # pickles of earlier versions have none
 
     def __init__(self, granularity: Coupled) -> None:
         self.granularity = granularity
         self.graph: ChannelGraph | None = None
 
     def look(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.graph = channel_graph(model, inputs)
+        graph = channel_graph(model, inputs, features=self.features)
+        check_may_go(self.features, model, inputs, graph.inputs)
+        self.graph = graph
+
+    def take_features(self, features: FeaturesLike) -> None:
+        self.features = features
 
     def look_at_batch(self, model: nn.Module, fit: Fit) -> None:
         self.look(model, batch_inputs(model, fit))
@@ -126,7 +141,7 @@ class ChannelMaker(Maker):
         if graph is None:
             return selection, ()
         chosen = {t.name for t in selection.targets}
-        pools = tuple(p for p in channel_pools(model, graph, self.granularity) if p.makers & chosen)
+        pools = tuple(p for p in channel_pools(model, graph, self.granularity) if p.makers & chosen or _is_read_by(p, chosen))
         if not pools:
             why = "; ".join(f"{t.name}: {_why_pinned(t, graph)}" for t in selection.targets[:3])
             raise ValueError(f"targets must make channels that can be removed, got none that do ({why})")
@@ -140,6 +155,11 @@ class ChannelMaker(Maker):
                 "example_inputs must be given for granularity 'coupled', got None: the channels are found by following them "
                 "through the model; a callback of fastai or Lightning has a batch for it"
             )
+
+
+def _is_read_by(pool: ChannelPool, chosen: Collection[str]) -> bool:
+    """Tell if a pool holds features of an input, and a chosen target reads them."""
+    return bool(pool.group.inputs) and any(t.name in chosen for t in pool.targets)
 
 
 def _left_out(selection: Selection, weights: Sequence[str] | dict[str, Target], graph: ChannelGraph) -> dict[str, str]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fasterai.graph.labels import FIXED, FREE, Dim, Labels, is_labelled
+
+if TYPE_CHECKING:
+    from fasterai.graph.features import Asked
 
 __all__ = [
     "RULES",
@@ -65,9 +68,10 @@ class Trace:
         exact: True if an operation that averages over a channel pins it, as the average would change without it.
         normed: Name of a module that normalises, or calls what does -> the dimensions that it does it along.
         rescaled: Names of weights of norms that average over a dimension which may lose silent channels.
+        inputs: Argument -> the input with labels on the dimension that may lose indices.
     """
 
-    def __init__(self, choices: dict[str, int], exact: bool = True) -> None:
+    def __init__(self, choices: dict[str, int], exact: bool = True, asked: Mapping[str, Asked] | None = None) -> None:
         self.labels = Labels()
         self.choices = choices
         self.exact = exact
@@ -75,6 +79,23 @@ class Trace:
         self.rescaled: set[str] = set()
         self.options: dict[str, int] = {}
         self.readers: set[tuple[str, int]] = set()
+        self.inputs: dict[str, Value] = {}
+        self._asked = asked or {}
+
+    def input(self, argument: str, shape: tuple[int, ...]) -> Value:
+        """Return an input's value, with labels on the dimension that was asked for, the same in each of several programs."""
+        asked = self._asked.get(argument)
+        if asked is None:
+            return Value(shape, all_fixed(shape))
+        if argument not in self.inputs:
+            labels = self.labels.new(shape[asked.dim])
+            self.labels.pin(labels[list(asked.keep)], "it is kept as asked for")
+            self.inputs[argument] = Value(shape, tuple(labels if d == asked.dim else FIXED for d in range(len(shape))))
+        known = self.inputs[argument]
+        if shape[asked.dim] != known.shape[asked.dim]:
+            self.labels.pin_all(known.dims, f"{argument} has other sizes in training")
+            return Value(shape, all_fixed(shape))
+        return Value(shape, known.dims)
 
     def choose(self, kind: str, ways: int) -> int:
         """Return the number of the way that an operation takes, and note that it has `ways` of them."""

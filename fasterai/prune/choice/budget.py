@@ -121,6 +121,8 @@ def fit_budget(
     choose: Callable[[float], Kept],
     budget: Budget,
     dense: nn.Module | None = None,
+    *,
+    dense_inputs: tuple[Any, ...] | None = None,
 ) -> Kept:
     """Choose the channels to keep so that the model stays within a budget, and uses it up.
 
@@ -137,6 +139,7 @@ def fit_budget(
             sparsity none is kept that went at a lower one.
         budget: The share that may be left.
         dense: The model that the share is of, if `model` has been cut since; `model` itself if it is left out.
+        dense_inputs: Its inputs, if `model` has been cut to take less of them.
 
     Returns:
         For each group a bool array over its channels.
@@ -149,7 +152,7 @@ def fit_budget(
     if budget.share == 1:
         return everything
     dense = model if dense is None else dense
-    macs = _remembered(macs_left(model, graph, inputs, dense))
+    macs = _remembered(macs_left(model, graph, inputs, dense, dense_inputs))
     if budget.macs is not None and not macs(everything):
         raise ValueError(f"macs must be left out for a model without multiplications, got {budget.macs}; pass params")
     fixed = _indispensable(macs, everything, choose(1.0))
@@ -157,14 +160,21 @@ def fit_budget(
     def allowed(sparsity: float) -> Kept:
         return _but(fixed, everything, choose(sparsity)) if sparsity else everything
 
-    left = _counted(model, graph, inputs, budget, dense, macs)
+    left = _counted(model, graph, inputs, budget, dense, macs, dense_inputs)
     if budget.kind == "latency":
         return _fit_time(left, macs, allowed, everything, budget.share)
     return _fit(left, allowed, everything, budget)
 
 
 def least_left(
-    model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], least: Kept, budget: Budget, dense: nn.Module | None = None
+    model: nn.Module,
+    graph: ChannelGraph,
+    inputs: tuple[Any, ...],
+    least: Kept,
+    budget: Budget,
+    dense: nn.Module | None = None,
+    *,
+    dense_inputs: tuple[Any, ...] | None = None,
 ) -> float:
     """Return the share of MACs, parameters or time that is left when every channel that may be removed is removed.
 
@@ -175,11 +185,12 @@ def least_left(
         least: For each group of the graph the channels that stay at sparsity 1.
         budget: As for `fit_budget`; how much it allows has no say.
         dense: As for `fit_budget`.
+        dense_inputs: As for `fit_budget`.
     """
     everything, dense = _everything(graph), model if dense is None else dense
-    macs = _remembered(macs_left(model, graph, inputs, dense))
+    macs = _remembered(macs_left(model, graph, inputs, dense, dense_inputs))
     fixed = _indispensable(macs, everything, least)
-    return _counted(model, graph, inputs, budget, dense, macs)(_but(fixed, everything, least))
+    return _counted(model, graph, inputs, budget, dense, macs, dense_inputs)(_but(fixed, everything, least))
 
 
 def _everything(graph: ChannelGraph) -> Kept:
@@ -192,11 +203,18 @@ def _but(fixed: Collection[int], everything: Kept, kept: Kept) -> Kept:
 
 
 def _counted(
-    model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], budget: Budget, dense: nn.Module, macs: Share
+    model: nn.Module,
+    graph: ChannelGraph,
+    inputs: tuple[Any, ...],
+    budget: Budget,
+    dense: nn.Module,
+    macs: Share,
+    dense_inputs: tuple[Any, ...] | None,
 ) -> Share:
     """Make the function that measures a choice: its share of the dense model's MACs, parameters or time."""
     if budget.kind == "latency":
-        return time_left(model, graph, batch_of(copies(inputs), budget.batch), dense)
+        whole = None if dense_inputs is None else batch_of(copies(dense_inputs), budget.batch)
+        return time_left(model, graph, batch_of(copies(inputs), budget.batch), dense, whole)
     return macs if budget.kind == "macs" else _remembered(parameters_left(model, graph, dense))
 
 

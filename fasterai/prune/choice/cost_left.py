@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fasterai.analyze.counting import rules
 from fasterai.analyze.timing import by_turns, on_threads, seconds_per_pass
 from fasterai.graph.channels import ChannelGraph
+from fasterai.graph.inputs import InputCut, cut_inputs
 from fasterai.graph.labels import Flags
 from fasterai.model.names import unwrap
 from fasterai.model.running import at_rest, copies, undisturbed, without_fast_path
@@ -25,6 +26,7 @@ from fasterai.prune.surgery.plan import make_plan, tensors_of
 
 __all__ = ["Share", "macs_left", "parameters_left", "time_left"]
 
+Inputs = tuple[Any, ...]
 Share = Callable[[Sequence[Flags]], float]  # channels that stay, group by group -> the share of the dense model's cost
 #: Seconds of timing and turns at least, after so many turns that do not count.
 SECONDS, PAIRS, WARM_UP = 1.0, 7, 2
@@ -47,19 +49,21 @@ def parameters_left(model: nn.Module, graph: ChannelGraph, dense: nn.Module) -> 
     return left
 
 
-def macs_left(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], dense: nn.Module) -> Share:
+def macs_left(
+    model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], dense: nn.Module, dense_inputs: Inputs | None = None
+) -> Share:
     """Make the function that gives the share of the dense model's MACs which a choice leaves.
 
     They are counted on a copy without weights, if that runs; `dense` may be `model` itself.
 
-    Of a model without MACs the share is 0.
+    Of a model without MACs the share is 0. `dense_inputs` are those of the dense model, where it takes more.
     """
     shell, bare = _shell(model, inputs)
-    whole = _count(shell, bare) if dense is model else _count(*_shell(dense, inputs))
+    whole = _count(shell, bare) if dense is model else _count(*_shell(dense, dense_inputs or inputs))
 
     def left(kept: Sequence[Flags]) -> float:
-        with _cut(shell, graph, kept):
-            return _count(shell, bare) / max(1, whole)
+        with _cut(shell, graph, kept) as cuts:
+            return _count(shell, cut_inputs(shell, bare, cuts)) / max(1, whole)
 
     return left
 
@@ -86,35 +90,38 @@ def _count(model: nn.Module, inputs: tuple[Any, ...]) -> int:
 
 
 @contextmanager
-def _cut(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags]) -> Iterator[None]:
-    """Remove the channels that are not kept from a model for a while."""
-    surgery = Surgery(model, make_plan(model, graph, kept))
+def _cut(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags]) -> Iterator[Sequence[InputCut]]:
+    """Remove the channels that are not kept from a model for a while, and say what it then takes of its inputs."""
+    plan = make_plan(model, graph, kept)
+    surgery = Surgery(model, plan)
     try:
-        yield
+        yield plan.inputs
     finally:
         surgery.undo()
 
 
-def time_left(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], dense: nn.Module) -> Share:
+def time_left(
+    model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], dense: nn.Module, dense_inputs: Inputs | None = None
+) -> Share:
     """Make the function that gives the share of the dense model's time which a choice leaves.
 
-    Both models are measured in turns on one thread; a copy of `model` is cut.
+    Both models are measured in turns on one thread; a copy of `model` is cut. `dense_inputs` are as for `macs_left`.
     """
     small = copy.deepcopy(unwrap(model))
 
     def left(kept: Sequence[Flags]) -> float:
-        with _cut(small, graph, kept):
-            return _time_ratio(unwrap(dense), small, inputs)
+        with _cut(small, graph, kept) as cuts:
+            return _time_ratio(unwrap(dense), small, dense_inputs or inputs, cut_inputs(small, inputs, cuts))
 
     return left
 
 
-def _time_ratio(dense: nn.Module, small: nn.Module, inputs: tuple[Any, ...]) -> float:
+def _time_ratio(dense: nn.Module, small: nn.Module, inputs: Inputs, less: Inputs) -> float:
     """Return the time of the small model divided by that of the dense one, over passes in turns on one thread.
 
     Of each the fastest pass counts: other work on the machine adds to times and takes nothing away.
     """
-    passes = {name: partial(seconds_per_pass, model, inputs) for name, model in (("dense", dense), ("small", small))}
+    passes = {"dense": partial(seconds_per_pass, dense, inputs), "small": partial(seconds_per_pass, small, less)}
     with at_rest(dense), at_rest(small), on_threads(1):
         by_turns(passes, lambda times, _: len(times["small"]) >= WARM_UP)
         times = by_turns(passes, lambda times, seconds: len(times["small"]) >= PAIRS and seconds >= SECONDS)

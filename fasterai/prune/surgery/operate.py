@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from fasterai.graph.inputs import InputCut, input_cuts, put_inputs
 from fasterai.model.cuts import announce, kept_slices
 from fasterai.model.names import unwrap
 from fasterai.prune.surgery.dense_shapes import dense_shapes_of, note, noted_on, put_note
@@ -112,7 +113,7 @@ def operate(model: nn.Module, plan: Plan, optimizer: Any = None, copies: Sequenc
                 done.append(Surgery(other, plan))
             except ValueError as error:
                 raise ValueError(f"copies must be models of the same structure, got copies[{i}] where {error}") from error
-        announce(model, plan.keep, copies)
+        announce(model, plan.cut, copies)
         return done[0]
     except BaseException:
         for surgery in reversed(done):
@@ -144,6 +145,8 @@ def _changes(model: nn.Module, plan: Plan, optimizer: Any) -> Iterator[_Change]:
         yield _set(model.get_submodule(module_name), attribute, before, after)
     for name, heads in plan.slim.items():
         yield _slim(model, name, heads)
+    if plan.inputs:
+        yield _note_inputs(model, plan.inputs)
 
 
 def _cut(tensor: Tensor, kept: Any, scale: float) -> _Change:
@@ -180,6 +183,12 @@ def _entry(state: Any, tensor: Tensor, name: str, shape: Sequence[int], kept: An
 def _note(module: nn.Module, dense: Mapping[str, tuple[int, ...]]) -> _Change:
     before, after = noted_on(module), note(module, dense)
     return _Change(lambda: put_note(module, after), lambda: put_note(module, before))
+
+
+def _note_inputs(model: nn.Module, cuts: Sequence[InputCut]) -> _Change:
+    before = input_cuts(model)
+    after = before | {c.argument: before[c.argument].then(c) if c.argument in before else c for c in cuts}
+    return _Change(lambda: put_inputs(model, after), lambda: put_inputs(model, before))
 
 
 def _set(module: nn.Module, attribute: str, before: Any, after: Any) -> _Change:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from fasterai.display import Shown, Table, counted
 from fasterai.graph.channels import ChannelGraph, Place
+from fasterai.graph.inputs import InputCut
 from fasterai.graph.labels import Array, Flags
+from fasterai.model.cuts import input_place
 from fasterai.model.names import own_tensors, plain_name, unwrap, walk_tensors
 from fasterai.prune.surgery.modules import HEADS, STREAMS, WIDTHS, new_sizes
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention
@@ -31,6 +33,7 @@ class Plan(Shown):
         slim: Names of `nn.MultiheadAttention` modules that lose heads -> heads that stay.
         scales: Names of weights of norms that average over what goes -> by how much what stays of them grows. With a share r
             of the channels, the others silent, the mean of squares is 1 / r of what it was: the weight grows by its root.
+        inputs: What stays of those inputs that lose indices.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -38,6 +41,13 @@ class Plan(Shown):
     attributes: tuple[tuple[str, str, Any, Any], ...]
     slim: Mapping[str, int]
     scales: Mapping[str, float] = field(default_factory=dict)
+    inputs: tuple[InputCut, ...] = ()
+
+    @property
+    def cut(self) -> dict[Place, Array]:
+        """The indices that stay, as followers of the model hear of them: of tensors and of inputs."""
+        inputs = {input_place(one.argument, one.dim): np.asarray(one.keep, np.int64) for one in self.inputs}
+        return {**self.keep, **inputs}
 
     def shape_after(self, name: str) -> tuple[int, ...]:
         """Return the shape of a parameter or buffer after the removal."""
@@ -54,7 +64,7 @@ class Plan(Shown):
             "attributes": [list(a) for a in self.attributes],
             "slim": dict(self.slim),
             "scales": dict(self.scales),
-        }
+        } | ({"inputs": [one.to_dict() for one in self.inputs]} if self.inputs else {})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -65,6 +75,7 @@ class Plan(Shown):
             tuple((m, a, _tupled(before), _tupled(after)) for m, a, before, after in data["attributes"]),
             dict(data["slim"]),
             dict(data.get("scales", {})),
+            tuple(InputCut.from_dict(one) for one in data.get("inputs", ())),
         )
 
     def _line(self) -> str:
@@ -79,6 +90,7 @@ class Plan(Shown):
         lines = [f"{name}: {before} -> {after}" for name, before, after in body]
         if lines:
             yield Table(("tensor or size", "before", "after"), body, text=lines)
+        yield from (f"input {line}" for one in self.inputs for line in map(str, one._parts()))
         yield from (f"{n}: times {factor:.4g}" for n, factor in self.scales.items())
         if not (lines or self.scales):
             yield "nothing is taken out"
@@ -118,8 +130,22 @@ def make_plan(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags], *, s
     attributes, slim = _sizes(model, bare, graph, kept)
     if streams:
         attributes += tuple(_stream_sizes(unwrap(model), bare, {(name, attribute) for name, attribute, _, _ in attributes}))
+    inputs = tuple(_input_cuts(graph, kept))
     rescaled = {n: staying[n, 0] for n in sorted(graph.rescaled) if (n, 0) in staying}
-    return Plan(shapes, staying, attributes, slim, {n: math.sqrt(shapes[n][0] / len(kept)) for n, kept in rescaled.items()})
+    scales = {n: math.sqrt(shapes[n][0] / len(left)) for n, left in rescaled.items()}
+    return Plan(shapes, staying, attributes, slim, scales, inputs)
+
+
+def _input_cuts(graph: ChannelGraph, kept: Sequence[Flags]) -> Iterator[InputCut]:
+    """Find what stays of the inputs whose features are among the channels that go."""
+    gone: dict[Place, list[Array]] = {}
+    for group, keep in zip(graph.groups, kept, strict=True):
+        for place, indices in group.inputs.items() if not keep.all() else ():
+            gone.setdefault(place, []).append(indices[~keep].ravel())
+    for (argument, d), lost in gone.items():
+        size = graph.input_sizes[argument, d]
+        left = np.setdiff1d(np.arange(size), np.concatenate(lost))
+        yield InputCut(argument, d, tuple(left.tolist()), size)
 
 
 def tensor_of(tensors: Mapping[str, tuple[nn.Module, str]], name: str) -> Tensor:

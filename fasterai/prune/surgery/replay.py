@@ -22,6 +22,7 @@ from fasterai.core.saved import (
     texts,
     whole,
 )
+from fasterai.graph.inputs import InputCut
 from fasterai.model.cuts import announce
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.plan import Plan, tensor_of, tensors_of
@@ -59,7 +60,7 @@ def read_state(state: Mapping[str, Any]) -> tuple[list[Plan], Shapes]:
 
 def _plan(data: Mapping[str, Any]) -> Plan:
     """Read a plan, every number of which is one, and whose indices rise within what there was."""
-    check_parts(data, "GradualPruner", PLAN, {"scales": mapping_of(_factor)})
+    check_parts(data, "GradualPruner", PLAN, {"scales": mapping_of(_factor), "inputs": list_of(_input)})
     for name, d, kept in data["keep"]:
         shape = data["shapes"].get(name, ())
         if d >= len(shape) or not kept or kept[-1] >= shape[d] or any(a >= b for a, b in itertools.pairwise(kept)):
@@ -67,6 +68,10 @@ def _plan(data: Mapping[str, Any]) -> Plan:
                 f"state's plans must keep rising indices of {name} along one of {tuple(shape)}, got {kept} along {d}"
             )
     return Plan.from_dict(data)
+
+
+def _input(what: str, value: Any) -> None:
+    InputCut.from_dict(value)
 
 
 def _kept(what: str, value: Any) -> None:
@@ -146,7 +151,7 @@ def replay(
             surgery.undo()
         raise
     for plan in plans[len(plans) - len(done) :]:
-        announce(model, plan.keep)
+        announce(model, plan.cut)
     return done
 
 
