@@ -13,7 +13,7 @@ from fasterai.cli.data import Part, digits
 from fasterai.cli.errors import UsageError
 from fasterai.cli.folders import read_folder
 from fasterai.display import Brief
-from fasterai.study.description import Size
+from fasterai.study.sizes import Size
 
 __all__ = ["Data", "load_data"]
 

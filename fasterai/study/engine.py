@@ -17,10 +17,11 @@ import torch
 from tqdm import tqdm
 
 from fasterai.core.checks import check_count
+from fasterai.study.book import BEAT, SILENCE, Book
 from fasterai.study.catalogue import find_study
 from fasterai.study.description import Run, Size, Study
 from fasterai.study.result import Result
-from fasterai.study.storage import BEAT, SILENCE, Book, open_storage
+from fasterai.study.storage import open_storage
 
 __all__ = ["run"]
 
@@ -140,7 +141,7 @@ def _work(
 
 
 def _take(study: Study, book: Book, one: Run, size: Size, data: Any, beat: float) -> None:
-    """Do a run if no other process is first, and write down what came out."""
+    """Work on a run if no other process is first, and write down what came out."""
     trial = book.take(one)
     if trial is None:
         return
