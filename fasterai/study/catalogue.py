@@ -9,7 +9,11 @@ from fasterai.study.description import Study
 
 __all__ = ["STUDIES", "find_study"]
 
-STUDIES = ("schedules",)
+STUDIES = (
+    "criteria",
+    "granularities",
+    "schedules",
+)
 
 
 def find_study(name: str) -> Study:

@@ -63,7 +63,7 @@ def open_storage(url: str) -> BaseStorage:
         except ImportError:
             raise
         except Exception as error:  # of SQLAlchemy, of its many drivers
-            if not left:
+            if not left or type(error).__name__ == "DatabaseError":  # no data base: waiting makes it none
                 said = " ".join(str(error).split())[:160]
                 raise ValueError(f"storage must be one that can be opened, got {url!r} ({said})") from error
             time.sleep(0.2)
