@@ -60,30 +60,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fasterai {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo | sparsify | prune | study")
     _add_demo(commands.add_parser("demo", help="dense, sparse and small on 1,797 handwritten digits, in under a minute"))
-    _add_sparsify(
-        commands.add_parser(
-            "sparsify",
-            help="train a sparse classifier on a folder of images",
-            description=SPARSIFY_HELP,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+    described = (
+        ("sparsify", "train a sparse classifier on a folder of images", SPARSIFY_HELP, _add_sparsify),
+        ("prune", "make a trained classifier small", PRUNE_HELP, _add_prune),
+        ("study", "compare methods over settings and seeds", ABOUT, add_study_arguments),
     )
-    _add_prune(
-        commands.add_parser(
-            "prune",
-            help="make a trained classifier small",
-            description=PRUNE_HELP,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-    )
-    add_study_arguments(
-        commands.add_parser(
-            "study",
-            help="compare methods over settings and seeds",
-            description=ABOUT,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-    )
+    for name, brief, text, add in described:
+        add(commands.add_parser(name, help=brief, description=text, formatter_class=argparse.RawDescriptionHelpFormatter))
     return parser
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fasterai.display import QUIET, SERIES, SMALL, as_percent, dress, line_colors, new_figure, styled
-from fasterai.study.result import Result, Row, is_share
+from fasterai.study.description import Study
+from fasterai.study.rows import Row, is_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,11 +19,10 @@ LONGEST = 64
 
 
 @styled()
-def draw(result: Result, *, shown: bool = True) -> Axes:
+def draw(study: Study, rows: Sequence[Row], conditions: str, *, shown: bool = True) -> Axes:
     """Draw the mean over the study's x, a line for each value of its lines, with the spread around it."""
-    study = result.study
     axes = new_figure(8.0, 4.6, shown=shown, pad=0.1).subplots()
-    rows = [row for row in result.rows if study.y in row.values]
+    rows = [row for row in rows if study.y in row.values]
     reference = [row for row in rows if study.reference and _fits(row.settings, study.reference)]
     lines: dict[str, list[Row]] = {}
     for row in rows:
@@ -41,7 +41,7 @@ def draw(result: Result, *, shown: bool = True) -> Axes:
         axes.yaxis.set_major_formatter(as_percent)
     if lines:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.2)
-    dress(axes, study.about if len(study.about) < LONGEST else study.name, grid="y", below=result.conditions())
+    dress(axes, study.about if len(study.about) < LONGEST else study.name, grid="y", below=conditions)
     return axes
 
 
