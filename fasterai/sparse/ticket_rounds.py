@@ -265,7 +265,8 @@ def _check_options(options: dict[str, Any]) -> None:
 def _check_data(sparsifier: Sparsifier, prunes_after: bool) -> None:
     """Refuse a criterion that reads data where there is none: it would fail after the first training."""
     sparsifier.check_seen()
-    if prunes_after and sparsifier._scorer.reads_batches:
+    scorer = sparsifier._scorer
+    if prunes_after and (scorer.reads_batches or (scorer.source.data is None and "gradient" in scorer.needs)):
         raise ValueError(
             f"data must be given for {sparsifier.criteria.title}, which reads some after each round, got None; pass "
             "data=[(x, y), ...] and loss=, or a schedule, by which a round prunes while it trains"
