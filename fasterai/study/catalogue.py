@@ -13,6 +13,7 @@ STUDIES = (
     "criteria",
     "granularities",
     "schedules",
+    "tickets",
     "variety",
 )
 
