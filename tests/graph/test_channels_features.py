@@ -72,7 +72,9 @@ def test_indices_that_are_to_stay_are_in_no_group():
 
 
 def test_a_residual_sum_ties_an_input_to_what_is_added_to_it():
-    net = Wired(lambda m, x: m["head"](x + m["b"](F.relu(m["a"](x)))), a=nn.Linear(6, 9), b=nn.Linear(9, 6), head=nn.Linear(6, 3))
+    net = Wired(
+        lambda m, x: m["head"](x + m["b"](F.relu(m["a"](x)))), a=nn.Linear(6, 9), b=nn.Linear(9, 6), head=nn.Linear(6, 3)
+    )
     _, (group,) = released(net, X)
     made, read = {("layers.b.weight", 0), ("layers.b.bias", 0)}, {("layers.a.weight", 1), ("layers.head.weight", 1)}
     assert set(group.places) == made | read and group.name == "x.1"

@@ -55,7 +55,12 @@ def test_forms_of_features(features, inputs, asked):
         (1, NESTED, ValueError, r"which input is meant, got 1; the inputs are x \(2x6 float32\), batch\['cont'\] \(2x5x4 fl"),
         (True, (PIXELS,), ValueError, r"which dimension of x is meant, got True for 2x3x8x8, where \[1, 2, 3\] could be: pass"),
         (True, (torch.zeros(2, 1),), ValueError, "got True for 2x1, where none has several indices"),
-        ({"a": 1}, (FLAT, {"a": FLAT, "b": {"a": FLAT}}), ValueError, r"one input, got 'a', which may be batch\['a'\], batch\['b"),
+        (
+            {"a": 1},
+            (FLAT, {"a": FLAT, "b": {"a": FLAT}}),
+            ValueError,
+            r"one input, got 'a', which may be batch\['a'\], batch\['b",
+        ),
         (Features(1, keep=[6]), (FLAT,), ValueError, "keep must be indices of x below 6, got 6"),
         (Features(1, keep=[-7]), (FLAT,), ValueError, "keep must be indices of x below 6, got -7"),
         (Features(1, keep=[0.5]), (FLAT,), TypeError, "keep must be indices of x, got 0.5"),
