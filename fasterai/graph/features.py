@@ -64,7 +64,8 @@ def read_features(features: FeaturesLike, model: nn.Module, inputs: tuple[Any, .
         TypeError: They are no `Features`, dict, dimension or True, or an index is no number.
         ValueError: An input, a dimension or an index does not exist, several could be meant, or it is that of the samples.
     """
-    if check_features(features) is None or features is False:
+    check_features(features)
+    if features is None or features is False:
         return ()
     wanted = features if isinstance(features, Features) else Features(features)
     tensors = input_tensors(model, inputs)
