@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fasterai.cli.errors import UsageError, told_as_usage
+from fasterai.study.arguments import ABOUT, add_study_arguments
 
 if TYPE_CHECKING:
     from fasterai.prune.choice.budget import Budget
@@ -57,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     parser = _Parser(prog="fasterai", description="Makes PyTorch networks sparse, and small.")
     parser.add_argument("--version", action="version", version=f"fasterai {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | sparsify | prune")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | sparsify | prune | study")
     _add_demo(commands.add_parser("demo", help="dense, sparse and small on 1,797 handwritten digits, in under a minute"))
     _add_sparsify(
         commands.add_parser(
@@ -72,6 +73,14 @@ def make_parser() -> argparse.ArgumentParser:
             "prune",
             help="make a trained classifier small",
             description=PRUNE_HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    add_study_arguments(
+        commands.add_parser(
+            "study",
+            help="compare methods over settings and seeds",
+            description=ABOUT,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )

@@ -23,6 +23,7 @@ from fasterai.prune.gradual import GradualPruner
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import Removal as Removal
 from fasterai.prune.removal import remove
+from fasterai.prune.selector import InputSelector
 from fasterai.prune.small_files import load_small, save_small
 from fasterai.prune.surgery.operate import apply_plan_
 from fasterai.prune.surgery.plan import Plan as Plan
@@ -44,6 +45,7 @@ __all__ = [
     "Features",
     "GradualPruner",
     "HoldCallback",
+    "InputSelector",
     "ParticipantCallback",
     "PruneCallback",
     "Pruner",

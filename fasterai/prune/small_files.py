@@ -16,6 +16,8 @@ from fasterai.core.files import write_tensors
 from fasterai.graph.inputs import input_cuts, put_inputs
 from fasterai.model.names import unwrap
 from fasterai.model.supported import check_model, check_whole
+from fasterai.prune.selector import InputSelector
+from fasterai.prune.selector_files import SELECTORS
 from fasterai.prune.small_header import SIZES, SMALL_FORMAT, Shapes, read_header, sizes_of, stamp, unfit_sizes
 from fasterai.prune.surgery.dense_shapes import dense_shapes, note, put_note
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention, encoders_of
@@ -29,15 +31,19 @@ PASSING = {
 }
 
 
-def save_small(path: str | os.PathLike[str], model: nn.Module) -> None:
+def save_small(
+    path: str | os.PathLike[str], model: nn.Module, *, selector: InputSelector | Mapping[str, InputSelector] | None = None
+) -> None:
     """Save a model with channels removed as safetensors; the sizes that its modules keep go into the header.
 
     Args:
         path: The file; it is written whole or not at all.
         model: The model, wrapped or not. One that has lost nothing is saved as well, and loads into its like.
+        selector: The choice of the inputs that it reads, or one for each argument by its name; `InputSelector.load(path)` reads
+            it again.
 
     Raises:
-        TypeError: The model is no module.
+        TypeError: The model is no module, or the selector none.
         ValueError: A parameter holds no values.
     """
     inner = unwrap(check_model(model))
@@ -49,6 +55,7 @@ def save_small(path: str | os.PathLike[str], model: nn.Module) -> None:
         "slim": _slim(inner),
         "traits": _traits(inner),
         "dense": dense_shapes(inner),
+        **_selectors(selector),
     }
     if cuts := input_cuts(inner):
         entries["inputs"] = [cut.to_dict() for cut in cuts.values()]
@@ -104,6 +111,14 @@ def load_small(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     _note(inner, own | dict(header.dense))
     put_inputs(inner, header.inputs)
     return model
+
+
+def _selectors(selector: InputSelector | Mapping[str, InputSelector] | None) -> dict[str, Any]:
+    """Return the header's entry of selectors; none where nothing is selected."""
+    given = {"": selector} if isinstance(selector, InputSelector) else dict(selector or {})
+    if wrong := [one for one in given.values() if not isinstance(one, InputSelector)]:
+        raise TypeError(f"selector must be an InputSelector, or a dict of them, got {wrong[0]!r}")
+    return {SELECTORS: {name: one.to_dict() for name, one in given.items()}} if given else {}
 
 
 def _slim(model: nn.Module) -> dict[str, int]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fasterai.graph.inputs import InputCut
 from fasterai.model.names import own_tensors
+from fasterai.prune.selector_files import SELECTORS
 from fasterai.prune.surgery.modules import HEADS, STREAMS, WIDTHS, new_sizes
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention
 
@@ -29,7 +30,7 @@ SIZES = (
     *("nf", "nx", "bias_shape", "kdim", "vdim"),
 )
 PARTS = ("sizes", "slim", "traits", "dense")
-LATER = ("inputs",)
+LATER = ("inputs", SELECTORS)
 Size = int | tuple[int, ...]
 Shapes = Mapping[str, tuple[int, ...]]
 
