@@ -94,7 +94,8 @@ class InputCut(Shown):
 def input_names(model: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
     """Name each leaf of positional arguments by the argument of the model's `forward` that it is, or is a part of."""
     names = _argument_names(model, len(inputs))
-    return [names[path[0].idx] + keystr(path[1:]) for path, _ in tree_flatten_with_path(inputs)[0]]
+    parts = [(name, tree_flatten_with_path(given)[0]) for name, given in zip(names, inputs, strict=True)]
+    return [name + keystr(path) for name, leaves in parts for path, _ in leaves]
 
 
 def _argument_names(model: nn.Module, count: int) -> list[str]:

@@ -248,7 +248,9 @@ class Pruner(NamesReplacements, ShownChannels):
             return
         self._dense_inputs = self._dense_inputs or self.inputs
         self.inputs = cut_inputs(self.model, self.inputs, now.values())
-        self._cuts = self._cuts | {name: self._cuts[name].then(one) if name in self._cuts else one for name, one in now.items()}
+        self._cuts = {**self._cuts} | {
+            name: self._cuts[name].then(one) if name in self._cuts else one for name, one in now.items()
+        }
         self._graph = replace(self._graph, input_sizes={**sizes, **{p: len(kept) for p, (kept, _) in lost.items()}})
         self._scorer.take_less(self.inputs, partial(less_of, self.model, tuple(self._cuts.values())))
 
