@@ -59,6 +59,10 @@ class Group(Shown):
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or first_maker(self.places, frozenset()))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy or pickle; those of earlier versions know of no inputs."""
+        vars(self).update({"inputs": {}, **state})
+
     @property
     def channels(self) -> int:
         """Number of channels of the group."""
@@ -101,6 +105,10 @@ class ChannelGraph(Shown):
     shared: frozenset[str] = frozenset()
     inputs: Mapping[Place, str] = field(default_factory=dict)
     input_sizes: Mapping[Place, int] = field(default_factory=dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy or pickle; those of earlier versions know of no inputs."""
+        vars(self).update({"inputs": {}, "input_sizes": {}, **state})
 
     def _line(self) -> str:
         channels = counted(sum(group.channels for group in self.groups), "channel")
@@ -367,18 +375,17 @@ def _grouped(touched: Mapping[int, Slices], entering: Mapping[int, Slices]) -> l
         inputs = entering.get(number, [])
         kind = tuple(tuple((place, where.size) for place, where in slices) for slices in (places, inputs))
         kinds.setdefault(kind, []).append((places, inputs))
-    groups = []
-    for members in kinds.values():
-        places, inputs = (_stacked([member[i] for member in members]) for i in (0, 1))
-        order = np.argsort(next(iter((inputs or places).values()))[:, 0], kind="stable")
-        groups.append(
-            Group(
-                {place: indices[order] for place, indices in places.items()},
-                ".".join(map(str, next(iter(inputs), ()))),
-                {place: indices[order] for place, indices in inputs.items()},
-            )
-        )
-    return groups
+    return [_group(members) for members in kinds.values()]
+
+
+def _group(members: Sequence[tuple[Slices, Slices]]) -> Group:
+    places, inputs = _stacked([slices for slices, _ in members]), _stacked([slices for _, slices in members])
+    order = np.argsort(next(iter((inputs or places).values()))[:, 0], kind="stable")
+    return Group(
+        {place: indices[order] for place, indices in places.items()},
+        ".".join(map(str, next(iter(inputs), ()))),
+        {place: indices[order] for place, indices in inputs.items()},
+    )
 
 
 def _stacked(members: Sequence[Slices]) -> dict[Place, Array]:

@@ -91,9 +91,8 @@ def _by_argument(dims: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, Any]:
     able = [name for name, x in tensors.items() if x.dim() > 1]
     if len(able) != 1:
         first = able[0] if able else "x"
-        raise ValueError(
-            f"features must say which input is meant, got {dims!r}; {_listed(tensors)}: pass features={{{first!r}: 1}}"
-        )
+        repair = f"pass features={{{first!r}: 1}}"
+        raise ValueError(f"features must say which input is meant, got {dims!r}; {_listed(tensors)}: {repair}")
     return {able[0]: dims}
 
 
@@ -121,10 +120,11 @@ def _dimension(name: str, dim: Any, x: Tensor) -> int:
     if dim is True and len(able) == 1:
         return able[0]
     if dim is True:
+        likely = 1 if not able else able[-1] if x.dim() == 3 else able[0]  # (N, L, F), (N, C, H, W)
         pixels = "; to remove single pixels let the model take flat images, as (N, 784)" if x.dim() > 3 else ""
         raise ValueError(
             f"features must say which dimension of {name} is meant, got True for {shape}, where {able or 'none'} "
-            f"{'could be' if able else 'has several indices'}: pass features={{{name!r}: {able[0] if able else 1}}}{pixels}"
+            f"{'could be' if able else 'has several indices'}: pass features={{{name!r}: {likely}}}{pixels}"
         )
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise TypeError(f"features must be dimensions or True, got {dim!r} for {name} ({type(dim).__name__})")
@@ -193,5 +193,6 @@ def check_may_go(features: FeaturesLike, model: nn.Module, inputs: tuple[Any, ..
         why = stay.get((asked.argument, asked.dim))
         if why is not None:
             raise ValueError(
-                f"features must be dimensions whose indices may go, got {asked.dim} of {asked.argument}, which stays whole: {why}"
+                f"features must be dimensions whose indices may go, got {asked.dim} of {asked.argument}, "
+                f"which stays whole: {why}"
             )

@@ -7,6 +7,7 @@ A name is that of the argument of `forward`; what stands inside of a dict, list 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from fasterai.core.checks import check_count
+from fasterai.core.loop import Batch
 from fasterai.display import Shown, Table
+from fasterai.model.inputs import arguments
 from fasterai.model.names import unwrap
 
-__all__ = ["InputCut", "cut_inputs", "input_cuts", "input_names", "input_tensors", "put_inputs"]
+__all__ = ["InputCut", "cut_inputs", "input_cuts", "input_names", "input_tensors", "less_of", "put_inputs"]
 
 KEY = "_input_cuts"
 MOST = 8  # indices that are shown
@@ -76,7 +79,7 @@ class InputCut(Shown):
             raise TypeError(f"an input's cut must hold argument, dim, keep and size, got {data!r}")
         keep = tuple(check_count("keep", i, 0) for i in data["keep"])
         size = check_count("size", data.get("size"))
-        if not keep or keep[-1] >= size or any(a >= b for a, b in zip(keep, keep[1:], strict=False)):
+        if not keep or keep[-1] >= size or any(a >= b for a, b in itertools.pairwise(keep)):
             raise ValueError(f"keep must hold rising indices below {size}, got {keep}")
         return cls(data["argument"], check_count("dim", data.get("dim")), keep, size)
 
@@ -91,7 +94,8 @@ class InputCut(Shown):
 def input_names(model: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
     """Name each leaf of positional arguments by the argument of the model's `forward` that it is, or is a part of."""
     names = _argument_names(model, len(inputs))
-    return [names[path[0].idx] + keystr(path[1:]) for path, _ in tree_flatten_with_path(inputs)[0]]
+    parts = [(name, tree_flatten_with_path(given)[0]) for name, given in zip(names, inputs, strict=True)]
+    return [name + keystr(path) for name, leaves in parts for path, _ in leaves]
 
 
 def _argument_names(model: nn.Module, count: int) -> list[str]:
@@ -122,6 +126,11 @@ def cut_inputs(model: nn.Module, inputs: tuple[Any, ...], cuts: Iterable[InputCu
     ]
     result: tuple[Any, ...] = tree_unflatten(found, spec)
     return result
+
+
+def less_of(model: nn.Module, cuts: Iterable[InputCut], batch: Batch) -> Batch:
+    """Return what a small model takes of a batch: its inputs cut, in the order of the model's arguments."""
+    return Batch(cut_inputs(model, arguments(model, batch), cuts), batch.targets)
 
 
 def input_cuts(model: nn.Module) -> dict[str, InputCut]:

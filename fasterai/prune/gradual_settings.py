@@ -77,8 +77,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
             raise TypeError("iterative_steps must be left out, got one; max_updates= is the number of removals in a training")
         if name == "features":
             raise TypeError(
-                "features must be left out, got some: the batches of a training stay whole. Mask them with "
-                "Sparsifier(..., granularity='coupled', features=...), and take them out with remove(..., features=...) at its end"
+                "features must be left out, got some: the batches of a training stay whole. Mask features with "
+                "Sparsifier(..., granularity='coupled', features=...), and call remove(..., features=...) after the training"
             )
         if name not in known:
             raise TypeError(f"options must be of {', '.join(known)}, got {name!r}")

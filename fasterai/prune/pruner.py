@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from fasterai.core.schedules import Schedule, as_schedule, lin
 from fasterai.core.selection import Scores, TensorScores
 from fasterai.graph.channels import ChannelGraph, channel_graph
 from fasterai.graph.features import FeaturesLike, check_may_go
-from fasterai.graph.inputs import InputCut, cut_inputs
+from fasterai.graph.inputs import InputCut, cut_inputs, less_of
 from fasterai.graph.labels import Flags
 from fasterai.model.cuts import Cut, follow, input_place
 from fasterai.model.inputs import batch_of, positional
@@ -81,6 +82,9 @@ class Pruner(NamesReplacements, ShownChannels):
         ValueError: An argument is out of range or unknown, there are no example inputs, or the model cannot be followed.
     """
 
+    _dense_inputs: tuple[Any, ...] | None = None  # before any of them were cut
+    _cuts: Mapping[str, InputCut] = MappingProxyType({})
+
     def __init__(
         self,
         model: nn.Module,
@@ -112,7 +116,6 @@ class Pruner(NamesReplacements, ShownChannels):
         self.ignored_layers = read_layers(model, ignored_layers or ())
         self._graph = channel_graph(model, self.inputs, exact, features=features)
         check_may_go(features, model, self.inputs, self._graph.inputs)
-        self._first_inputs, self._cuts = self.inputs, dict[str, InputCut]()
         self._pools = free_pools(channel_pools(model, self._graph, Coupled(over_places)), self._graph, self.ignored_layers)
         self.original = {p.name: p.count for p in self._pools}
         self._goal = read_ratio(pruning_ratio, self.context, model, self._pools)
@@ -206,8 +209,8 @@ class Pruner(NamesReplacements, ShownChannels):
             return True
         equal: list[Scores] = [TensorScores(p.name, torch.zeros(p.shape)) for p in self._pools]
         budget, least = self.pruning_ratio, self._try(equal, 1.0)
-        graph, whole = self._graph_now(), self._first_inputs
-        return least_left(self.model, graph, self.inputs, least, budget, self.dense, dense_inputs=whole) <= budget.share
+        graph, whole = self._graph_now(), self._dense_inputs
+        return least_left(self.model, graph, self.inputs, least, budget, self.dense, whole) <= budget.share
 
     def see(self, batch: Batch, loss: Callable[..., Tensor] | None = None) -> None:
         """Note the batch and loss of a training, for a criterion that needs data where the user gave none."""
@@ -238,15 +241,18 @@ class Pruner(NamesReplacements, ShownChannels):
 
     def _cut_inputs(self, cut: Cut) -> None:
         """Take less of the example inputs, and of data, where the model does."""
-        sizes = dict(self._graph.input_sizes)
-        for (argument, d), size in self._graph.input_sizes.items():
-            kept = cut.get(input_place(argument, d))
-            if kept is not None:
-                one = InputCut(argument, d, tuple(kept.tolist()), size)
-                self.inputs = cut_inputs(self.model, self.inputs, [one])
-                self._cuts = self._cuts | {argument: self._cuts[argument].then(one) if argument in self._cuts else one}
-                sizes[argument, d] = len(kept)
-        self._graph = replace(self._graph, input_sizes=sizes)
+        sizes = self._graph.input_sizes
+        lost = {p: (cut[input_place(*p)], size) for p, size in sizes.items() if input_place(*p) in cut}
+        now = {name: InputCut(name, d, tuple(kept.tolist()), size) for (name, d), (kept, size) in lost.items()}
+        if not now:
+            return
+        self._dense_inputs = self._dense_inputs or self.inputs
+        self.inputs = cut_inputs(self.model, self.inputs, now.values())
+        self._cuts = {**self._cuts} | {
+            name: self._cuts[name].then(one) if name in self._cuts else one for name, one in now.items()
+        }
+        self._graph = replace(self._graph, input_sizes={**sizes, **{p: len(kept) for p, (kept, _) in lost.items()}})
+        self._scorer.take_less(self.inputs, partial(less_of, self.model, tuple(self._cuts.values())))
 
     def _follow(self) -> None:
         follow(self.model, self)
@@ -273,8 +279,8 @@ class Pruner(NamesReplacements, ShownChannels):
             left = self.pruning_ratio.share + (1 - share) * (1 - self.pruning_ratio.share)
             shares: dict[str, Any] = {self.pruning_ratio.kind: left, "batch": self.pruning_ratio.batch}
             budget = Budget(**shares)
-            attempt, whole = partial(self._try, scores), self._first_inputs
-            return fit_budget(self.model, graph, self.inputs, attempt, budget, self.dense, dense_inputs=whole)
+            attempt, whole = partial(self._try, scores), self._dense_inputs
+            return fit_budget(self.model, graph, self.inputs, attempt, budget, self.dense, whole)
         assert self._goal is not None
         return self._keep(scores, self._goal.at(share).left(self.original, {p.name: p.count for p in self._pools}))
 

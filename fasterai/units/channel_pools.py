@@ -76,8 +76,9 @@ class ChannelPool(Pool):
     def step(self, round_to: int | None, first: int | None = None) -> int:
         """Return the multiple that the number of kept channels is rounded up to.
 
-        By default 8, which suits the hardware, for at least 32 units, and 1 for fewer and for features of an input. A unit may be a head of several
-        channels: with a width of 4 channels and `round_to=8`, the number of kept heads is rounded up to a multiple of 2.
+        By default 8, which suits the hardware, for at least 32 units, and 1 for fewer and for features of an input. A unit may
+        be a head of several channels: with a width of 4 channels and `round_to=8`, the number of kept heads is rounded up to a
+        multiple of 2.
         """
         if round_to is None:
             round_to = 1 if self.group.inputs else ROUND_TO if (first or self.count) >= ENOUGH else 1

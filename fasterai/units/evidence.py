@@ -46,6 +46,7 @@ class Source:
         batch: The present batch of the training, else None.
         loss: The loss function `(output, *targets) -> scalar`, else None.
         inputs: Example inputs of the model, else None.
+        less: A function that makes of a batch of the user's what the model takes of it, where that is less; else None.
 
     Raises:
         TypeError: `loss` is no function.
@@ -55,6 +56,7 @@ class Source:
     batch: Batch | None = None
     loss: Callable[..., Tensor] | None = None
     inputs: tuple[Any, ...] | None = None
+    less: Callable[[Batch], Batch] | None = None
 
     def __post_init__(self) -> None:
         if self.loss is not None and not callable(self.loss):
@@ -70,7 +72,7 @@ class Source:
             ValueError: There are no batches.
         """
         if self.data is not None:
-            batches = [as_batch(item) for item in self.data]
+            batches = [as_batch(item) if self.less is None else self.less(as_batch(item)) for item in self.data]
         else:
             batches = [self.batch] if self.batch is not None else []
         if not batches:

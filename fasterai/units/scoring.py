@@ -85,6 +85,15 @@ class Scorer:
         known = {"synaptic_flow"} if self._given.inputs is not None else set()
         return self._given.data is None and bool(needs - known)
 
+    def take_less(self, inputs: tuple[Any, ...], less: Callable[[Batch], Batch]) -> None:
+        """Go on with a model that takes less of its inputs.
+
+        Args:
+            inputs: Example inputs as it takes them now.
+            less: A function that makes of a batch of the user's data what the model takes of it now.
+        """
+        self.source = self._given = replace(self._given, inputs=inputs, less=less)
+
     def see(self, batch: Batch) -> None:
         """Note the loop's batch, if it is read."""
         if self.reads_batches:

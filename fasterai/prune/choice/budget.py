@@ -121,7 +121,6 @@ def fit_budget(
     choose: Callable[[float], Kept],
     budget: Budget,
     dense: nn.Module | None = None,
-    *,
     dense_inputs: tuple[Any, ...] | None = None,
 ) -> Kept:
     """Choose the channels to keep so that the model stays within a budget, and uses it up.
@@ -173,7 +172,6 @@ def least_left(
     least: Kept,
     budget: Budget,
     dense: nn.Module | None = None,
-    *,
     dense_inputs: tuple[Any, ...] | None = None,
 ) -> float:
     """Return the share of MACs, parameters or time that is left when every channel that may be removed is removed.
@@ -213,8 +211,9 @@ def _counted(
 ) -> Share:
     """Make the function that measures a choice: its share of the dense model's MACs, parameters or time."""
     if budget.kind == "latency":
-        whole = None if dense_inputs is None else batch_of(copies(dense_inputs), budget.batch)
-        return time_left(model, graph, batch_of(copies(inputs), budget.batch), dense, whole)
+        given = [inputs] if dense_inputs is None else [inputs, dense_inputs]
+        less, *whole = (batch_of(copies(one), budget.batch) for one in given)
+        return time_left(model, graph, less, dense, *whole)
     return macs if budget.kind == "macs" else _remembered(parameters_left(model, graph, dense))
 
 
