@@ -6,8 +6,10 @@ list out, with its columns of the layers behind, changes nothing once those colu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from fasterai.model.names import unwrap
 from fasterai.prune.surgery.operate import operate
 from fasterai.prune.surgery.plan import make_plan
 
-__all__ = ["CATEGORIES", "Embedding", "drop_embeddings_", "embeddings_of", "is_tabular"]
+__all__ = ["CATEGORIES", "Embedding", "drop_embeddings_", "embeddings_of", "is_tabular", "kept_embeddings"]
 
 #: The argument of fastai's tabular models that holds the categories.
 CATEGORIES = "x_cat"
@@ -84,8 +86,34 @@ def drop_embeddings_(model: nn.Module, graph: ChannelGraph, embeddings: Sequence
     behind = [replace(group, places=_without(group.places, tables), name=group.name) for group in graph.groups]
     kept = [np.full(group.channels, g not in groups) for g, group in enumerate(graph.groups)]
     operate(inner, make_plan(inner, replace(graph, groups=tuple(map(_or_empty, behind, graph.groups))), kept))
-    inner.embeds = nn.ModuleList(embedding for i, embedding in enumerate(inner.embeds) if i not in gone)  # type: ignore[arg-type]
-    inner.n_emb = sum(embedding.embedding_dim for embedding in inner.embeds)  # type: ignore[assignment, misc]
+    _keep(inner, [i for i in range(len(embeddings)) if i not in gone])
+
+
+def _keep(model: Any, indices: Sequence[int]) -> None:
+    tables = model.embeds
+    model.embeds = nn.ModuleList(tables[i] for i in indices)
+    model.n_emb = sum(tables[i].embedding_dim for i in indices)
+
+
+@contextmanager
+def kept_embeddings(model: Any, keep: Sequence[int], size: int) -> Iterator[None]:
+    """Leave a tabular model some of its embeddings alone; if an error is raised inside, it has them all again.
+
+    Args:
+        model: Any model; one that is not tabular, or has another number of embeddings than `size`, is unchanged.
+        keep: The places of those to keep.
+        size: Their number.
+    """
+    if not is_tabular(model) or len(model.embeds) != size:
+        yield
+        return
+    before = model.embeds, model.n_emb
+    _keep(model, keep)
+    try:
+        yield
+    except BaseException:
+        model.embeds, model.n_emb = before
+        raise
 
 
 def _without(places: Mapping[Place, Array], tables: set[str]) -> dict[Place, Array]:
