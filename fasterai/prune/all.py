@@ -20,6 +20,9 @@ from fasterai.graph.inputs import InputCut as InputCut
 from fasterai.graph.inputs import cut_inputs, input_cuts
 from fasterai.prune.choice.budget import Budget, fit_budget
 from fasterai.prune.gradual import GradualPruner
+from fasterai.prune.induce import induce
+from fasterai.prune.induced import Induced as Induced
+from fasterai.prune.pixels import PixelMask
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import Removal as Removal
 from fasterai.prune.removal import remove
@@ -47,6 +50,7 @@ __all__ = [
     "HoldCallback",
     "InputSelector",
     "ParticipantCallback",
+    "PixelMask",
     "PruneCallback",
     "Pruner",
     "Sparsifier",
@@ -56,6 +60,7 @@ __all__ = [
     "channel_graph",
     "cut_inputs",
     "fit_budget",
+    "induce",
     "input_cuts",
     "load_small",
     "remove",
