@@ -1,6 +1,6 @@
 """Removal of channels in one call: score coupled channels, mask the lowest, remove them, check the outputs.
 
-Over 300 lines, a third of them the words of its arguments, since one class chooses, masks, removes and resumes.
+Over 300 lines, since one class chooses, masks, removes and resumes; a third of them are the words of its arguments.
 """
 
 from __future__ import annotations

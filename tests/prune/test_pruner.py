@@ -468,7 +468,7 @@ def test_of_a_small_model_the_ratio_counts_from_the_channels_there_were_at_first
     assert pruner.channels == {"embed.weight": (8, 4), "query.weight": (2, 1)}
     pruner.prune_model(measure=False)
     assert pruner.channels == {"embed.weight": (8, 2), "query.weight": (2, 1)}
-    with pytest.raises(ValueError, match="pruning_ratio's keys must be the name of a target .* got 'other'"):
+    with pytest.raises(ValueError, match=r"pruning_ratio's keys must be the name of a target .* got 'other'"):
         Pruner(model, {"other": 0.5}, "local", "large_final", example_inputs=x, original=first)
 
 
