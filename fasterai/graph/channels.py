@@ -265,7 +265,7 @@ def _apply(trace: Trace, node: Any, values: dict[Any, Any]) -> Any:
     if name.endswith("_") and not name.endswith("__") and isinstance(result, Value) and isinstance(arguments[0], Value):
         _written(trace, node, arguments[0], result)
         values[node.args[0]] = result
-    if found is None:
+    if found is None or (isinstance(result, Value) and result.is_blend and not any(result is a for a in arguments)):
         return result
     shown = arguments[0] if name.lstrip("_") in VIEWS and isinstance(arguments[0], Value) else None
     return [_seen(v, shown) for v in result] if isinstance(result, list) else _seen(result, shown)
@@ -301,7 +301,7 @@ def _seen(result: Any, shown: Value | None) -> Any:
     if not isinstance(result, Value):
         return result
     places = _viewed_places(shown, result) if shown is not None and shown.is_weight else ()
-    return replace(result, places=places, is_weight=bool(places))
+    return replace(result, places=places, is_weight=bool(places), is_blend=bool(places) and bool(shown and shown.is_blend))
 
 
 def _viewed_places(before: Value, after: Value) -> tuple[Place, ...]:

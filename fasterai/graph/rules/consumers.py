@@ -7,7 +7,7 @@ from typing import Any
 
 from fasterai.graph.labels import FIXED
 from fasterai.graph.rules.elementwise import elementwise
-from fasterai.graph.rules.trace import Trace, Value, argument_of, rule, settled, shape_of, shapes_of, unknown, without
+from fasterai.graph.rules.trace import Trace, Value, argument_of, blend, rule, settled, shape_of, shapes_of, unknown, without
 
 __all__: list[str] = []
 
@@ -27,14 +27,28 @@ def reduction(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: An
     given = argument_of(node, "dim", arguments, keywords)
     dims = range(len(x.shape)) if given is None or given == [] else [given] if isinstance(given, int) else given
     dims = [d % len(x.shape) for d in dims]
+    if x.is_blend and _called(node) == "sum":
+        return _summed(trace, x, dims, shape)
     if trace.exact or not _is_average(node):
         trace.labels.pin_all([x.dims[d] for d in dims], f"{node.name} reduces it to one number")
     return Value(shape, without(x.dims, dims, len(shape)))
 
 
+def _summed(trace: Trace, x: Value, dims: Sequence[int], shape: tuple[int, ...]) -> Value:
+    """Follow the sum of a blend: it reads what it is summed over, as a matrix does, and may be a blend still."""
+    for d in dims:
+        trace.reads(x, d)
+    left = [d for d in range(len(x.shape)) if d not in dims or len(shape) == len(x.shape)]
+    return blend([x], [[None if d in dims else d for d in left]], Value(shape, without(x.dims, dims, len(shape))))
+
+
 def _is_average(node: Any) -> bool:
     """Tell if an operation gives the scale of a dimension, such as its mean; removing silent channels changes it little."""
-    return str(node.target).split(".")[1] in ("mean", "var", "std", "linalg_vector_norm", "norm", "var_mean", "std_mean")
+    return _called(node) in ("mean", "var", "std", "linalg_vector_norm", "norm", "var_mean", "std_mean")
+
+
+def _called(node: Any) -> str:
+    return str(node.target).split(".")[1]
 
 
 @rule("max", "min", "median", "mode", "sort", "topk", "kthvalue", "aminmax", "var_mean", "std_mean", "cummax", "cummin")

@@ -18,6 +18,7 @@ __all__ = [
     "Value",
     "all_fixed",
     "argument_of",
+    "blend",
     "broadcast",
     "rule",
     "settled",
@@ -42,13 +43,16 @@ class Value:
         dims: For each dimension labels, `FIXED` or `FREE`.
         places: For a parameter or buffer as it stands, or a view of it, which of its dimensions each dimension is, as
             (name, dimension); empty for all others.
-        is_weight: True if it is a parameter, or a view of one. A buffer is not: masks leave it alone.
+        is_weight: True if it is a parameter, a view of one, or a blend. A buffer is not: masks leave it alone.
+        is_blend: True if it is a stack of matrices times what the network has worked out, such as the matrices of experts
+            summed by their gate: where a slice of the stack is zero, that slice of it is. `places` are the stack's.
     """
 
     shape: tuple[int, ...]
     dims: tuple[Dim, ...]
     places: tuple[tuple[str, int], ...] = ()
     is_weight: bool = False
+    is_blend: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.shape) == len(self.dims)
@@ -113,7 +117,7 @@ class Trace:
             self.labels.pin_all(list(dims), f"{name} averages over it")
 
     def reads(self, weight: Value, d: int) -> None:
-        """Note that a weight multiplies a channel along its dimension `d`, and passes on something else."""
+        """Note that a weight, or a blend of some, multiplies a channel along its dimension `d`, and passes on something else."""
         if weight.places and is_labelled(weight.dims[d]):
             self.readers.add(weight.places[d])
 
@@ -164,6 +168,25 @@ def broadcast(trace: Trace, name: str, values: Iterable[Value], shape: tuple[int
             else:
                 trace.labels.pin(dim, f"{name} repeats it along a larger dimension")
     return Value(shape, tuple(dims))
+
+
+def blend(factors: Sequence[Value], origins: Sequence[Sequence[int | None]], product: Value) -> Value:
+    """Mark a product as a blend if one of its factors is a stack of matrices, of which two dimensions are left.
+
+    Args:
+        factors: The tensors that are multiplied.
+        origins: For each factor its dimension that each dimension of the product is, None where it has none.
+        product: The product.
+    """
+    stacks = [i for i, f in enumerate(factors) if f.is_weight]
+    if len(stacks) != 1:
+        return product
+    stack, origin = factors[stacks[0]], origins[stacks[0]]
+    left = [d for d in origin if d is not None and is_labelled(stack.dims[d])]
+    if len(left) < 2 or len(set(stack.places)) < (2 if stack.is_blend else 3):
+        return product
+    places = tuple(stack.places[d or 0] for d in origin)  # nothing reads a dimension that is not the stack's as its own
+    return Value(product.shape, product.dims, places, True, True)
 
 
 def unknown(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fasterai.graph.labels import FIXED, FREE, Dim
-from fasterai.graph.rules.trace import Trace, Value, all_fixed, broadcast, rule, shape_of, unknown_tensor, values_in
+from fasterai.graph.rules.trace import Trace, Value, all_fixed, blend, broadcast, rule, shape_of, unknown_tensor, values_in
 
 __all__: list[str] = []
 
@@ -25,13 +25,24 @@ def linear(trace: Trace, node: Any, x: Value, weight: Value, bias: Value | None 
 
 
 def _read(trace: Trace, a: Value, i: int, b: Value, j: int, name: str) -> None:
-    """Join dimension `i` of `a` and `j` of `b`, which are summed over; pin them if neither `a` nor `b` is a weight."""
+    """Join dimension `i` of `a` and `j` of `b`, which are summed over; pin them if neither `a` nor `b` is a weight.
+
+    A blend is what a weight reads, where it meets one; where it meets what is none, it is the weight.
+    """
     joined = trace.labels.join(a.dims[i], b.dims[j], f"{name} reads a dimension of fixed size")
-    if not (a.is_weight or b.is_weight):
+    reading = _reading([a, b])
+    if not any(reading):
         trace.labels.pin(joined, f"{name} sums over it without a weight")
-    for value, dim in ((a, i), (b, j)):
-        if value.is_weight:
+    for value, dim, reads in zip((a, b), (i, j), reading, strict=True):
+        if reads:
             trace.reads(value, dim)
+
+
+def _reading(factors: Sequence[Value]) -> list[bool]:
+    """Tell which factors of a product read the others: the weights, else a blend that is alone among them."""
+    weights = [f.is_weight and not f.is_blend for f in factors]
+    blends = [f.is_blend for f in factors]
+    return weights if any(weights) or sum(blends) != 1 else blends
 
 
 @rule("conv1d", "conv2d", "conv3d", "convolution")
@@ -161,13 +172,27 @@ def einsum(trace: Trace, node: Any, equation: str, operands: Sequence[Value], **
         return unknown_tensor(trace, node, *operands)  # may repeat a dimension, or take a diagonal
     carried: dict[str, Dim] = {}
     weighed: dict[str, bool] = {}
-    for letters, value in terms:
+    for (letters, value), reads in zip(terms, _reading(operands), strict=True):
         for d, (letter, dim) in enumerate(zip(letters, value.dims, strict=True)):
             carried[letter] = trace.labels.join(carried.get(letter, FREE), dim, f"{node.name} meets a dimension of fixed size")
-            weighed[letter] = weighed.get(letter, False) or value.is_weight
-            if value.is_weight and letter not in output:
+            weighed[letter] = weighed.get(letter, False) or reads
+            if reads and letter not in output:
                 trace.reads(value, d)
     for letter, dim in carried.items():
         if letter not in output and not weighed[letter]:
             trace.labels.pin(dim, f"{node.name} sums over it without a weight")
-    return Value(shape_of(node), tuple(carried[letter] for letter in output))
+    origins = [[letters.find(letter) if letter in letters else None for letter in output] for letters, _ in terms]
+    return blend(operands, origins, Value(shape_of(node), tuple(carried[letter] for letter in output)))
+
+
+@rule("tensordot")
+def tensordot(trace: Trace, node: Any, a: Value, b: Value, dims_a: Sequence[int], dims_b: Sequence[int]) -> Value:
+    ways = list(zip([d % len(a.shape) for d in dims_a], [d % len(b.shape) for d in dims_b], strict=True))
+    for i, j in ways:
+        if a.shape[i] != b.shape[j]:  # a dimension of size 1 is repeated
+            return unknown_tensor(trace, node, a, b)
+        _read(trace, a, i, b, j, node.name)
+    left = [[d for d in range(len(x.shape)) if d not in gone] for x, gone in zip((a, b), zip(*ways, strict=True), strict=True)]
+    origins = [[*left[0], *[None] * len(left[1])], [*[None] * len(left[0]), *left[1]]]
+    dims = (*(a.dims[d] for d in left[0]), *(b.dims[d] for d in left[1]))
+    return blend([a, b], origins, Value(shape_of(node), dims))
