@@ -16,7 +16,13 @@ __all__: list[str] = []
 def along_one(trace: Trace, node: Any, x: Value, dim: int | None = None, *rest: Any, **keywords: Any) -> Any:
     if dim is None:
         return reduction(trace, node, x)
-    trace.labels.pin(x.dims[dim], f"{node.name} mixes its entries")
+    if _called(node) in ("softmax", "_softmax") and trace.gate(node, x.dims[dim]):
+        return Value(x.shape, x.dims)
+    is_gate = False
+    if _called(node) == "argmax":
+        is_gate = trace.gate(node, x.dims[dim], 1)
+    if not is_gate:
+        trace.labels.pin(x.dims[dim], f"{node.name} mixes its entries")
     shape = shape_of(node)
     return settled(x, [dim]) if shape == x.shape else Value(shape, without(x.dims, [dim], len(shape)))
 
@@ -29,7 +35,10 @@ def reduction(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: An
     dims = [d % len(x.shape) for d in dims]
     if x.is_blend and _called(node) == "sum":
         return _summed(trace, x, dims, shape)
-    if trace.exact or not _is_average(node):
+    if _called(node) == "sum":
+        for d in dims:
+            trace.sums(x.dims[d], f"{node.name} reduces it to one number")
+    elif trace.exact or not _is_average(node):
         trace.labels.pin_all([x.dims[d] for d in dims], f"{node.name} reduces it to one number")
     return Value(shape, without(x.dims, dims, len(shape)))
 
@@ -59,10 +68,15 @@ def extremes(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any
     if not isinstance(node.meta["val"], list | tuple):
         return reduction(trace, node, x, *arguments, **keywords)
     given = argument_of(node, "dim", arguments, keywords)
+    if given is None and _called(node) in ("topk", "sort", "kthvalue", "mode"):
+        given = -1
     if given is None:
         return unknown(trace, node, x)
     gone = [d % len(x.shape) for d in ([given] if isinstance(given, int) else given)]
-    if trace.exact or not _is_average(node):
+    chosen = shapes_of(node)[0][gone[0]] if _called(node) == "topk" else 0
+    if chosen and trace.gate(node, x.dims[gone[0]], chosen):
+        pass
+    elif trace.exact or not _is_average(node):
         trace.labels.pin_all([x.dims[d] for d in gone], f"{node.name} picks entries of it by their values")
     fixed = [FIXED if i in gone else d for i, d in enumerate(x.dims)]
     return [Value(s, tuple(fixed) if len(s) == len(fixed) else without(x.dims, gone, len(s))) for s in shapes_of(node)]

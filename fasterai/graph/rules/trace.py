@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from fasterai.graph.labels import FIXED, FREE, Dim, Labels, is_labelled
+from fasterai.graph.labels import FIXED, FREE, Array, Dim, Labels, is_labelled
 
 if TYPE_CHECKING:
     from fasterai.graph.features import Asked
@@ -73,9 +73,20 @@ class Trace:
         normed: Name of a module that normalises, or calls what does -> the dimensions that it does it along.
         rescaled: Names of weights of norms that average over a dimension which may lose silent channels.
         inputs: Argument -> the input with labels on the dimension that may lose indices.
+        experts: True if experts are looked for instead of channels: a softmax, or a choice of the highest, then gates the
+            dimension that it runs over and does not pin it, as one expert less is a softmax over the rest.
+        gates: The dimensions that are gated so.
+        routes: Node of a choice of the highest -> the dimension that it is made from, and how many are chosen.
+        layers: The places, as (name, dimension), of outputs of linear layers.
     """
 
-    def __init__(self, choices: dict[str, int], exact: bool = True, asked: Mapping[str, Asked] | None = None) -> None:
+    def __init__(
+        self,
+        choices: dict[str, int],
+        exact: bool = True,
+        asked: Mapping[str, Asked] | None = None,
+        experts: bool = False,
+    ) -> None:
         self.labels = Labels()
         self.choices = choices
         self.exact = exact
@@ -85,6 +96,10 @@ class Trace:
         self.readers: set[tuple[str, int]] = set()
         self.inputs: dict[str, Value] = {}
         self._asked = asked or {}
+        self.experts = experts
+        self.gates: list[Dim] = []
+        self.routes: dict[Any, tuple[Dim, int]] = {}
+        self.layers: set[tuple[str, int]] = set()
 
     def input(self, argument: str, shape: tuple[int, ...]) -> Value:
         """Return an input's value, with labels on the dimension that was asked for, the same in each of several programs."""
@@ -115,6 +130,32 @@ class Trace:
         """Pin dimensions that an operation averages over, if the outputs must stay exact."""
         if self.exact:
             self.labels.pin_all(list(dims), f"{name} averages over it")
+
+    def gate(self, node: Any, dim: Dim, count: int | None = None) -> bool:
+        """Note that a dimension is a gate of experts, if those are looked for and it is labelled; True if it is."""
+        if not (self.experts and is_labelled(dim)):
+            return False
+        self.gates.append(dim)
+        if count is not None:
+            self.routes[node] = (dim, count)
+        return True
+
+    def route(self, node: Any, size: int) -> Dim:
+        """Return the gate that chose the numbers that a node holds, the closest one over `size` experts; `FIXED` if none did."""
+        seen, level = {node}, [node]
+        while level and self.routes:
+            for one in level:
+                dim, _ = self.routes.get(one, (FIXED, 0))
+                if is_labelled(dim) and len(cast(Array, dim)) == size:
+                    return dim
+            level = [n for n in dict.fromkeys(n for one in level for n in one.all_input_nodes) if n not in seen]
+            seen.update(level)
+        return FIXED
+
+    def sums(self, dim: Dim, reason: str) -> None:
+        """Pin a dimension that is summed over without a weight; not where experts are looked for, whose gates are factors."""
+        if not self.experts:
+            self.labels.pin(dim, reason)
 
     def reads(self, weight: Value, d: int) -> None:
         """Note that a weight, or a blend of some, multiplies a channel along its dimension `d`, and passes on something else."""

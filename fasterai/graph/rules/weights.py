@@ -19,6 +19,7 @@ def linear(trace: Trace, node: Any, x: Value, weight: Value, bias: Value | None 
         return unknown_tensor(trace, node, x, weight, bias)
     _read(trace, x, -1, weight, 1, node.name)
     out = weight.dims[0]
+    trace.layers.update(weight.places[:1])
     if bias is not None:
         out = trace.labels.join(out, bias.dims[0], node.name)
     return Value(shape_of(node), (*x.dims[:-1], out))
@@ -32,7 +33,7 @@ def _read(trace: Trace, a: Value, i: int, b: Value, j: int, name: str) -> None:
     joined = trace.labels.join(a.dims[i], b.dims[j], f"{name} reads a dimension of fixed size")
     reading = _reading([a, b])
     if not any(reading):
-        trace.labels.pin(joined, f"{name} sums over it without a weight")
+        trace.sums(joined, f"{name} sums over it without a weight")
     for value, dim, reads in zip((a, b), (i, j), reading, strict=True):
         if reads:
             trace.reads(value, dim)
@@ -140,6 +141,7 @@ def matmul(trace: Trace, node: Any, a: Value, b: Value) -> Value:
     rows = a.dims[-2:-1] if len(a.shape) > 1 else ()
     columns = b.dims[-1:] if len(b.shape) > 1 else ()
     _read(trace, a, -1, b, -2 if len(b.shape) > 1 else -1, node.name)
+    trace.layers.update(b.places[1:] if len(b.shape) == 2 else ())
     batch = shape[: len(shape) - len(rows) - len(columns)]
     sides = [Value(v.shape[:-2], v.dims[:-2]) for v in (a, b)]
     return Value(shape, (*broadcast(trace, node.name, sides, batch).dims, *rows, *columns))
@@ -151,7 +153,9 @@ def grouped_matmul(trace: Trace, node: Any, x: Value, weight: Value, ends: Any =
     name = node.name
     if len(x.shape) != 2 or len(weight.shape) != 3 or values_in([rest, keywords]):
         return unknown_tensor(trace, node, x, weight, ends, *rest)
-    trace.labels.pin_all([x.dims[0], weight.dims[0], *ends.dims], f"{name} sends its rows to experts")
+    route = trace.route(node.kwargs.get("offs") if len(node.args) < 3 else node.args[2], weight.shape[0])
+    trace.labels.pin_all([x.dims[0], *ends.dims], f"{name} sends its rows to experts")
+    trace.labels.join(weight.dims[0], route, f"{name} sends its rows to experts")
     _read(trace, x, -1, weight, -2, name)
     return Value(shape_of(node), (FIXED, weight.dims[-1]))
 
@@ -180,7 +184,7 @@ def einsum(trace: Trace, node: Any, equation: str, operands: Sequence[Value], **
                 trace.reads(value, d)
     for letter, dim in carried.items():
         if letter not in output and not weighed[letter]:
-            trace.labels.pin(dim, f"{node.name} sums over it without a weight")
+            trace.sums(dim, f"{node.name} sums over it without a weight")
     origins = [[letters.find(letter) if letter in letters else None for letter in output] for letters, _ in terms]
     return blend(operands, origins, Value(shape_of(node), tuple(carried[letter] for letter in output)))
 
