@@ -10,6 +10,8 @@ from fasterai.study.description import Study
 __all__ = ["STUDIES", "find_study"]
 
 STUDIES = (
+    "experts",
+    "routed_experts",
     "schedules",
     "variety",
 )
