@@ -100,7 +100,7 @@ STUDY = Study(
     seeds={"full": range(5)},
     sizes={
         "tiny": Size("tiny", 100, 50, None, epochs=1, batch_size=32, lr=3e-3),
-        "small": Size("small", 4_000, 2_000, None, epochs=20, lr=5e-3),
+        "small": Size("small", 4_000, 2_000, None, epochs=12, lr=5e-3),
         "full": Size("full", 40_000, 10_000, None, epochs=60, lr=5e-3),
     },
     x="parameters",
