@@ -21,7 +21,7 @@ OSCILLATORS = 4
 #: Length of a run of the oscillators, and of a step between two frames, in steps of the integration.
 FRAMES, STEPS, STEP = 25, 6, 0.1
 #: Rules and symbols of the sequences, and how many symbols one has.
-RULES, SYMBOLS, LENGTH = 24, 24, 10
+RULES, SYMBOLS, LENGTH = 48, 32, 10
 
 
 class Samples(NamedTuple):
@@ -108,7 +108,7 @@ def make_frames(count: int, seed: int) -> Samples:
 def make_rules(count: int, seed: int) -> Samples:
     """Make sequences that begin with the name of a rule; each further symbol follows from the one before by that rule.
 
-    A rule is one of 24 permutations of 24 symbols, the same for every seed. The first symbol after the name is drawn.
+    A rule is one of 48 permutations of 32 symbols, the same for every seed. The first symbol after the name is drawn.
 
     Returns:
         Sequences `(N, 10)`, and the next symbol at each place `(N, 10)`: -100 at the name, whose next one is drawn.

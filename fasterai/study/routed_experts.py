@@ -37,13 +37,13 @@ class Logits(nn.Module):
 
 
 def make_mixtral(experts: int = EXPERTS) -> Logits:
-    """Make a Mixtral of two layers of width 32, whose experts have 32 hidden units each."""
+    """Make a Mixtral of one layer of width 32, whose experts have 16 hidden units each."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    widths = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    widths = {"hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
     experts_of = {"num_local_experts": experts, "num_experts_per_tok": CHOSEN}
     tokens = {"vocab_size": SYMBOLS + RULES, "max_position_embeddings": 2 * LENGTH, "use_cache": False}
-    return Logits(MixtralForCausalLM(MixtralConfig(num_hidden_layers=2, initializer_range=0.1, **widths, **experts_of, **tokens)))
+    return Logits(MixtralForCausalLM(MixtralConfig(num_hidden_layers=1, initializer_range=0.1, **widths, **experts_of, **tokens)))
 
 
 def trial(settings: Settings, seed: int, size: Size, data: object) -> dict[str, float]:
@@ -113,7 +113,7 @@ STUDY = Study(
     seeds={"full": range(5)},
     sizes={
         "tiny": Size("tiny", 64, 32, None, epochs=1, batch_size=32, lr=3e-3),
-        "small": Size("small", 4_000, 1_000, None, epochs=12, lr=1e-2),
+        "small": Size("small", 4_000, 1_000, None, epochs=8, lr=1e-2),
         "full": Size("full", 20_000, 5_000, None, epochs=40, lr=5e-3),
     },
     x="parameters",
