@@ -11,7 +11,9 @@ __all__ = ["STUDIES", "find_study"]
 
 STUDIES = (
     "criteria",
+    "experts",
     "granularities",
+    "routed_experts",
     "schedules",
     "tickets",
     "variety",
