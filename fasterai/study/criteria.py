@@ -10,6 +10,7 @@ from fasterai.core import criteria
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.study.data import Data
 from fasterai.study.description import Settings, Size, Study
+from fasterai.study.sizes import HALF
 from fasterai.study.workbench import accuracy, make_residual, train
 
 __all__ = ["STUDY", "trial"]
@@ -32,7 +33,7 @@ def trial(settings: Settings, seed: int, size: Size, data: Data) -> dict[str, fl
 
 
 def _grid(names: list[str], sparsities: list[float]) -> list[dict[str, list[Any]]]:
-    dense = {"criterion": ["dense"], "sparsity": [0.0]}
+    dense: dict[str, list[Any]] = {"criterion": ["dense"], "sparsity": [0.0]}
     return [dense, {"sparsity": sparsities, "criterion": names}]
 
 
@@ -44,5 +45,6 @@ STUDY = Study(
     grids={"small": _grid(FEW, [0.9, 0.97]), "full": _grid(list(criteria.__all__), [0.8, 0.9, 0.95, 0.97, 0.99])},
     x="criterion",
     lines="sparsity",
+    sizes=HALF,
     reference={"criterion": "dense"},
 )

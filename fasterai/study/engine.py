@@ -21,7 +21,7 @@ from fasterai.study.book import BEAT, SILENCE, Book
 from fasterai.study.catalogue import find_study
 from fasterai.study.description import Run, Size, Study
 from fasterai.study.result import Result
-from fasterai.study.storage import open_storage
+from fasterai.study.storage import load_optuna, open_storage
 
 __all__ = ["run"]
 
@@ -77,6 +77,7 @@ def run(
     wanted = replace(found.size(size), device=_checked_device(device))
     runs = _runs(found, size, seeds, only)
     place = _checked_folder(Path(folder if folder is not None else f"study-{found.name}"))
+    load_optuna()  # which may be missing: before the data is read
     images = _load(found, data, wanted)
     if storage is None:
         place.mkdir(parents=True, exist_ok=True)

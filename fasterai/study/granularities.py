@@ -10,6 +10,7 @@ from torch import nn
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.study.data import Data
 from fasterai.study.description import Settings, Size, Study
+from fasterai.study.sizes import HALF
 from fasterai.study.workbench import accuracy, make_residual, train
 
 __all__ = ["STUDY", "trial"]
@@ -42,11 +43,11 @@ def trial(settings: Settings, seed: int, size: Size, data: Data) -> dict[str, fl
 
 
 def _grid(names: list[str], sparsities: list[float]) -> list[dict[str, list[Any]]]:
-    dense = {"granularity": ["dense"], "sparsity": [0.0]}
+    dense: dict[str, list[Any]] = {"granularity": ["dense"], "sparsity": [0.0]}
     return [dense, {"granularity": names, "sparsity": sparsities}]
 
 
-FEW = ["weight", "row", "kernel", "channel", "filter", "coupled"]
+FEW = ["weight", "kernel", "channel", "filter", "coupled"]
 MORE = ["weight", "row", "column", "kernel", "channel", "shared_weight", "vertical_slice", "horizontal_slice"]
 STUDY = Study(
     name="granularities",
@@ -58,5 +59,6 @@ STUDY = Study(
     },
     x="weight_sparsity",
     lines="granularity",
+    sizes=HALF,
     reference={"granularity": "dense"},
 )

@@ -39,7 +39,7 @@ def draw(study: Study, rows: Sequence[Row], conditions: str, *, shown: bool = Tr
         axes.xaxis.set_major_formatter(as_percent)
     if is_share(study.y):
         axes.yaxis.set_major_formatter(as_percent)
-    if lines:
+    if any(lines):  # one line without a name needs none
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.2)
     dress(axes, study.about if len(study.about) < LONGEST else study.name, grid="y", below=conditions)
     return axes
