@@ -59,7 +59,12 @@ def test_without_optuna_the_extra_is_named(monkeypatch):
 
 def test_optuna_speaks_as_before_afterwards():
     before = optuna.logging.get_verbosity()
-    with pytest.raises(KeyError), quiet(optuna):
-        assert optuna.logging.get_verbosity() == optuna.logging.WARNING
-        raise KeyError
+
+    def fail():
+        with quiet(optuna):
+            assert optuna.logging.get_verbosity() == optuna.logging.WARNING
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert optuna.logging.get_verbosity() == before
