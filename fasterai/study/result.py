@@ -154,7 +154,7 @@ def _by_metric(runs: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
 
 def is_share(name: str) -> bool:
     """Tell if a metric or an axis is written in percent: its name ends with one of a share."""
-    return name.split("_")[-1] in SHARES
+    return name.rsplit("_", maxsplit=1)[-1] in SHARES
 
 
 def _written(axis: str, value: Any) -> str:
