@@ -1,4 +1,4 @@
-"""What layers read and put out, from watching their modules; the choice of the targets that can be watched."""
+"""Observation of layers: what they read and put out, by hooks; the choice of the targets that can be watched."""
 
 from __future__ import annotations
 

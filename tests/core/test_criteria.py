@@ -418,7 +418,10 @@ def test_variety_in_a_word(word, wanted):
             lambda: variety(large_final.using(unit_rule=lambda s, w: s), on="activations"),
             "must have no unit_rule of its own for on='activations', got .*take on='weights'",
         ),
-        (lambda: from_catalogue("criteria", "variety", criteria), "got 'variety'; it takes a criterion: 'variety.large_final.'"),
+        (
+            lambda: from_catalogue("criteria", "variety", criteria),
+            "got 'variety'; it takes a criterion: 'variety.large_final.'",
+        ),
         (lambda: from_catalogue("criteria", "variety(nope)", criteria), "criteria must be one of .*, got 'nope'"),
         (lambda: from_catalogue("criteria", "variety(movement, nope)", criteria), "similarity must be .*, got 'nope'"),
     ],

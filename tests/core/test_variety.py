@@ -68,7 +68,9 @@ def test_it_is_greedy_where_many_pairs_are_equally_similar(similarity, data):
     own = vectors - vectors.mean(1, keepdims=True) if similarity == "pearson" else vectors
     vectors[~(np.abs(own) > 1e-6).any(1)] = [1.0, 2.0, 4.0]
     scores = data.draw(st.permutations(range(6)))
-    found = order_of_removal(torch.tensor(scores), torch.from_numpy(vectors), similarity).tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fasterai.core.variety.BLOCK", data.draw(st.sampled_from([2, 256])))
+        found = order_of_removal(torch.tensor(scores), torch.from_numpy(vectors), similarity).tolist()
     assert found == greedy(scores, vectors, similarity)
 
 

@@ -90,7 +90,10 @@ def test_what_needs_evidence_and_what_is_of_the_catalogue_is_not_tried():
         ({"granularity": "weight"}, "several units of several weights each for variety.'cosine'., got weight; take 'filter'"),
         ({"granularity": "layer"}, "several units of several weights each .*, got layer"),
         ({"granularity": "weight", "rule": DropAndGrow(grow=variety("random"))}, "several units of several weights each"),
-        ({"granularity": "column", "criteria": variety("large_final", on="activations")}, "outputs as its units for .*, got column"),
+        (
+            {"granularity": "column", "criteria": variety("large_final", on="activations")},
+            "outputs as its units for .*, got column",
+        ),
     ],
 )
 def test_where_there_are_no_units_to_compare_variety_is_refused_before_anything_changes(axes, message):
