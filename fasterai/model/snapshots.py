@@ -58,7 +58,7 @@ def find_differences(model: nn.Module, snapshot: Mapping[str, Tensor]) -> list[s
 
 
 def clear_states_(optimizers: Iterable[Any]) -> None:
-    """Clear the state of optimizers, such as momentum; their settings are unchanged."""
+    """Drop the state of optimizers, such as momentum; their settings are unchanged."""
     for optimizer in optimizers:
         if hasattr(optimizer, "clear_state"):  # fastai's
             optimizer.clear_state()

@@ -29,7 +29,7 @@ from fasterai.units.choice import Goal
 
 __all__ = ["find_ticket", "plan_rounds"]
 
-SURVIVORS = 0.8  # the share that a round leaves of the units by default (Frankle & Carbin 2019 remove 20 %)
+SURVIVORS = 0.8  # the share of the units that a round leaves by default, as is usual for tickets
 #: Arguments of the `Sparsifier` that may be passed on, of which those that are data are no settings.
 OPTIONS = ("targets", "layer_type", "min_keep", "round_to", "nm", "data", "loss", "example_inputs")
 DATA = ("data", "loss", "example_inputs")

@@ -26,7 +26,7 @@ NAME, ROUNDS_FORMAT = "rounds.pt", "fasterai-rounds-1"
 
 @dataclass(frozen=True)
 class Progress:
-    """What is known after some rounds.
+    """Progress of a search after some rounds.
 
     Attributes:
         weights: The tensors of the moment that is gone back to; empty before the first round.

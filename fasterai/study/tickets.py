@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fasterai.core.participant import Participant
+from fasterai.model.snapshots import put_back_, take_snapshot
+from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.sparse.ticket import Ticket
 from fasterai.sparse.ticket_rounds import find_ticket
 from fasterai.study.data import Data
-from fasterai.study.description import Settings, Size, Study
+from fasterai.study.description import SIZES, Settings, Size, Study
 from fasterai.study.workbench import accuracy, make_residual, train
 
 __all__ = ["STUDY", "trial"]
@@ -29,22 +32,33 @@ RANDOM, OTHERS = "random mask", "mask on other weights"
 def trial(settings: Settings, seed: int, size: Size, data: Data) -> dict[str, float]:
     """Train the ticket of a sparsity, or what it is held against, by magnitude over all layers; rewound to the first weights.
 
-    In rounds, a ticket of 97 % costs five trainings to find; the tickets of one_shot and one_cycle cost one.
+    `trainings` counts those of finding it, and its own: a ticket of 97 % costs five to find in rounds, and one on a schedule.
     """
-    what, sparsity = settings["what"], settings["sparsity"]
+    what, found = settings["what"], _search(seed, size, data)
     if what == DENSE:
-        return {"accuracy": _trained(seed, size, data), "trainings": 1}
-    k = SPARSITIES.index(sparsity)
-    if what in (ONE_SHOT, ONE_CYCLE):
-        schedule = "one_cycle" if what == ONE_CYCLE else None
-        ticket = find_ticket(_training(seed, size, data), _network(seed, data), sparsity, schedule=schedule, rounds=1)
-        return {"accuracy": _trained(seed, size, data, ticket), "trainings": 2}
-    ticket = _rounds(seed, size, data)[k]
+        return {"accuracy": found.results[0], "trainings": 1}
+    k = SPARSITIES.index(settings["sparsity"])
+    if what == FOUND and k + 1 < ROUNDS:  # the next round has trained it
+        return {"accuracy": found.results[k + 1], "trainings": k + 2}
+    ticket = _ticket(what, k, found, seed, size, data)
+    network = _network(seed, data)
+    accuracy = _training(seed, size, data)(network, [ticket.apply(network)])
+    return {"accuracy": accuracy, "trainings": 2 if what in (ONE_SHOT, ONE_CYCLE) else k + 2}
+
+
+def _ticket(what: str, k: int, found: Found, seed: int, size: Size, data: Data) -> Ticket:
+    network = _network(seed, data)
+    if what == ONE_CYCLE:
+        return find_ticket(_training(seed, size, data), network, SPARSITIES[k], schedule="one_cycle", rounds=1)
+    if what == ONE_SHOT:
+        put_back_(network, found.trained)
+        sparsifier = Sparsifier(network, context="global")
+        sparsifier.sparsify_model(SPARSITIES[k])
+        return Ticket.of(sparsifier, found.tickets[0].weights)
+    ticket = found.tickets[k]
     if what == RANDOM:
-        ticket = ticket.random(seed)
-    elif what == OTHERS:
-        ticket = ticket.reinitialised(_network(seed + 1000, data))
-    return {"accuracy": _trained(seed, size, data, ticket), "trainings": k + 2}
+        return ticket.random(seed)
+    return ticket.reinitialised(_network(seed + 1000, data)) if what == OTHERS else ticket
 
 
 def _network(seed: int, data: Data) -> nn.Module:
@@ -52,26 +66,43 @@ def _network(seed: int, data: Data) -> nn.Module:
     return make_residual(data)
 
 
-def _training(seed: int, size: Size, data: Data) -> Callable[[nn.Module, list[Participant]], None]:
-    def once(network: nn.Module, participants: list[Participant]) -> None:
+def _training(seed: int, size: Size, data: Data) -> Callable[[nn.Module, list[Participant]], float]:
+    def once(network: nn.Module, participants: list[Participant]) -> float:
         train(network, data, participants, epochs=size.epochs, lr=size.lr, seed=seed, batch_size=size.batch_size)
+        return accuracy(network, data)
 
     return once
 
 
-def _trained(seed: int, size: Size, data: Data, ticket: Ticket | None = None) -> float:
-    """Train a ticket, or the dense network, and return its accuracy."""
-    network = _network(seed, data)
-    _training(seed, size, data)(network, [] if ticket is None else [ticket.apply(network)])
-    return accuracy(network, data)
+@dataclass(frozen=True)
+class Found:
+    """Tickets of all sparsities, of one search.
+
+    Attributes:
+        tickets: The ticket of each round.
+        results: The accuracy at the end of each round's training: of the dense network, then of the ticket of the round before.
+        trained: The tensors of the dense network at the end of its training.
+    """
+
+    tickets: tuple[Ticket, ...]
+    results: tuple[float, ...]
+    trained: Mapping[str, Tensor]
 
 
 @lru_cache(maxsize=2)
-def _rounds(seed: int, size: Size, data: Data) -> tuple[Ticket, ...]:
-    """Find the tickets of all sparsities; three kinds of runs share them."""
+def _search(seed: int, size: Size, data: Data) -> Found:
+    """Find tickets in rounds; all runs of a seed share them."""
+    trained: list[Mapping[str, Tensor]] = []
+
+    def once(network: nn.Module, participants: list[Participant]) -> float:
+        result = _training(seed, size, data)(network, participants)
+        trained.append(take_snapshot(network))
+        return result
+
     with tempfile.TemporaryDirectory() as folder:
-        find_ticket(_training(seed, size, data), _network(seed, data), SPARSITIES[-1], rounds=ROUNDS, folder=folder)
-        return tuple(Ticket.load(path) for path in sorted(Path(folder).glob("round_*.safetensors")))
+        last = find_ticket(once, _network(seed, data), SPARSITIES[-1], rounds=ROUNDS, folder=folder)
+        tickets = tuple(Ticket.load(path) for path in sorted(Path(folder).glob("round_*.safetensors")))
+    return Found(tickets, tuple(float(one or 0.0) for one in last.results), trained[0])
 
 
 GRID = [
@@ -87,4 +118,5 @@ STUDY = Study(
     x="sparsity",
     lines="what",
     reference={"what": DENSE},
+    sizes={**SIZES, "small": Size("small", 3_000, 2_000, 16, epochs=4)},
 )

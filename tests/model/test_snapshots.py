@@ -8,7 +8,6 @@ from fasterai.model.snapshots import clear_states_, find_differences, put_back_,
 from tests.ticket_nets import Net, equal, net, tensors_of, train
 
 
-
 def trained(model: Net) -> None:
     from fasterai.core.loop import Participant
 

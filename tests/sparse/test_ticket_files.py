@@ -113,7 +113,7 @@ def test_a_changed_weight_is_noticed(tmp_path):
 def test_a_truncated_file_is_refused(size, tmp_path):
     ticket_of(net()).save(tmp_path / "t.safetensors")
     (tmp_path / "t.safetensors").write_bytes((tmp_path / "t.safetensors").read_bytes()[:size])
-    with pytest.raises(ValueError, match="path must be a file that Ticket.save wrote"):
+    with pytest.raises(ValueError, match=r"path must be a file that Ticket\.save wrote"):
         Ticket.load(tmp_path / "t.safetensors")
 
 

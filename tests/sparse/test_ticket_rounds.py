@@ -79,7 +79,7 @@ def test_default_rounds_that_would_prune_nothing_are_left_out():
 def test_more_rounds_than_units_are_refused_before_anything():
     model = nn.Sequential(nn.Linear(2, 4))
     before = tensors_of(model)
-    with pytest.raises(ValueError, match=r"rounds must leave a unit to prune to each of them, got 9 for 4 of 8 units, where round"):
+    with pytest.raises(ValueError, match=r"rounds must leave a unit to prune to each of them, got 9 for 4 of 8 units, where"):
         found(model, 0.5, rounds=9)
     with pytest.raises(ValueError, match="got 1 for 0 of 8 units, where round 1 would prune none"):
         found(model, 0.01)
@@ -225,7 +225,7 @@ def test_a_training_that_stops_early_prunes_all_the_same():
 
 
 def test_a_criterion_that_reads_data_needs_some():
-    with pytest.raises(ValueError, match="data must be given for taylor, which reads some after each round, got None; pass data"):
+    with pytest.raises(ValueError, match="data must be given for taylor, which reads some after each round, got None"):
         found(criteria="taylor")
     data = [(X, Y)]
     ticket = found(criteria="taylor", rounds=2, data=data, loss=nn.functional.cross_entropy)
@@ -312,7 +312,10 @@ def _twice(model, participants):
 @pytest.mark.parametrize(
     ("once", "message"),
     [
-        (_alone, "train must let the participants take part in its training, got one that took no step with them; pass them on"),
+        (
+            _alone,
+            "train must let the participants take part in its training, got one that took no step with them",
+        ),
         (_nothing, "train must let the participants take part in its training"),
         (_another, "optimizer must train the model that train was given, got one that holds none of its parameters"),
         (_first_alone, "participants must hold the Hold that RewindPoint follows"),

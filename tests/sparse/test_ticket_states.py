@@ -155,7 +155,7 @@ def test_a_spoiled_file_is_refused(content, tmp_path):
         torch.save([1] if content == "list" else {**state, content: 3}, path)
     model = net()
     before = tensors_of(model)
-    with pytest.raises(ValueError, match="folder must hold what find_ticket has written, got .*rounds.pt, which is none"):
+    with pytest.raises(ValueError, match=r"folder must hold what find_ticket has written, got .*rounds\.pt, which is none"):
         find_ticket(_never, model, 0.5, rounds=3, folder=tmp_path)
     assert equal(tensors_of(model), before)
 
