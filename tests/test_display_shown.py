@@ -21,6 +21,7 @@ from fasterai.callbacks.plain import attach
 from fasterai.core.contexts import PerTarget
 from fasterai.core.schedules import Custom, Phases, Position
 from fasterai.display import Brief, Shown, Table, brief, one_line, settings
+from fasterai.graph.inputs import InputCut
 
 STARS = [
     importlib.import_module(f"fasterai.{name}")
@@ -149,10 +150,12 @@ MADE = {
     "DSD": lambda _: everything.DSD(),
     "DecompositionReport": lambda _: folder_of(nn.Sequential(nn.Linear(8, 8)), everything.FC_Decomposer()).report,
     "FC_Decomposer": lambda _: folder_of(nn.Sequential(nn.Linear(8, 8)), everything.FC_Decomposer()),
+    "Features": lambda _: everything.Features({"x": 1}, keep={"x": [0, 3]}),
     "FoldReport": lambda _: everything.find_folds(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()),
     "GradualPruner": lambda _: gradual(),
     "Group": lambda _: graph().groups[0],
     "HoldCallback": lambda _: everything.HoldCallback(sparsifier()),
+    "InputCut": lambda _: InputCut("x", 1, tuple(range(500)), 1000),
     "Iterative": lambda _: everything.Iterative(),
     "Keep": lambda _: fasterai.Keep("expert", "out", "in", "depth", "height", "width"),
     "Latency": lambda _: compared(latency=True).latency.models["again"],
@@ -208,11 +211,13 @@ WITH_TABLES = {
         "Cost",
         "DecompositionReport",
         "FC_Decomposer",
+        "Features",
         "FoldReport",
     ),
     *(
         "GradualPruner",
         "Group",
+        "InputCut",
         "Latency",
         "LatencyComparison",
         "LayerComparison",

@@ -30,7 +30,7 @@ MOST = 8  # indices that are shown
 
 @dataclass(frozen=True, repr=False)
 class InputCut(Shown):
-    """What stays of one dimension of an input: the small model takes these indices of it alone.
+    """Part of an input that stays: of one dimension the small model takes these indices alone.
 
     Attributes:
         argument: The name of the input, by the argument of `forward`.
@@ -83,12 +83,20 @@ class InputCut(Shown):
             raise ValueError(f"keep must hold rising indices below {size}, got {keep}")
         return cls(data["argument"], check_count("dim", data.get("dim")), keep, size)
 
+    @property
+    def words(self) -> str:
+        """The cut in words, as reports have it."""
+        return f"{self.argument}, dimension {self.dim}: {len(self.keep):,} of {self.size:,} stay ({self._listed()})"
+
+    def _listed(self) -> str:
+        return ", ".join(map(str, self.keep[:MOST])) + (", ..." if len(self.keep) > MOST else "")
+
     def _line(self) -> str:
-        return f"<InputCut {self.argument}.{self.dim}: {len(self.keep)} of {self.size:,} stay>"
+        return f"<InputCut {self.argument}.{self.dim}: {len(self.keep):,} of {self.size:,} stay>"
 
     def _parts(self) -> Iterator[Table | str]:
-        listed = ", ".join(map(str, self.keep[:MOST])) + (", ..." if len(self.keep) > MOST else "")
-        yield f"{self.argument}, dimension {self.dim}: {len(self.keep):,} of {self.size:,} stay ({listed})"
+        row = (self.argument, str(self.dim), f"{self.size:,}", f"{len(self.keep):,}", self._listed())
+        yield Table(("input", "dimension", "before", "kept", "indices"), [row])
 
 
 def input_names(model: nn.Module, inputs: tuple[Any, ...]) -> list[str]:

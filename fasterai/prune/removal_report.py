@@ -100,7 +100,7 @@ class Removal(Shown):
         before, after = self.parameters
         if self.removed:
             yield self._lost()
-        yield from (f"takes less of its input {line}" for cut in self.inputs.values() for line in map(str, cut._parts()))
+        yield from (f"takes less of its input {cut.words}" for cut in self.inputs.values())
         stays = [f"{name}: {'' if name in self.removed else 'stays, '}{why}" for name, why in self.refused.items()]
         yield from _listed(stays, "groups have to keep silent channels")
         yield from summed_reasons([why for why in self.pinned.values() if not why.endswith("kernel size")])

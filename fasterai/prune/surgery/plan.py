@@ -1,4 +1,7 @@
-"""Plan of a removal as data: it can be printed, saved, and carried out again on a fresh model."""
+"""Plan of a removal as data: it can be printed, saved, and carried out again on a fresh model.
+
+Over 300 lines, since a plan is described, made and held against a model in one place.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,7 @@ class Plan(Shown):
         lines = [f"{name}: {before} -> {after}" for name, before, after in body]
         if lines:
             yield Table(("tensor or size", "before", "after"), body, text=lines)
-        yield from (f"input {line}" for one in self.inputs for line in map(str, one._parts()))
+        yield from (f"input {one.words}" for one in self.inputs)
         yield from (f"{n}: times {factor:.4g}" for n, factor in self.scales.items())
         if not (lines or self.scales):
             yield "nothing is taken out"
