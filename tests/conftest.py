@@ -31,11 +31,14 @@ def _no_process_group_is_left() -> Iterator[None]:
 def notebook_runs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[Path, Future[None]]]:
-    """Run the notebooks of the tests that were chosen, one after the other in processes of their own, while other tests run."""
+    """Run the notebooks of the tests that were chosen, one after the other in processes of their own, while other tests run.
+
+    The thread here only waits: other tests set filters of warnings, variables and folders of this process as they need them.
+    """
     tests = [item for item in request.session.items if item.name.startswith("test_notebook_runs[")]
-    pool = ThreadPoolExecutor(1)
+    pool, before = ThreadPoolExecutor(1), dict(os.environ)
     try:
         paths = [test.callspec.params["path"] for test in tests]
-        yield {path: pool.submit(tests[0].module.check, path, tmp_path_factory.mktemp(path.stem)) for path in paths}
+        yield {path: pool.submit(tests[0].module.check, path, tmp_path_factory.mktemp(path.stem), before) for path in paths}
     finally:
         pool.shutdown(cancel_futures=True)

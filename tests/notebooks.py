@@ -1,18 +1,13 @@
-"""Runs notebooks, and keeps them with their outputs: `python -m tests.notebooks [NAME ...]` writes those of nbs/ anew."""
+"""Notebooks, and how they are kept with their outputs: `python -m tests.notebooks [NAME ...]` writes those of nbs/ anew."""
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 import tempfile
 from pathlib import Path
 
 import nbformat
-from jupyter_client.kernelspec import KernelSpec
-from jupyter_client.manager import AsyncKernelManager
-from jupyter_core.utils import run_sync
-from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parents[1] / "nbs"
@@ -20,35 +15,6 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-#: Beginnings of warnings that other libraries give of themselves when they are imported or first used.
-QUIET = (
-    "`torch.jit.script` is deprecated",
-    "`isinstance(treespec",
-    "IProgress not found",
-    "The given NumPy array is not writable",
-)
-ENVIRONMENT = {
-    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-    "PYTHONWARNINGS": ",".join(f"ignore:{words}" for words in QUIET),
-}
-
-
-class OwnKernelManager(AsyncKernelManager):
-    """Runs the interpreter that runs the tests, whatever a kernel called python3 stands for on this machine."""
-
-    @property
-    def kernel_spec(self) -> KernelSpec:
-        return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], language="python")
-
-
-def run(notebook: NotebookNode, folder: Path) -> None:
-    """Run all cells in a fresh interpreter that works in `folder`; an error in a cell is raised."""
-    manager = OwnKernelManager(kernel_name="python3")
-    client = NotebookClient(notebook, km=manager, timeout=120, resources={"metadata": {"path": str(folder)}})
-    try:
-        client.execute(env=os.environ | ENVIRONMENT)
-    finally:  # a manager that is given is not ended by the client
-        run_sync(manager.shutdown_kernel)(now=True)
 
 
 def joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
@@ -78,6 +44,8 @@ def clean(notebook: NotebookNode) -> None:
 
 def write_anew(path: Path) -> None:
     """Run a notebook, and write it with its outputs."""
+    from tests.kernels import run  # tests that look at notebooks load no client of kernels
+
     notebook = nbformat.read(path, as_version=4)
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     with tempfile.TemporaryDirectory() as folder:

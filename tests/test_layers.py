@@ -16,7 +16,7 @@ PAGE = PACKAGE.parent / "docs" / "architecture.md"
 
 def read_layers(page: str) -> dict[str, int]:
     """Module or package -> layer, of the rows `| L2 | `core/loop.py`, `model/` | its job |`."""
-    rows = re.findall(r"^\| L(\d) \| ([^|]+) \|", page, re.MULTILINE)
+    rows = re.findall(r"^\| L(\d+) \| ([^|]+) \|", page, re.MULTILINE)
     paths = [(int(layer), path) for layer, cell in rows for path in re.findall(r"`([^`]+)`", cell)]
     return {path.removesuffix(".py").rstrip("/").replace("/", "."): layer for layer, path in paths}
 

@@ -117,7 +117,8 @@ class SparsifyMethod(Method):
         round_to: Kept units of each target are rounded up to a multiple of it.
         nm: Prune two of every four neighbouring inputs.
         layer_type: Module classes whose weights are the targets, instead of the default ones.
-        **options: Of the `Sparsifier`: `targets`, `data`, `loss`, `example_inputs`, `min_keep`, `max_updates`, `rule`.
+        **options: Of the `Sparsifier`: `targets`, `data`, `loss`, `example_inputs`, `min_keep`, `max_updates`, `rule`,
+            `features`.
 
     Raises:
         ValueError: An argument is out of range or unknown.

@@ -1,4 +1,4 @@
-"""Command line: `fasterai demo`, `fasterai sparsify` and `fasterai prune`.
+"""Command line: `fasterai demo`, `fasterai sparsify`, `fasterai prune` and `fasterai study`.
 
 What is heavy (torchvision, matplotlib, scikit-learn) is imported by the command that needs it. To add a command: a module
 with `run(arguments) -> int`, and its parser in `arguments.py`.
@@ -18,6 +18,7 @@ INTERRUPTED = 130  # what a shell expects after Ctrl-C
 AFTERWARDS = {
     "sparsify": "--resume goes on from the last full epoch",
     "prune": "nothing was written",
+    "study": "the same command goes on with the runs that are left",
 }
 
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments without the program's name; those of the process if left out.
 
     Returns:
-        0 if all went well, 2 after a usage error, 130 after Ctrl-C.
+        0 if all went well, 1 if runs of a study have failed, 2 after a usage error, 130 after Ctrl-C.
     """
     from fasterai.cli.arguments import make_parser
     from fasterai.cli.errors import UsageError

@@ -1,6 +1,7 @@
 """L8. Folders of images with one sub-folder for each class.
 
 The walk is not torchvision's `ImageFolder`, which follows links in circles without end and takes hidden folders for classes.
+Over 300 lines, since what may lie in a folder is one subject.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def read_folder(
     skip_unreadable: bool = False,
     workers: int = 0,
     cache_bytes: int = CACHE_BYTES,
+    at_most: tuple[int | None, int | None] = (None, None),
 ) -> Data:
     """Read a folder of images, every file once, so that unreadable ones are found before the training.
 
@@ -94,13 +96,15 @@ def read_folder(
         skip_unreadable: Leave unreadable files out instead of stopping.
         workers: Threads that decode, none for the caller's own.
         cache_bytes: Images are kept in memory if they fit into it, else decoded whenever they are needed.
+        at_most: How many images to train and to validate on are read, drawn from `seed`; None for all. Of a folder without a
+            validation part the sum of both is read.
 
     Raises:
         UsageError: The folder has no images, less than two classes, or an unreadable image.
     """
     train_root, valid_root = _find_parts(root)
     classes = _sub_folders(train_root)
-    paths, labels, train_count = _list_images(train_root, valid_root, classes)
+    paths, labels, train_count = _draw(at_most, seed, *_list_images(train_root, valid_root, classes), split=valid_root is None)
     size = image_size or _default_size(paths[:train_count])
     images, sums, failures = _read(_Decoded(paths, labels, size, workers), cache_bytes)
     skipped = {_shown(paths[row]): reason for row, reason in failures.items()}
@@ -161,6 +165,21 @@ def _list_images(train: Path, valid: Path | None, classes: Sequence[str]) -> tup
         raise UsageError(f"DATA must hold at least two classes, got only {classes[0]!r} in {train}")
     labels = [label for folder, found in images.items() for label in [classes.index(folder.name)] * len(found)]
     return list(chain(*images.values())), torch.tensor(labels), sum(len(images[train / name]) for name in classes)
+
+
+def _draw(
+    at_most: tuple[int | None, int | None], seed: int, paths: list[str], labels: Tensor, train_count: int, split: bool
+) -> tuple[list[str], Tensor, int]:
+    """Draw a part of the listed images, in their order: paths, labels, and the number of training images."""
+    train, valid = at_most
+    if split and train is not None and valid is not None:
+        train += valid
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.zeros(len(paths), dtype=torch.bool)
+    for most, where in ((train, slice(0, train_count)), (valid, slice(train_count, None))):
+        kept[where] = torch.randperm(len(kept[where]), generator=generator) < (len(paths) if most is None else most)
+    rows = kept.nonzero().flatten()
+    return [paths[row] for row in rows], labels[rows], int(kept[:train_count].sum())
 
 
 def _images_below(tops: Sequence[Path]) -> dict[Path, list[str]]:

@@ -13,7 +13,7 @@ from fasterai.core import schedules as _schedules
 from fasterai.core.contexts import *
 from fasterai.core.contexts import NM
 from fasterai.core.criteria import *
-from fasterai.core.criteria import Criterion, Random
+from fasterai.core.criteria import Criterion, Random, variety
 from fasterai.core.granularities import Block as Block
 from fasterai.core.granularities import Coupled, Keep
 from fasterai.core.schedules import *
@@ -61,6 +61,7 @@ __all__ = [
     "sched_onecycle",
     "sched_oneshot",
     "schedules",
+    "variety",
 ]
 __all__ += _contexts.__all__
 __all__ += _criteria.__all__

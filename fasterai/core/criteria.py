@@ -10,6 +10,7 @@ To add one: a function `(evidence) -> scores`, a ready-made `Criterion`, its nam
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -19,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasterai.core.checks import NamesReplacements, check_choice, instead_of_class, noted
+from fasterai.core.checks import NamesReplacements, check_choice, from_catalogue, instead_of_class, noted
 from fasterai.core.types import EVIDENCE, Evidence
+from fasterai.core.variety import Variety
 from fasterai.display import brief, one_line
 
 __all__ = [
@@ -93,7 +95,9 @@ class Criterion(NamesReplacements):
         nonnegative: True if no score is below 0, and a weight of 0 scores 0.
         ufunc: The same function of the weight as a numpy ufunc, which can write into memory that is held already; or None.
         unit_rule: A function of the scores of a pool's units `(units,)` and their weights `(units, features)` that returns new
-            scores `(units,)`, before any normalizer. The weights of a coupled channel are all of its slices, joined.
+            scores `(units,)`, before any normalizer. The weights of a coupled channel are all of its slices, joined. A rule
+            with an attribute `reads = "outputs"` is given what the units put out on data, in place of their weights; the
+            criterion then needs `outputs`. One with an attribute `compares = True` is refused where there are no such units.
     """
 
     function: Callable[[Evidence], Tensor]
@@ -199,12 +203,18 @@ class Criterion(NamesReplacements):
             found = self.normalizer(scores) if callable(self.normalizer) else NORMALIZERS[self.normalizer](scores)
         return _check_units(f"normalizer of criterion {self.title} for {name}", found, scores)
 
+    @property
+    def reads_outputs(self) -> bool:
+        """True if its rule on units looks at what they put out, not at their weights."""
+        return getattr(self.unit_rule, "reads", "weights") == "outputs"
+
     def rank(self, scores: Tensor, weights: Callable[[], Tensor], name: str = "a target") -> Tensor:
         """Apply the rule on units, if there is one, to the unit scores of a pool.
 
         Args:
             scores: `(units,)`.
-            weights: A function that returns the weights of the units, `(units, features)`; called only for a rule.
+            weights: A function that returns the weights of the units, or what they put out, `(units, features)`; called only
+                for a rule.
             name: The pool's name, for the message.
 
         Raises:
@@ -315,6 +325,40 @@ def Random(seed: int = 0) -> Criterion:  # noqa: N802 - reads as the other value
     The global generator of random numbers is not used.
     """
     return Criterion(_Random(seed))
+
+
+def variety(
+    criterion: Criterion | Callable[[Tensor], Tensor] | str, similarity: str = "cosine", on: str = "weights"
+) -> Criterion:
+    """Make a criterion by which redundant units go first and rare ones stay; the given one decides within a redundant pair.
+
+    Again and again the most similar pair of a layer is looked up, and the one of the lower score goes. Each layer loses as many
+    units as by the given criterion. Inspired by Hubens et al. 2022 (ICIAP, arXiv 2203.05807), of which the abstract was read;
+    the similarities and the pairs are ours.
+
+    Args:
+        criterion: Any criterion, its name, or a function of the weight; units are to be filters, rows, coupled channels, ...
+        similarity: `cosine`, `abs_cosine`, `pearson` or `euclidean`.
+        on: What is compared: `weights`, or `activations`, the outputs of the layers on data.
+
+    Raises:
+        ValueError: An argument is unknown, the criterion has variety already, or has a rule on weights for `activations`.
+    """
+    base = as_criterion(from_catalogue("criterion", criterion, sys.modules[__name__]))
+    if isinstance(base.unit_rule, Variety):
+        raise ValueError(f"criterion must be one without variety, got {base!r}")
+    rule = Variety(similarity, on, base.unit_rule)
+    if rule.reads == "outputs" and base.unit_rule is not None:
+        raise ValueError(
+            f"criterion must have no unit_rule of its own for on='activations', got {base!r}; it would be given outputs in "
+            "place of weights: take on='weights'"
+        )
+    needs = base.needs | {"outputs"} if rule.reads == "outputs" else base.needs
+    return replace(base, needs=needs, unit_rule=rule)
+
+
+#: Makers of a criterion of another one, by the name that stands in words such as `variety(large_final)`.
+MAKERS: dict[str, Callable[..., Criterion]] = {"variety": variety}
 
 
 def _large_final(e: Evidence) -> Tensor:

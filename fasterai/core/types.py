@@ -19,7 +19,7 @@ __all__ = ["EVIDENCE", "Evidence", "Layout", "Limits", "Move", "Target", "held_p
 #: What a criterion may ask for by name beyond the weight.
 EVIDENCE = (
     *("gradient", "initial", "previous", "hessian_gradient", "synaptic_flow"),
-    *("activation", "activation_max", "activation_mean"),
+    *("activation", "activation_max", "activation_mean", "outputs"),
 )
 
 
@@ -130,6 +130,7 @@ class Evidence:
         activation: The 2-norm of every input feature over batch and positions; broadcasts against the weight.
         activation_max: The largest magnitude of every input feature, likewise.
         activation_mean: The mean magnitude of every input feature, likewise.
+        outputs: What each output is on a sample of batch and positions, `(outputs, samples)`; for rules on units.
         hessian_gradient: Hg, shape of the weight (GraSP).
         synaptic_flow: dR/d|w|, shape of the weight (SynFlow).
         layout: The meaning of the weight's dimensions; None where a part of the weight is scored alone.
@@ -147,6 +148,7 @@ class Evidence:
     synaptic_flow: Tensor | None = None
     activation_max: Tensor | None = None
     activation_mean: Tensor | None = None
+    outputs: Tensor | None = None
     layout: Layout | None = None
     gathered: Mapping[str, Tensor] = field(default_factory=dict)
     masked: Callable[[], Tensor | None] = no_mask

@@ -149,9 +149,15 @@ def _training(model: nn.Module, inputs: tuple[Any, ...], unread: Sequence[str]) 
     return []
 
 
+def _apart(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copy inputs of which two are one tensor: an export would take them for one, and all that reads the one for the other."""
+    given = [id(x) for x in tree_leaves(inputs) if isinstance(x, torch.Tensor)]
+    return copies(inputs) if len(set(given)) < len(given) else inputs
+
+
 def _exported(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> Exported:
     with exporting(), undisturbed(model), in_mode(model, training), torch.no_grad(), without_fast_path():
-        program = torch.export.export(model, inputs, strict=False)
+        program = torch.export.export(model, _apart(inputs), strict=False)
     first: dict[int, str] = {}
     called: dict[str, str] = {}
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:

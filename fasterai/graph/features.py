@@ -13,7 +13,7 @@ from fasterai.core.checks import unknown
 from fasterai.display import Shown, Table
 from fasterai.graph.inputs import input_cuts, input_tensors
 
-__all__ = ["Asked", "Features", "FeaturesLike", "check_may_go", "kept_inputs", "read_features"]
+__all__ = ["Asked", "Features", "FeaturesLike", "check_features", "check_may_go", "kept_inputs", "read_features"]
 
 Place = tuple[str, int]  # an input's name, and one of its dimensions
 
@@ -64,6 +64,7 @@ def read_features(features: FeaturesLike, model: nn.Module, inputs: tuple[Any, .
         TypeError: They are no `Features`, dict, dimension or True, or an index is no number.
         ValueError: An input, a dimension or an index does not exist, several could be meant, or it is that of the samples.
     """
+    check_features(features)
     if features is None or features is False:
         return ()
     wanted = features if isinstance(features, Features) else Features(features)
@@ -83,11 +84,21 @@ def read_features(features: FeaturesLike, model: nn.Module, inputs: tuple[Any, .
     return tuple(Asked(name, d, _indices(name, keep.get(name, ()), tensors[name].shape[d])) for name, d in dims.items())
 
 
+def check_features(features: FeaturesLike) -> FeaturesLike:
+    """Return what may stand for features, before there are inputs to hold it against.
+
+    Raises:
+        TypeError: It is no `Features`, dict, dimension or True.
+    """
+    dims = features.dims if isinstance(features, Features) else features
+    if not (features is None or isinstance(dims, int | Mapping)):
+        raise TypeError(f"features must be a dict of inputs to dimensions, a dimension or True, got {dims!r}")
+    return features
+
+
 def _by_argument(dims: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, Any]:
     if isinstance(dims, Mapping):
         return dims
-    if not isinstance(dims, int):
-        raise TypeError(f"features must be a dict of inputs to dimensions, a dimension or True, got {dims!r}")
     able = [name for name, x in tensors.items() if x.dim() > 1]
     if len(able) != 1:
         first = able[0] if able else "x"

@@ -19,7 +19,7 @@ from fasterai.model.cuts import Cut, input_place
 from fasterai.model.names import unwrap
 from fasterai.model.sharded import Place
 from fasterai.model.targets import all_targets
-from fasterai.units.pool import Pool, WeightScores, at_least_float32
+from fasterai.units.pool import Pool, WeightScores, at_least_float32, of_living, unseen
 
 __all__ = ["OVER", "ChannelPool", "channel_pools", "warn_of_rounding"]
 
@@ -108,6 +108,17 @@ class ChannelPool(Pool):
                 slices.append(own.reshape(self.count, -1).to(self.device))
         return torch.cat(slices, dim=1)
 
+    def outputs_of_units(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        parts = []
+        for (name, d), indices in self.group.places.items():
+            made = outputs.get(name) if name in self.makers else None
+            if made is not None and d == _outputs_dim(self.parameters[name]) and len(made) == self.tensor(name).shape[d]:
+                own = made[torch.as_tensor(indices, device=made.device)]
+                parts.append(own.reshape(self.count, -1).to(self.device))
+        if not parts:
+            raise unseen(self.name)
+        return of_living(torch.cat(parts, dim=1), self.vectors_of_units())
+
     def on_one_scale(self, scores: Tensor, keep: Tensor | None) -> Tensor:
         if not self.granularity.relative:
             return scores
@@ -195,6 +206,11 @@ def _channel_pool(group: Group, graph: ChannelGraph, known: Mapping[str, Target]
         granularity=granularity,
         parameters=parameters,
     )
+
+
+def _outputs_dim(target: Target) -> int:
+    """Return the dimension of a weight that runs over its outputs."""
+    return 1 if target.layout.axes[0] == {"in"} else 0
 
 
 def _layout(maker: Target | None, channels: int) -> Layout:

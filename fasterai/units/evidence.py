@@ -23,7 +23,7 @@ from fasterai.model.dataflow import leaves
 from fasterai.model.inputs import arguments, as_batch
 from fasterai.model.names import unwrap
 from fasterai.model.running import evaluating, undisturbed
-from fasterai.units.watching import LARGEST, MEAN, activations
+from fasterai.units.watching import LARGEST, MEAN, activations, outputs
 
 __all__ = ["GATHERERS", "Gatherer", "NotYetError", "Source", "activations"]
 
@@ -169,6 +169,7 @@ GATHERERS: dict[str, Gatherer] = {
     "activation": activations,
     "activation_max": partial(activations, statistic=LARGEST),
     "activation_mean": partial(activations, statistic=MEAN),
+    "outputs": outputs,
 }
 
 

@@ -17,7 +17,7 @@ from fasterai.core.granularities import Coupled, Granularity
 from fasterai.core.loop import Fit
 from fasterai.core.types import Target
 from fasterai.graph.channels import ChannelGraph, channel_graph
-from fasterai.graph.features import FeaturesLike, check_may_go
+from fasterai.graph.features import FeaturesLike, check_features, check_may_go
 from fasterai.model.inputs import arguments, batch_inputs
 from fasterai.model.norms import Flow, watch
 from fasterai.model.targets import Selection
@@ -131,7 +131,7 @@ class ChannelMaker(Maker):
         self.graph = graph
 
     def take_features(self, features: FeaturesLike) -> None:
-        self.features = features
+        self.features = check_features(features)
 
     def look_at_batch(self, model: nn.Module, fit: Fit) -> None:
         self.look(model, batch_inputs(model, fit))

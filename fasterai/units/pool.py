@@ -18,7 +18,7 @@ from fasterai.model.cuts import Cut
 from fasterai.model.sharded import Place
 from fasterai.model.targets import resolve
 
-__all__ = ["Pool", "WeightScores", "at_least_float32", "by_pool"]
+__all__ = ["Pool", "WeightScores", "at_least_float32", "by_pool", "of_living", "unseen"]
 
 
 class WeightScores:
@@ -55,6 +55,19 @@ class WeightScores:
 def at_least_float32(x: Tensor) -> Tensor:
     """Return a tensor with half precision widened; others as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def of_living(outputs: Tensor, weights: Tensor) -> Tensor:
+    """Return outputs of units with zeros for those whose weights are all zero: a bias that is left is nothing of theirs."""
+    return outputs * (weights != 0).any(1, keepdim=True).to(outputs.device)
+
+
+def unseen(name: str) -> ValueError:
+    """Return the error for a pool of which no layer has put anything out."""
+    return ValueError(
+        f"targets must be layers whose outputs can be watched, got {name}, which the model did not call on the data; leave it "
+        "out with targets=, or take on='weights'"
+    )
 
 
 class Pool(ABC):
@@ -133,6 +146,17 @@ class Pool(ABC):
     @abstractmethod
     def vectors_of_units(self) -> Tensor:
         """Return the weights of each unit, `(units, features)`, in float32 at least; they must not be written to."""
+
+    @abstractmethod
+    def outputs_of_units(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        """Return what each unit puts out, `(units, samples)`; zeros for units of zero weights, as pruned ones are.
+
+        Args:
+            outputs: Target's name -> what each of its outputs is on data, `(outputs, samples)`.
+
+        Raises:
+            ValueError: The outputs of no layer of the pool are known.
+        """
 
     def on_one_scale(self, scores: Tensor, keep: Tensor | None) -> Tensor:
         """Scale scores so that they compare with those of other pools; unchanged unless the pool says otherwise."""

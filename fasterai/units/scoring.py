@@ -19,7 +19,7 @@ from fasterai.model.cuts import Cut, sliced
 from fasterai.units.evidence import GATHERERS, Source
 from fasterai.units.own_evidence import gather
 from fasterai.units.pool import Pool, WeightScores
-from fasterai.units.trial import try_criteria
+from fasterai.units.trial import check_compared, try_criteria
 
 __all__ = ["Scorer"]
 
@@ -39,7 +39,8 @@ class Scorer:
 
     Raises:
         TypeError: A trial of a criterion of the weight alone returns no tensor (`try_criteria`).
-        ValueError: It returns scores of another shape, or NaN.
+        ValueError: It returns scores of another shape, or NaN; or it compares units, and there are none that can be
+            (`check_compared`).
     """
 
     others: tuple[Criterion, ...] = ()  # pickles of earlier versions have none
@@ -59,6 +60,7 @@ class Scorer:
         self._initial = self._copies("initial", targets)
         self._previous = self._copies("previous", targets)
         try_criteria((criterion, *self.others), targets)
+        check_compared((criterion, *self.others), granularity, targets)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -146,7 +148,7 @@ class Scorer:
                 layout=target.layout,
                 gathered={name: found[target.name] for name, found in brought.items()},
                 masked=no_mask if masks is None else cache(partial(masks, target.name)),
-                **{need: known[need][target.name] for need in by.evidence_names},  # type: ignore[arg-type]
+                **{need: known[need].get(target.name) for need in by.evidence_names},  # type: ignore[arg-type]
             )
 
         def by_part(target: Target, so_far: Tensor | None = None) -> Scores | None:
@@ -158,11 +160,21 @@ class Scorer:
 
         by_weight = WeightScores(lambda t: by(evidence(t)), by.reducer, by_part)
         each = [by_part(p.targets[0], keep.get(p.name)) if self._is_alone(by) else None for p in pools]
-        return [weights or self._units(p, by, by_weight, keep.get(p.name)) for p, weights in zip(pools, each, strict=True)]
+        outputs = known["outputs"] if by.reads_outputs else None
+        return [w or self._units(p, by, by_weight, keep.get(p.name), outputs) for p, w in zip(pools, each, strict=True)]
 
-    def _units(self, pool: Pool, by: Criterion, by_weight: WeightScores, so_far: Tensor | None) -> Scores:
+    def _units(
+        self,
+        pool: Pool,
+        by: Criterion,
+        by_weight: WeightScores,
+        so_far: Tensor | None,
+        outputs: Mapping[str, Tensor] | None,
+    ) -> Scores:
         scores = pool.score(by_weight)
-        scores = by.rank(scores.reshape(-1), pool.vectors_of_units, pool.name).view(scores.shape)
+        if so_far is None or bool(so_far.any()):  # else there is nothing left to tell apart
+            vectors = pool.vectors_of_units if outputs is None else partial(pool.outputs_of_units, outputs)
+            scores = by.rank(scores.reshape(-1), vectors, pool.name).view(scores.shape)
         return TensorScores(pool.name, by.normalize(pool.on_one_scale(scores, so_far), pool.name), so_far)
 
     def _is_alone(self, by: Criterion) -> bool:

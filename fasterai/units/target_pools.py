@@ -15,7 +15,7 @@ from fasterai.model.cuts import Cut, sliced
 from fasterai.model.masks import like
 from fasterai.model.sharded import Place
 from fasterai.units.partners import Partner, kept_outputs
-from fasterai.units.pool import Pool, WeightScores, at_least_float32
+from fasterai.units.pool import Pool, WeightScores, at_least_float32, of_living, unseen
 
 __all__ = ["TargetPool"]
 
@@ -99,6 +99,11 @@ class TargetPool(Pool):
         vectors = weight.new_zeros(self.count, int(counts.max()))
         vectors[numbers[order], place] = weight.reshape(-1)[order]
         return vectors
+
+    def outputs_of_units(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        if self.name not in outputs:
+            raise unseen(self.name)
+        return of_living(outputs[self.name], self.vectors_of_units())
 
     def masks(self, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield self.target.name, self.granularity.expand(keep, self.target.layout)

@@ -1,16 +1,18 @@
-"""A trial of a criterion when it is chosen, so that one that cannot score is refused before a training has begun."""
+"""A trial of a criterion when it is chosen, so that one that cannot score or compare is refused before a training has begun."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from fasterai.core.criteria import Criterion
+from fasterai.core.granularities import Granularity
 from fasterai.core.types import Evidence, Target
 
-__all__ = ["try_criteria"]
+__all__ = ["check_compared", "try_criteria"]
 
 #: Targets of more weights are not tried: the trial of a criterion is to cost nothing to speak of.
 MOST_WEIGHTS = 2**22
@@ -33,6 +35,31 @@ def try_criteria(criteria: Iterable[Criterion], targets: Sequence[Target]) -> No
     for criterion in criteria:
         if not criterion.needs and criterion.ufunc is None:
             _try(criterion, list(smallest.values()))
+
+
+def check_compared(criteria: Iterable[Criterion], granularity: Granularity, targets: Sequence[Target]) -> None:
+    """Refuse a criterion whose rule compares units with each other where there is nothing that it could compare.
+
+    Raises:
+        ValueError: No target has several units of several weights, or the rule looks at outputs, and units are something else.
+    """
+    for criterion in criteria:
+        if getattr(criterion.unit_rule, "compares", False) and not granularity.shares_weights and targets:
+            if not any(_is_comparable(granularity, t) for t in targets):
+                raise ValueError(
+                    f"granularity must have several units of several weights each for {criterion.unit_rule!r}, "
+                    f"got {granularity!r}; take 'filter', 'row', or 'coupled'"
+                )
+            if criterion.reads_outputs and not all(granularity.drops_outputs(t.layout) for t in targets):
+                raise ValueError(
+                    f"granularity must have outputs as its units for {criterion.unit_rule!r}, which compares these, "
+                    f"got {granularity!r}; take 'filter' of convolutions, 'row' of matrices, or 'coupled'"
+                )
+
+
+def _is_comparable(granularity: Granularity, target: Target) -> bool:
+    units = math.prod(granularity.unit_shape(target.layout))
+    return 1 < units < target.parameter.numel()
 
 
 def _try(criterion: Criterion, targets: Sequence[Target]) -> None:

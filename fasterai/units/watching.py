@@ -1,4 +1,4 @@
-"""Statistics of the inputs of layers, from watching their modules; the choice of the targets that can be watched."""
+"""What layers read and put out, from watching their modules; the choice of the targets that can be watched."""
 
 from __future__ import annotations
 
@@ -20,28 +20,33 @@ from fasterai.model.targets import Selection
 if TYPE_CHECKING:
     from fasterai.units.evidence import Source
 
-__all__ = ["LARGEST", "MEAN", "NORM", "Statistic", "activations", "without_unwatched"]
+__all__ = ["LARGEST", "MEAN", "NORM", "Statistic", "activations", "outputs", "without_unwatched"]
+
+#: Places of batch and positions at which outputs are noted, over all batches together.
+SAMPLES = 4096
 
 
 def without_unwatched(selection: Selection, criterion: Criterion) -> Selection:
-    """Take out the targets whose inputs a criterion of activations cannot watch, with a warning that names them.
+    """Take out the targets whose inputs or outputs a criterion cannot watch, with a warning that names them.
 
     Raises:
         ValueError: The user has named one of them, or no other target is left.
     """
-    if not {"activation", "activation_max", "activation_mean"}.intersection(criterion.evidence_names):
-        return selection
-    lost = [t for t in selection.targets if not _is_watched(t)]
+    reads_inputs = bool({"activation", "activation_max", "activation_mean"}.intersection(criterion.evidence_names))
+    reads_outputs = "outputs" in criterion.evidence_names
+    lost = [t for t in selection.targets if (reads_inputs and not _is_watched(t)) or (reads_outputs and not _puts_out(t))]
     if not lost:
         return selection
+    side = "outputs" if reads_outputs else "inputs"
+    kinds = "convolutions, linear layers" + ("" if reads_outputs else ", the joint weight of self-attention")
     names = ", ".join(t.name for t in lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
     if any(t.name in selection.named for t in lost) or len(lost) == len(selection.targets):
         raise ValueError(
-            f"targets must be layers whose inputs {criterion.title} can watch (convolutions, linear layers, the joint weight "
-            f"of self-attention), got {names}; leave them out of targets=, or take another criterion"
+            f"targets must be layers whose {side} {criterion.title} can watch ({kinds}), got {names}; leave them out of "
+            "targets=, or take another criterion"
         )
-    warn(f"{criterion.title} cannot watch the inputs of {names}: left out, and unpruned")
-    why = dict.fromkeys((t.name for t in lost), f"{criterion.title} cannot watch its inputs")
+    warn(f"{criterion.title} cannot watch the {side} of {names}: left out, and unpruned")
+    why = dict.fromkeys((t.name for t in lost), f"{criterion.title} cannot watch its {side}")
     kept = tuple(t for t in selection.targets if t.name not in why)
     return replace(selection, targets=kept, left_out={**selection.left_out, **why})
 
@@ -53,6 +58,11 @@ def _is_watched(target: Target) -> bool:
     # The output projection of torch's attention is no call of its own: a function takes its weight.
     called = not isinstance(target.module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     return called and target.attribute == "weight" and target.kind in ("convolution", "linear")
+
+
+def _puts_out(target: Target) -> bool:
+    """Tell if a module returns what the target's weight makes, as far as its kind tells."""
+    return _is_watched(target) and target.attribute == "weight"
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,37 @@ def activations(model: nn.Module, targets: Sequence[Target], source: Source, sta
         names, them = ", ".join(unseen[:5]), "it" if len(unseen) == 1 else "them"
         raise ValueError(f"targets must be layers whose inputs can be watched, got {names}; leave {them} out with targets=")
     return {t.name: _spread(statistic.finish(*found[t.name]), t) for t in targets}
+
+
+def outputs(model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, Tensor]:
+    """Note the outputs of layers on data, `(outputs, samples)`, in float32 at least; those not to be watched are left out.
+
+    Of the places in batch and positions those noted lie at even distances, so that every output is seen at the same ones.
+    """
+    found: dict[str, list[Tensor]] = {}
+    inner, batches = unwrap(model), source.batches("activations")
+    most = max(1, SAMPLES // len(batches))
+    handles = []
+    try:
+        for target in filter(_puts_out, targets):
+            handles.append(target.module.register_forward_hook(_watch_outputs(target, most, found)))
+        with undisturbed(inner), evaluating(inner), torch.no_grad():
+            for batch in batches:
+                inner(*arguments(inner, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(parts, 1) for name, parts in found.items()}
+
+
+def _watch_outputs(target: Target, most: int, found: dict[str, list[Tensor]]) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(module: nn.Module, args: Any, made: Any) -> None:
+        channels = made.dim() - (target.parameter.dim() - 1) if target.kind == "convolution" else -1
+        rows = made.detach().movedim(channels, 0).flatten(1)
+        places = torch.linspace(0, rows.shape[1] - 1, min(most, rows.shape[1]), device=rows.device).round().long()
+        found.setdefault(target.name, []).append(rows[:, places].to(torch.promote_types(rows.dtype, torch.float32)))
+
+    return hook
 
 
 def _watch_inputs(

@@ -53,9 +53,10 @@ def test_modules_that_are_not_registered_belong_to_their_caller():
 
 
 def test_on_a_cpu_seconds_pass():
-    found = layer_times(nn.Sequential(nn.Linear(512, 512), nn.ReLU()), (torch.zeros(64, 512),))
-    assert set(found) == {"", "0", "1"}
-    assert 0 < found["1"] < found["0"] < 1
+    model, x = nn.Sequential(nn.Linear(512, 512), nn.ReLU()), torch.zeros(64, 512)
+    passes = [layer_times(model, (x,)) for _ in range(7)]  # others may stop any one of them
+    assert all(set(found) == {"", "0", "1"} for found in passes)
+    assert 0 < min(found["1"] for found in passes) < min(found["0"] for found in passes) < 1
 
 
 def test_compiled_models_do_not_run_layer_by_layer():

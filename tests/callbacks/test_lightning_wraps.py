@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import logging
-import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fasterai.callbacks.lightning import ParticipantCallback, SparsifyCallback
 from fasterai.core.loop import Participant
+from tests.messages import heard
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 WRAPPED = {"training_step", "configure_gradient_clipping"}
@@ -209,12 +209,11 @@ def test_what_is_compiled_is_compiled_once(tmp_path, whole):
     else:
         given = module
         module.net = torch.compile(module.net, backend=backend)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    with heard("compile the network in the module") as said:
         trainer(tmp_path, ParticipantCallback(follows)).fit(given, loader())
     assert follows.seen == "flbsa" * 4 + " True"
     assert count == (0 if whole else 1)
-    assert any("compile the network in the module" in str(w.message) for w in said) is whole
+    assert bool(said) is whole
 
 
 class Watches(Participant):

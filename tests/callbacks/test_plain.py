@@ -1,5 +1,6 @@
 import copy
 import io
+import itertools
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -161,7 +162,7 @@ def test_nothing_is_said_of_the_same_arguments_in_other_words_nor_outside_of_a_r
     given = [masks_of(), masks_of(criteria=large_final), removals_of(), removals_of(criteria=large_final)]
     given += [masks_of(criteria=lambda w: w.abs()), masks_of(criteria=lambda w: w.abs())]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         for before, now in zip(given[::2], given[1::2], strict=True):
             _, first, state = state_of(before)
             _, second, _ = state_of(now)
@@ -316,8 +317,13 @@ def save(model, optimizer, handle):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("criteria", ["large_final", "movement", "updating_movement", "taylor"])
-@pytest.mark.parametrize("granularity", ["weight", "row"])
+@pytest.mark.parametrize(
+    ("criteria", "granularity"),
+    [
+        *itertools.product(["large_final", "movement", "updating_movement", "taylor"], ["weight", "row"]),
+        ("variety(updating_movement)", "row"),
+    ],
+)
 @pytest.mark.parametrize("stops", [(3,), (2, 5), (1, 4, 7)])
 def test_resume_is_bit_for_bit(criteria, granularity, stops):
     def run(stops):

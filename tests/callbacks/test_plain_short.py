@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fasterai.callbacks.plain import attach
 from fasterai.core.loop import Participant
 from fasterai.sparse.sparsifier import Sparsifier
+from tests.messages import heard
 from tests.networks import perceptron
 
 X, Y = torch.randn(8, 6, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 4
@@ -34,22 +35,18 @@ def step(model, optimizer, count=1):
         optimizer.step()
 
 
-def said(caught) -> list[str]:
-    return [str(w.message) for w in caught if "run ends" in str(w.message)]
-
-
 def test_accumulation_that_was_not_counted_is_said_with_both_figures_and_the_repair():
     model, optimizer, sparsifier = make()
     handle = attach(optimizer, sparsifier, total_steps=40)
     step(model, optimizer, 10)  # 40 batches, four of them to a step
-    with pytest.warns(UserWarning, match="run ends") as caught:
+    with heard("run ends") as said:
         handle.remove()
-    (message,) = said(caught)
+    (message,) = said
     # lin to 0.7 in 40 steps: 0.175 of 100 weights after 10
     assert message.startswith("the run ends at step 10 of 40, with sparsity 0.1800 of 0.7000: total_steps counts steps")
     assert "accumulate=k" in message and "GradScaler" in message and "remove(completed=True)" in message
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         handle.remove()
 
 
@@ -59,7 +56,7 @@ def test_an_end_that_is_meant_is_not_said(completed):
     handle = attach(optimizer, sparsifier, total_steps=40)
     step(model, optimizer, 10)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         handle.remove(completed)
 
 
@@ -69,7 +66,7 @@ def test_a_run_that_has_reached_what_was_asked_for_may_be_shorter():
     step(model, optimizer, 9)
     assert sparsifier.sparsity.overall == 0.7
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         handle.remove()
 
 
@@ -85,7 +82,7 @@ def test_a_loop_that_broke_off_says_it_beside_its_own_error():
     with said, pytest.raises(KeyError):
         fails()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # as an error it does not take the place of the loop's own
+        warnings.simplefilter("error", UserWarning)  # as an error it does not take the place of the loop's own
         with pytest.raises(KeyError):
             fails()
 
@@ -134,11 +131,10 @@ def test_a_handle_that_is_gone_after_its_last_step_says_nothing():
     model, optimizer, sparsifier = make()
     attach(optimizer, sparsifier, total_steps=5)
     step(model, optimizer, 5)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with heard("run ends") as messages:
         del optimizer
         gc.collect()
-    assert said(caught) == []
+    assert messages == []
 
 
 SCRIPT = """
@@ -170,7 +166,7 @@ def test_who_asks_for_nothing_misses_nothing():
     handle = attach(optimizer, Silent(), total_steps=10)
     step(model, optimizer)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         handle.remove()
 
 

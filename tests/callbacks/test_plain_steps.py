@@ -147,7 +147,7 @@ def test_an_error_of_the_loop_s_own_is_all_that_is_said():
             raise KeyError("own")
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         with pytest.raises(KeyError):
             fails()
 

@@ -140,7 +140,8 @@ def said(fit, *words: str) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit()
-    return [text for w in caught if any(word in (text := str(w.message)) for word in words)]
+    texts = [str(w.message) for w in caught if "its handle is gone" not in str(w.message)]  # that is of earlier tests
+    return [text for text in texts if any(word in text for word in words)]
 
 
 OURS = ("come back", "run ends", "were not zero", "nothing was pruned")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gc
 import json
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from fasterai.cli.data import Data
 from fasterai.cli.errors import UsageError
 from fasterai.cli.experiment import Job, compare, finished_report
 from fasterai.cli.training import Recipe
+from tests.messages import heard
 
 STEPS = 3  # of an epoch: 20 images in batches of at most 8
 EPOCHS = 3
@@ -129,12 +129,11 @@ def test_an_interrupted_end_is_made_up_for(tmp_path: Path, monkeypatch: pytest.M
 
 def test_an_interrupted_run_ends_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt_at(monkeypatch, [14])
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
+    with heard() as said:
         with pytest.raises(KeyboardInterrupt):
             compare(make_job(tmp_path))
         gc.collect()
-    assert [str(one.message) for one in found] == []
+    assert said == []
 
 
 def test_both_trainings_start_alike_and_see_the_same_batches(tmp_path: Path) -> None:

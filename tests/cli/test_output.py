@@ -157,7 +157,7 @@ def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_pat
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     save_checkpoint({"step": 1, **KEYS}, tmp_path)
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     names = [line.split(" cannot be written (File too large)")[0] for line in done.stdout.splitlines()]
     assert names == [str(tmp_path / name) for name in ("checkpoint.pt", "dense.safetensors", "small")]
     assert load_checkpoint(tmp_path)["step"] == 1

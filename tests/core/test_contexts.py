@@ -171,7 +171,7 @@ def test_everything_at_once_leaves_min_keep_of_each(context):
 
 @pytest.mark.parametrize("context", [local, global_, erk, lamp])
 def test_as_many_as_min_keep_lets_go_are_no_reason_to_warn(context):
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings(action="error", category=UserWarning):
         assert counts(context, pool(A, A), 0.75, min_keep=1) == [3, 3]
 
 

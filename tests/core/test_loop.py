@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import torch
 
 from fasterai.core.loop import EVENTS, Batch, Fit, Loop, Participant
 from fasterai.model.cuts import announce, announce_move
+from tests.messages import heard
 
 
 class Diary(Participant):
@@ -220,10 +220,8 @@ def test_a_state_of_a_run_of_another_length_is_said(step, total, said):
     first.start(Fit(total_steps=4))
     first.step = step
     second.start(Fit(total_steps=total))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with heard() as messages:
         second.load_state_dict(first.state_dict())
-    messages = [str(w.message) for w in caught]
     assert len(messages) == said
     assert all(
         "step 2 of 4, and this run has 8 steps: it goes on at position 25% of the schedule instead of 50%" in m
@@ -256,10 +254,9 @@ def test_a_run_that_fails_before_its_first_step_says_nothing_of_its_end(step, sa
     loop = Loop([Short()])
     loop.start(Fit(total_steps=4))
     loop.step = step
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with heard() as messages:
         loop.end(completed=False, why="it failed")
-    assert ["step 1 of 4, with half of it: it failed" in str(w.message) for w in caught] == [True] * said
+    assert ["step 1 of 4, with half of it: it failed" in message for message in messages] == [True] * said
 
 
 def test_if_one_participant_refuses_its_state_all_stay_as_they_were():

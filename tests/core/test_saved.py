@@ -18,5 +18,5 @@ def test_words_of_settings_have_no_address_and_so_are_the_same_in_another_proces
 
 def test_a_setting_that_the_state_does_not_know_is_no_difference():
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         warn_of_settings("Sparsifier", {"sparsity": "0.8", "gone": "1"}, {"sparsity": "0.8", "new": "2"})

@@ -171,9 +171,9 @@ def test_a_small_net_takes_little_time() -> None:
     model = net()
     surgery = operated(model)
     measured(model, surgery, (X,), "")
-    start = time.perf_counter()
+    start = time.process_time()
     measured(model, surgery, (X,), "")
-    assert time.perf_counter() - start < 1.0  # 0.1 s on an idle machine
+    assert time.process_time() - start < 1.0  # 0.1 s on an idle machine
 
 
 def test_a_removal_that_went_well_does_not_fail_for_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:

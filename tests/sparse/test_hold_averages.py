@@ -173,7 +173,7 @@ def test_usual_optimizers_say_nothing(kind):
     model, sparsifier = make()
     optimizer = kind(model.parameters(), lr=0.1)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         with attach(optimizer, sparsifier, total_steps=10):
             train(model, optimizer, 10)
 

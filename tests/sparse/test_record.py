@@ -1,7 +1,5 @@
 """The record of masks: moves are told by decisions, not by counts; states of the present format load."""
 
-import warnings
-
 import pytest
 import torch
 from torch import nn
@@ -11,6 +9,7 @@ from fasterai.core.granularities import filter, weight
 from fasterai.model.targets import find_targets
 from fasterai.sparse.record import MaskRecord
 from fasterai.sparse.sparsifier import Sparsifier
+from tests.messages import heard
 
 T, F = True, False
 
@@ -130,15 +129,13 @@ def replacing(at: int, **options):
     model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     sparsifier = Sparsifier(model, "weight", "global", sparsity=0.5, schedule="lin", **options)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with attach(optimizer, sparsifier, total_steps=10):
-            for k in range(10):
-                if k == at:
-                    model[0] = nn.Linear(6, 10)
-                model(torch.ones(2, 6)).sum().backward()
-                optimizer.step()
-    return [str(w.message) for w in caught if "not in the model any more" in str(w.message)]
+    with heard("not in the model any more") as said, attach(optimizer, sparsifier, total_steps=10):
+        for k in range(10):
+            if k == at:
+                model[0] = nn.Linear(6, 10)
+            model(torch.ones(2, 6)).sum().backward()
+            optimizer.step()
+    return said
 
 
 @pytest.mark.parametrize("at", [0, 4, 9])

@@ -307,7 +307,7 @@ def test_a_ratio_that_rounding_by_hand_misses_is_said():
 
 @pytest.mark.parametrize(("sparsity", "round_to"), [(0.45, 1), (0.4, None)])
 def test_what_was_asked_for_is_not_said(sparsity, round_to):
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings(action="error", category=UserWarning):
         sparsifier = Sparsifier(residual(40, 12), "coupled", example_inputs=X, round_to=round_to)
         sparsifier.sparsify_model(sparsity)
 

@@ -228,7 +228,7 @@ def test_a_schedule_with_few_moves_is_not_warned_of():
     model = net()
     sparsifier = sparsifier_of(model, Iterative(2, 0.25))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         run(model, sparsifier, LotteryTicket(sparsifier), 8)
 
 

@@ -47,7 +47,7 @@ ENTRIES: list[tuple[tuple[int, ...], dict[int, Any], Tensor, list[Any]]] = [
 @pytest.mark.parametrize(("shape", "kept", "state", "expected"), ENTRIES)
 def test_a_tensor_is_cut_along_the_dimensions_that_it_has(shape: Any, kept: Any, state: Tensor, expected: Any) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         entry = cut_entry({"step": 5, "it": state}, "w", shape, kept)
     assert entry["step"] == 5
     assert entry["it"].tolist() == expected

@@ -1,0 +1,70 @@
+"""Picture of a study: the mean over the seeds, with the spread, in lines or in bars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fasterai.display import QUIET, SERIES, SMALL, as_percent, dress, line_colors, new_figure, styled
+from fasterai.study.description import Study
+from fasterai.study.rows import Row, is_share
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["draw"]
+
+#: Characters of a title, beyond which it is the study's name.
+LONGEST = 64
+
+
+@styled()
+def draw(study: Study, rows: Sequence[Row], conditions: str, *, shown: bool = True) -> Axes:
+    """Draw the mean over the study's x, a line for each value of its lines, with the spread around it."""
+    axes = new_figure(8.0, 4.6, shown=shown, pad=0.1).subplots()
+    rows = [row for row in rows if study.y in row.values]
+    reference = [row for row in rows if study.reference and _fits(row.settings, study.reference)]
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        if row not in reference:
+            lines.setdefault(", ".join(str(row.settings.get(axis, "")) for axis in study.line_axes), []).append(row)
+    for row in reference:
+        _draw_level(axes, row, study.y, " ".join(map(str, study.reference.values())))
+    numbers = all(isinstance(_x(row, study.x), int | float) for row in rows if row not in reference)
+    colors = SERIES[1:] if len(lines) < len(SERIES) else line_colors(len(lines))
+    for color, (name, found) in zip(colors, lines.items(), strict=False):
+        _draw_line(axes, name, found, (study.x, study.y), color, joined=numbers)
+    axes.set(xlabel=study.x.replace("_", " "), ylabel=study.y.replace("_", " "))
+    if is_share(study.x) and numbers:
+        axes.xaxis.set_major_formatter(as_percent)
+    if is_share(study.y):
+        axes.yaxis.set_major_formatter(as_percent)
+    if lines:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.2)
+    dress(axes, study.about if len(study.about) < LONGEST else study.name, grid="y", below=conditions)
+    return axes
+
+
+def _fits(settings: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    return all(settings.get(axis) == value for axis, value in wanted.items())
+
+
+def _x(row: Row, name: str) -> Any:
+    return row.mean(name) if name in row.values else row.settings.get(name, "")
+
+
+def _draw_line(axes: Axes, name: str, rows: list[Row], of: tuple[str, str], color: Any, joined: bool) -> None:
+    points = [(_x(row, of[0]), row.mean(of[1]), row.spread(of[1])) for row in rows]
+    if joined:
+        points.sort()
+    x, y, spread = ([point[i] for point in points] for i in range(3))
+    style = {"marker": "o", "markersize": 4.5, "capsize": 2.5, "elinewidth": 1.0, "linewidth": 1.8 if joined else 0.0}
+    axes.errorbar(x, y, yerr=spread, color=color, label=name or None, **style)  # type: ignore[arg-type]
+
+
+def _draw_level(axes: Axes, row: Row, y: str, name: str) -> None:
+    mean, spread = row.mean(y), row.spread(y)
+    axes.axhspan(mean - spread, mean + spread, color=SERIES[0], alpha=0.15, linewidth=0)
+    axes.axhline(mean, color=SERIES[0], linewidth=1.4)
+    place = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": SMALL, "color": QUIET}
+    axes.annotate(name, (0, mean), xycoords=("axes fraction", "data"), **place)  # type: ignore[arg-type]
