@@ -11,6 +11,7 @@ __all__ = ["STUDIES", "find_study"]
 
 STUDIES = (
     "criteria",
+    "features",
     "granularities",
     "schedules",
     "tickets",
