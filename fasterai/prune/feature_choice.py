@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -129,7 +130,9 @@ def choose_features(
     top = max(float(one.scores.max()) for one in features) + 1
     scores = [TensorScores(one.name, one.scores + top * f) for one, f in zip(features, flags, strict=True)]
     layouts = [Layout((len(one.scores),), (frozenset({"out"}),)) for one in features]
-    kept = context(scores, layouts, count / every, Limits(min_keep=1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "only min_keep keeps units")  # its repair is none for features
+        kept = context(scores, layouts, count / every, Limits(min_keep=1))
     if lost := [one.name for one, keep, f in zip(features, kept, flags, strict=True) if bool((f & ~keep).any())]:
         raise ValueError(
             f"sparsity must leave the features of keep, got one that takes some of {lost[0]}; pass context='global'"

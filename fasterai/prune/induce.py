@@ -8,7 +8,6 @@ The scores over all layers that read an input, the exact counts and the treatmen
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,23 +17,24 @@ from torch import Tensor, nn
 
 from fasterai.analyze.comparison import compare
 from fasterai.core import criteria as criterion_catalogue
-from fasterai.core.checks import check_choice, check_count, check_fraction, from_catalogue
+from fasterai.core.checks import check_choice, check_count, check_fraction, from_catalogue, warn
 from fasterai.core.contexts import Context
 from fasterai.core.criteria import Criterion, as_criterion
-from fasterai.graph.channels import ChannelGraph
-from fasterai.graph.features import Features, FeaturesLike
+from fasterai.graph.channels import ChannelGraph, channel_graph
+from fasterai.graph.features import FeaturesLike
 from fasterai.graph.inputs import input_tensors
 from fasterai.model.inputs import positional
 from fasterai.model.names import unwrap
 from fasterai.model.outputs import check_same
 from fasterai.model.supported import check_whole
+from fasterai.prune.check import largest_sound
 from fasterai.prune.embeddings import CATEGORIES, Embedding, drop_embeddings_, embeddings_of
 from fasterai.prune.feature_choice import FeatureSet, Scoring, choose_features, choose_hidden, score_features
 from fasterai.prune.feature_inputs import by_argument, find_features
 from fasterai.prune.feature_names import read_features, read_names
 from fasterai.prune.goal import OVER_PLACES, check_context
 from fasterai.prune.induced import DENSE, SMALL, Induced
-from fasterai.prune.removal import Removal, mask_channels_, remove
+from fasterai.prune.removal import Removal, mask_channels_, silent_channels, take_out
 from fasterai.prune.select_inputs import SelectedModel
 from fasterai.prune.selector import InputSelector
 from fasterai.units.choice import Goal
@@ -118,8 +118,7 @@ def induce(
     gone = _mask_features_(small, graph, sets, kept, embeddings)
     if shares[1]:
         _mask_hidden_(small, graph, [g for i in gone for g in embeddings[i].groups], goal, scoring, round_to)
-    wanted = Features(followed, {name: forced[name] for name in followed.keys() & forced.keys()}) if followed else None
-    removal = _take_out(small, graph, inputs, embeddings, gone, wanted, exact=exact, measure=measure)
+    removal = _take_out(small, graph, inputs, embeddings, gone, followed, forced, exact=exact, measure=measure)
     left = {name: _left(name, sizes[name], removal, gone) for name in dims}
     selectors = {name: InputSelector(left[name], sizes[name], d, known.get(name)) for name, d in dims.items()}
     whole = _whole(small, selectors, inputs, tensors)
@@ -184,15 +183,26 @@ def _take_out(
     inputs: tuple[Any, ...],
     embeddings: Sequence[Embedding],
     gone: Sequence[int],
-    features: Features | None,
-    **options: bool,
+    dims: Mapping[str, int],
+    forced: Mapping[str, Sequence[int]],
+    *,
+    exact: bool,
+    measure: bool,
 ) -> Removal:
     """Remove the categories that are gone, then all features and channels that are silent, and check the outputs."""
-    with warnings.catch_warnings():
-        if gone:
-            warnings.filterwarnings("ignore", "nothing was removed")
-            inputs = _without_categories(model, graph, inputs, embeddings, gone)
-        return remove(model, inputs, features=features, **options)
+    if gone:
+        inputs = _without_categories(model, graph, inputs, embeddings, gone)
+        graph = channel_graph(model, inputs, exact, features=dims or None)
+    kept = [~silent for silent in silent_channels(model, graph)]
+    for keep, group in zip(kept, graph.groups, strict=True):
+        for (argument, _), indices in group.inputs.items():
+            keep |= np.isin(indices, list(forced.get(argument, ()))).any(1)
+    sound = largest_sound(model, graph, kept, inputs, exact=exact)
+    result = take_out(model, graph, sound, inputs, exact=exact, measure=measure)
+    if not (result.removed or gone):
+        why = "see the refused ones of its removal" if result.refused else "sparsity asks for no feature, and none is silent"
+        warn(f"nothing was removed: {why}")
+    return result
 
 
 def _without_categories(

@@ -12,6 +12,7 @@ __all__ = ["STUDIES", "find_study"]
 STUDIES = (
     "criteria",
     "experts",
+    "features",
     "granularities",
     "routed_experts",
     "schedules",

@@ -71,6 +71,7 @@ class Study(Brief):
         x: Axis or metric along the picture.
         y: Metric up the picture; the higher the better.
         lines: Axis, or axes, whose values are the picture's lines.
+        panels: Axis, each value of which has a picture of its own beside the others; none if left out.
         reference: Settings that the others are held against, drawn as a level across the picture.
         sizes: Size -> what a run of it trains; `SIZES` if left out.
         load: Reads the data once: `(folder or None, size) -> data`. None for a study that brings its own data.
@@ -86,6 +87,7 @@ class Study(Brief):
     y: str = "accuracy"
     seeds: Mapping[str, Sequence[int]] = field(default_factory=dict)
     sizes: Mapping[str, Size] = field(default_factory=lambda: SIZES)
+    panels: str = ""
     reference: Settings = field(default_factory=dict)
     load: Load | None = _images
     version: int = 1

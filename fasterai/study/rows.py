@@ -13,7 +13,7 @@ from fasterai.study.description import Settings
 __all__ = ["Row", "by_metric", "is_share", "write_cell", "write_setting"]
 
 #: Metrics that are shares, written in percent.
-SHARES = ("accuracy", "sparsity")
+SHARES = ("accuracy", "share", "sparsity")
 
 
 @dataclass(frozen=True)
