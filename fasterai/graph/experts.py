@@ -69,7 +69,8 @@ def expert_graph(model: nn.Module, inputs: tuple[Any, ...]) -> ExpertGraph:
     """
     graph, trace, components, weights = followed(model, inputs, experts=True)
     gated = _numbers(trace.gates, components)
-    groups = [g for g in graph.groups if _numbers_of(g, components, weights) <= gated and _stacks(g, weights)]
+    found = [g for g in graph.groups if _numbers_of(g, components, weights) <= gated and _stacks(g, weights)]
+    groups = [replace(g, name=_gates(g, trace)[0][0]) for g in found if _gates(g, trace)]
     chosen = [(_numbers([dim], components), count) for dim, count in trace.routes.values()]
     top_k = {g.name: max((k for of, k in chosen if _numbers_of(g, components, weights) <= of), default=0) for g in groups}
     return ExpertGraph(
