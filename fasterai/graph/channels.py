@@ -142,10 +142,10 @@ def channel_graph(
         ValueError: It is lazy, does not run on the inputs, or cannot be exported; the message says where, and a repair. Or
             `features` names an input or a dimension that there is not, or that several could be.
     """
-    return follow(model, inputs, exact, features=features)[0]
+    return followed(model, inputs, exact, features=features)[0]
 
 
-def follow(
+def followed(
     model: nn.Module, inputs: tuple[Any, ...], exact: bool = True, *, features: FeaturesLike = None, experts: bool = False
 ) -> tuple[ChannelGraph, Trace, Components, dict[str, Value]]:
     """Find the groups of a network, and the labels that they are made of; with `experts`, those of its mixtures too."""

@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from fasterai.display import Shown, Table, counted
-from fasterai.graph.channels import ChannelGraph, Group, Place, follow
+from fasterai.graph.channels import ChannelGraph, Group, Place, followed
 from fasterai.graph.labels import Array, Components
 from fasterai.graph.rules import Trace, Value
 
@@ -67,13 +67,14 @@ def expert_graph(model: nn.Module, inputs: tuple[Any, ...]) -> ExpertGraph:
         TypeError: The model is no module.
         ValueError: It is lazy, does not run on the inputs, or cannot be exported.
     """
-    graph, trace, components, weights = follow(model, inputs, experts=True)
+    graph, trace, components, weights = followed(model, inputs, experts=True)
     gated = _numbers(trace.gates, components)
-    groups = [g for g in graph.groups if _numbers_of(g, components, weights) <= gated and _stacks(g, weights)]
+    found = [g for g in graph.groups if _numbers_of(g, components, weights) <= gated and _stacks(g, weights)]
+    groups = [replace(g, name=_gates(g, trace)[0][0]) for g in found if _gates(g, trace)]
     chosen = [(_numbers([dim], components), count) for dim, count in trace.routes.values()]
     top_k = {g.name: max((k for of, k in chosen if _numbers_of(g, components, weights) <= of), default=0) for g in groups}
     return ExpertGraph(
-        replace(graph, groups=tuple(groups)),
+        replace(graph, groups=tuple(groups), pinned={}),
         {g.name: _gates(g, trace) for g in groups},
         {g.name: _stacks(g, weights) for g in groups},
         {name: k for name, k in top_k.items() if k},

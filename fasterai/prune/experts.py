@@ -25,7 +25,7 @@ from fasterai.model.outputs import movement, tolerance
 from fasterai.model.running import at_rest, copies as copies_of
 from fasterai.model.supported import check_whole
 from fasterai.prune.check import Sound, outputs_of
-from fasterai.prune.gates import Gates, Which, read_which, without_experts
+from fasterai.prune.gates import Gates, Which, check_any, check_left, read_which, without_experts
 from fasterai.prune.probes import probes
 from fasterai.prune.removal import Removal, take_out
 from fasterai.prune.surgery.model_copies import Copies, matching_copies
@@ -88,14 +88,15 @@ def remove_experts(
         raise ValueError(f"count must be given, or which instead, got count={count!r} and which={which!r}")
     experts = expert_graph(model, inputs)
     if which is None:
-        read_which(experts, [*range(check_count("count", count))])  # whether so many may go
+        check_left(experts, dict.fromkeys(experts.experts, check_count("count", count)), f"count={count}")
         which = _lowest(_scores(model, inputs, experts, criteria, data, loss), check_count("count", count))
     gone = read_which(experts, which)
     kept = [_kept(g.channels, gone.get(g.name, ())) for g in experts.graph.groups]
     plan = make_plan(model, experts.graph, kept)
     plan = replace(plan, attributes=(*plan.attributes, *_counts(unwrap(model), experts, gone)))
     sound = Sound(kept, difference=_check(model, experts, gone, plan, inputs))
-    return take_out(model, experts.graph, sound, inputs, optimizer=optimizer, copies=copies, measure=measure, plan=plan)
+    trained = {"optimizer": optimizer, "copies": copies}
+    return replace(take_out(model, experts.graph, sound, inputs, **trained, measure=measure, plan=plan), units="experts")
 
 
 def expert_scores(
@@ -130,7 +131,7 @@ def expert_scores(
 def _scores(
     model: nn.Module, inputs: tuple[Any, ...], experts: ExpertGraph, criteria: By, data: Any, loss: Any
 ) -> dict[str, Tensor]:
-    read_which(experts, [0]) if max(experts.experts.values(), default=0) == 0 else None
+    check_any(experts)
     if isinstance(criteria, str) and criteria == USAGE:
         return _usage(model, inputs, experts, data)
     by = as_criterion(from_catalogue("criteria", criteria, criterion_catalogue))

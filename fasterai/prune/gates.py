@@ -16,7 +16,7 @@ from fasterai.graph.experts import ExpertGraph, expert_graph
 from fasterai.model.inputs import positional
 from fasterai.prune.surgery.plan import tensor_of, tensors_of
 
-__all__ = ["Gates", "Which", "read_which", "without_experts"]
+__all__ = ["Gates", "Which", "check_any", "check_left", "read_which", "without_experts"]
 
 #: Experts by their numbers, of each mixture or by its name.
 Which = Sequence[int] | Mapping[str, Sequence[int]]
@@ -91,11 +91,7 @@ def read_which(experts: ExpertGraph, which: Which) -> dict[str, list[int]]:
         TypeError: A number is none.
         ValueError: There is no mixture or no such expert, none is named, or too few are left.
     """
-    if not experts.experts:
-        raise ValueError(
-            "model must hold a mixture: stacks (expert, out, in) that meet the softmax of a gate's linear layer, got none; "
-            "stack experts that are modules of their own"
-        )
+    check_any(experts)
     if isinstance(which, Mapping):
         for name in which:
             if name not in experts.experts:
@@ -104,8 +100,7 @@ def read_which(experts: ExpertGraph, which: Which) -> dict[str, list[int]]:
     found = {name: _numbers(name, numbers, experts.experts[name]) for name, numbers in by_name.items()}
     if not any(found.values()):
         raise ValueError(f"which must name at least one expert, got {which!r}")
-    for name, numbers in found.items():
-        _check_left(experts, name, len(numbers), f"which={which!r}")
+    check_left(experts, {name: len(numbers) for name, numbers in found.items()}, f"which={which!r}")
     return {name: numbers for name, numbers in found.items() if numbers}
 
 
@@ -120,8 +115,34 @@ def _numbers(name: str, numbers: Sequence[int], count: int) -> list[int]:
     return sorted(set(numbers))
 
 
-def _check_left(experts: ExpertGraph, name: str, gone: int, given: str) -> None:
-    left, least = experts.experts[name] - gone, experts.top_k.get(name, 1)
-    if left < least:
-        why = f"the {least} that its gate chooses" if name in experts.top_k else "one expert"
-        raise ValueError(f"which must leave {name} at least {why}, got {given}, which leaves {left}")
+def check_any(experts: ExpertGraph) -> None:
+    """Refuse a model without mixtures of stacked experts.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if not experts.experts:
+        raise ValueError(
+            "model must hold a mixture: stacks (expert, out, in) that meet the softmax of a gate's linear layer, got none; "
+            "stack experts that are modules of their own"
+        )
+
+
+def check_left(experts: ExpertGraph, gone: Mapping[str, int], given: str) -> None:
+    """Refuse to leave a mixture with no expert, or with fewer than its gate chooses.
+
+    Args:
+        experts: The mixtures.
+        gone: Name of a mixture -> how many of its experts go.
+        given: The argument that says so, and its value.
+
+    Raises:
+        ValueError: There is no mixture, or too few are left of one.
+    """
+    check_any(experts)
+    for name, count in gone.items():
+        left, least = experts.experts[name] - count, experts.top_k.get(name, 1)
+        if left < least:
+            why = f"the {least} experts that its gate chooses" if name in experts.top_k else "one expert"
+            argument, _, value = given.partition("=")
+            raise ValueError(f"{argument} must leave {name} at least {why}, got {value} of {experts.experts[name]}")

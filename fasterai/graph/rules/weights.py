@@ -172,7 +172,8 @@ def einsum(trace: Trace, node: Any, equation: str, operands: Sequence[Value], **
     if "." in equation or not output:
         return unknown_tensor(trace, node, *operands)
     terms = list(zip(inputs.split(","), operands, strict=True))
-    if any(n == 1 for _, value in terms for n in value.shape) or any(len(set(letters)) < len(letters) for letters, _ in terms):
+    sizes = {pair for letters, value in terms for pair in zip(letters, value.shape, strict=True)}
+    if len(sizes) > len(dict(sizes)) or any(len(set(letters)) < len(letters) for letters, _ in terms):
         return unknown_tensor(trace, node, *operands)  # may repeat a dimension, or take a diagonal
     carried: dict[str, Dim] = {}
     weighed: dict[str, bool] = {}
