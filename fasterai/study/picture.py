@@ -41,7 +41,8 @@ def draw(study: Study, rows: Sequence[Row], conditions: str, *, shown: bool = Tr
         axes.yaxis.set_major_formatter(as_percent)
     if any(lines):  # one line without a name needs none
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.2)
-    dress(axes, study.about if len(study.about) < LONGEST else study.name, grid="y", below=conditions)
+    title = study.about if len(study.about) < LONGEST else study.name
+    dress(axes, title[:1].upper() + title[1:], grid="y", below=conditions)
     return axes
 
 
