@@ -49,6 +49,8 @@ CHECKS = {
     "schedules": SAME + "assert abs(reached[-1] - 0.9) < 1e-4 and run.sparsity.overall == 0.5",
     "sensitivity-and-budgets": SAME + "assert run.sparsity.overall == 0.5\n"
     "assert pruner.removal is not None and 0.48 < costs.share('small', 'macs') <= 0.5",
+    "studies": "assert len(counts) == 20 and len(more.rows) == 10 and not more.failures\n"
+    "assert more.rows[0].mean('accuracy') < more.rows[4].mean('accuracy') and small[1].out_features == 32",
     "tabular": SAME + HALVED,
     "text": SAME + HALVED,
     "timm": SAME + "assert run.sparsity.overall == 0.5 and removal.removed",
