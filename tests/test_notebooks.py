@@ -41,9 +41,9 @@ CHECKS = {
     "hugging-face": SAME + "assert callback.sparsifier.sparsity.overall == 0.5 and same",
     "lightning": SAME + "assert callback.sparsifier.sparsity.overall == 0.5\n"
     "assert torch.equal(whole.network[0].weight, resumed.network[0].weight)",
-    "lottery-tickets": "assert sparsifier.moves == 3 and len(saved) == 3\n"
-    "assert sparsifier.sparsity.overall == round(0.8 * 14288) / 14288 and channels.sparsity.overall == 0.5\n"
-    "assert min(r[-1] for r in lines['the ticket']) > max(r[-1] for r in lines['a random mask'])",
+    "lottery-tickets": "assert ticket.sparsity == round((1 - 0.5**5) * 14288) / 14288 and len(ticket.results) == 5\n"
+    "assert winner.stamp == ticket.stamp and channels.sparsity == 0.5 and single.sparsity == tickets[2].sparsity\n"
+    "assert min(r[2] for r in lines['the ticket']) > max(r[2] for r in lines['a random mask'])",
     "quickstart": SAME + HALVED + "assert agree == [True, True]\n"
     "assert weights.sparsifier.sparsity.overall == round(0.9 * 56224) / 56224",
     "schedules": SAME + "assert abs(reached[-1] - 0.9) < 1e-4 and run.sparsity.overall == 0.5",
