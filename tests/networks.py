@@ -85,3 +85,21 @@ class Failing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         raise RuntimeError("not today")
+
+
+class Heads(nn.Module):
+    """An attention of two heads between linear layers, written as Hugging Face's BERT writes it."""
+
+    def __init__(self, heads: int = 2, width: int = 8, features: int = 4) -> None:
+        super().__init__()
+        self.features = features
+        self.embed = nn.Linear(6, width)
+        self.query, self.key, self.value = (nn.Linear(width, heads * features) for _ in range(3))
+        self.out = nn.Linear(heads * features, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        layers = self.query, self.key, self.value
+        q, k, v = (layer(x).view(*x.shape[:-1], -1, self.features).transpose(1, 2) for layer in layers)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(mixed.transpose(1, 2).reshape(*x.shape[:-1], -1))

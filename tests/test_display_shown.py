@@ -77,6 +77,10 @@ def sparsifier() -> Any:
     return made
 
 
+def ticket() -> Any:
+    return everything.Ticket.of(sparsifier(), net().state_dict(), note="a word")
+
+
 def compared(latency: bool) -> Any:
     from fasterai.analyze.comparison import compare
 
@@ -173,6 +177,7 @@ MADE = {
     "SensitivityAnalyzer": lambda _: by_layers(None),
     "SensitivityResult": lambda _: by_layers("analyze"),
     "Sparsifier": lambda _: sparsifier(),
+    "Ticket": lambda _: ticket(),
     "SparsifyCallback": lambda _: everything.SparsifyCallback({"*": 0.5}, "filter", "local", lambda w: w, "agp"),
 }
 #: What calls return besides, and what users make without its class.
@@ -190,6 +195,9 @@ OTHERS = {
     "Reached": lambda _: sparsifier().sparsity,
     "Row": lambda _: sparsifier().report().rows[0],
     "SparsityReport": lambda _: sparsifier().report(),
+    "TicketHold": lambda _: ticket().apply(net()),
+    "Place": lambda _: ticket().units[0].places[0],
+    "Units": lambda _: ticket().units[0],
     "Timing": lambda _: compared(latency=True).latency.models["again"].timings[0],
 }
 WITH_TABLES = {
@@ -218,7 +226,7 @@ WITH_TABLES = {
         "Pruner",
         "Reached",
     ),
-    *("Removal", "Sensitivity", "SensitivityResult", "Sparsifier", "SparsityReport"),
+    *("Removal", "Sensitivity", "SensitivityResult", "Sparsifier", "SparsityReport", "Ticket"),
 }
 
 

@@ -121,6 +121,7 @@ def test_star_imports_give_the_familiar_names(module):
     [
         ("fasterai.core.all", "AGP OneCycle Iterative Piecewise Keep Coupled NM Random Criterion register_axes"),
         ("fasterai.sparse.all", "Sparsifier SparsifyCallback HoldCallback ParticipantCallback LotteryTicket attach"),
+        ("fasterai.sparse.all", "find_ticket Ticket"),
         ("fasterai.prune.all", "Pruner PruneCallback GradualPruner Budget fit_budget remove save_small load_small"),
         ("fasterai.prune.all", "channel_graph apply_plan_ Sparsifier SparsifyCallback HoldCallback attach"),
         ("fasterai.analyze.all", "analyze Sparsifier"),

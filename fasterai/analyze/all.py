@@ -13,6 +13,8 @@ from fasterai.analyze.comparison import Comparison as Comparison
 from fasterai.analyze.comparison import compare as compare
 from fasterai.analyze.cost import Cost as Cost
 from fasterai.analyze.cost import cost as cost
+from fasterai.analyze.filters import plot_filters as plot_filters
+from fasterai.analyze.filters import plot_similarity as plot_similarity
 from fasterai.analyze.latency import Latency as Latency
 from fasterai.analyze.latency import LatencyComparison as LatencyComparison
 from fasterai.analyze.latency import compare_latency as compare_latency

@@ -21,6 +21,7 @@ __all__ = ["Axes", "check_arguments", "check_prune_arguments", "make_parser", "r
 Axes = dict[str, "str | float"]
 #: Those that take one share for all channels.
 CONTEXTS = ("local", "global", "erk", "lamp")
+HOW_MUCH = "how much a weight matters; 'variety(large_final)' takes redundant units first (default: %(default)s)"
 
 SPARSIFY_HELP = """\
 Trains a classifier of torchvision on a folder of images, dense and then the same network sparse (same start, same epochs),
@@ -60,30 +61,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fasterai {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo | sparsify | prune | study")
     _add_demo(commands.add_parser("demo", help="dense, sparse and small on 1,797 handwritten digits, in under a minute"))
-    _add_sparsify(
-        commands.add_parser(
-            "sparsify",
-            help="train a sparse classifier on a folder of images",
-            description=SPARSIFY_HELP,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+    described = (
+        ("sparsify", "train a sparse classifier on a folder of images", SPARSIFY_HELP, _add_sparsify),
+        ("prune", "make a trained classifier small", PRUNE_HELP, _add_prune),
+        ("study", "compare methods over settings and seeds", ABOUT, add_study_arguments),
     )
-    _add_prune(
-        commands.add_parser(
-            "prune",
-            help="make a trained classifier small",
-            description=PRUNE_HELP,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-    )
-    add_study_arguments(
-        commands.add_parser(
-            "study",
-            help="compare methods over settings and seeds",
-            description=ABOUT,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-    )
+    for name, brief, text, add in described:
+        add(commands.add_parser(name, help=brief, description=text, formatter_class=argparse.RawDescriptionHelpFormatter))
     return parser
 
 
@@ -114,7 +98,7 @@ def _add_sparsify(sparsify: argparse.ArgumentParser) -> None:
     axes.add_argument("--sparsity", type=float, default=0.9, help="share to prune, in [0, 1] (default: %(default)s)")
     axes.add_argument("--granularity", default="weight", help="which weights share one decision (default: %(default)s)")
     axes.add_argument("--context", default="global", help="which units compete (default: %(default)s)")
-    axes.add_argument("--criteria", default="large_final", help="how much a weight matters (default: %(default)s)")
+    axes.add_argument("--criteria", default="large_final", help=HOW_MUCH)
     axes.add_argument("--schedule", default="one_cycle", help="how much is pruned when (default: %(default)s)")
     training = sparsify.add_argument_group("training")
     training.add_argument("--arch", default="resnet18", help="a classifier of torchvision.models (default: %(default)s)")
@@ -157,7 +141,7 @@ def _add_prune(prune: argparse.ArgumentParser) -> None:
     much.add_argument("--budget", metavar="KIND=SHARE", help="macs, params or latency that may be left, such as macs=0.5")
     much.add_argument("--remove-only", action="store_true", help="only what is silent already")
     axes.add_argument("--context", default="local", help="which channels compete (default: %(default)s)")
-    axes.add_argument("--criteria", default="large_final", help="how much a weight matters (default: %(default)s)")
+    axes.add_argument("--criteria", default="large_final", help=HOW_MUCH)
     axes.add_argument(
         "--round-to", type=int, metavar="N", help="keep multiples of N channels (default: 8, in groups of 32 and more)"
     )
@@ -206,7 +190,7 @@ def check_prune_arguments(arguments: argparse.Namespace) -> None:
         UsageError: An argument is out of range or unknown; the known names are listed.
     """
     from fasterai.core import contexts, criteria
-    from fasterai.core.checks import check_count, check_fraction
+    from fasterai.core.checks import check_count, check_fraction, from_catalogue
 
     with told_as_usage():
         if arguments.sparsity is not None and check_fraction("--sparsity", arguments.sparsity) == 1:
@@ -222,7 +206,7 @@ def check_prune_arguments(arguments: argparse.Namespace) -> None:
             check_count("--image-size", arguments.image_size, 8)
     if arguments.budget is not None:
         read_budget(arguments.budget)
-    _check_evidence(getattr(criteria, arguments.criteria).needs, arguments)
+    _check_evidence(from_catalogue("--criteria", arguments.criteria, criteria).needs, arguments)
     _check_arch(arguments.arch)
     if arguments.onnx:
         _check_onnx()
@@ -240,7 +224,7 @@ def _entry(name: str, value: str, *catalogue: Any) -> str:
         return entry_name(name, value, *catalogue)
     except ValueError as error:
         said = re.sub(r"\b(granularity|context|criteria|schedule|sparsity)=(?:'(\w+)'|([\d.]+))", r"--\1 \2\3", str(error))
-        in_python = " (in Python: the command line takes names alone)" if re.search(r"lambda|import|\w\(", said) else ""
+        in_python = " (in Python: the command line takes names alone)" if re.search(r"lambda|import|\b(?!variety\()\w+\(", said) else ""
         raise UsageError(said + in_python) from error
 
 
@@ -274,7 +258,7 @@ def _check_evidence(needs: frozenset[str], arguments: argparse.Namespace) -> Non
             f"--criteria must be one that reads no earlier weights, got {arguments.criteria!r}, which reads the "
             f"{earlier[0]} ones; it needs a training: fasterai sparsify --granularity coupled"
         )
-    if needs & {"gradient", "activation", "hessian_gradient"} and arguments.data is None:
+    if needs & {"gradient", "activation", "hessian_gradient", "outputs"} and arguments.data is None:
         raise UsageError(f"--data must be given for --criteria {arguments.criteria}, which looks at images")
 
 

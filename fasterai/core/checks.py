@@ -165,7 +165,8 @@ def unknown(name: str, value: str, known: Iterable[str], kind: str = "one of", h
 def entry_name(name: str, value: object, catalogue: ModuleType, among: Iterable[str] | None = None) -> str:
     """Return the name of the entry of a catalogue module that a name or a further name of it means.
 
-    Further names are such as `magnitude`, `cosine` and `2:4`; `core/words.py` has them.
+    Further names are such as `magnitude`, `cosine` and `2:4`; `core/words.py` has them. A catalogue's `MAKERS` make an entry of
+    another one: `variety(magnitude)` is `variety(large_final)`.
 
     Args:
         name: The argument's name, for the message.
@@ -178,6 +179,10 @@ def entry_name(name: str, value: object, catalogue: ModuleType, among: Iterable[
         ValueError: There is no entry of that name; the known ones are listed, with a hint where the word is known.
     """
     kind = catalogue.__name__.rpartition(".")[2]
+    if (call := _call(value, catalogue)) is not None:
+        maker, inner, *more = call
+        from_catalogue(name, value, catalogue)
+        return f"{maker}({', '.join((entry_name(name, inner, catalogue, among), *more))})"
     known = sorted(entry.rstrip("_") for entry in catalogue.__all__) if among is None else list(among)
     if not isinstance(value, str) or value in known:
         return check_choice(name, value, known)
@@ -197,8 +202,18 @@ def from_catalogue(name: str, value: Any, catalogue: ModuleType) -> Any:
     if not isinstance(value, str):
         _check_catalogue(name, value, catalogue)
         return value
+    if (call := _call(value, catalogue)) is not None:
+        maker, inner, *more = call
+        return catalogue.MAKERS[maker](from_catalogue(name, inner, catalogue), *more)
     entries = {entry.rstrip("_"): entry for entry in catalogue.__all__}  # `global` is a keyword, its entry `global_`
     return getattr(catalogue, entries[entry_name(name, value, catalogue)])
+
+
+def _call(value: object, catalogue: ModuleType) -> list[str] | None:
+    """Return the maker and its arguments of a word such as `variety(large_final, pearson)`; None if it is none."""
+    if not isinstance(value, str) or not (found := re.fullmatch(r"\s*(\w+)\(\s*(\w+(?:\s*,\s*\w+)*)\s*\)\s*", value)):
+        return None
+    return [found[1], *re.split(r"\s*,\s*", found[2])] if found[1] in getattr(catalogue, "MAKERS", {}) else None
 
 
 def entry_or_repr(value: object, catalogue: ModuleType) -> str:

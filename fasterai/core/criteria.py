@@ -350,11 +350,15 @@ def variety(
     rule = Variety(similarity, on, base.unit_rule)
     if rule.reads == "outputs" and base.unit_rule is not None:
         raise ValueError(
-            f"criterion must have no unit_rule of its own for on='activations', got {base!r}; it would be given outputs in place "
-            "of weights: take on='weights'"
+            f"criterion must have no unit_rule of its own for on='activations', got {base!r}; it would be given outputs in "
+            "place of weights: take on='weights'"
         )
     needs = base.needs | {"outputs"} if rule.reads == "outputs" else base.needs
     return replace(base, needs=needs, unit_rule=rule)
+
+
+#: Makers of a criterion of another one, by the name that stands in words such as `variety(large_final)`.
+MAKERS: dict[str, Callable[..., Criterion]] = {"variety": variety}
 
 
 def _large_final(e: Evidence) -> Tensor:

@@ -27,6 +27,7 @@ __all__ = [
     "mapping_of",
     "numbers",
     "settings_in_words",
+    "tensor",
     "text",
     "texts",
     "warn_of_length",
@@ -139,11 +140,16 @@ def finite_tensors(what: str, value: Any) -> None:
     mapping_of(_finite)(what, value)
 
 
-def _finite(what: str, value: Any) -> None:
+def tensor(what: str, value: Any) -> None:
+    """Refuse what is no tensor with values."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{what} must be a tensor, got {value!r} ({type(value).__name__})")
     if value.is_meta:
         raise ValueError(f"{what} must hold values, got a tensor on the meta device")
+
+
+def _finite(what: str, value: Any) -> None:
+    tensor(what, value)
     if value.is_floating_point() and not math.isfinite(float(value.detach().abs().sum())) and not bool(value.isfinite().all()):
         raise ValueError(f"{what} must be finite, got NaN or infinity in it")
 

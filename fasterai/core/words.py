@@ -83,6 +83,8 @@ HINTS: Mapping[str, Mapping[str, str]] = {
         "a Criterion with a gatherer of your own",
         "grad": "did you mean 'snip', |g w|, or 'taylor', (g w)^2?",
         "gradient": "did you mean 'snip', |g w|, or 'taylor', (g w)^2?",
+        "redundancy": "did you mean 'variety(large_final)', or of another criterion?",
+        "variety": "it takes a criterion: 'variety(large_final)', say",
         "hessian": "did you mean 'grasp', w times the Hessian times the gradient?",
     },
     "granularities": {

@@ -142,31 +142,42 @@ def channel_graph(
         ValueError: It is lazy, does not run on the inputs, or cannot be exported; the message says where, and a repair. Or
             `features` names an input or a dimension that there is not, or that several could be.
     """
+    return followed(model, inputs, exact, features=features)[0]
+
+
+def followed(
+    model: nn.Module, inputs: tuple[Any, ...], exact: bool = True, *, features: FeaturesLike = None, experts: bool = False
+) -> tuple[ChannelGraph, Trace, Components, dict[str, Value]]:
+    """Find the groups of a network, and the labels that they are made of; with `experts`, those of its mixtures too."""
     inner, inputs = unwrap(check_model(model)), positional(inputs)
     asked = read_features(features, inner, inputs) if features is not None else ()
     programs = exported(inner, inputs)
     stay = recomputed(inner)
-    choices = _choose(programs, stay, exact, asked)
-    trace, weights = _follow(programs, stay, choices, exact, asked)
-    graph = _graph(inner, trace, weights)
+    choices = _choose(programs, stay, exact, asked, experts)
+    trace, weights = _follow(programs, stay, choices, exact, asked, experts)
+    components = _components(trace, weights)
+    graph = _graph(inner, trace, weights, components)
     norms = tuple(norms_behind(programs[0]))
     may_go = {place for group in graph.groups for place in group.inputs}
     whole = kept_inputs(input_tensors(inner, inputs), may_go, graph.inputs)
-    return replace(graph, norms=norms, shared=frozenset().union(*(p.shared() for p in programs)), inputs=whole)
+    shared: frozenset[str] = frozenset().union(*(p.shared() for p in programs))
+    return replace(graph, norms=norms, shared=shared, inputs=whole), trace, components, weights
 
 
-def _choose(programs: Sequence[Exported], stay: Collection[str], exact: bool, asked: Sequence[Asked]) -> dict[str, int]:
+def _choose(
+    programs: Sequence[Exported], stay: Collection[str], exact: bool, asked: Sequence[Asked], experts: bool
+) -> dict[str, int]:
     """Choose a way for each kind of operation that has several, so that as many weights as possible may be removed.
 
     Each kind is tried in each of its ways while the others stay as they are; the best of these is taken, until none is better.
     """
     choices: dict[str, int] = {}
-    trace, weights = _follow(programs, stay, choices, exact, asked)
+    trace, weights = _follow(programs, stay, choices, exact, asked, experts)
     best = _removable(trace, weights)
     while True:
         ways = [(kind, way) for kind, count in sorted(trace.options.items()) for way in range(count)]
         trials = [{**choices, kind: way} for kind, way in ways if way != choices.get(kind, 0)]
-        followed = [_follow(programs, stay, trial, exact, asked) for trial in trials]
+        followed = [_follow(programs, stay, trial, exact, asked, experts) for trial in trials]
         scores = [_removable(*one) for one in followed]
         if max(scores, default=best) <= best:
             return choices
@@ -206,10 +217,15 @@ def _components(trace: Trace, weights: Mapping[str, Value]) -> Components:
 
 
 def _follow(
-    programs: Sequence[Exported], stay: Collection[str], choices: dict[str, int], exact: bool, asked: Sequence[Asked] = ()
+    programs: Sequence[Exported],
+    stay: Collection[str],
+    choices: dict[str, int],
+    exact: bool,
+    asked: Sequence[Asked] = (),
+    experts: bool = False,
 ) -> tuple[Trace, dict[str, Value]]:
     """Run over the operations once, and return the labels and the values of the parameters and buffers."""
-    trace = Trace(choices, exact, {one.argument: one for one in asked})
+    trace = Trace(choices, exact, {one.argument: one for one in asked}, experts)
     weights: dict[str, Value] = {}
     for program in programs:
         _follow_one(trace, program, weights)
@@ -265,7 +281,7 @@ def _apply(trace: Trace, node: Any, values: dict[Any, Any]) -> Any:
     if name.endswith("_") and not name.endswith("__") and isinstance(result, Value) and isinstance(arguments[0], Value):
         _written(trace, node, arguments[0], result)
         values[node.args[0]] = result
-    if found is None:
+    if found is None or (isinstance(result, Value) and result.is_blend and not any(result is a for a in arguments)):
         return result
     shown = arguments[0] if name.lstrip("_") in VIEWS and isinstance(arguments[0], Value) else None
     return [_seen(v, shown) for v in result] if isinstance(result, list) else _seen(result, shown)
@@ -301,7 +317,7 @@ def _seen(result: Any, shown: Value | None) -> Any:
     if not isinstance(result, Value):
         return result
     places = _viewed_places(shown, result) if shown is not None and shown.is_weight else ()
-    return replace(result, places=places, is_weight=bool(places))
+    return replace(result, places=places, is_weight=bool(places), is_blend=bool(places) and bool(shown and shown.is_blend))
 
 
 def _viewed_places(before: Value, after: Value) -> tuple[Place, ...]:
@@ -321,9 +337,8 @@ def _carries(whole: Dim, part: Dim) -> bool:
     return isinstance(whole, np.ndarray) and (part is whole or bool(np.isin(part, whole).all()))
 
 
-def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value]) -> ChannelGraph:
+def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value], components: Components) -> ChannelGraph:
     """Collect the components that may be removed into groups: those that are slices of the same dimensions."""
-    components = _components(trace, weights)
     touched: dict[int, list[tuple[Place, Array]]] = {}
     pinned: dict[Place, str] = {}
     for name, value in weights.items():

@@ -18,8 +18,14 @@ from fasterai.graph.channels import channel_graph
 from fasterai.graph.features import Features
 from fasterai.graph.inputs import InputCut as InputCut
 from fasterai.graph.inputs import cut_inputs, input_cuts
+from fasterai.graph.experts import ExpertGraph as ExpertGraph
+from fasterai.graph.experts import expert_graph
 from fasterai.prune.choice.budget import Budget, fit_budget
+from fasterai.prune.experts import expert_scores, remove_experts, without_experts
 from fasterai.prune.gradual import GradualPruner
+from fasterai.prune.induce import induce
+from fasterai.prune.induced import Induced as Induced
+from fasterai.prune.pixels import PixelMask
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import Removal as Removal
 from fasterai.prune.removal import remove
@@ -47,6 +53,7 @@ __all__ = [
     "HoldCallback",
     "InputSelector",
     "ParticipantCallback",
+    "PixelMask",
     "PruneCallback",
     "Pruner",
     "Sparsifier",
@@ -55,10 +62,15 @@ __all__ = [
     "attach",
     "channel_graph",
     "cut_inputs",
+    "expert_graph",
+    "expert_scores",
     "fit_budget",
+    "induce",
     "input_cuts",
     "load_small",
     "remove",
+    "remove_experts",
     "save_small",
+    "without_experts",
 ]
 __all__ += _core.__all__

@@ -40,7 +40,7 @@ from fasterai.prune.probes import probes
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.plan import make_plan
 
-__all__ = ["Sound", "largest_sound"]
+__all__ = ["Sound", "largest_sound", "outputs_of"]
 
 #: After so many trial runs without one that goes well, the channels of a group are not tried any further.
 GIVE_UP = 15
@@ -253,7 +253,7 @@ class _Trials:
         self.graph = graph
         self.streams = self.asks_float64 = False
         self._model, self._inputs, self._exact = model, inputs, exact
-        runs = [(probe, _outputs(model, probe)) for probe in probes(inputs)]
+        runs = [(probe, outputs_of(model, probe)) for probe in probes(inputs)]
         self._probes = [(probe, found) for probe, found in runs if not isinstance(found, Exception) and not _has_nan(found)]
         self._probes = self._probes or [(probe, found) for probe, found in runs[:1] if not isinstance(found, Exception)]
         self.is_blank = not any(bool(x.any()) for _, outputs in self._probes for x in outputs)
@@ -300,7 +300,7 @@ class _Trials:
                 given = cut_inputs(self._model, probe, cuts)
             except ValueError:  # a probe of another size along what is cut; the inputs themselves are not
                 continue
-            found = _outputs(self._model, given)
+            found = outputs_of(self._model, given)
             if isinstance(found, Exception):
                 return _Verdict(0.0, f"the model fails without them: {said(found)}", True)
             if [x.shape for x in found] != [x.shape for x in wanted]:
@@ -313,7 +313,7 @@ class _Trials:
         return _Verdict(worst, f"the outputs would move by {worst:.1e} of their scale: it is not silent")
 
 
-def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor] | Exception:
+def outputs_of(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor] | Exception:
     """Run a model, and return the tensors among its outputs, or the error that it raises."""
     with at_rest(unwrap(model)), without_fast_path():
         try:

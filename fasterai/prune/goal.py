@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,9 +10,10 @@ from torch import nn
 from fasterai.core import contexts
 from fasterai.core.checks import check_fraction, from_catalogue, unknown
 from fasterai.core.contexts import NM, Context, Local, PerTarget
+from fasterai.core.types import Target
 from fasterai.graph.channels import ChannelGraph
 from fasterai.model.names import unwrap
-from fasterai.model.targets import all_targets
+from fasterai.model.targets import all_targets, match
 from fasterai.prune.choice.budget import Budget
 from fasterai.units.channel_pools import OVER, ChannelPool
 from fasterai.units.choice import Goal
@@ -43,8 +44,17 @@ def check_context(context: Context | str, ratio: Ratio) -> Context:
     return found
 
 
-def read_ratio(ratio: Ratio, context: Context, model: nn.Module, pools: Sequence[ChannelPool]) -> Goal | None:
+def read_ratio(
+    ratio: Ratio, context: Context, model: nn.Module, pools: Sequence[ChannelPool], *, is_whole: bool = True
+) -> Goal | None:
     """Return the context and the sparsity asked for of the groups; None for a `Budget`, which is of the whole model.
+
+    Args:
+        ratio: The share to remove, a dict of them, or a `Budget`.
+        context: The context.
+        model: The model.
+        pools: The groups.
+        is_whole: False for a model with groups of which one channel is left: the names of their layers are no error.
 
     Raises:
         TypeError: A key of a dict is neither a name nor a module of the model.
@@ -60,7 +70,18 @@ def read_ratio(ratio: Ratio, context: Context, model: nn.Module, pools: Sequence
         if not isinstance(key, str):
             got = f"{key!r} ({type(key).__name__})"
             raise TypeError(f"pruning_ratio's keys must be names or modules of the model, got {got}")
-    return Goal(PerTarget(by_pool(pools, named, all_targets(unwrap(model)), "pruning_ratio's keys")), 1.0)
+    targets = all_targets(unwrap(model))
+    if not is_whole:
+        named = {n: share for n, share in named.items() if not _is_gone(n, targets, pools)}
+    return Goal(PerTarget(by_pool(pools, named, targets, "pruning_ratio's keys")), 1.0)
+
+
+def _is_gone(name: str, targets: Sequence[Target], pools: Sequence[ChannelPool]) -> bool:
+    """Tell if a name is one of layers of the model none of which makes channels of these pools."""
+    if name in {p.name for p in pools}:
+        return False
+    named = [t.name for t in targets if match(name, t)]
+    return bool(named) and not any(p.makers.intersection(named) for p in pools)
 
 
 def read_layers(model: nn.Module, layers: Iterable[nn.Module | str]) -> frozenset[str]:
@@ -84,17 +105,21 @@ def read_layers(model: nn.Module, layers: Iterable[nn.Module | str]) -> frozense
     return frozenset(found)
 
 
-def free_pools(pools: Sequence[ChannelPool], graph: ChannelGraph, ignored: frozenset[str]) -> tuple[ChannelPool, ...]:
-    """Return the pools of channels that may be removed: no ignored layer makes them.
+def free_pools(
+    pools: Sequence[ChannelPool], graph: ChannelGraph, ignored: frozenset[str], known: Collection[str] | None = None
+) -> tuple[ChannelPool, ...]:
+    """Return the pools of channels that may be removed: no ignored layer makes them, and they are among the known ones.
 
     Raises:
-        ValueError: There are none.
+        ValueError: There are none, of a model that is whole: none are known.
     """
+    if known is not None:
+        pools = [p for p in pools if p.name in known]
     made = [{n.rpartition(".")[0] for n, d in p.group.places if (n, d) not in graph.readers} for p in pools]
     free = tuple(p for p, names in zip(pools, made, strict=True) if not names & ignored)
     if pools and not free:
         makers = ", ".join(sorted(p.name for p in pools)[:5])
         raise ValueError(f"ignored_layers must leave some channels to remove, got all layers that make them ({makers})")
-    if not free:
+    if not free and known is None:
         raise ValueError("model must have channels that can be removed, got none; channel_graph(model, inputs).pinned says why")
     return free

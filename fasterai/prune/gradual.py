@@ -223,12 +223,12 @@ class GradualPruner(ShownChannels, Participant):
     def _pruner_without(self, frozen: Iterable[str]) -> Pruner:
         """Make a pruner that leaves some layers alone, and whose ratio counts from the channels of the first model."""
         ignored = [*self._ignored, *frozen]
-        pruner = Pruner(self.model, self._ratio, *self._axes, self.schedule, ignored, self._examples, **self._options)
+        first = {name: count for name, (count, _) in self.channels.items()}
+        axes = (self._ratio, *self._axes, self.schedule, ignored, self._examples)
+        pruner = Pruner(self.model, *axes, original=first, **self._options)
         if pruner.dense is not None:
             pruner.dense = self._dense = self._dense or pruner.dense
-        for name, now in pruner.original.items():
-            first, _ = self.channels.setdefault(name, (now, now))
-            self.channels[name], pruner.original[name] = (first, now), first
+        self.channels |= pruner.channels
         return pruner
 
     def _remove(self, share: float) -> None:

@@ -71,7 +71,7 @@ def read_settings(
 
 def _check_options(options: Mapping[str, Any]) -> None:
     known = [p.name for p in inspect.signature(Pruner).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    known.remove("iterative_steps")
+    known = [name for name in known if name not in ("iterative_steps", "original")]
     for name in options:
         if name == "iterative_steps":
             raise TypeError("iterative_steps must be left out, got one; max_updates= is the number of removals in a training")

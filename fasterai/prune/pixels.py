@@ -123,7 +123,7 @@ class PixelMask(nn.Module):
             ValueError: There are more or fewer pixels than are kept.
         """
         whole: Tensor = self.selector.inverse_transform(packed)
-        return whole.unflatten(2, tuple(self.gates.shape))
+        return whole.reshape(*whole.shape[:2], *self.gates.shape)
 
     def plot(self, images: Tensor) -> Figure:
         """Draw the kept pixels as a heat map over the mean of images `(B, C, H, W)`."""

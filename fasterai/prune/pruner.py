@@ -1,6 +1,6 @@
 """Removal of channels in one call: score coupled channels, mask the lowest, remove them, check the outputs.
 
-Over 300 lines, since a third of it states the arguments, and what is chosen follows the model's cuts in the same class.
+Over 300 lines, since one class chooses, masks, removes and resumes; a third of them are the words of its arguments.
 """
 
 from __future__ import annotations
@@ -75,6 +75,9 @@ class Pruner(NamesReplacements, ShownChannels):
         features: The dimensions of inputs that may lose indices as channels do, by argument, as `{"x": 1}`, or `Features` with
             indices that stay all the same. Each is a group of its own, `x.1`. The small model takes the inputs cut alike: the
             result's `inputs` says how.
+        original: For a model that has lost channels before: group's name -> number of its channels at first, from which the
+            ratio counts. Once one of them has a single channel left, further groups are left alone: its fall has made them,
+            as an attention's last head makes one of its values.
 
     Attributes:
         original: Group's name -> number of its channels at first.
@@ -105,6 +108,7 @@ class Pruner(NamesReplacements, ShownChannels):
         loss: Callable[..., Tensor] | None = None,
         exact: bool = True,
         features: FeaturesLike = None,
+        original: Mapping[str, int] | None = None,
     ) -> None:
         self.context = check_context(context, pruning_ratio)
         self.model = check_whole(model)
@@ -119,9 +123,12 @@ class Pruner(NamesReplacements, ShownChannels):
         self.ignored_layers = read_layers(model, ignored_layers or ())
         self._graph = channel_graph(model, self.inputs, exact, features=features)
         check_may_go(features, model, self.inputs, self._graph.inputs)
-        self._pools = free_pools(channel_pools(model, self._graph, Coupled(over_places)), self._graph, self.ignored_layers)
-        self.original = {p.name: p.count for p in self._pools}
-        self._goal = read_ratio(pruning_ratio, self.context, model, self._pools)
+        pools = channel_pools(model, self._graph, Coupled(over_places))
+        first = {} if original is None else dict(original)
+        alone = {name: count for name, count in first.items() if name not in {p.name for p in pools}}
+        self._pools = free_pools(pools, self._graph, self.ignored_layers, first.keys() if alone else None)
+        self.original = {p.name: first.get(p.name, p.count) for p in self._pools} | alone
+        self._goal = read_ratio(pruning_ratio, self.context, model, self._pools, is_whole=not alone)
         self.dense = copy.deepcopy(unwrap(model)) if isinstance(pruning_ratio, Budget) else None
         source = Source(data=data, loss=loss, inputs=self.inputs)
         weights = [t for t in all_targets(unwrap(model)) if t.parameter.dim() > 1]
@@ -231,7 +238,12 @@ class Pruner(NamesReplacements, ShownChannels):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state, with a model as small as it was then; the caller's dict is not changed."""
-        known = self.original.keys() | set(state.get("alone", ()))  # one channel alone makes no group of the small model
+        alone = set(state.get("alone", ()))  # one channel alone makes no group of the small model
+        known = self.original.keys() | alone
+        if alone:  # and may make another, such as the values of an attention's last head
+            self._pools = tuple(p for p in self._pools if p.name in state["original"])
+            known &= state["original"].keys()
+            self.original = {name: count for name, count in self.original.items() if name in known}
         self.original |= {name: count for name, count in state["original"].items() if name in known}
         self._scorer.load_state_dict(state, all_targets(unwrap(self.model)))
 
@@ -277,6 +289,8 @@ class Pruner(NamesReplacements, ShownChannels):
         return replace(self._graph, groups=tuple(p.group for p in self._pools))
 
     def _choose(self, graph: ChannelGraph, share: float) -> list[Flags]:
+        if not self._pools:  # one channel of each group is left
+            return []
         scores = _silent_first(self._scorer(self.model, self._pools, {}), silent_channels(self.model, graph))
         if isinstance(self.pruning_ratio, Budget):
             left = self.pruning_ratio.share + (1 - share) * (1 - self.pruning_ratio.share)

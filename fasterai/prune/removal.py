@@ -25,7 +25,7 @@ from fasterai.prune.removal_report import Removal
 from fasterai.prune.surgery.model_copies import Copies, matching_copies
 from fasterai.prune.surgery.operate import operate
 from fasterai.prune.surgery.optimizers import check_optimizer, check_trained
-from fasterai.prune.surgery.plan import make_plan, tensor_of, tensors_of
+from fasterai.prune.surgery.plan import Plan, make_plan, tensor_of, tensors_of
 
 __all__ = ["Removal", "mask_channels_", "remove", "silent_channels", "take_out"]
 
@@ -159,6 +159,7 @@ def take_out(
     copies: Copies = None,
     exact: bool = True,
     measure: bool = True,
+    plan: Plan | None = None,
 ) -> Removal:
     """Remove the channels that `largest_sound` found, from the model as it is now.
 
@@ -171,10 +172,11 @@ def take_out(
         copies: As for `remove`.
         exact: As for `remove`, for the report.
         measure: As for `remove`.
+        plan: The plan that does it; made here if left out.
     """
     others = matching_copies(copies, unwrap(model))
     before = sum(p.numel() for p in unwrap(model).parameters())
-    plan = make_plan(model, graph, sound.kept, streams=sound.streams)
+    plan = plan or make_plan(model, graph, sound.kept, streams=sound.streams)
     surgery = operate(model, plan, _trainers(model, optimizer), others)
     measurement = Measurement()
     if measure and plan:

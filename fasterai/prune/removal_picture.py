@@ -58,13 +58,14 @@ class GroupBar(NamedTuple):
 
 
 @styled()
-def draw(shares: Sequence[ShareBar], caption: str, groups: Sequence[GroupBar]) -> Figure:
-    """Draw the kept share of size, MACs and time at the left, the kept channels of each group at the right.
+def draw(shares: Sequence[ShareBar], caption: str, groups: Sequence[GroupBar], units: str = "channels") -> Figure:
+    """Draw the kept share of size, MACs and time at the left, the kept channels, or experts, of each group at the right.
 
     Args:
         shares: The figures at the left.
         caption: The conditions under which they were measured, below them.
         groups: The groups in the network's order. Of many, those are drawn that lose most or keep silent channels.
+        units: What was counted and removed.
     """
     shown = _shown(groups)
     top, height = 3.6, max(3.6, 1.5 + 0.26 * len(shown))
@@ -72,7 +73,7 @@ def draw(shares: Sequence[ShareBar], caption: str, groups: Sequence[GroupBar]) -
     grid = figure.add_gridspec(2, 2, width_ratios=(1.0, 1.35), height_ratios=(top, max(height - top, 0.01)))
     is_tall = height > 1.5 * top
     _draw_shares(figure.add_subplot(grid[0 if is_tall else slice(None), 0]), shares, caption)
-    _draw_groups(figure.add_subplot(grid[:, 1]), shown, len(groups) - len(shown))
+    _draw_groups(figure.add_subplot(grid[:, 1]), shown, len(groups) - len(shown), units)
     return figure
 
 
@@ -100,7 +101,7 @@ def _draw_shares(axes: Axes, shares: Sequence[ShareBar], caption: str) -> None:
     axes.set_xlabel(caption, loc="left", fontsize=SMALL)
 
 
-def _draw_groups(axes: Axes, shown: Sequence[GroupBar], left_out: int) -> None:
+def _draw_groups(axes: Axes, shown: Sequence[GroupBar], left_out: int, units: str) -> None:
     most = max([group.before for group in shown], default=1)
     for place, (_, before, after, silent, _) in enumerate(shown):
         axes.barh(place, before, height=0.66, color=GONE, label=_once("removed", place))
@@ -109,8 +110,8 @@ def _draw_groups(axes: Axes, shown: Sequence[GroupBar], left_out: int) -> None:
         text = f"{before:,} → {after:,}" if after < before else f"{before:,}"
         axes.text(before + 0.012 * most, place, text, va="center", color=QUIET, fontsize=SMALL)
     axes.set_yticks(range(len(shown)), [group.name.removesuffix(".weight") for group in shown], fontsize=SMALL)
-    axes.set(ylim=(max(len(shown), 1) - 0.4, -0.6), xlim=(0, 1.2 * most), xlabel="channels")
-    dress(axes, "Channels of each group" + (f" ({left_out} more not shown)" if left_out else ""))
+    axes.set(ylim=(max(len(shown), 1) - 0.4, -0.6), xlim=(0, 1.2 * most), xlabel=units)
+    dress(axes, f"{units.capitalize()} of each group" + (f" ({left_out} more not shown)" if left_out else ""))
     _legend(axes, has_stayed=any(group.silent for group in shown))
 
 

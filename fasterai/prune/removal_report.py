@@ -42,6 +42,7 @@ class Removal(Shown):
         exact: True where the outputs had to stay the same.
         measurement: Size, MACs and time of the dense and the small model, or why there are none.
         is_blank: True if all outputs were zero, so that nothing could be compared.
+        units: What was counted and removed: `channels`, or `experts`.
         inputs: Argument -> what the small model takes of that input, where it takes less than the dense one did at first;
             what earlier removals have taken is counted in.
     """
@@ -58,6 +59,7 @@ class Removal(Shown):
     measurement: Measurement = field(default_factory=Measurement)
     is_blank: bool = False
     inputs: Mapping[str, InputCut] = field(default_factory=dict)
+    units: str = "channels"
 
     @property
     def comparison(self) -> Comparison | None:
@@ -93,7 +95,7 @@ class Removal(Shown):
 
     def _line(self) -> str:
         before, after = self.parameters
-        lost = f"{len(self.removed)} of {counted(len(self.groups) or len(self.removed), 'group')} lost channels"
+        lost = f"{len(self.removed)} of {counted(len(self.groups) or len(self.removed), 'group')} lost {self.units}"
         return f"<Removal: {lost}, parameters {short(before)} -> {short(after)} ({after / max(1, before):.1%})>"
 
     def _parts(self) -> Iterator[Table | str]:
@@ -111,12 +113,12 @@ class Removal(Shown):
         yield from self._figures()
 
     def _lost(self) -> Table:
-        """Return the groups that lost channels; of many the first."""
-        text = _listed([f"{name}: {n:,} -> {m:,} channels" for name, (n, m) in self.removed.items()], "groups lost channels")
+        """Return the groups that lost some; of many the first."""
+        text = _listed([f"{name}: {n:,} -> {m:,} {self.units}" for name, (n, m) in self.removed.items()], f"groups lost {self.units}")
         body = [(name, f"{n:,}", f"{m:,}") for name, (n, m) in self.removed.items()]
         if len(body) > MOST_LINES:
             body = [*body[: MOST_LINES - 1], (text[-1], "", "")]
-        return Table(("group", "channels", "kept"), body, text=text)
+        return Table(("group", self.units, "kept"), body, text=text)
 
     def _moved(self) -> str:
         if self.is_blank and self.difference == 0:
@@ -148,7 +150,7 @@ class Removal(Shown):
             GroupBar(name, before, after, len(self.stayed.get(name, ())), name in self.refused)
             for name, (before, after) in self.groups.items()
         ]
-        return draw(self._shares(), self._caption(), groups)
+        return draw(self._shares(), self._caption(), groups, self.units)
 
     def _shares(self) -> list[ShareBar]:
         if self.comparison is not None:

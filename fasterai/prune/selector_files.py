@@ -43,8 +43,11 @@ def _header(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
-        return {SELECTORS: json.loads(metadata[SELECTORS])} if SELECTORS in metadata else {}
-    except (SafetensorError, json.JSONDecodeError) as error:
+        if SELECTORS in metadata:
+            return {SELECTORS: json.loads(metadata[SELECTORS])}
+        cuts = json.loads(metadata.get("inputs", "[]"))  # of a removal whose selectors were not kept
+        return {SELECTORS: {c["argument"]: {**{n: c[n] for n in ("keep", "size", "dim")}, "names": None} for c in cuts}}
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"path must be a file with a selector, got {path}: {error}") from error
 
 

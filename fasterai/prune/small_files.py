@@ -16,9 +16,10 @@ from fasterai.core.files import write_tensors
 from fasterai.graph.inputs import input_cuts, put_inputs
 from fasterai.model.names import unwrap
 from fasterai.model.supported import check_model, check_whole
+from fasterai.prune.embeddings import CATEGORIES, kept_embeddings
 from fasterai.prune.selector import InputSelector
-from fasterai.prune.selector_files import SELECTORS
-from fasterai.prune.small_header import SIZES, SMALL_FORMAT, Shapes, read_header, sizes_of, stamp, unfit_sizes
+from fasterai.prune.selector_files import SELECTORS, read_entry
+from fasterai.prune.small_header import SIZES, SMALL_FORMAT, Header, Shapes, read_header, sizes_of, stamp, unfit_sizes
 from fasterai.prune.surgery.dense_shapes import dense_shapes, note, put_note
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention, encoders_of
 
@@ -85,6 +86,19 @@ def load_small(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         raise ValueError(f"path must be a file that save_small wrote, got {path}: {error}") from error
     header = read_header(str(path), metadata, {name: tuple(x.shape) for name, x in tensors.items()})
     inner = check_whole(model)
+    entry = read_entry(path, json.loads(metadata[SELECTORS])) if SELECTORS in metadata else {}
+    categories = entry.get(CATEGORIES, {"keep": [], "size": -1})
+    with kept_embeddings(inner, categories["keep"], categories["size"]):
+        _fill(inner, header, tensors)
+    return model
+
+
+def _fill(inner: nn.Module, header: Header, tensors: dict[str, Tensor]) -> None:
+    """Shrink a dense model to the sizes of a file, and load its weights.
+
+    Raises:
+        ValueError: It is another model. Nothing is changed then.
+    """
     own = dense_shapes(inner)
     problems = [
         *_differing_tensors(inner, tensors, header.dense, own),
@@ -110,7 +124,6 @@ def load_small(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     _put(inner, tensors)
     _note(inner, own | dict(header.dense))
     put_inputs(inner, header.inputs)
-    return model
 
 
 def _selectors(selector: InputSelector | Mapping[str, InputSelector] | None) -> dict[str, Any]:

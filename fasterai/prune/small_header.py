@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fasterai.graph.inputs import InputCut
 from fasterai.model.names import own_tensors
 from fasterai.prune.selector_files import SELECTORS
-from fasterai.prune.surgery.modules import HEADS, STREAMS, WIDTHS, new_sizes
+from fasterai.prune.surgery.modules import EXPERTS, HEADS, STREAMS, WIDTHS, new_sizes
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention
 
 __all__ = ["SIZES", "Header", "read_header", "sizes_of", "stamp", "unfit_sizes"]
@@ -27,7 +27,7 @@ SMALL_FORMAT = "fasterai-small-1"
 SIZES = (
     *("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels", "num_groups"),
     *("normalized_shape", "embedding_dim", "num_parameters", "input_size", "hidden_size", *HEADS, *WIDTHS, *STREAMS),
-    *("nf", "nx", "bias_shape", "kdim", "vdim"),
+    *("nf", "nx", "bias_shape", "kdim", "vdim", *EXPERTS),
 )
 PARTS = ("sizes", "slim", "traits", "dense")
 LATER = ("inputs", SELECTORS)
@@ -128,7 +128,7 @@ def unfit_sizes(model: nn.Module, header: Header, tensors: Mapping[str, Tensor])
     saved = {id(held[name]): tuple(x.shape) for name, x in tensors.items() if name in held}  # a tied one has its first name
     for name, module in modules.items():
         own, found, said = sizes_of(module), header.sizes.get(name, {}), name or "the model"
-        yield from (f"{said}.{a} is not in the file" for a in own if a not in found)
+        yield from (f"{said}.{a} is not in the file" for a in own if a not in found and a not in EXPERTS)
         yield from (f"{said}.{a} is no size here" for a in found if a not in own and getattr(module, a, None) is not None)
         if problem := _unfit(module, own, found, saved, header.slim.get(name)):
             yield f"{said}.{problem}"

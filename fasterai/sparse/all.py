@@ -10,6 +10,8 @@ from fasterai.core.criteria import *
 from fasterai.core.schedules import *
 from fasterai.familiar import *
 from fasterai.sparse.sparsifier import Sparsifier
+from fasterai.sparse.ticket import Ticket
+from fasterai.sparse.ticket_rounds import find_ticket
 from fasterai.sparse.tickets import LotteryTicket
 
 if importlib.util.find_spec("fastai") is not None:
@@ -22,5 +24,6 @@ else:
         SparsifyCallback,
     )
 
-__all__ = ["HoldCallback", "LotteryTicket", "ParticipantCallback", "Sparsifier", "SparsifyCallback", "attach"]
+__all__ = ["HoldCallback", "LotteryTicket", "ParticipantCallback", "Sparsifier", "SparsifyCallback", "Ticket", "attach"]
+__all__ += ["find_ticket"]
 __all__ += _core.__all__

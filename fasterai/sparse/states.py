@@ -18,6 +18,7 @@ from fasterai.core.saved import (
     flag,
     fraction,
     mapping_of,
+    tensor,
     text,
     texts,
     whole,
@@ -62,18 +63,11 @@ def _asked(what: str, value: Any) -> None:
             raise TypeError(f"{what} must be a list of names and numbers, got {value!r}")
 
 
-def _masks(what: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{what} must be a tensor, got {value!r} ({type(value).__name__})")
-    if value.is_meta:
-        raise ValueError(f"{what} must hold values, got a tensor on the meta device")
-
-
 PARTS: Mapping[str, Check] = {
     "format": equal_to(FORMAT),
     "granularity": text,
     "shapes": mapping_of(counts),
-    "keep": mapping_of(_masks),
+    "keep": mapping_of(tensor),
     "noted": finite_tensors,
     "initial": finite_tensors,
     "previous": finite_tensors,

@@ -6,16 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fasterai.core.checks import check_count, warn
 from fasterai.core.loop import Fit, Participant
-from fasterai.core.saved import check_parts, finite_tensors
+from fasterai.core.saved import check_parts, finite_tensors, mapping_of, tensor
 from fasterai.core.types import Move
 from fasterai.display import Shown, Table, brief, settings
 from fasterai.model.cuts import Cut, follow, sliced
 from fasterai.model.names import plain_name, unwrap
+from fasterai.model.snapshots import clear_states_, find_differences, put_back_, take_snapshot
 from fasterai.sparse.sparsifier import Sparsifier
 
 __all__ = ["LotteryTicket"]
@@ -130,21 +130,15 @@ class LotteryTicket(Shown, Participant):
 
     def after_cut(self, cut: Cut) -> None:
         """Follow the model's parameters, which have got smaller."""
-        self._saved = {n: sliced(x, cut, plain_name(n)) for n, x in self._saved.items()}
+        self._saved = {n: sliced(x, cut, n) for n, x in self._saved.items()}
 
     def _note(self) -> None:
-        self._saved = {n: x.detach().clone() for n, x in unwrap(self.sparsifier.model).state_dict().items()}
+        self._saved = take_snapshot(self.sparsifier.model)
 
-    @torch.no_grad()
     def _rewind(self) -> None:
-        for name, value in unwrap(self.sparsifier.model).state_dict().items():
-            value.copy_(self._saved[name])
+        put_back_(self.sparsifier.model, self._saved)
         self.sparsifier.apply_masks()
-        for optimizer in self._fit.optimizers if self._fit else ():
-            if hasattr(optimizer, "clear_state"):  # fastai's
-                optimizer.clear_state()
-            else:
-                optimizer.state.clear()
+        clear_states_(self._fit.optimizers if self._fit else ())
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the noted weights."""
@@ -157,14 +151,15 @@ class LotteryTicket(Shown, Participant):
             ValueError: They are of another model, or something is missing. Nothing is changed then.
             TypeError: A part of the state is of the wrong type.
         """
-        check_parts(state, "LotteryTicket", {"saved": finite_tensors})
-        self._check_saved(state["saved"])
+        check_parts(state, "LotteryTicket", {"saved": self._check_finite})
+        saved = {plain_name(n): x for n, x in state["saved"].items()}  # those of earlier versions have the compiler's names
+        if saved and (found := find_differences(self.sparsifier.model, saved)):
+            raise ValueError(f"state's saved weights must be of this model, got one where {'; '.join(found[:5])}")
         device = next(iter(self.sparsifier.model.parameters())).device
-        self._saved = {n: x.to(device, copy=True) for n, x in state["saved"].items()}
+        self._saved = {n: x.to(device, copy=True) for n, x in saved.items()}
 
-    def _check_saved(self, saved: Mapping[str, Tensor]) -> None:
-        own = unwrap(self.sparsifier.model).state_dict()
-        for name in (saved.keys() | own.keys()) if saved else ():
-            there, here = (tuple(x[name].shape) if name in x else "missing" for x in (saved, own))
-            if there != here:
-                raise ValueError(f"state's saved weights must be of this model, got one where {name} is {there}, here {here}")
+    def _check_finite(self, what: str, value: Any) -> None:
+        """Refuse NaN and infinity, but for buffers that no state dict has, such as a mask of attention."""
+        persistent = {plain_name(name) for name in unwrap(self.sparsifier.model).state_dict()}
+        mapping_of(tensor)(what, value)
+        finite_tensors(what, {name: x for name, x in value.items() if plain_name(name) in persistent})

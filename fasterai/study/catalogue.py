@@ -10,7 +10,13 @@ from fasterai.study.description import Study
 __all__ = ["STUDIES", "find_study"]
 
 STUDIES = (
+    "criteria",
+    "experts",
+    "features",
+    "granularities",
+    "routed_experts",
     "schedules",
+    "tickets",
     "variety",
 )
 

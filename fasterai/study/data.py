@@ -13,12 +13,12 @@ from fasterai.cli.data import Part, digits
 from fasterai.cli.errors import UsageError
 from fasterai.cli.folders import read_folder
 from fasterai.display import Brief
-from fasterai.study.description import Size
+from fasterai.study.sizes import Size
 
 __all__ = ["Data", "load_data"]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Data(Brief):
     """Normalised images and their classes.
 
@@ -70,7 +70,7 @@ def load_data(folder: Path | None, size: Size) -> Data:
         found = read_folder(folder, image_size=size.side, at_most=(size.images, size.test_images))
     except UsageError as error:
         raise ValueError(str(error).replace("DATA must", "data must").split("; pass --skip")[0]) from error
-    return _tensors(found, size, flip=True, name=folder.name, fingerprint=found.fingerprint)
+    return _tensors(found, size, flip=True, name=folder.resolve().name, fingerprint=found.fingerprint)
 
 
 def _tensors(parts: Parts, size: Size, *, flip: bool, name: str, fingerprint: str) -> Data:

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from fasterai.core.checks import check_choice, check_count
 from fasterai.display import Brief
+from fasterai.study.sizes import SIZES, Size
 
 if TYPE_CHECKING:
     from fasterai.study.data import Data
@@ -26,49 +25,6 @@ __all__ = ["SIZES", "Run", "Settings", "Size", "Study", "Trial", "key_of"]
 Settings = Mapping[str, Any]
 Grid = Mapping[str, Sequence[Any]]
 
-
-@dataclass(frozen=True, repr=False)
-class Size(Brief):
-    """How much is trained in one run of a study.
-
-    Attributes:
-        name: `tiny`, `small` or `full`.
-        images: Training images at most; None for all.
-        test_images: Images that the accuracy is measured on, at most; None for all.
-        side: Their side in pixels; None for that of the files.
-        epochs: Passes over the training images.
-        batch_size: Images in a step.
-        lr: The highest learning rate.
-        device: Where the network is, as torch names it.
-    """
-
-    name: str
-    images: int | None
-    test_images: int | None
-    side: int | None
-    epochs: int
-    batch_size: int = 64
-    lr: float = 0.1
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        for name in ("images", "test_images", "side"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
-        check_count("epochs", self.epochs)
-        check_count("batch_size", self.batch_size, 2)
-        if not (isinstance(self.lr, int | float) and math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr must be above 0, got {self.lr!r}")
-
-
-#: `tiny` shows that a study runs; `small` takes two CPU cores under half an hour; `full` is for an accelerator.
-SIZES: Mapping[str, Size] = MappingProxyType(
-    {
-        "tiny": Size("tiny", 160, 80, 8, epochs=1, batch_size=32),
-        "small": Size("small", 6_000, 2_000, 16, epochs=4),
-        "full": Size("full", None, None, 32, epochs=30, batch_size=128),
-    }
-)
 
 Trial = Callable[[Settings, int, Size, Any], Mapping[str, float]]
 Load = Callable[[Path | None, Size], "Data | None"]
@@ -115,6 +71,7 @@ class Study(Brief):
         x: Axis or metric along the picture.
         y: Metric up the picture; the higher the better.
         lines: Axis, or axes, whose values are the picture's lines.
+        panels: Axis, each value of which has a picture of its own beside the others; none if left out.
         reference: Settings that the others are held against, drawn as a level across the picture.
         sizes: Size -> what a run of it trains; `SIZES` if left out.
         load: Reads the data once: `(folder or None, size) -> data`. None for a study that brings its own data.
@@ -130,6 +87,7 @@ class Study(Brief):
     y: str = "accuracy"
     seeds: Mapping[str, Sequence[int]] = field(default_factory=dict)
     sizes: Mapping[str, Size] = field(default_factory=lambda: SIZES)
+    panels: str = ""
     reference: Settings = field(default_factory=dict)
     load: Load | None = _images
     version: int = 1

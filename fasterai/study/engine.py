@@ -17,16 +17,19 @@ import torch
 from tqdm import tqdm
 
 from fasterai.core.checks import check_count
+from fasterai.study.book import BEAT, SILENCE, Book
 from fasterai.study.catalogue import find_study
 from fasterai.study.description import Run, Size, Study
 from fasterai.study.result import Result
-from fasterai.study.storage import BEAT, SILENCE, Book, open_storage
+from fasterai.study.storage import load_optuna, open_storage
 
 __all__ = ["run"]
 
 #: Seconds between two looks at the runs of other processes, where none is free.
 LOOK = 1.0
 DATABASE = "study.db"
+#: Characters of an error that are kept.
+LONGEST = 500
 
 
 def run(
@@ -71,19 +74,38 @@ def run(
     found = find_study(study) if isinstance(study, str) else study
     if not isinstance(found, Study):
         raise TypeError(f"study must be a name or a Study, got {study!r}")
-    wanted = replace(found.size(size), device=device)
+    wanted = replace(found.size(size), device=_checked_device(device))
     runs = _runs(found, size, seeds, only)
-    place = Path(folder if folder is not None else f"study-{found.name}")
+    place = _checked_folder(Path(folder if folder is not None else f"study-{found.name}"))
+    load_optuna()  # which may be missing: before the data is read
     images = _load(found, data, wanted)
-    place.mkdir(parents=True, exist_ok=True)
+    if storage is None:
+        place.mkdir(parents=True, exist_ok=True)
     url = storage if storage is not None else f"sqlite:///{(place / DATABASE).absolute()}"
     book = Book(open_storage(url), f"{found.name} {size}", found.record(wanted, getattr(images, "fingerprint", None)), found.y)
+    place.mkdir(parents=True, exist_ok=True)
     with _kept_random(), _one_thread(device):
         _work(found, book, runs, wanted, images, progress, beat, silence)
     stand = book.stand()
     result = Result(found, wanted, getattr(images, "name", ""), tuple(runs), stand.done, stand.failed)
     result.save(place)
     return result
+
+
+def _checked_device(name: str) -> str:
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one of this machine, such as cpu or cuda, got {name!r} ({reason})") from error
+    return name
+
+
+def _checked_folder(folder: Path) -> Path:
+    taken = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+    if taken.exists() and not taken.is_dir():
+        raise ValueError(f"folder must be a folder, got {str(folder)!r}, where {str(taken)!r} is a file")
+    return folder
 
 
 def _runs(study: Study, size: str, seeds: Sequence[int] | None, only: Mapping[str, Any] | None) -> list[Run]:
@@ -120,9 +142,11 @@ def _work(
     study: Study, book: Book, runs: Sequence[Run], size: Size, data: Any, progress: bool, beat: float, silence: float
 ) -> None:
     """Take runs until none is left that is free or under way elsewhere."""
-    before = {key: number for key, (number, _) in book.stand().failed.items()}
+    first = book.stand()
+    before = {key: number for key, (number, _) in first.failed.items()}
     keys = {one.key for one in runs}
-    with tqdm(total=len(runs), desc=f"{study.name} {size.name}", unit="run", file=sys.stderr, disable=not progress) as bar:
+    title, done = f"{study.name} {size.name}", len(keys & first.done.keys())
+    with tqdm(total=len(runs), desc=title, initial=done, unit="run", file=sys.stderr, disable=not progress) as bar:
         while True:
             stand = book.stand()
             closed = {key for key, (number, _) in stand.failed.items() if number != before.get(key)} | set(stand.done)
@@ -130,6 +154,7 @@ def _work(
             left = [one for one in runs if one.key not in closed]
             free = next((one for one in left if one.key not in stand.running), None)
             if not left:
+                bar.refresh()
                 return
             if free is not None:
                 bar.set_postfix_str(str(free))
@@ -140,7 +165,7 @@ def _work(
 
 
 def _take(study: Study, book: Book, one: Run, size: Size, data: Any, beat: float) -> None:
-    """Do a run if no other process is first, and write down what came out."""
+    """Work on a run if no other process is first, and write down what came out."""
     trial = book.take(one)
     if trial is None:
         return
@@ -149,7 +174,7 @@ def _take(study: Study, book: Book, one: Run, size: Size, data: Any, beat: float
             metrics = _checked(study, study.trial(dict(one.settings), one.seed, size, data))
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        book.fail(trial, f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})")
+        book.fail(trial, f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"[-LONGEST:])
     except BaseException:  # Ctrl-C, or the end of the process: the run is free again at once
         book.release(trial)
         raise

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fasterai.display import QUIET, SERIES, SMALL, as_percent, dress, line_colors, new_figure, styled
-from fasterai.study.result import Result, Row, is_share
+from fasterai.study.description import Study
+from fasterai.study.rows import Row, is_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,11 +20,31 @@ LONGEST = 64
 
 
 @styled()
-def draw(result: Result, *, shown: bool = True) -> Axes:
+def draw(study: Study, rows: Sequence[Row], conditions: str, *, shown: bool = True) -> Axes:
     """Draw the mean over the study's x, a line for each value of its lines, with the spread around it."""
-    study = result.study
-    axes = new_figure(8.0, 4.6, shown=shown, pad=0.1).subplots()
-    rows = [row for row in result.rows if study.y in row.values]
+    rows = [row for row in rows if study.y in row.values]
+    panels = list(dict.fromkeys(row.settings.get(study.panels, "") for row in rows)) if study.panels else []
+    if len(panels) < 2:
+        axes = new_figure(8.0, 4.6, shown=shown, pad=0.1).subplots()
+        _draw_lines(axes, study, rows)
+        dress(axes, study.about if len(study.about) < LONGEST else study.name, grid="y", below=conditions)
+        return axes
+    height = math.ceil(len(panels) / 2)
+    figure = new_figure(9.6, 0.9 + 3.1 * height, shown=shown, pad=0.1)
+    grid = figure.subplots(height, 2, squeeze=False).ravel()
+    for axes, panel in zip(grid, panels, strict=False):
+        _draw_lines(axes, study, [row for row in rows if row.settings.get(study.panels) == panel], explained=False)
+        dress(axes, str(panel), grid="y")
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    lines = grid[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=min(3, max(1, len(lines[0]))), handlelength=1.2)
+    figure.suptitle(f"{study.about}\n{conditions}", x=0.01, ha="left", fontsize=SMALL, color=QUIET)
+    return grid[0]
+
+
+def _draw_lines(axes: Axes, study: Study, rows: Sequence[Row], explained: bool = True) -> None:
+    """Draw the lines of a study, and explain them beside the axes."""
     reference = [row for row in rows if study.reference and _fits(row.settings, study.reference)]
     lines: dict[str, list[Row]] = {}
     for row in rows:
@@ -39,10 +61,8 @@ def draw(result: Result, *, shown: bool = True) -> Axes:
         axes.xaxis.set_major_formatter(as_percent)
     if is_share(study.y):
         axes.yaxis.set_major_formatter(as_percent)
-    if lines:
+    if any(lines) and explained:  # one line without a name needs none
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.2)
-    dress(axes, study.about if len(study.about) < LONGEST else study.name, grid="y", below=result.conditions())
-    return axes
 
 
 def _fits(settings: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

@@ -4,45 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fasterai.core.files import write_file
-from fasterai.display import Shown, Table, counted, save_figure, short
+from fasterai.display import Shown, Table, counted, save_figure
 from fasterai.study.description import Run, Settings, Size, Study
+from fasterai.study.rows import Row, by_metric, write_cell, write_setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Result", "Row"]
-
-#: Metrics that are shares, written in percent.
-SHARES = ("accuracy", "sparsity")
-
-
-@dataclass(frozen=True)
-class Row:
-    """Results of one combination of settings over the seeds.
-
-    Attributes:
-        settings: Axis -> value.
-        values: Metric -> its value for each seed that is done.
-    """
-
-    settings: Settings
-    values: Mapping[str, Sequence[float]]
-
-    def mean(self, metric: str) -> float:
-        """Return the mean over the seeds."""
-        return statistics.fmean(self.values[metric])
-
-    def spread(self, metric: str) -> float:
-        """Return the standard deviation over the seeds (divided by their number less one); 0 for a single one."""
-        values = self.values[metric]
-        return statistics.stdev(values) if len(values) > 1 else 0.0
+__all__ = ["Result"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,7 +47,7 @@ class Result(Shown):
         for run in self.runs:
             if run.key in self.done:
                 found.setdefault(str(dict(run.settings)), (run.settings, []))[1].append(self.done[run.key])
-        return [Row(settings, _by_metric(metrics)) for settings, metrics in found.values()]
+        return [Row(settings, by_metric(metrics)) for settings, metrics in found.values()]
 
     @property
     def failures(self) -> dict[str, str]:
@@ -85,7 +60,7 @@ class Result(Shown):
         axes = list(dict.fromkeys(axis for row in rows for axis in row.settings))
         metrics = list(dict.fromkeys([self.study.y, *(name for row in rows for name in row.values)]))
         body = [
-            [*(_written(axis, row.settings.get(axis, "")) for axis in axes), *(_cell(row, name) for name in metrics)]
+            [*(write_setting(axis, row.settings.get(axis, "")) for axis in axes), *(write_cell(row, name) for name in metrics)]
             for row in rows
         ]
         return Table([*axes, *metrics], body, left=len(axes))
@@ -107,7 +82,7 @@ class Result(Shown):
         """Draw the mean over the study's x, a line for each value of its lines, with the spread around it."""
         from fasterai.study.picture import draw  # matplotlib is slow to load
 
-        return draw(self)
+        return draw(self.study, self.rows, self.conditions())
 
     def save(self, folder: Path) -> None:
         """Write `runs.csv`, `table.md` and `picture.png`."""
@@ -116,7 +91,7 @@ class Result(Shown):
         write_file(folder / "runs.csv", lambda file: file.write(self.csv().encode()))
         if self.rows:
             write_file(folder / "table.md", lambda file: file.write(self.markdown().encode()))
-            figure = draw(self, shown=False).figure
+            figure = draw(self.study, self.rows, self.conditions(), shown=False).figure
             write_file(folder / "picture.png", lambda file: save_figure(figure, file))  # type: ignore[arg-type]
 
     def csv(self) -> str:
@@ -145,31 +120,3 @@ class Result(Shown):
             yield self.table()
         for run, error in self.failures.items():
             yield f"failed: {run}: {error}"
-
-
-def _by_metric(runs: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    names = dict.fromkeys(name for run in runs for name in run)
-    return {name: [run[name] for run in runs if name in run] for name in names}
-
-
-def is_share(name: str) -> bool:
-    """Tell if a metric or an axis is written in percent: its name ends with one of a share."""
-    return name.split("_")[-1] in SHARES
-
-
-def _written(axis: str, value: Any) -> str:
-    if isinstance(value, float) and is_share(axis):
-        return f"{100 * value:g} %"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _cell(row: Row, metric: str) -> str:
-    """Write mean and spread, in percent where the metric is a share."""
-    if metric not in row.values:
-        return ""
-    mean, spread = row.mean(metric), row.spread(metric)
-    if is_share(metric):
-        return f"{100 * mean:.1f} ± {100 * spread:.1f}"
-    if not spread:
-        return f"{mean:,.0f}" if mean == int(mean) else f"{mean:.4g}"
-    return f"{short(mean)} ± {short(spread)}" if mean >= 1000 else f"{mean:.4g} ± {spread:.2g}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fasterai.core.schedules import OneCycle, Schedule, agp, iterative, one_shot
@@ -33,7 +35,7 @@ def trial(settings: Settings, seed: int, size: Size, data: Data) -> dict[str, fl
     return {"accuracy": accuracy(network, data)}
 
 
-GRID = [
+GRID: list[dict[str, list[Any]]] = [
     {"schedule": ["dense"], "sparsity": [0.0]},
     {"schedule": list(SCHEDULES), "sparsity": [0.8, 0.9, 0.95, 0.97]},
 ]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fasterai.core import criteria
 from fasterai.core.criteria import Criterion, variety
-from fasterai.core.variety import similarities
 from fasterai.core.participant import Participant
+from fasterai.core.variety import similarities
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.study.data import Data
 from fasterai.study.description import SIZES, Settings, Size, Study
@@ -56,8 +57,7 @@ def _train(network: nn.Module, data: Data, size: Size, seed: int, *participants:
 
 def _sparsifier(network: nn.Module, settings: Settings, data: Data, size: Size, given: bool) -> Sparsifier:
     """Make the sparsifier of a run; `given` that it masks at once, so that it needs batches of its own."""
-    images, labels = (x[: BATCHES * size.batch_size].split(size.batch_size) for x in data.train)
-    batches = list(zip(images, labels, strict=True)) if given else None
+    batches = _batches(data, BATCHES, size.batch_size) if given else None
     by: Criterion = getattr(criteria, settings["criteria"])
     by = variety(by) if settings["variety"] else by
     return Sparsifier(
@@ -71,6 +71,12 @@ def _sparsifier(network: nn.Module, settings: Settings, data: Data, size: Size, 
         loss=F.cross_entropy if given else None,
         example_inputs=data.train[0][:2],
     )
+
+
+def _batches(data: Data, count: int, size: int) -> list[tuple[Tensor, Tensor]]:
+    images, labels = data.train
+    starts = range(0, min(count * size, len(images)), size)
+    return [(images[i : i + size], labels[i : i + size]) for i in starts]
 
 
 def _named_convolutions(network: nn.Module) -> list[tuple[str, nn.Conv2d]]:
@@ -88,7 +94,7 @@ def _ticket(network: nn.Module, settings: Settings, seed: int, size: Size, data:
     _train(network, data, size, seed, sparsifier.hold())
 
 
-GRID = [
+GRID: list[dict[str, list[Any]]] = [
     {"way": ["dense"], "criteria": ["large_final"], "variety": [False], "sparsity": [0.0]},
     {
         "way": ["scratch", "ticket"],

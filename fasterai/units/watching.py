@@ -1,4 +1,4 @@
-"""What layers read and put out, from watching their modules; the choice of the targets that can be watched."""
+"""Observation of layers: what they read and put out, by hooks; the choice of the targets that can be watched."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def without_unwatched(selection: Selection, criterion: Criterion) -> Selection:
     """
     reads_inputs = bool({"activation", "activation_max", "activation_mean"}.intersection(criterion.evidence_names))
     reads_outputs = "outputs" in criterion.evidence_names
-    lost = [t for t in selection.targets if reads_inputs and not _is_watched(t) or reads_outputs and not _puts_out(t)]
+    lost = [t for t in selection.targets if (reads_inputs and not _is_watched(t)) or (reads_outputs and not _puts_out(t))]
     if not lost:
         return selection
     side = "outputs" if reads_outputs else "inputs"
@@ -107,7 +107,7 @@ def activations(model: nn.Module, targets: Sequence[Target], source: Source, sta
 
 
 def outputs(model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, Tensor]:
-    """Note the outputs of layers on data, `(outputs, samples)`, in float32 at least; layers that cannot be watched are left out.
+    """Note the outputs of layers on data, `(outputs, samples)`, in float32 at least; those not to be watched are left out.
 
     Of the places in batch and positions those noted lie at even distances, so that every output is seen at the same ones.
     """

@@ -71,9 +71,9 @@ def loader() -> DataLoader:
     return DataLoader(dataset(), batch_size=8)
 
 
-def both(model: Net) -> list[Any]:
+def both(model: Net, **axes: str) -> list[Any]:
     """The method of the page, and a sparsifier beside it."""
-    return [class_centres(), Sparsifier(model, sparsity=0.5, schedule="lin")]
+    return [class_centres(), Sparsifier(model, sparsity=0.5, schedule="lin", **axes)]
 
 
 def plain(model: Net, given: list[Any], folder: Path, stop: bool, resume: bool) -> None:
@@ -200,10 +200,14 @@ def huggingface(model: Net, given: list[Any], folder: Path, stop: bool, resume: 
 FRAMEWORKS = [plain, accelerate, fastai, lightning, huggingface]
 
 
+VARIETY = {"granularity": "row", "targets": "body", "criteria": "variety(movement)"}
+
+
+@pytest.mark.parametrize("axes", [{}, VARIETY], ids=["magnitude", "variety"])
 @pytest.mark.parametrize("run", FRAMEWORKS)
-def test_a_resumed_run_is_the_same_bit_for_bit(run, tmp_path):
+def test_a_resumed_run_is_the_same_bit_for_bit(run, axes, tmp_path):
     whole, stopped, resumed = Net(), Net(), Net()
-    ours, first, second = both(whole), both(stopped), both(resumed)
+    ours, first, second = both(whole, **axes), both(stopped, **axes), both(resumed, **axes)
     run(whole, ours, tmp_path / "whole", stop=False, resume=False)
     (tmp_path / "parts").mkdir()
     run(stopped, first, tmp_path / "parts", stop=True, resume=False)

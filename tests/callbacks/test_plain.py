@@ -1,5 +1,6 @@
 import copy
 import io
+import itertools
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -316,8 +317,13 @@ def save(model, optimizer, handle):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("criteria", ["large_final", "movement", "updating_movement", "taylor"])
-@pytest.mark.parametrize("granularity", ["weight", "row"])
+@pytest.mark.parametrize(
+    ("criteria", "granularity"),
+    [
+        *itertools.product(["large_final", "movement", "updating_movement", "taylor"], ["weight", "row"]),
+        ("variety(updating_movement)", "row"),
+    ],
+)
 @pytest.mark.parametrize("stops", [(3,), (2, 5), (1, 4, 7)])
 def test_resume_is_bit_for_bit(criteria, granularity, stops):
     def run(stops):

@@ -18,6 +18,8 @@ from fasterai.callbacks.plain import attach
 from fasterai.core.loop import Participant
 from fasterai.prune.gradual import GradualPruner
 from fasterai.sparse.sparsifier import Sparsifier
+from fasterai.sparse.ticket import Ticket
+from fasterai.sparse.ticket_point import RewindPoint
 from fasterai.sparse.tickets import LotteryTicket
 from fasterai.units.rules import DropAndGrow
 
@@ -67,7 +69,15 @@ def removal(model):
     return [GradualPruner(model, 0.5, "local", "movement", "lin", example_inputs=X, round_to=1)]
 
 
-KINDS = {"masks": masks, "tickets": tickets, "exchange": exchange, "removal": removal}
+def held_ticket(model):
+    """Holds the masks of a ticket, beside the note of a moment that a search for one goes back to."""
+    first = {name: x.clone() for name, x in model.state_dict().items()}
+    sparsifier = Sparsifier(model)
+    sparsifier.sparsify_model(0.5)
+    return [Ticket.of(sparsifier, first).apply(model), RewindPoint(model, position=0.25)]
+
+
+KINDS = {"masks": masks, "tickets": tickets, "exchange": exchange, "removal": removal, "held ticket": held_ticket}
 
 
 def run(kind: str, upto: int, state: Any = None) -> tuple[list[Tensor], Any, Any]:

@@ -14,7 +14,7 @@ import torch
 
 from fasterai.core import criteria
 from fasterai.core.checks import from_catalogue
-from fasterai.core.criteria import NORMALIZERS, REDUCERS, Criterion, Random, as_criterion, large_final
+from fasterai.core.criteria import NORMALIZERS, REDUCERS, Criterion, Random, as_criterion, large_final, movement, variety
 from fasterai.core.types import EVIDENCE, Evidence
 
 KNOWN = {
@@ -368,3 +368,64 @@ def test_errors_of_a_users_own_part_say_where_they_come_from(call, note):
 def test_scores_that_are_no_tensor_name_the_criterion():
     with pytest.raises(TypeError, match=r"criterion must return a tensor of scores for w, got 3 from <lambda>"):
         Criterion(lambda e: 3)(GIVEN)
+
+
+# --- variety ---
+
+
+def test_variety_is_the_criterion_with_a_rule_on_units():
+    made = variety(movement, "pearson")
+    assert made == variety("movement", "pearson") != variety("movement")
+    assert (made.function, made.needs, made.elementwise) == (movement.function, {"initial"}, True)
+    assert repr(made) == "Criterion(movement; needs=initial; unit_rule=variety('pearson'))"
+    assert made.rank(torch.tensor([3.0, 2, 1]), lambda: torch.tensor([[1.0, 0], [1, 0.1], [0, 1]])).tolist() == [3, 1, 2]
+    assert pickle.loads(pickle.dumps(made)) == made
+    on = variety("taylor", on="activations")
+    assert on.needs == {"gradient", "outputs"} and on.reads_outputs and not made.reads_outputs
+
+
+def test_variety_of_a_function_of_the_weight():
+    assert scores(variety(torch.square), [3.0, -2.0]) == [9.0, 4.0]
+
+
+def test_variety_follows_a_rule_that_there_is():
+    flipped = large_final.using(unit_rule=lambda scores, weights: -scores)
+    found = variety(flipped).rank(torch.tensor([3.0, 2, 1]), lambda: torch.tensor([[1.0, 0], [1, 0.1], [0, 1]]))
+    assert found.tolist() == [-3, -2, -1]  # the first two are alike, and by the rule the first is the lower
+
+
+@pytest.mark.parametrize(
+    ("word", "wanted"),
+    [
+        ("variety(large_final)", variety(large_final)),
+        ("variety(magnitude)", variety(large_final)),
+        (" variety( movement, euclidean )", variety(movement, "euclidean")),
+        ("variety(l1, cosine, activations)", variety(large_final, on="activations")),
+    ],
+)
+def test_variety_in_a_word(word, wanted):
+    assert from_catalogue("criteria", word, criteria) == wanted
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: variety("nope"), "criterion must be one of .*, got 'nope'"),
+        (lambda: variety(large_final, "angle"), "similarity must be one of .*, got 'angle'"),
+        (lambda: variety(large_final, on="inputs"), "on must be one of activations, weights, got 'inputs'"),
+        (lambda: variety(variety(large_final)), r"must be one without variety, got Criterion\(large_final; unit_rule=variety"),
+        (
+            lambda: variety(large_final.using(unit_rule=lambda s, w: s), on="activations"),
+            "must have no unit_rule of its own for on='activations', got .*take on='weights'",
+        ),
+        (
+            lambda: from_catalogue("criteria", "variety", criteria),
+            "got 'variety'; it takes a criterion: 'variety.large_final.'",
+        ),
+        (lambda: from_catalogue("criteria", "variety(nope)", criteria), "criteria must be one of .*, got 'nope'"),
+        (lambda: from_catalogue("criteria", "variety(movement, nope)", criteria), "similarity must be .*, got 'nope'"),
+    ],
+)
+def test_variety_refuses(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

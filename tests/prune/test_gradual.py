@@ -16,7 +16,7 @@ from fasterai.model.cuts import note_optimizer
 from fasterai.prune.choice.budget import Budget
 from fasterai.prune.gradual import GradualPruner
 from fasterai.sparse.sparsifier import Sparsifier
-from tests.networks import Branching, perceptron
+from tests.networks import Branching, Heads, perceptron
 
 STEPS = 4
 
@@ -584,6 +584,57 @@ def test_a_run_that_is_saved_and_gone_on_with_is_the_same_bit_for_bit(stops, opt
         torch.save(state, saved)
         handle.remove(completed=stop == 4)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+HALVES = [0.5, {"embed": 0.5, "value": 0.5}, {"e*": 0.5, "query": 0.5}]
+
+
+@pytest.mark.parametrize("ratio", HALVES, ids=["a number", "the name of a layer that went", "a glob"])
+@pytest.mark.parametrize("early", [True, False])
+def test_a_run_that_is_gone_on_with_leaves_groups_alone_that_the_last_head_makes(ratio, early):
+    """The values of a head are summed over nothing else once it is the last, so they could go one by one."""
+    x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(3))
+
+    def go_on(model, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    def begin(model):
+        return gradual(model, ratio, example_inputs=x, round_to=1, criteria="updating_movement"), adam(model)
+
+    torch.manual_seed(0)
+    whole = Heads()
+    fresh = copy.deepcopy(whole)
+    pruner, optimizer = begin(whole)
+    with attach(optimizer, pruner, total_steps=4) as run:
+        go_on(whole, optimizer, 3)
+        state = copy.deepcopy({"run": run.state_dict(), "model": whole.state_dict(), "optimizer": optimizer.state_dict()})
+        assert pruner.channels == {"embed.weight": (8, 5), "query.weight": (2, 1)}
+        go_on(whole, optimizer, 1)
+    resumed, optimizer = begin(fresh)
+    if early:  # as the Trainer of transformers does, which reads the weights before the run begins
+        resumed.load_state_dict(state["run"]["participants"][resumed.name])
+    with attach(optimizer, resumed, total_steps=4) as run:
+        run.load_state_dict(state["run"])
+        fresh.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        assert (resumed.channels, resumed.sparsity) == ({"embed.weight": (8, 5), "query.weight": (2, 1)}, 0.4)
+        go_on(fresh, optimizer, 1)
+    assert (resumed.channels, resumed.sparsity) == ({"embed.weight": (8, 4), "query.weight": (2, 1)}, 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), whole.parameters(), strict=True))
+
+
+def test_a_run_in_which_no_group_has_more_than_a_channel_left_is_gone_on_with():
+    model = net(2)
+    pruner = gradual(model)
+    train(model, pruner)
+    assert widths(model) == [1]
+    again = gradual(net(2))
+    again.load_state_dict(pruner.state_dict())
+    train(again.model, again)
+    assert (again.channels, again.sparsity) == ({"0.weight": (2, 1)}, 0.5)
 
 
 def test_a_state_goes_into_the_model_that_it_is_of():

@@ -21,7 +21,7 @@ from fasterai.prune.small_files import load_small, save_small
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.units.channel_pools import channel_pools
 from fasterai.units.pool import WeightScores
-from tests.networks import perceptron
+from tests.networks import Heads, perceptron
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -449,6 +449,36 @@ def test_a_copy_follows_its_own_model(copied):
     assert pruner.channels["0.weight"] == (8, 6)
     pruner.prune_model(measure=False)
     assert (other[0].out_channels, model[0].out_channels) == (4, 8)
+
+
+def halved_heads() -> tuple[Heads, torch.Tensor]:
+    """A network whose attention has lost one of two heads, and half of what it reads."""
+    x = torch.randn(2, 5, 6)
+    model = Heads()
+    pruner = Pruner(model, 0.5, "local", "large_final", example_inputs=x, round_to=1)
+    pruner.prune_model(measure=False)
+    assert pruner.channels == {"embed.weight": (8, 4), "query.weight": (2, 1)}
+    return model, x
+
+
+def test_of_a_small_model_the_ratio_counts_from_the_channels_there_were_at_first():
+    model, x = halved_heads()
+    first = {"embed.weight": 8, "query.weight": 2}
+    pruner = Pruner(model, {"embed": 0.75, "value": 0.5}, "local", "large_final", example_inputs=x, round_to=1, original=first)
+    assert pruner.channels == {"embed.weight": (8, 4), "query.weight": (2, 1)}
+    pruner.prune_model(measure=False)
+    assert pruner.channels == {"embed.weight": (8, 2), "query.weight": (2, 1)}
+    with pytest.raises(ValueError, match=r"pruning_ratio's keys must be the name of a target .* got 'other'"):
+        Pruner(model, {"other": 0.5}, "local", "large_final", example_inputs=x, original=first)
+
+
+def test_a_state_leaves_groups_alone_that_the_last_head_makes():
+    model, x = halved_heads()
+    saved = Pruner(model, 0.5, "local", "large_final", example_inputs=x, original={"embed.weight": 8, "query.weight": 2})
+    pruner = Pruner(model, 0.5, "local", "large_final", example_inputs=x)
+    assert pruner.channels == {"embed.weight": (4, 4), "value.weight": (4, 4)}
+    pruner.load_state_dict(saved.state_dict())
+    assert pruner.channels == {"embed.weight": (8, 4), "query.weight": (2, 1)}
 
 
 class Attention(nn.Module):

@@ -438,8 +438,9 @@ def test_the_catalogue_is_alike_where_it_reads_weights_alone(criterion):
         (torch.rand_like, True),
         (criteria.large_final.using(normalizer=torch.sqrt), True),
         (criteria.large_final.using(unit_rule=lambda scores, weights: scores), True),
+        (criteria.variety("large_final"), True),  # of products that may be summed in another order elsewhere
     ],
 )
 def test_a_function_of_the_users_may_draw_numbers(criterion, users):
-    made = Sparsifier(net(), criteria=criterion).criteria
+    made = Sparsifier(net(), "row", criteria=criterion).criteria
     assert _is_users(made) is users

@@ -80,3 +80,27 @@ def test_heads_score_and_round_as_heads():
 def test_few_channels_are_not_rounded_by_default():
     assert pools_of(residual(31))["stem.weight"].step(None) == 1
     assert pools_of(residual(32))["stem.weight"].step(None) == 8
+
+
+def test_outputs_of_coupled_channels_are_those_of_all_makers_joined():
+    model = residual()
+    pools = pools_of(model)
+    with torch.no_grad():
+        for name in ("stem.weight", "branch.3.weight"):
+            model.get_parameter(name)[2] = 0
+        model.branch[0].weight[:, 2] = 0
+        model.head.weight[:, 2] = 0
+    made = {"stem.weight": torch.rand(6, 3), "branch.3.weight": torch.rand(6, 2), "branch.0.weight": torch.rand(4, 5)}
+    found = pools["stem.weight"].outputs_of_units(made)
+    wanted = torch.cat([made["stem.weight"], made["branch.3.weight"]], 1)
+    wanted[2] = 0
+    assert torch.equal(found, wanted)
+    assert torch.equal(pools["branch.0.weight"].outputs_of_units(made), made["branch.0.weight"])
+    with pytest.raises(ValueError, match=r"whose outputs can be watched, got stem\.weight"):
+        pools["stem.weight"].outputs_of_units({"head.weight": torch.rand(5, 3)})
+
+
+def test_outputs_of_a_head_are_those_of_its_channels():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0).eval()
+    hidden = next(p for p in pools_of(layer, torch.randn(2, 5, 16)).values() if p.count == 32)
+    assert torch.equal(hidden.outputs_of_units({"linear1.weight": torch.ones(32, 3)}), torch.ones(32, 3))

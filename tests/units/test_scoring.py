@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fasterai.callbacks.plain import attach
-from fasterai.core.criteria import Criterion, large_final
+from fasterai.core.criteria import Criterion, large_final, variety
 from fasterai.core.granularities import Block, Coupled, Keep, layer, weight
 from fasterai.core.schedules import OneShot
 from fasterai.graph.channels import channel_graph
@@ -378,3 +378,98 @@ def test_gathered_evidence_is_there_in_a_training():
         optimizer.step()
     kept = sparsifier.masks["weight"]
     assert model.weight.grad.abs()[kept].min() >= model.weight.grad.abs()[~kept].max()
+
+
+# --- variety: a rule that compares units -----------------------------------------------------------------------------
+
+
+def with_copies():
+    """Two convolutions: in the first, the filters 1, 3 and 5 point the same way, and filter 7 is small."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with torch.no_grad():
+        model[0].weight[3], model[0].weight[5] = 2 * model[0].weight[1], 0.5 * model[0].weight[1]
+        model[0].bias.zero_()
+        model[0].weight[7] *= 0.01
+    return model
+
+
+IMAGES = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+
+
+def kept(sparsifier, name="0.weight"):
+    return sparsifier.masks[name].flatten(1).any(1).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("on", ["weights", "activations"])
+@pytest.mark.parametrize(("granularity", "similarity"), [("filter", "cosine"), ("filter", "pearson"), ("coupled", "cosine")])
+def test_copies_go_and_the_rare_stay(granularity, similarity, on):
+    model = with_copies()
+    with torch.no_grad():  # a channel's readers are slices of it, too
+        model[2].weight[:, 3], model[2].weight[:, 5] = 2 * model[2].weight[:, 1], 0.5 * model[2].weight[:, 1]
+    options = {"targets": ["0.weight"]} if granularity == "filter" else {}
+    by = variety(large_final, similarity, on)
+    sparsifier = Sparsifier(model, granularity, "local", by, data=[IMAGES], example_inputs=IMAGES, **options)
+    sparsifier.sparsify_model(0.25)
+    assert kept(sparsifier) == [0, 2, 3, 4, 6, 7]
+    plain = Sparsifier(with_copies(), "filter", "local", large_final, example_inputs=IMAGES, targets=["0.weight"])
+    plain.sparsify_model(0.25)
+    assert 7 not in kept(plain)
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.4, 0.75])
+@pytest.mark.parametrize("context", ["local", "global", "erk", "lamp"])
+def test_each_layer_loses_as_many_as_by_the_criterion_alone(context, sparsity):
+    counts = []
+    for by in (large_final, variety(large_final)):
+        sparsifier = Sparsifier(with_copies(), "filter", context, by, targets="*weight")
+        sparsifier.sparsify_model(sparsity)
+        counts.append([len(kept(sparsifier, name)) for name in ("0.weight", "2.weight")])
+    assert counts[0] == counts[1] and (sum(counts[0]) == 24 - round(24 * sparsity) or context == "local")
+
+
+def test_pruned_units_disturb_no_other_and_an_empty_pool_stays_empty():
+    sparsifier = Sparsifier(with_copies(), "filter", "local", "variety(small_final)", targets=["0.weight"], min_keep=0)
+    gone: list[int] = []
+    for sparsity in (0.25, 0.5, 0.75, 1.0, 1.0):
+        sparsifier.sparsify_model(sparsity)
+        now = sorted(set(range(8)) - set(kept(sparsifier)))
+        assert set(gone) <= set(now) and len(now) == 8 * sparsity
+        gone = now
+    sparsifier.sparsify_model(0.5)
+    assert len(kept(sparsifier)) == 4
+
+
+def test_zeros_that_no_mask_has_made_are_refused_where_they_are_all_and_nothing_changes():
+    model = with_copies()
+    nn.init.zeros_(model[2].weight)
+    sparsifier = Sparsifier(model, "filter", "local", "variety(large_final)", targets="*weight")
+    with pytest.raises(ValueError, match="must have a direction to be compared by cosine, got units of norm 0: 16") as found:
+        sparsifier.sparsify_model(0.5)
+    assert found.value.__notes__ == ["raised by the unit_rule of the criterion large_final, for 2.weight"]
+    assert sparsifier.sparsity.overall == 0 and bool((model[0].weight != 0).all())
+
+
+def test_a_pruner_takes_copies_out():
+    model = with_copies()
+    pruner = Pruner(model, 0.25, "local", "variety(large_final)", example_inputs=IMAGES, round_to=1)
+    with torch.no_grad():
+        model[2].weight[:, 3], model[2].weight[:, 5] = 2 * model[2].weight[:, 1], 0.5 * model[2].weight[:, 1]
+    wanted = model[0].weight[[0, 2, 3, 4, 6, 7]].clone()
+    pruner.prune_model()
+    assert torch.equal(model[0].weight, wanted)
+
+
+def test_a_criterion_of_outputs_reads_the_batches_of_a_training():
+    model = with_copies()
+    by = variety("taylor", on="activations")
+    sparsifier = Sparsifier(model, "filter", "local", by, sparsity=0.5, schedule="lin", targets="*weight")
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with attach(optimizer, sparsifier, total_steps=3, model=model) as handle:
+        for _ in range(3):
+            out = model(IMAGES)
+            handle.loss(out.square().mean(), IMAGES, (), out).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert (len(kept(sparsifier)), len(kept(sparsifier, "2.weight"))) == (4, 8)
+    assert copy.deepcopy(sparsifier).criteria == by

@@ -1,10 +1,13 @@
 """One target's units as a pool."""
 
+import pytest
 import torch
 from torch import nn
 
 from fasterai.core.criteria import large_final
+from fasterai.core.granularities import filter as filters
 from fasterai.core.types import Evidence
+from fasterai.model.targets import all_targets
 from fasterai.prune.removal import remove
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.units.pool import WeightScores
@@ -38,3 +41,14 @@ def test_a_grouped_weight_keeps_its_masks():
     result = remove(model.eval(), X)
     assert result.plan.keep["2.weight", 0].tolist() == [1, 3, 5, 7], "the first output of each of the four groups goes"
     assert torch.equal(sparsifier.masks["2.weight"], masks[1::2])
+
+
+def test_outputs_of_units_of_zero_weights_are_zeros():
+    conv = nn.Conv2d(1, 3, 2)
+    with torch.no_grad():
+        conv.weight[1] = 0  # its bias is left
+    pool = TargetPool(all_targets(conv)[0], filters)
+    found = pool.outputs_of_units({"weight": torch.ones(3, 4)})
+    assert found.tolist() == [[1.0] * 4, [0.0] * 4, [1.0] * 4]
+    with pytest.raises(ValueError, match="whose outputs can be watched, got weight, which the model did not call on the data"):
+        pool.outputs_of_units({"other.weight": torch.ones(3, 4)})

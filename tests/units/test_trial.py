@@ -1,13 +1,16 @@
 """A wrong criterion of one's own is found when it is given, not when the masks first move."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fasterai.core.criteria import Criterion, large_final
+from fasterai.core.criteria import Criterion, large_final, variety
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.sparsifier import Sparsifier
+from fasterai.units.rules import DropAndGrow
 from tests.networks import perceptron
 
 
@@ -79,3 +82,29 @@ def test_what_needs_evidence_and_what_is_of_the_catalogue_is_not_tried():
     Sparsifier(model, "weight", "local", Criterion(never, needs={"initial"}))
     assert large_final.ufunc is not None  # by which it is known
     Sparsifier(model, "weight", "local", Criterion(never, ufunc=large_final.ufunc))
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"granularity": "weight"}, "several units of several weights each for variety.'cosine'., got weight; take 'filter'"),
+        ({"granularity": "layer"}, "several units of several weights each .*, got layer"),
+        ({"granularity": "weight", "rule": DropAndGrow(grow=variety("random"))}, "several units of several weights each"),
+        (
+            {"granularity": "column", "criteria": variety("large_final", on="activations")},
+            "outputs as its units for .*, got column",
+        ),
+    ],
+)
+def test_where_there_are_no_units_to_compare_variety_is_refused_before_anything_changes(axes, message):
+    model = perceptron(6, 10, 4)
+    before = copy.deepcopy(model.state_dict())
+    criteria = {"criteria": "large_final"} if "rule" in axes else {"criteria": "variety(large_final)"}
+    with pytest.raises(ValueError, match=message):
+        Sparsifier(model, **{**criteria, **axes}, sparsity=0.5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_target_without_pairs_among_others_is_none_of_the_kind():
+    model = perceptron(6, 10, 1)
+    Sparsifier(model, "row", "local", "variety(large_final)", targets=["0", "2"]).sparsify_model(0.5)

@@ -6,20 +6,20 @@ import math
 from typing import Any
 
 from fasterai.graph.labels import FREE
-from fasterai.graph.rules.trace import Trace, Value, all_fixed, broadcast, rule, shape_of, unknown
+from fasterai.graph.rules.trace import Trace, Value, all_fixed, blend, broadcast, rule, shape_of, unknown
 
 __all__ = ["elementwise"]
 
 
 @rule(
-    *("add", "sub", "rsub", "mul", "div", "pow", "where", "maximum", "minimum", "fmod", "remainder", "lerp", "addcmul"),
+    *("add", "sub", "rsub", "div", "pow", "where", "maximum", "minimum", "fmod", "remainder", "lerp", "addcmul"),
     *("relu", "relu6", "sigmoid", "tanh", "gelu", "silu", "mish", "elu", "selu", "celu", "softplus", "leaky_relu", "hardtanh"),
     *("hardswish", "hardsigmoid", "log_sigmoid", "hardshrink", "softshrink", "threshold", "rrelu"),
     *("abs", "neg", "exp", "log", "log1p", "expm1", "sqrt", "rsqrt", "reciprocal", "square", "sign", "erf", "sin", "cos"),
     *("clamp", "clamp_min", "clamp_max", "floor", "ceil", "round", "trunc", "masked_fill", "eq", "ne", "gt", "ge", "lt", "le"),
     *("logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not", "isnan", "isinf", "nan_to_num"),
     *("dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach"),
-    *("lift_fresh_copy", "copy", "fill", "zero", "multiply", "divide", "subtract", "true_divide", "floor_divide", "clip"),
+    *("lift_fresh_copy", "copy", "fill", "zero", "divide", "subtract", "true_divide", "floor_divide", "clip"),
     *("log2", "log10", "exp2", "tan", "atan", "sinh", "cosh", "isfinite", "logical_xor", "bitwise_xor", "addcdiv", "atan2"),
     *("erfc", "__and__", "__or__", "__xor__"),
 )
@@ -29,6 +29,24 @@ def elementwise(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> An
         return unknown(trace, node, *arguments, **keywords)
     values = [a for a in (*arguments, *keywords.values()) if isinstance(a, Value)]
     return broadcast(trace, node.name, values, shape_of(node))
+
+
+@rule("mul", "multiply")
+def product(trace: Trace, node: Any, *factors: Any) -> Any:
+    """Join the dimensions of two factors; where one is a stack of matrices, as experts are, the product is a blend of them."""
+    made = elementwise(trace, node, *factors)
+    values = [f for f in factors if isinstance(f, Value)]
+    if len(values) < 2 or not isinstance(made, Value):
+        return made
+    count = len(made.shape)
+    origins = [[_aligned(f, made, i) for i in range(count)] for f in values]
+    return blend(values, origins, made)
+
+
+def _aligned(factor: Value, made: Value, i: int) -> int | None:
+    """Return the dimension of a factor that meets dimension `i` of a product; None where it has none of that size."""
+    d = i - len(made.shape) + len(factor.shape)
+    return d if d >= 0 and factor.shape[d] == made.shape[i] else None
 
 
 @rule("to", "_to_copy", "type_as")

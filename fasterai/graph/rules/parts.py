@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fasterai.graph.labels import FIXED, Dim
-from fasterai.graph.rules.trace import Trace, Value, broadcast, rule, shape_of, shapes_of, unknown_tensor, values_in, without
+from fasterai.graph.rules.trace import Trace, Value, blend, broadcast, rule, shape_of, shapes_of, unknown_tensor, values_in, without
 
 __all__: list[str] = []
 
@@ -95,12 +95,16 @@ def index(trace: Trace, node: Any, x: Value, indices: Sequence[Value | None]) ->
     indexed = [i for i, at in enumerate(indices) if at is not None]
     for at in values_in(indices):
         trace.labels.pin_all(at.dims, f"{node.name} uses its values as indices")
-    trace.labels.pin_all([x.dims[i] for i in indexed], f"{node.name} looks entries up by number")
+    for i in indexed:
+        route = trace.route(node.args[1][i], x.shape[i])
+        trace.labels.join(x.dims[i], route, f"{node.name} looks entries up by number")
     shape = shape_of(node)
     if indexed != list(range(indexed[0], indexed[-1] + 1)):
         return unknown_tensor(trace, node, x)
     count = len(shape) - (len(x.shape) - len(indexed))
-    return Value(shape, (*x.dims[: indexed[0]], *(FIXED,) * count, *x.dims[indexed[-1] + 1 :]))
+    first, last = indexed[0], indexed[-1] + 1
+    origin = [*range(first), *[None] * count, *range(last, len(x.shape))]
+    return blend([x], [origin], Value(shape, (*x.dims[:first], *(FIXED,) * count, *x.dims[last:])))
 
 
 @rule("glu")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from fasterai.graph.labels import FIXED, FREE, Dim, Labels, is_labelled
+from fasterai.graph.labels import FIXED, FREE, Array, Dim, Labels, is_labelled
 
 if TYPE_CHECKING:
     from fasterai.graph.features import Asked
@@ -18,6 +18,7 @@ __all__ = [
     "Value",
     "all_fixed",
     "argument_of",
+    "blend",
     "broadcast",
     "rule",
     "settled",
@@ -42,13 +43,16 @@ class Value:
         dims: For each dimension labels, `FIXED` or `FREE`.
         places: For a parameter or buffer as it stands, or a view of it, which of its dimensions each dimension is, as
             (name, dimension); empty for all others.
-        is_weight: True if it is a parameter, or a view of one. A buffer is not: masks leave it alone.
+        is_weight: True if it is a parameter, a view of one, or a blend. A buffer is not: masks leave it alone.
+        is_blend: True if it is a stack of matrices times what the network has worked out, such as the matrices of experts
+            summed by their gate: where a slice of the stack is zero, that slice of it is. `places` are the stack's.
     """
 
     shape: tuple[int, ...]
     dims: tuple[Dim, ...]
     places: tuple[tuple[str, int], ...] = ()
     is_weight: bool = False
+    is_blend: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.shape) == len(self.dims)
@@ -69,9 +73,20 @@ class Trace:
         normed: Name of a module that normalises, or calls what does -> the dimensions that it does it along.
         rescaled: Names of weights of norms that average over a dimension which may lose silent channels.
         inputs: Argument -> the input with labels on the dimension that may lose indices.
+        experts: True if experts are looked for instead of channels: a softmax, or a choice of the highest, then gates the
+            dimension that it runs over and does not pin it, as one expert less is a softmax over the rest.
+        gates: The dimensions that are gated so.
+        routes: Node of a choice of the highest -> the dimension that it is made from, and how many are chosen.
+        layers: The places, as (name, dimension), of outputs of linear layers.
     """
 
-    def __init__(self, choices: dict[str, int], exact: bool = True, asked: Mapping[str, Asked] | None = None) -> None:
+    def __init__(
+        self,
+        choices: dict[str, int],
+        exact: bool = True,
+        asked: Mapping[str, Asked] | None = None,
+        experts: bool = False,
+    ) -> None:
         self.labels = Labels()
         self.choices = choices
         self.exact = exact
@@ -81,6 +96,10 @@ class Trace:
         self.readers: set[tuple[str, int]] = set()
         self.inputs: dict[str, Value] = {}
         self._asked = asked or {}
+        self.experts = experts
+        self.gates: list[Dim] = []
+        self.routes: dict[Any, tuple[Dim, int]] = {}
+        self.layers: set[tuple[str, int]] = set()
 
     def input(self, argument: str, shape: tuple[int, ...]) -> Value:
         """Return an input's value, with labels on the dimension that was asked for, the same in each of several programs."""
@@ -112,8 +131,34 @@ class Trace:
         if self.exact:
             self.labels.pin_all(list(dims), f"{name} averages over it")
 
+    def gate(self, node: Any, dim: Dim, count: int | None = None) -> bool:
+        """Note that a dimension is a gate of experts, if those are looked for and it is labelled; True if it is."""
+        if not (self.experts and is_labelled(dim)):
+            return False
+        self.gates.append(dim)
+        if count is not None:
+            self.routes[node] = (dim, count)
+        return True
+
+    def route(self, node: Any, size: int) -> Dim:
+        """Return the gate that chose the numbers that a node holds, the closest one over `size` experts; `FIXED` if none did."""
+        seen, level = {node}, [node]
+        while level and self.routes:
+            for one in level:
+                dim, _ = self.routes.get(one, (FIXED, 0))
+                if is_labelled(dim) and len(cast(Array, dim)) == size:
+                    return dim
+            level = [n for n in dict.fromkeys(n for one in level for n in one.all_input_nodes) if n not in seen]
+            seen.update(level)
+        return FIXED
+
+    def sums(self, dim: Dim, reason: str) -> None:
+        """Pin a dimension that is summed over without a weight; not where experts are looked for, whose gates are factors."""
+        if not self.experts:
+            self.labels.pin(dim, reason)
+
     def reads(self, weight: Value, d: int) -> None:
-        """Note that a weight multiplies a channel along its dimension `d`, and passes on something else."""
+        """Note that a weight, or a blend of some, multiplies a channel along its dimension `d`, and passes on something else."""
         if weight.places and is_labelled(weight.dims[d]):
             self.readers.add(weight.places[d])
 
@@ -164,6 +209,25 @@ def broadcast(trace: Trace, name: str, values: Iterable[Value], shape: tuple[int
             else:
                 trace.labels.pin(dim, f"{name} repeats it along a larger dimension")
     return Value(shape, tuple(dims))
+
+
+def blend(factors: Sequence[Value], origins: Sequence[Sequence[int | None]], product: Value) -> Value:
+    """Mark a product as a blend if one of its factors is a stack of matrices, of which two dimensions are left.
+
+    Args:
+        factors: The tensors that are multiplied.
+        origins: For each factor its dimension that each dimension of the product is, None where it has none.
+        product: The product.
+    """
+    stacks = [i for i, f in enumerate(factors) if f.is_weight]
+    if len(stacks) != 1:
+        return product
+    stack, origin = factors[stacks[0]], origins[stacks[0]]
+    left = [d for d in origin if d is not None and is_labelled(stack.dims[d])]
+    if len(left) < 2 or len(set(stack.places)) < (2 if stack.is_blend else 3):
+        return product
+    places = tuple(stack.places[d or 0] for d in origin)  # nothing reads a dimension that is not the stack's as its own
+    return Value(product.shape, product.dims, places, True, True)
 
 
 def unknown(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Any:

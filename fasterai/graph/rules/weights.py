@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fasterai.graph.labels import FIXED, FREE, Dim
-from fasterai.graph.rules.trace import Trace, Value, all_fixed, broadcast, rule, shape_of, unknown_tensor, values_in
+from fasterai.graph.rules.trace import Trace, Value, all_fixed, blend, broadcast, rule, shape_of, unknown_tensor, values_in
 
 __all__: list[str] = []
 
@@ -19,19 +19,31 @@ def linear(trace: Trace, node: Any, x: Value, weight: Value, bias: Value | None 
         return unknown_tensor(trace, node, x, weight, bias)
     _read(trace, x, -1, weight, 1, node.name)
     out = weight.dims[0]
+    trace.layers.update(weight.places[:1])
     if bias is not None:
         out = trace.labels.join(out, bias.dims[0], node.name)
     return Value(shape_of(node), (*x.dims[:-1], out))
 
 
 def _read(trace: Trace, a: Value, i: int, b: Value, j: int, name: str) -> None:
-    """Join dimension `i` of `a` and `j` of `b`, which are summed over; pin them if neither `a` nor `b` is a weight."""
+    """Join dimension `i` of `a` and `j` of `b`, which are summed over; pin them if neither `a` nor `b` is a weight.
+
+    A blend is what a weight reads, where it meets one; where it meets what is none, it is the weight.
+    """
     joined = trace.labels.join(a.dims[i], b.dims[j], f"{name} reads a dimension of fixed size")
-    if not (a.is_weight or b.is_weight):
-        trace.labels.pin(joined, f"{name} sums over it without a weight")
-    for value, dim in ((a, i), (b, j)):
-        if value.is_weight:
+    reading = _reading([a, b])
+    if not any(reading):
+        trace.sums(joined, f"{name} sums over it without a weight")
+    for value, dim, reads in zip((a, b), (i, j), reading, strict=True):
+        if reads:
             trace.reads(value, dim)
+
+
+def _reading(factors: Sequence[Value]) -> list[bool]:
+    """Tell which factors of a product read the others: the weights, else a blend that is alone among them."""
+    weights = [f.is_weight and not f.is_blend for f in factors]
+    blends = [f.is_blend for f in factors]
+    return weights if any(weights) or sum(blends) != 1 else blends
 
 
 @rule("conv1d", "conv2d", "conv3d", "convolution")
@@ -129,6 +141,7 @@ def matmul(trace: Trace, node: Any, a: Value, b: Value) -> Value:
     rows = a.dims[-2:-1] if len(a.shape) > 1 else ()
     columns = b.dims[-1:] if len(b.shape) > 1 else ()
     _read(trace, a, -1, b, -2 if len(b.shape) > 1 else -1, node.name)
+    trace.layers.update(b.places[1:] if len(b.shape) == 2 else ())
     batch = shape[: len(shape) - len(rows) - len(columns)]
     sides = [Value(v.shape[:-2], v.dims[:-2]) for v in (a, b)]
     return Value(shape, (*broadcast(trace, node.name, sides, batch).dims, *rows, *columns))
@@ -140,7 +153,9 @@ def grouped_matmul(trace: Trace, node: Any, x: Value, weight: Value, ends: Any =
     name = node.name
     if len(x.shape) != 2 or len(weight.shape) != 3 or values_in([rest, keywords]):
         return unknown_tensor(trace, node, x, weight, ends, *rest)
-    trace.labels.pin_all([x.dims[0], weight.dims[0], *ends.dims], f"{name} sends its rows to experts")
+    route = trace.route(node.kwargs.get("offs") if len(node.args) < 3 else node.args[2], weight.shape[0])
+    trace.labels.pin_all([x.dims[0], *ends.dims], f"{name} sends its rows to experts")
+    trace.labels.join(weight.dims[0], route, f"{name} sends its rows to experts")
     _read(trace, x, -1, weight, -2, name)
     return Value(shape_of(node), (FIXED, weight.dims[-1]))
 
@@ -157,17 +172,32 @@ def einsum(trace: Trace, node: Any, equation: str, operands: Sequence[Value], **
     if "." in equation or not output:
         return unknown_tensor(trace, node, *operands)
     terms = list(zip(inputs.split(","), operands, strict=True))
-    if any(n == 1 for _, value in terms for n in value.shape) or any(len(set(letters)) < len(letters) for letters, _ in terms):
+    sizes = {pair for letters, value in terms for pair in zip(letters, value.shape, strict=True)}
+    if len(sizes) > len(dict(sizes)) or any(len(set(letters)) < len(letters) for letters, _ in terms):
         return unknown_tensor(trace, node, *operands)  # may repeat a dimension, or take a diagonal
     carried: dict[str, Dim] = {}
     weighed: dict[str, bool] = {}
-    for letters, value in terms:
+    for (letters, value), reads in zip(terms, _reading(operands), strict=True):
         for d, (letter, dim) in enumerate(zip(letters, value.dims, strict=True)):
             carried[letter] = trace.labels.join(carried.get(letter, FREE), dim, f"{node.name} meets a dimension of fixed size")
-            weighed[letter] = weighed.get(letter, False) or value.is_weight
-            if value.is_weight and letter not in output:
+            weighed[letter] = weighed.get(letter, False) or reads
+            if reads and letter not in output:
                 trace.reads(value, d)
     for letter, dim in carried.items():
         if letter not in output and not weighed[letter]:
-            trace.labels.pin(dim, f"{node.name} sums over it without a weight")
-    return Value(shape_of(node), tuple(carried[letter] for letter in output))
+            trace.sums(dim, f"{node.name} sums over it without a weight")
+    origins = [[letters.find(letter) if letter in letters else None for letter in output] for letters, _ in terms]
+    return blend(operands, origins, Value(shape_of(node), tuple(carried[letter] for letter in output)))
+
+
+@rule("tensordot")
+def tensordot(trace: Trace, node: Any, a: Value, b: Value, dims_a: Sequence[int], dims_b: Sequence[int]) -> Value:
+    ways = list(zip([d % len(a.shape) for d in dims_a], [d % len(b.shape) for d in dims_b], strict=True))
+    for i, j in ways:
+        if a.shape[i] != b.shape[j]:  # a dimension of size 1 is repeated
+            return unknown_tensor(trace, node, a, b)
+        _read(trace, a, i, b, j, node.name)
+    left = [[d for d in range(len(x.shape)) if d not in gone] for x, gone in zip((a, b), zip(*ways, strict=True), strict=True)]
+    origins = [[*left[0], *[None] * len(left[1])], [*[None] * len(left[0]), *left[1]]]
+    dims = (*(a.dims[d] for d in left[0]), *(b.dims[d] for d in left[1]))
+    return blend([a, b], origins, Value(shape_of(node), dims))

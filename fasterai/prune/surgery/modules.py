@@ -13,7 +13,7 @@ from torch import nn
 
 from fasterai.graph.labels import Array
 
-__all__ = ["HEADS", "STREAMS", "WIDTHS", "new_sizes"]
+__all__ = ["EXPERTS", "HEADS", "STREAMS", "WIDTHS", "new_sizes"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 Kept = Mapping[tuple[str, int], Array]
@@ -23,6 +23,11 @@ HEADS = (
     *("heads", "width"),
 )
 WIDTHS = ("all_head_size", "attn_dim", "inner_dim", "embed_dim", "hidden_dim", "split_size", "dim", "expand_chs")
+#: Numbers of experts, as models call them; in a config too.
+EXPERTS = (
+    *("num_experts", "num_local_experts", "n_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts"),
+    *("expert_count", "experts_count"),
+)
 #: Widths of streams, as models call them.
 STREAMS = ("hidden_dim", "hidden_size", "embed_dim", "d_model", "dim", "n_embd", "width", "channels", "num_features")
 

@@ -192,7 +192,9 @@ def _note_inputs(model: nn.Module, cuts: Sequence[InputCut]) -> _Change:
 
 
 def _set(module: nn.Module, attribute: str, before: Any, after: Any) -> _Change:
-    return _Change(lambda: setattr(module, attribute, after), lambda: setattr(module, attribute, before))
+    owner, _, own = attribute.rpartition(".")
+    holder = getattr(module, owner) if owner else module
+    return _Change(lambda: setattr(holder, own, after), lambda: setattr(holder, own, before))
 
 
 def _slim(model: nn.Module, name: str, heads: int) -> _Change:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ class Plan(Shown):
     Attributes:
         shapes: Name of each parameter and buffer that shrinks -> its shape before.
         keep: Its name and dimension -> the indices that stay.
-        attributes: (module name, attribute, value before, value after).
+        attributes: (module name, attribute, value before, value after); one of a module's config as `config.attribute`.
         slim: Names of `nn.MultiheadAttention` modules that lose heads -> heads that stay.
         scales: Names of weights of norms that average over what goes -> by how much what stays of them grows. With a share r
             of the channels, the others silent, the mean of squares is 1 / r of what it was: the weight grows by its root.
@@ -183,15 +184,20 @@ def _misfits(model: nn.Module, plan: Plan) -> Iterator[str]:
         if not (kept.size and kept.min() >= 0 and kept.max() < size):
             yield f"that keeps indices of {name} which do not exist"
     for module, attribute, before, _ in plan.attributes:
-        if module not in modules or not hasattr(modules[module], attribute):
+        if module not in modules or not _has(modules[module], attribute):
             yield f"that sets {module}.{attribute}, which is missing here"
-        elif getattr(modules[module], attribute) != before:
-            yield f"where {module}.{attribute} is {before}, here {getattr(modules[module], attribute)}"
+        elif attrgetter(attribute)(modules[module]) != before:
+            yield f"where {module}.{attribute} is {before}, here {attrgetter(attribute)(modules[module])}"
     for name in plan.slim:
         if not name:
             yield "that takes heads from the model itself; put the attention into an nn.Sequential"
         elif not isinstance(modules.get(name), nn.MultiheadAttention | SlimMultiheadAttention):
             yield f"that takes heads from {name}, which is no nn.MultiheadAttention here"
+
+
+def _has(module: nn.Module, attribute: str) -> bool:
+    owner, _, own = attribute.rpartition(".")
+    return hasattr(getattr(module, owner, None) if owner else module, own)
 
 
 def _sizes(

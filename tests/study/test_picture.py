@@ -1,0 +1,61 @@
+"""Picture of a study."""
+
+from __future__ import annotations
+
+import pytest
+
+from fasterai.study.description import Study
+from fasterai.study.picture import draw
+from fasterai.study.rows import Row
+
+
+def made(x: str = "sparsity", lines=("a",), **changes) -> Study:
+    return Study("own", "Own", dict, {"small": {"a": [1], "sparsity": [0.5]}}, x=x, lines=lines, **changes)
+
+
+def row(a, sparsity, *accuracies, **metrics) -> Row:
+    return Row({"a": a, "sparsity": sparsity}, {"accuracy": accuracies, **metrics})
+
+
+ROWS = [row("dense", 0.0, 0.9), row(1, 0.8, 0.5, 0.7), row(1, 0.5, 0.8), row(2, 0.5, 0.6)]
+
+
+def drawn(axes) -> dict[str, list[tuple[float, float]]]:
+    return {c.get_label(): [(round(float(x), 9), round(float(y), 9)) for x, y in c[0].get_xydata()] for c in axes.containers}
+
+
+def test_a_line_joins_the_means_in_the_order_of_x_and_the_reference_is_a_level():
+    axes = draw(made(reference={"a": "dense"}), ROWS, "of this and that", shown=False)
+    lines = drawn(axes)
+    assert list(lines) == ["1", "2"]
+    assert lines["1"] == [(0.5, 0.8), (0.8, 0.6)] and lines["2"] == [(0.5, 0.6)]
+    assert [line.get_ydata()[0] for line in axes.lines if list(line.get_xdata()) == [0, 1]] == [0.9]
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title(loc="left")) == ("sparsity", "accuracy", "Own")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["1", "2"]
+    assert {"of this and that", "dense"} <= {text.get_text() for text in axes.texts}
+
+
+def test_the_spread_is_a_bar_at_each_point():
+    axes = draw(made(reference={"a": "dense"}), ROWS, "", shown=False)
+    ends = [segment[:, 1] for segment in axes.containers[0][2][0].get_segments()]
+    assert [end.tolist() for end in ends] == [pytest.approx([0.8, 0.8]), pytest.approx([0.6 - 0.02**0.5, 0.6 + 0.02**0.5])]
+
+
+def test_words_along_x_are_points_that_no_line_joins():
+    axes = draw(made(x="a", lines="sparsity"), [row("p", 0.5, 0.7), row("q", 0.5, 0.8)], "", shown=False)
+    assert axes.containers[0][0].get_linewidth() == 0
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["p", "q"]
+
+
+def test_x_may_be_a_metric():
+    rows = [row(1, 0.5, 0.7, macs=[30.0, 50.0]), row(1, 0.8, 0.6, macs=[10.0])]
+    assert drawn(draw(made(x="macs"), rows, "", shown=False))["1"] == [(10, 0.6), (40, 0.7)]
+
+
+def test_one_line_without_a_name_needs_no_legend():
+    assert draw(made(lines=()), [row(1, 0.5, 0.7)], "", shown=False).get_legend() is None
+
+
+def test_many_lines_have_each_a_colour():
+    axes = draw(made(), [row(i, 0.5, i / 20) for i in range(12)], "", shown=False)
+    assert len({container[0].get_color() for container in axes.containers}) == 12
