@@ -91,6 +91,12 @@ def removal() -> Any:
     return everything.Pruner(net(), 0.5, "local", "large_final", example_inputs=X, round_to=1).prune_model()
 
 
+def induced() -> Any:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    return everything.induce(network, torch.randn(4, 6), 0.5, names=list("abcdef"))
+
+
 def graph() -> Any:
     return everything.channel_graph(net(), (X,))
 
@@ -156,6 +162,8 @@ MADE = {
     "Group": lambda _: graph().groups[0],
     "HoldCallback": lambda _: everything.HoldCallback(sparsifier()),
     "InputCut": lambda _: InputCut("x", 1, tuple(range(500)), 1000),
+    "Induced": lambda _: induced(),
+    "InputSelector": lambda _: everything.InputSelector(range(0, 500, 2), 500),
     "Iterative": lambda _: everything.Iterative(),
     "Keep": lambda _: fasterai.Keep("expert", "out", "in", "depth", "height", "width"),
     "Latency": lambda _: compared(latency=True).latency.models["again"],
@@ -168,6 +176,7 @@ MADE = {
     "OneShot": lambda _: everything.OneShot(),
     "ParticipantCallback": lambda _: everything.ParticipantCallback(sparsifier()),
     "Piecewise": lambda _: everything.Piecewise([(i / 50, i / 50) for i in range(51)]),
+    "PixelMask": lambda _: everything.PixelMask(8, 8),
     "Plan": lambda _: removal().plan,
     "PruneCallback": lambda _: everything.PruneCallback(0.5, "agp", "local", "large_final"),
     "Pruner": lambda _: everything.Pruner(net(), 0.5, "local", "large_final", example_inputs=X),
@@ -217,7 +226,9 @@ WITH_TABLES = {
     *(
         "GradualPruner",
         "Group",
+        "Induced",
         "InputCut",
+        "InputSelector",
         "Latency",
         "LatencyComparison",
         "LayerComparison",
