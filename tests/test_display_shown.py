@@ -90,6 +90,12 @@ def graph() -> Any:
     return everything.channel_graph(net(), (X,))
 
 
+def mixture() -> Any:
+    from fasterai.study.mixtures import BlendedMixture
+
+    return everything.expert_graph(BlendedMixture(4, 2, experts=3, hidden=4), (torch.randn(5, 4),))
+
+
 def folder_of(model: nn.Module, folder: Any) -> Any:
     folder.fold(model) if hasattr(folder, "fold") else folder.decompose(model, 0.8)
     return folder
@@ -144,6 +150,7 @@ MADE = {
     ),
     "DSD": lambda _: everything.DSD(),
     "DecompositionReport": lambda _: folder_of(nn.Sequential(nn.Linear(8, 8)), everything.FC_Decomposer()).report,
+    "ExpertGraph": lambda _: mixture(),
     "FC_Decomposer": lambda _: folder_of(nn.Sequential(nn.Linear(8, 8)), everything.FC_Decomposer()),
     "FoldReport": lambda _: everything.find_folds(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()),
     "GradualPruner": lambda _: gradual(),
@@ -199,6 +206,7 @@ WITH_TABLES = {
         "ConvolutionReport",
         "Cost",
         "DecompositionReport",
+        "ExpertGraph",
         "FC_Decomposer",
         "FoldReport",
     ),
