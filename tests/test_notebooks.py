@@ -6,12 +6,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
-from concurrent.futures import Future
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from tests.beside import Beside, waits_for
 from tests.notebooks import FOLDER, clean, joined
 
 ROOT = FOLDER.parent
@@ -77,9 +77,12 @@ def check(path: Path, folder: Path, environment: Mapping[str, str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@by_notebook
-def test_notebook_runs(path: Path, notebook_runs: dict[Path, Future[None]]) -> None:
-    notebook_runs[path].result()
+RUNS = [pytest.param(path, marks=waits_for(check, path), id=path.stem) for path in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("path", RUNS)
+def test_notebook_runs(path: Path, beside: Beside) -> None:
+    beside(check, path)
 
 
 def test_no_client_of_kernels_works_in_the_process_of_the_tests() -> None:
