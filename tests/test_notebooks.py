@@ -39,6 +39,8 @@ CHECKS = {
     "a-loop-of-your-own": SAME + "assert held == reached == 12859 / 14288 and zeros(model) < 0.1",
     "criteria-and-granularities": SAME + "assert run.sparsity.overall == 0.5 and len(names) == 16",
     "hugging-face": SAME + "assert callback.sparsifier.sparsity.overall == 0.5 and same",
+    "induced-features": SAME + "assert len(selector.keep) == 16 and result.removal.removed['0.weight'] == (64, 32)\n"
+    "assert same and int(mask.keep.sum()) == 32 and 0 in chosen.selector.keep",
     "lightning": SAME + "assert callback.sparsifier.sparsity.overall == 0.5\n"
     "assert torch.equal(whole.network[0].weight, resumed.network[0].weight)",
     "lottery-tickets": "assert sparsifier.moves == 3 and len(saved) == 3\n"
