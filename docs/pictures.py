@@ -1,7 +1,7 @@
 """Draws every picture of the docs again: `python docs/pictures.py` writes `docs/images/`, in about a minute.
 
 The catalogues' pictures are those of `fasterai.analyze.catalogues`; the demo's are of a run of `fasterai demo`, whose times are
-this machine's.
+this machine's; those of filters are of a small network trained on scikit-learn's digits.
 """
 
 from __future__ import annotations
@@ -10,15 +10,23 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from fasterai.analyze.catalogues import (
     plot_contexts,
     plot_criteria,
     plot_granularities,
     plot_schedules,
 )
+from fasterai.analyze.filters import plot_filters, plot_similarity
 from fasterai.cli import main
+from fasterai.core.criteria import large_final, variety
 from fasterai.display import save_figure
+from fasterai.sparse.sparsifier import Sparsifier
+from matplotlib.figure import Figure
 from PIL import Image
+from sklearn.datasets import load_digits
+from torch import nn
 
 IMAGES = Path(__file__).parent / "images"
 CATALOGUES = {
@@ -45,6 +53,40 @@ def draw_demo(folder: Path) -> None:
             shrink(folder / f"demo-{name}.png")
 
 
+def draw_variety(folder: Path) -> None:
+    """Train 48 filters on the digits, mask half of them, and draw them before and after."""
+    torch.manual_seed(0)
+    digits = load_digits()
+    x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
+    y = torch.tensor(digits.target)
+    first = nn.Conv2d(1, 48, 5, padding=2, bias=False)
+    head = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(192, 10)]
+    network = nn.Sequential(first, nn.BatchNorm2d(48), nn.ReLU(), *head)
+    optimizer = torch.optim.Adam(network.parameters(), 0.01)
+    for _ in range(15):
+        for rows in torch.randperm(len(x)).split(64):
+            loss = F.cross_entropy(network(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    trained = first.weight.detach().clone()
+    for name, criterion in (("alone", large_final), ("variety", variety(large_final))):
+        with torch.no_grad():
+            first.weight.copy_(trained)
+        sparsifier = Sparsifier(
+            network, "filter", "local", criterion, example_inputs=x[:2]
+        )
+        sparsifier.sparsify_layer(first, 0.5)
+        mask = sparsifier.masks["0.weight"]
+        _save(plot_similarity(trained, mask), folder / f"similarity-{name}.png")
+        _save(plot_filters(trained, mask), folder / f"filters-{name}.png")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    save_figure(figure, path)
+    shrink(path)
+
+
 def shrink(path: Path) -> None:
     """Write a picture with 64 colours, which is more than it shows: a third of the bytes."""
     Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(
@@ -54,4 +96,5 @@ def shrink(path: Path) -> None:
 
 if __name__ == "__main__":
     draw_catalogues(IMAGES)
+    draw_variety(IMAGES)
     draw_demo(IMAGES)

@@ -101,6 +101,12 @@ def graph() -> Any:
     return everything.channel_graph(net(), (X,))
 
 
+def mixture() -> Any:
+    from fasterai.study.mixtures import BlendedMixture
+
+    return everything.expert_graph(BlendedMixture(4, 2, experts=3, hidden=4), (torch.randn(5, 4),))
+
+
 def folder_of(model: nn.Module, folder: Any) -> Any:
     folder.fold(model) if hasattr(folder, "fold") else folder.decompose(model, 0.8)
     return folder
@@ -155,6 +161,7 @@ MADE = {
     ),
     "DSD": lambda _: everything.DSD(),
     "DecompositionReport": lambda _: folder_of(nn.Sequential(nn.Linear(8, 8)), everything.FC_Decomposer()).report,
+    "ExpertGraph": lambda _: mixture(),
     "FC_Decomposer": lambda _: folder_of(nn.Sequential(nn.Linear(8, 8)), everything.FC_Decomposer()),
     "Features": lambda _: everything.Features({"x": 1}, keep={"x": [0, 3]}),
     "FoldReport": lambda _: everything.find_folds(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()),
@@ -219,6 +226,7 @@ WITH_TABLES = {
         "ConvolutionReport",
         "Cost",
         "DecompositionReport",
+        "ExpertGraph",
         "FC_Decomposer",
         "Features",
         "FoldReport",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fasterai.graph.features import Features
 from fasterai.graph.inputs import InputCut, cut_inputs, input_cuts
+from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import remove
 from fasterai.prune.surgery.operate import apply_plan_
 from fasterai.prune.surgery.plan import Plan
@@ -220,3 +221,86 @@ def test_the_small_model_is_exported_with_its_small_input(tmp_path):
     small = result.inputs["input"].cut(X)
     path = export_onnx(net, small, tmp_path / "small.onnx")
     torch.testing.assert_close(ONNXModel(path)(small), net(small), rtol=1e-4, atol=1e-5)
+
+
+class Wired(nn.Module):
+    """A net of a few layers with a forward pass of the test's own."""
+
+    def __init__(self, forward, **layers: nn.Module) -> None:
+        super().__init__()
+        self.layers, self._forward = nn.ModuleDict(layers), forward
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self._forward(self.layers, *inputs)
+
+
+def attention(width: int, **options: int) -> nn.Module:
+    return nn.MultiheadAttention(width, 2, batch_first=True, **options)
+
+
+def squeezed(m, x):
+    return m["head"](x * torch.sigmoid(m["b"](F.relu(m["a"](x.mean((2, 3), keepdim=True))))))
+
+
+#: How inputs are read: layers, the forward pass, shapes of inputs, and the dimension that is released, of the last of them.
+READ = {
+    "keys and values": (
+        {"a": attention(8, kdim=6, vdim=6), "head": nn.Linear(8, 3)},
+        lambda m, x, y: m["head"](m["a"](x, y, y, need_weights=False)[0]),
+        [(2, 5, 8), (2, 4, 6)],
+        2,
+    ),
+    "attention with a sum": (
+        {"a": attention(8), "head": nn.Linear(8, 3)},
+        lambda m, x: m["head"](x + m["a"](x, x, x, need_weights=False)[0]),
+        [(2, 5, 8)],
+        2,
+    ),
+    "recurrent": (
+        {"a": nn.GRU(6, 5, 2, bidirectional=True, batch_first=True), "head": nn.Linear(10, 3)},
+        lambda m, x: m["head"](m["a"](x)[0]),
+        [(2, 5, 6)],
+        2,
+    ),
+    "one layer twice": (
+        {"a": nn.Linear(6, 6), "head": nn.Linear(6, 3)},
+        lambda m, x: m["head"](m["a"](F.relu(m["a"](x)))),
+        [(4, 6)],
+        1,
+    ),
+    "gate": ({"a": nn.Linear(6, 6), "head": nn.Linear(6, 3)}, lambda m, x: m["head"](x * m["a"](x).sigmoid()), [(4, 6)], 1),
+    "squeeze and excite": (
+        {"a": nn.Conv2d(6, 4, 1), "b": nn.Conv2d(4, 6, 1), "head": nn.Conv2d(6, 5, 1)},
+        squeezed,
+        [(2, 6, 4, 4)],
+        1,
+    ),
+    "transposed": ({"head": nn.Linear(6, 8)}, lambda m, x: m["head"](x.transpose(1, 2)), [(2, 6, 5)], 1),
+    "repeated": ({"head": nn.Linear(12, 3)}, lambda m, x: m["head"](x.repeat(1, 2)), [(4, 6)], 1),
+    "groups": ({"a": nn.ConvTranspose2d(6, 8, 3, groups=2)}, lambda m, x: m["a"](x), [(2, 6, 5, 5)], 1),
+    "group norm": (
+        {"norm": nn.GroupNorm(3, 6), "head": nn.Conv2d(6, 4, 1)},
+        lambda m, x: m["head"](m["norm"](x)),
+        [(2, 6, 3, 3)],
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("way", READ)
+def test_the_small_network_computes_on_the_cut_input_what_zeros_in_all_readers_do(way):
+    layers, forward, shapes, dim = READ[way]
+    torch.manual_seed(0)
+    dense = Wired(forward, **copy.deepcopy(layers)).double().eval()
+    inputs = tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    small, masked, name = copy.deepcopy(dense), copy.deepcopy(dense), f"inputs[{len(shapes) - 1}]"
+    pruner = Pruner(small, {f"{name}.{dim}": 0.5}, "local", "random", example_inputs=inputs, features={name: dim})
+    result = pruner.prune_model(measure=False)
+    with torch.no_grad():
+        for (parameter, d), kept in result.plan.keep.items():
+            weight = masked.get_parameter(parameter)
+            gone = np.setdiff1d(np.arange(weight.shape[d]), kept)
+            weight.index_fill_(d, torch.as_tensor(gone), 0)
+    others = tuple(torch.randn_like(x) for x in inputs)
+    assert result.inputs[name].keep and not result.refused
+    torch.testing.assert_close(small(*cut_inputs(small, others, result.inputs.values())), masked(*others))
