@@ -42,6 +42,8 @@ CHECKS = {
     "assert all(int(kept.sum()) == 24 for kept in masks.values())\n"
     "assert nearest(masks['variety']).max() < nearest(masks['alone']).max()",
     "hugging-face": SAME + "assert callback.sparsifier.sparsity.overall == 0.5 and same",
+    "induced-features": SAME + "assert len(selector.keep) == 16 and result.removal.removed['0.weight'] == (64, 32)\n"
+    "assert same and int(mask.keep.sum()) == 32 and 0 in chosen.selector.keep",
     "lightning": SAME + "assert callback.sparsifier.sparsity.overall == 0.5\n"
     "assert torch.equal(whole.network[0].weight, resumed.network[0].weight)",
     "lottery-tickets": "assert ticket.sparsity == round((1 - 0.5**5) * 14288) / 14288 and len(ticket.results) == 5\n"
