@@ -52,8 +52,8 @@ def _participants(network: BlendedMixture, settings: Settings, first: Tensor) ->
     whole, stacked = (sum(numbers) for numbers in ([p.numel() for p in network.parameters()], stacks.values()))
     left = sum(p.numel() for p in _fewer(first, settings["sparsity"]).parameters())
     if settings["way"] in GRANULARITIES:
-        granularity, sparsity = GRANULARITIES[settings["way"]], (whole - left) / stacked
-        return [Sparsifier(network, granularity, "global", large_final, sparsity=sparsity, schedule=one_cycle, targets=[*stacks])]
+        options = {"sparsity": (whole - left) / stacked, "schedule": one_cycle, "targets": [*stacks]}
+        return [Sparsifier(network, GRANULARITIES[settings["way"]], "global", large_final, **options)]
     if settings["way"] == "hidden units":
         budget = Budget(params=left / whole)
         return [GradualPruner(network, budget, "global", large_final, one_cycle, ["gate.0"], first)]

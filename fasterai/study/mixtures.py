@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -62,7 +63,7 @@ class BlendedMixture(nn.Module):
         self.gated = gated
         self.gate = nn.Sequential(nn.Linear(gated, 16), nn.ELU(), nn.Linear(16, experts))
         sizes = [inputs, hidden, hidden, outputs]
-        self.layers = nn.ModuleList(BlendedLayer(experts, a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(BlendedLayer(experts, a, b) for a, b in itertools.pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Predict from frames `(B, in)`."""
