@@ -154,7 +154,7 @@ def train_samples(
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, size.lr, total_steps=max(2, steps))
     generator = torch.Generator().manual_seed(seed)
     orders = (torch.randperm(len(samples.inputs), generator=generator) for _ in range(size.epochs))
-    batches = [batch for order in orders for batch in order.split(size.batch_size)[:per_epoch]]
+    batches = [batch for order in orders for batch in torch.split(order, size.batch_size)[:per_epoch]]
     network.train()
     with attach(optimizer, *participants, total_steps=steps, model=network) if participants else nullcontext() as handle:
         for step, batch in enumerate(batches):

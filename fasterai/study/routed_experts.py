@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +110,7 @@ def _measured(network: nn.Module, test: Samples) -> dict[str, float]:
 
 
 SPARSITIES = [0.5, 0.75]
-GRID = [
+GRID: list[dict[str, list[Any]]] = [
     {"way": ["dense"], "sparsity": [0.0]},
     {"way": ["fewer experts", "weights", "hidden units", "experts"], "sparsity": SPARSITIES},
 ]

@@ -17,7 +17,6 @@ from tests.graph.rules.cases import (
 )
 
 
-
 def blend_of(net, x):
     return torch.einsum("be,eio->bio", net.g(x).softmax(-1), net.w)
 
