@@ -1,24 +1,36 @@
 """Draws every picture of the docs again: `python docs/pictures.py` writes `docs/images/`, in about a minute.
 
 The catalogues' pictures are those of `fasterai.analyze.catalogues`; the demo's are of a run of `fasterai demo`, whose times are
-this machine's.
+this machine's; those of filters are of a small network trained on scikit-learn's digits.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from fasterai.analyze.catalogues import (
     plot_contexts,
     plot_criteria,
     plot_granularities,
     plot_schedules,
 )
+from fasterai.analyze.filters import plot_filters, plot_similarity
+from fasterai.callbacks.plain import attach
 from fasterai.cli import main
+from fasterai.core.criteria import large_final, variety
 from fasterai.display import save_figure
+from fasterai.prune.induce import induce
+from fasterai.sparse.sparsifier import Sparsifier
+from matplotlib.figure import Figure
 from PIL import Image
+from sklearn.datasets import load_breast_cancer, load_digits
+from torch import nn
 
 IMAGES = Path(__file__).parent / "images"
 CATALOGUES = {
@@ -45,6 +57,73 @@ def draw_demo(folder: Path) -> None:
             shrink(folder / f"demo-{name}.png")
 
 
+def draw_variety(folder: Path) -> None:
+    """Train 48 filters on the digits, mask half of them, and draw them before and after."""
+    torch.manual_seed(0)
+    digits = load_digits()
+    x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
+    y = torch.tensor(digits.target)
+    first = nn.Conv2d(1, 48, 5, padding=2, bias=False)
+    head = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(192, 10)]
+    network = nn.Sequential(first, nn.BatchNorm2d(48), nn.ReLU(), *head)
+    optimizer = torch.optim.Adam(network.parameters(), 0.01)
+    for _ in range(15):
+        for rows in torch.randperm(len(x)).split(64):
+            loss = F.cross_entropy(network(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    trained = first.weight.detach().clone()
+    for name, criterion in (("alone", large_final), ("variety", variety(large_final))):
+        with torch.no_grad():
+            first.weight.copy_(trained)
+        sparsifier = Sparsifier(
+            network, "filter", "local", criterion, example_inputs=x[:2]
+        )
+        sparsifier.sparsify_layer(first, 0.5)
+        mask = sparsifier.masks["0.weight"]
+        _save(plot_similarity(trained, mask), folder / f"similarity-{name}.png")
+        _save(plot_filters(trained, mask), folder / f"filters-{name}.png")
+
+
+def draw_features(folder: Path) -> None:
+    """Draw the pixels that a network of the digits keeps, and the columns of a table."""
+    images, labels = load_digits(return_X_y=True)
+    x = torch.tensor(images / 16, dtype=torch.float32)
+    result = induce(_trained(x, labels, masked=True), x, 0.75, measure=False)
+    _save(result.plot(x, shape=(8, 8)), folder / "features-digits.png")
+    table = load_breast_cancer()
+    columns = torch.tensor((table.data - table.data.mean(0)) / table.data.std(0))
+    network, names = _trained(columns.float(), table.target), list(table.feature_names)
+    result = induce(network, columns.float(), 0.75, names=names, measure=False)
+    _save(result.plot(), folder / "features-table.png")
+
+
+def _trained(x: torch.Tensor, labels: Any, masked: bool = False) -> nn.Module:
+    """Train a small network, under masks on three quarters of the features or not."""
+    torch.manual_seed(0)
+    y = torch.tensor(labels)
+    layers = [nn.Linear(x.shape[1], 64), nn.ReLU(), nn.Linear(64, int(y.max()) + 1)]
+    network = nn.Sequential(*layers)
+    optimizer = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=0.1)
+    axes = (network, "coupled", "local", "large_final")
+    options = {"sparsity": {"input.1": 0.75}, "schedule": "one_cycle"}
+    options |= {"features": {"input": 1}, "example_inputs": x[:2]}
+    taking_part = [Sparsifier(*axes, **options)] if masked else []
+    with attach(optimizer, *taking_part, total_steps=300) if masked else nullcontext():
+        for _ in range(300):
+            rows = torch.randint(len(x), (64,))
+            optimizer.zero_grad()
+            F.cross_entropy(network(x[rows]), y[rows]).backward()
+            optimizer.step()
+    return network.eval()
+
+
+def _save(figure: Figure, path: Path) -> None:
+    save_figure(figure, path)
+    shrink(path)
+
+
 def shrink(path: Path) -> None:
     """Write a picture with 64 colours, which is more than it shows: a third of the bytes."""
     Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(
@@ -54,4 +133,6 @@ def shrink(path: Path) -> None:
 
 if __name__ == "__main__":
     draw_catalogues(IMAGES)
+    draw_variety(IMAGES)
+    draw_features(IMAGES)
     draw_demo(IMAGES)

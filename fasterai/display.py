@@ -380,6 +380,12 @@ def legend_above(axes: Axes, *given: Any) -> None:
     axes.legend(*given, ncols=max(1, count), **place)
 
 
+def write_above(axes: Axes, text: str, place: float, height: float) -> None:
+    """Write a few quiet words above the end of a bar."""
+    where: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center"}
+    axes.annotate(text, (place, height), **where, color=QUIET, fontsize=SMALL)
+
+
 def line_colors(count: int) -> list[Any]:
     """Return `count` colours for the lines of one picture, from blue over green to red."""
     from matplotlib import colormaps

@@ -6,13 +6,20 @@ neither to the next one.
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from tests.beside import Beside
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    yield
+    torch.set_num_threads(1)  # whatever a test or a library has set
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,17 +35,15 @@ def _no_process_group_is_left() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def notebook_runs(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[Path, Future[None]]]:
-    """Run the notebooks of the tests that were chosen, one after the other in processes of their own, while other tests run.
-
-    The thread here only waits: other tests set filters of warnings, variables and folders of this process as they need them.
-    """
-    tests = [item for item in request.session.items if item.name.startswith("test_notebook_runs[")]
-    pool, before = ThreadPoolExecutor(1), dict(os.environ)
+def beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beside]:
+    """Begin what the chosen tests wait for."""
+    pool = ThreadPoolExecutor(1)
     try:
-        paths = [test.callspec.params["path"] for test in tests]
-        yield {path: pool.submit(tests[0].module.check, path, tmp_path_factory.mktemp(path.stem), before) for path in paths}
+        asked = Beside(pool, tmp_path_factory)
+        for item in request.session.items:
+            if not any(mark.args[0] for mark in item.iter_markers("skipif")):
+                for mark in item.iter_markers("beside"):
+                    asked.begin(*mark.args)
+        yield asked
     finally:
         pool.shutdown(cancel_futures=True)

@@ -103,3 +103,17 @@ class Heads(nn.Module):
         q, k, v = (layer(x).view(*x.shape[:-1], -1, self.features).transpose(1, 2) for layer in layers)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v)
         return self.out(mixed.transpose(1, 2).reshape(*x.shape[:-1], -1))
+
+
+class TwoNames(nn.Module):
+    """A layer that is registered twice, and one that shares its weight: Linear(4, 4) `stem` and `layers.0`, `last`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.layers = nn.ModuleList([self.stem])
+        self.last = nn.Linear(4, 4)
+        self.last.weight = self.stem.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.layers[0](x).relu())

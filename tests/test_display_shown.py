@@ -91,8 +91,20 @@ def removal() -> Any:
     return everything.Pruner(net(), 0.5, "local", "large_final", example_inputs=X, round_to=1).prune_model()
 
 
+def induced() -> Any:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    return everything.induce(network, torch.randn(4, 6), 0.5, names=list("abcdef"))
+
+
 def graph() -> Any:
     return everything.channel_graph(net(), (X,))
+
+
+def mixture() -> Any:
+    from fasterai.study.mixtures import BlendedMixture
+
+    return everything.expert_graph(BlendedMixture(4, 2, experts=3, hidden=4), (torch.randn(5, 4),))
 
 
 def folder_of(model: nn.Module, folder: Any) -> Any:
@@ -149,6 +161,7 @@ MADE = {
     ),
     "DSD": lambda _: everything.DSD(),
     "DecompositionReport": lambda _: folder_of(nn.Sequential(nn.Linear(8, 8)), everything.FC_Decomposer()).report,
+    "ExpertGraph": lambda _: mixture(),
     "FC_Decomposer": lambda _: folder_of(nn.Sequential(nn.Linear(8, 8)), everything.FC_Decomposer()),
     "Features": lambda _: everything.Features({"x": 1}, keep={"x": [0, 3]}),
     "FoldReport": lambda _: everything.find_folds(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()),
@@ -156,6 +169,8 @@ MADE = {
     "Group": lambda _: graph().groups[0],
     "HoldCallback": lambda _: everything.HoldCallback(sparsifier()),
     "InputCut": lambda _: InputCut("x", 1, tuple(range(500)), 1000),
+    "Induced": lambda _: induced(),
+    "InputSelector": lambda _: everything.InputSelector(range(0, 500, 2), 500),
     "Iterative": lambda _: everything.Iterative(),
     "Keep": lambda _: fasterai.Keep("expert", "out", "in", "depth", "height", "width"),
     "Latency": lambda _: compared(latency=True).latency.models["again"],
@@ -168,6 +183,7 @@ MADE = {
     "OneShot": lambda _: everything.OneShot(),
     "ParticipantCallback": lambda _: everything.ParticipantCallback(sparsifier()),
     "Piecewise": lambda _: everything.Piecewise([(i / 50, i / 50) for i in range(51)]),
+    "PixelMask": lambda _: everything.PixelMask(8, 8),
     "Plan": lambda _: removal().plan,
     "PruneCallback": lambda _: everything.PruneCallback(0.5, "agp", "local", "large_final"),
     "Pruner": lambda _: everything.Pruner(net(), 0.5, "local", "large_final", example_inputs=X),
@@ -210,6 +226,7 @@ WITH_TABLES = {
         "ConvolutionReport",
         "Cost",
         "DecompositionReport",
+        "ExpertGraph",
         "FC_Decomposer",
         "Features",
         "FoldReport",
@@ -217,7 +234,9 @@ WITH_TABLES = {
     *(
         "GradualPruner",
         "Group",
+        "Induced",
         "InputCut",
+        "InputSelector",
         "Latency",
         "LatencyComparison",
         "LayerComparison",

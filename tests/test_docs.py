@@ -12,7 +12,6 @@ import json
 import re
 import sys
 import types
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,15 +91,6 @@ def tiny_bert() -> tuple[Any, list[dict[str, torch.Tensor]]]:
     return BertForSequenceClassification(BertConfig(**sizes)), [{"input_ids": row, "labels": row[0] % 2} for row in ids]
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Networks this small are quickest on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def reader() -> dict[str, Any]:
     """The names that the pages speak of without making them: a model, its training, and the same in fastai and Lightning."""
     torch.manual_seed(0)
@@ -153,7 +143,6 @@ def test_every_python_block_is_marked(page: Path) -> None:
 
 
 @by_page
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore")
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = [match["code"] for match in BLOCK.finditer(page.read_text()) if match["before"] == RUN]

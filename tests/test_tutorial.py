@@ -1,14 +1,16 @@
 """The scripts of docs/: from-sparse-to-small.md on a folder of made images, many-machines.md in two processes."""
 
-import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.beside import waits_for
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -29,29 +31,41 @@ def make_images(folder: Path) -> None:
                 Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
 
 
-def test_the_script_makes_a_small_network_of_images(tmp_path):
-    pytest.importorskip("fastai.vision.all")
-    pytest.importorskip("onnxruntime")
-    make_images(tmp_path / "images")
-    (tmp_path / "small.py").write_text(script("from-sparse-to-small.md"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-    command = [sys.executable, "small.py", "images", "1"]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500, check=False)
+def said(command, folder, environment):
+    """What a command says in a folder that it works in."""
+    environment = {**environment, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, *command]
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
-    masked, small = re.search(r"accuracy: (\S+) masked, (\S+) small", run.stdout).groups()
+    return run.stdout
+
+
+def from_sparse_to_small(folder, environment):
+    make_images(folder / "images")
+    (folder / "small.py").write_text(script("from-sparse-to-small.md"))
+    return said(["small.py", "images", "1"], folder, environment), folder
+
+
+@pytest.mark.skipif(not find_spec("fastai") or not find_spec("onnxruntime"), reason="the script is of both")
+@waits_for(from_sparse_to_small)
+def test_the_script_makes_a_small_network_of_images(beside):
+    words, folder = beside(from_sparse_to_small)
+    masked, small = re.search(r"accuracy: (\S+) masked, (\S+) small", words).groups()
     assert masked == small
-    before, after = (int(n.replace(",", "")) for n in re.search(r"parameters: (\S+) -> (\S+)", run.stdout).groups())
+    before, after = (int(n.replace(",", "")) for n in re.search(r"parameters: (\S+) -> (\S+)", words).groups())
     # resnet18 with 2 classes has 11,177,538 parameters
     assert before == 11_177_538
     assert after < 0.26 * before
-    assert re.search(r"onnxruntime: \d+ of 16 images right", run.stdout)
-    assert (tmp_path / "small.onnx").stat().st_size + (tmp_path / "small.safetensors").stat().st_size < 30e6
+    assert re.search(r"onnxruntime: \d+ of 16 images right", words)
+    assert (folder / "small.onnx").stat().st_size + (folder / "small.safetensors").stat().st_size < 30e6
 
 
-def test_the_script_for_several_processes_ends_with_equal_weights(tmp_path):
-    (tmp_path / "train.py").write_text(script("many-machines.md"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.strip() == "sparsity 0.80, equal weights: True"
+def many_machines(folder, environment):
+    (folder / "train.py").write_text(script("many-machines.md"))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return said([*torchrun, "train.py"], folder, environment)
+
+
+@waits_for(many_machines)
+def test_the_script_for_several_processes_ends_with_equal_weights(beside):
+    assert beside(many_machines).strip() == "sparsity 0.80, equal weights: True"

@@ -13,8 +13,6 @@ from fasterai.analyze.cost import Cost, cost
 from fasterai.analyze.latency import LatencyComparison, compare_latency
 from fasterai.analyze.layers import LayerComparison, LayerRow
 from fasterai.display import (
-    QUIET,
-    SMALL,
     Shown,
     Table,
     as_percent,
@@ -28,6 +26,7 @@ from fasterai.display import (
     short_bytes,
     short_time,
     styled,
+    write_above,
 )
 from fasterai.model.running import evaluating, undisturbed
 
@@ -181,16 +180,7 @@ class Comparison(Shown):
             axes.bar(places, heights, width * 0.92, bottom=starts, color=colors[name], label=name)
             said = [words[i] for _, _, words in groups]
             for place, bottom, height, words in zip(places, starts, heights, said, strict=True) if i else ():
-                text = words.replace(" to ", "\nto ")
-                axes.annotate(
-                    text,
-                    (place, bottom + height),
-                    xytext=(0, 2),
-                    textcoords="offset points",
-                    ha="center",
-                    color=QUIET,
-                    fontsize=SMALL,
-                )
+                write_above(axes, words.replace(" to ", "\nto "), place, bottom + height)
         axes.set_xticks(range(len(groups)), [label.replace(" of ", "\nof ") for label, *_ in groups])
         axes.yaxis.set_major_formatter(as_percent)
         axes.set_ylim(0, 1.12 * max(sum(bar) for _, bars, _ in groups for bar in bars))

@@ -11,15 +11,13 @@ from torch import Tensor
 
 from fasterai.core.checks import check_count
 from fasterai.core.variety import similarities
-from fasterai.display import EMPTY, HEAT, SERIES, SMALL, dress, new_figure, styled
+from fasterai.display import EMPTY, HEAT, SMALL, dress, new_figure, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["by_clusters", "plot_filters", "plot_similarity"]
-
-KEPT, GONE = SERIES[3], SERIES[2]
 
 
 @styled()
@@ -46,7 +44,8 @@ def plot_similarity(weight: Tensor, keep: Tensor | None = None, similarity: str 
         order = by_clusters(found)
         image = place.imshow(found[order][:, order], cmap=HEAT, vmin=low, vmax=0.0 if similarity == "euclidean" else 1.0)
         place.set(xticks=[], yticks=[])
-        dress(place, f"{len(rows)} {title}", below=_nearest(found))
+        place.set_xlabel(_nearest(found), loc="left", fontsize=SMALL)
+        dress(place, f"{len(rows)} {title}")
         place.spines["bottom"].set_visible(False)
     figure.colorbar(image, ax=list(axes), shrink=0.8, label=similarity)
     return figure
@@ -94,14 +93,13 @@ def plot_filters(weight: Tensor, keep: Tensor, columns: int = 16) -> Figure:
     check_count("columns", columns)
     vectors = _rows(weight)
     flags = _flags(keep, len(vectors))
-    parts = [(name, flags == wanted, color) for name, wanted, color in (("kept", True, KEPT), ("removed", False, GONE))]
-    parts = [(name, chosen, color) for name, chosen, color in parts if bool(chosen.any())]
-    rows = [ceil(int(chosen.sum()) / columns) for _, chosen, _ in parts]
+    parts = [(name, chosen) for name, chosen in (("kept", flags), ("removed", ~flags)) if bool(chosen.any())]
+    rows = [ceil(int(chosen.sum()) / columns) for _, chosen in parts]
     figure = new_figure(0.46 * columns + 0.3, 0.46 * sum(rows) + 0.5 * len(rows))
     panels = figure.subplots(len(parts), 1, squeeze=False, height_ratios=rows)[:, 0]
-    for axes, (name, chosen, color), count in zip(panels, parts, rows, strict=True):
+    for axes, (name, chosen), count in zip(panels, parts, rows, strict=True):
         _draw_filters(axes, weight.detach().float().cpu()[chosen], columns, count)
-        axes.set_title(f"{int(chosen.sum())} {name}", loc="left", color=color, fontsize=SMALL)
+        axes.set_title(f"{int(chosen.sum())} {name}", loc="left", fontsize=SMALL)
     return figure
 
 

@@ -11,8 +11,6 @@ from fasterai.analyze.layer_times import LayerTiming, layer_timings
 from fasterai.analyze.timing import dealt, quartiles, ratio_of
 from fasterai.display import (
     INK,
-    QUIET,
-    SMALL,
     Brief,
     Shown,
     Table,
@@ -23,6 +21,7 @@ from fasterai.display import (
     new_axes,
     short_time,
     styled,
+    write_above,
 )
 
 if TYPE_CHECKING:
@@ -284,15 +283,7 @@ def _draw_bars(axes: Axes, models: Mapping[str, Latency], speed: Callable[[str, 
             if speed is not None and i:
                 found = speed(name, one.timings[group].batch_size)
                 text += f"\n{found.cell}" + ("" if found.is_same else "x")
-            axes.annotate(
-                text,
-                (place, height + spread),
-                xytext=(0, 3),
-                textcoords="offset points",
-                ha="center",
-                color=QUIET,
-                fontsize=SMALL,
-            )
+            write_above(axes, text, place, height + spread)
     axes.set_xticks(range(len(sizes)), [f"batch {size}" if size.isdigit() else size for size in sizes])
     axes.set_ylabel("ms")
     axes.margins(y=0.22)

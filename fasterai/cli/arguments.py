@@ -224,7 +224,9 @@ def _entry(name: str, value: str, *catalogue: Any) -> str:
         return entry_name(name, value, *catalogue)
     except ValueError as error:
         said = re.sub(r"\b(granularity|context|criteria|schedule|sparsity)=(?:'(\w+)'|([\d.]+))", r"--\1 \2\3", str(error))
-        in_python = " (in Python: the command line takes names alone)" if re.search(r"lambda|import|\b(?!variety\()\w+\(", said) else ""
+        in_python = (
+            " (in Python: the command line takes names alone)" if re.search(r"lambda|import|\b(?!variety\()\w+\(", said) else ""
+        )
         raise UsageError(said + in_python) from error
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "entry_or_repr",
     "from_catalogue",
     "instead_of_class",
+    "not_one_of",
     "noted",
     "unknown",
     "warn",
@@ -125,6 +126,11 @@ class NamesReplacements:
 def instead_of_class(value: object) -> str:
     """Return the repair for a class given where one of its values is meant."""
     return f"; pass one of its values: {value.__name__}(...)" if isinstance(value, type) else ""
+
+
+def not_one_of(argument: str, allowed: str, value: object, repair: str = "") -> TypeError:
+    """Make the error for a value that is nothing of what an argument may be."""
+    return TypeError(f"{argument} must be {allowed}, got {value!r} ({type(value).__name__}){instead_of_class(value)}{repair}")
 
 
 @contextmanager

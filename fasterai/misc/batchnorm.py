@@ -7,10 +7,10 @@ In eval mode a batch norm is a scale and a shift of each channel, so conv, then 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten
 
 from fasterai.core.checks import warn
-from fasterai.display import Shown, Table
+from fasterai.misc.fates import Familiar, Fates
 from fasterai.model.inputs import as_tuple
 from fasterai.model.layouts import read_module
 from fasterai.model.names import unwrap
@@ -30,7 +30,7 @@ __all__ = ["BN_Folder", "FoldReport", "find_folds", "fold_batchnorms"]
 
 
 @dataclass(frozen=True, repr=False)
-class FoldReport(Shown):
+class FoldReport(Fates):
     """The batch norms that can be folded, or were.
 
     Attributes:
@@ -38,21 +38,15 @@ class FoldReport(Shown):
         left: Norm name -> why it stays.
     """
 
+    kind: ClassVar[str] = "norm"
     folded: Mapping[str, str] = field(default_factory=dict)
     left: Mapping[str, str] = field(default_factory=dict)
 
     def _head(self) -> str:
         return f"{len(self.folded)} of {len(self.folded) + len(self.left)} batch norms fold"
 
-    def _line(self) -> str:
-        return f"<FoldReport: {self._head()}>"
-
-    def _parts(self) -> Iterator[Table | str]:
-        body = [(norm, f"into {layer}") for norm, layer in self.folded.items()]
-        body += [(norm, f"left alone, {why}") for norm, why in self.left.items()]
-        yield self._head()
-        if body:
-            yield Table(("norm", "what becomes of it"), body, left=2, text=[f"{norm}: {fate}" for norm, fate in body])
+    def _changed(self) -> Iterator[tuple[str, str]]:
+        return ((norm, f"into {layer}") for norm, layer in self.folded.items())
 
 
 def find_folds(model: nn.Module, example_inputs: Any = None) -> FoldReport:
@@ -91,17 +85,11 @@ def fold_batchnorms(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     return folder.fold(model, example_inputs)
 
 
-class BN_Folder(Shown):  # noqa: N801 - its familiar name
+class BN_Folder(Familiar):  # noqa: N801 - its familiar name
     """Folds batch norms as `fold_batchnorms` does, and keeps the report of the last fold as `.report`."""
 
     def __init__(self) -> None:
         self.report = FoldReport()
-
-    def _line(self) -> str:
-        return f"<BN_Folder: {self.report._head()}>"
-
-    def _parts(self) -> Iterable[Table | str]:
-        return self.report._parts()
 
     def fold(self, model: nn.Module, example_inputs: Any = None) -> nn.Module:
         """Fold as `fold_batchnorms` does, and keep the report."""

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from fasterai.analyze.cost import cost
 from fasterai.core.checks import check_choice, check_count, check_fraction, warn
-from fasterai.display import Shown, Table
 from fasterai.misc.convolution_factors import METHODS, factors_of, full_ranks, product_of, ranks_by_energy
+from fasterai.misc.fates import Familiar, Fates
 from fasterai.misc.layer_choice import Kind, choose_layers, replace_modules
 from fasterai.model.names import unwrap
 
@@ -35,7 +35,7 @@ Ranks = int | Sequence[int]
 
 
 @dataclass(frozen=True, repr=False)
-class ConvolutionReport(Shown):
+class ConvolutionReport(Fates):
     """Report of a decomposition: the convolutions that were decomposed, and those that were not.
 
     Attributes:
@@ -63,18 +63,9 @@ class ConvolutionReport(Shown):
         head += f"{self.parameters_before:,} -> {self.parameters_after:,} parameters"
         return head if self.macs_before is None else f"{head}, {self.macs_before:,} -> {self.macs_after:,} MACs"
 
-    def _line(self) -> str:
-        return f"<ConvolutionReport: {self._head()}>"
-
-    def _parts(self) -> Iterator[Table | str]:
-        body = [
-            (name or "the model", f"rank {' x '.join(map(str, ranks))}, weight off by {self.errors[name]:.1%}")
-            for name, ranks in self.ranks.items()
-        ]
-        body += [(name or "the model", f"left alone, {why}") for name, why in self.left.items()]
-        yield self._head()
-        if body:
-            yield Table(("layer", "what becomes of it"), body, left=2, text=[f"{name}: {fate}" for name, fate in body])
+    def _changed(self) -> Iterator[tuple[str, str]]:
+        for name, ranks in self.ranks.items():
+            yield name, f"rank {' x '.join(map(str, ranks))}, weight off by {self.errors[name]:.1%}"
 
 
 @dataclass(frozen=True)
@@ -311,17 +302,11 @@ def _macs(model: nn.Module, example_inputs: Any) -> int | None:
     return None if example_inputs is None else cost(model, example_inputs).macs
 
 
-class Conv_Decomposer(Shown):  # noqa: N801 - its familiar name
+class Conv_Decomposer(Familiar):  # noqa: N801 - its familiar name
     """Decomposer that works as `decompose_convolutions` does, and keeps its last report as `.report`."""
 
     def __init__(self) -> None:
         self.report = ConvolutionReport()
-
-    def _line(self) -> str:
-        return f"<Conv_Decomposer: {self.report._head()}>"
-
-    def _parts(self) -> Iterable[Table | str]:
-        return self.report._parts()
 
     def decompose(
         self,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.core.checks import check_count, check_fraction, warn
-from fasterai.display import Shown, Table
+from fasterai.misc.fates import Familiar, Fates
 from fasterai.misc.layer_choice import Kind, choose_layers, replace_modules
 from fasterai.model.names import unwrap
 from fasterai.model.targets import all_targets
@@ -31,7 +31,7 @@ LINEAR = Kind((nn.Linear,), "linear layer", frozenset({"weight", "bias", "in_fea
 
 
 @dataclass(frozen=True, repr=False)
-class DecompositionReport(Shown):
+class DecompositionReport(Fates):
     """Report of a decomposition: the layers that were decomposed, and those that were not.
 
     Attributes:
@@ -48,17 +48,10 @@ class DecompositionReport(Shown):
 
     def _head(self) -> str:
         head = f"{len(self.ranks)} of {len(self.ranks) + len(self.left)} linear layers decomposed"
-        return f"{head}, {self.parameters_before} -> {self.parameters_after} parameters"
+        return f"{head}, {self.parameters_before:,} -> {self.parameters_after:,} parameters"
 
-    def _line(self) -> str:
-        return f"<DecompositionReport: {self._head()}>"
-
-    def _parts(self) -> Iterator[Table | str]:
-        body = [(name or "the model", f"rank {rank}") for name, rank in self.ranks.items()]
-        body += [(name or "the model", f"left alone, {why}") for name, why in self.left.items()]
-        yield self._head()
-        if body:
-            yield Table(("layer", "what becomes of it"), body, left=2, text=[f"{name}: {fate}" for name, fate in body])
+    def _changed(self) -> Iterator[tuple[str, str]]:
+        return ((name, f"rank {rank}") for name, rank in self.ranks.items())
 
 
 def factorise_linear(
@@ -120,17 +113,11 @@ def decompose_linear(
     return FC_Decomposer()._decompose(model, share, energy, data, n_batches, layers, exclude)
 
 
-class FC_Decomposer(Shown):  # noqa: N801 - its familiar name
+class FC_Decomposer(Familiar):  # noqa: N801 - its familiar name
     """Decomposer that works as `decompose_linear` does, and keeps its last report as `.report`."""
 
     def __init__(self) -> None:
         self.report = DecompositionReport()
-
-    def _line(self) -> str:
-        return f"<FC_Decomposer: {self.report._head()}>"
-
-    def _parts(self) -> Iterable[Table | str]:
-        return self.report._parts()
 
     def decompose(
         self,

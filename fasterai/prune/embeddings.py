@@ -97,7 +97,7 @@ def _keep(model: Any, indices: Sequence[int]) -> None:
 
 @contextmanager
 def kept_embeddings(model: Any, keep: Sequence[int], size: int) -> Iterator[None]:
-    """Leave a tabular model some of its embeddings alone; if an error is raised inside, it has them all again.
+    """Keep some of the embeddings of a tabular model; if an error is raised inside, it has them all again.
 
     Args:
         model: Any model; one that is not tabular, or has another number of embeddings than `size`, is unchanged.

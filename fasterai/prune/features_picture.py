@@ -22,7 +22,7 @@ Values = np.ndarray[Any, np.dtype[Any]]
 
 @styled()
 def draw_bars(names: Sequence[str], scores: Sequence[float], is_kept: Sequence[bool], title: str) -> Figure:
-    """Draw a bar for each feature, the highest score first; of many the first ones.
+    """Draw a bar for each feature, the highest score first; of many the first ones, and none for those that nobody reads.
 
     Args:
         names: The features' names.
@@ -30,7 +30,8 @@ def draw_bars(names: Sequence[str], scores: Sequence[float], is_kept: Sequence[b
         is_kept: True for those that are kept.
         title: The title.
     """
-    order = sorted(range(len(names)), key=lambda i: (not is_kept[i], -scores[i]))[:MOST_BARS]
+    order = [i for i in range(len(names)) if is_kept[i] or scores[i] > 0]
+    order = sorted(order, key=lambda i: (not is_kept[i], -scores[i]))[:MOST_BARS]
     figure = new_figure(7.5, max(2.6, 1.3 + 0.24 * len(order)))
     axes = figure.add_subplot()
     for label, color, kept in (("kept", KEPT, True), ("removed", GONE, False)):
@@ -75,7 +76,7 @@ def draw_pixels(scores: Values, is_kept: Values, image: Values, title: str) -> F
 def _show(axes: Axes, image: Values) -> None:
     low, high = float(image.min()), float(image.max())
     shown = (image - low) / max(high - low, 1e-12)
-    axes.imshow(shown, cmap=None if image.ndim == 3 else "gray", interpolation="nearest", vmin=0, vmax=1)
+    axes.imshow(shown if image.ndim == 3 else np.stack([shown] * 3, 2), interpolation="nearest")
 
 
 def image_of(values: Values, shape: Sequence[int]) -> Values:

@@ -31,7 +31,7 @@ class Part:
         return select_in(item if self.before is None else self.before(item), self.argument, self.change)
 
     def of_fastai(self, batch):  # type: ignore[no-untyped-def]  # fastai chooses by annotations
-        """Change the part of a fastai tuple."""
+        """Return a fastai tuple with the part changed."""
         return self(batch)
 
     def fastai(self) -> Any:
@@ -110,7 +110,7 @@ def _of_inner(whole: object, inner: str, name: str) -> Any:
 
 
 def selected_dataset(dataset: Any, part: Part) -> SelectedDataset | SelectedStream:
-    """Wrap a dataset, by index or as a stream.
+    """Return a dataset with each sample changed, by index or as a stream.
 
     Raises:
         TypeError: It is neither.

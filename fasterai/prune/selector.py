@@ -87,7 +87,7 @@ class InputSelector(Shown):
         return scattered(X, self.keep, self.size, self.dim, self.names)
 
     def dataset(self, dataset: Any, argument: Where = 0) -> Any:
-        """Wrap a dataset of torch's, by index or as a stream, so that its samples have the kept features alone.
+        """Return a dataset of torch's, by index or as a stream, whose samples have the kept features alone.
 
         Args:
             dataset: The dataset; not changed.
@@ -96,7 +96,7 @@ class InputSelector(Shown):
         return selected_dataset(dataset, Part(self.item, argument))
 
     def loader(self, loader: Iterable[Any], argument: Where = 0) -> SelectedLoader:
-        """Wrap a data loader so that its batches have the kept features alone; all else of it is found on the wrapper."""
+        """Return a data loader whose batches have the kept features alone; all else of it is as before."""
         return SelectedLoader(loader, Part(self.transform, argument))
 
     def collate(self, collate: Any = None, argument: Where = 0) -> Any:

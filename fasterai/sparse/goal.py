@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fasterai.core import contexts, granularities
-from fasterai.core.checks import check_fraction, from_catalogue, instead_of_class
+from fasterai.core.checks import check_fraction, from_catalogue, not_one_of
 from fasterai.core.contexts import NM, Context, PerTarget
 from fasterai.core.granularities import Granularity
 from fasterai.core.types import Target
@@ -58,10 +58,7 @@ def read_granularity(granularity: Granularity | str) -> Granularity:
     """Return a granularity from one or its name."""
     found = from_catalogue("granularity", granularity, granularities)
     if not isinstance(found, Granularity):
-        raise TypeError(
-            f"granularity must be a granularity or its name, got {granularity!r} ({type(granularity).__name__})"
-            f"{instead_of_class(granularity)}"
-        )
+        raise not_one_of("granularity", "a granularity or its name", granularity)
     return found
 
 
@@ -69,10 +66,7 @@ def read_context(context: Context | str, nm: bool) -> Context:
     """Return a context from one or its name; `nm` is short for `two_four`."""
     found = contexts.two_four if nm else from_catalogue("context", context, contexts)
     if not isinstance(found, Context):
-        raise TypeError(
-            f"context must be a context, its name or a dict, got {context!r} ({type(context).__name__})"
-            f"{instead_of_class(context)}"
-        )
+        raise not_one_of("context", "a context, its name or a dict", context)
     return found
 
 
@@ -80,10 +74,8 @@ def read_rule(rule: Rule | str, context: Context) -> Rule:
     """Return a rule from one or its name, checked together with the context."""
     found = from_catalogue("rule", rule, rules)
     if not isinstance(found, Rule):
-        raise TypeError(
-            f"rule must be a rule or its name, got {rule!r} ({type(rule).__name__}){instead_of_class(rule)}; one of your own "
-            "is a frozen subclass of fasterai.units.rules.Rule"
-        )
+        own = "; one of your own is a frozen subclass of fasterai.units.rules.Rule"
+        raise not_one_of("rule", "a rule or its name", rule, own)
     if found.criteria and isinstance(context, NM):
         raise ValueError(f"rule must be nested or free for N:M, which fixes what each group keeps, got {found!r}")
     return found

@@ -42,7 +42,11 @@ STUDY = Study(
     name="criteria",
     about="Criteria at 90 and 97 % of the weights",
     trial=trial,
-    grids={"small": _grid(FEW, [0.9, 0.97]), "full": _grid(list(criteria.__all__), [0.8, 0.9, 0.95, 0.97, 0.99])},
+    grids={
+        "tiny": _grid(["large_final", "updating_movement", "taylor", "wanda"], [0.9]),
+        "small": _grid(FEW, [0.9, 0.97]),
+        "full": _grid(list(criteria.__all__), [0.8, 0.9, 0.95, 0.97, 0.99]),
+    },
     x="criterion",
     lines="sparsity",
     sizes=HALF,

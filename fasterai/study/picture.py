@@ -27,7 +27,8 @@ def draw(study: Study, rows: Sequence[Row], conditions: str, *, shown: bool = Tr
     if len(panels) < 2:
         axes = new_figure(8.0, 4.6, shown=shown, pad=0.1).subplots()
         _draw_lines(axes, study, rows)
-        dress(axes, study.about if len(study.about) < LONGEST else study.name, grid="y", below=conditions)
+        title = study.about if len(study.about) < LONGEST else study.name
+        dress(axes, title[:1].upper() + title[1:], grid="y", below=conditions)
         return axes
     height = math.ceil(len(panels) / 2)
     figure = new_figure(9.6, 0.9 + 3.1 * height, shown=shown, pad=0.1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ __all__ = ["STUDY", "trial"]
 
 #: Each round leaves half of the weights, so that five trainings give tickets of five sparsities.
 ROUNDS = 5
-SPARSITIES = [1 - 0.5**k for k in range(1, ROUNDS + 1)]
+SPARSITIES: list[float] = [1 - 0.5**k for k in range(1, ROUNDS + 1)]
 DENSE, FOUND, ONE_SHOT, ONE_CYCLE = "dense", "ticket, in rounds", "ticket, one_shot", "ticket, one_cycle"
 RANDOM, OTHERS = "random mask", "mask on other weights"
 
@@ -105,7 +106,7 @@ def _search(seed: int, size: Size, data: Data) -> Found:
     return Found(tickets, tuple(float(one or 0.0) for one in last.results), trained[0])
 
 
-GRID = [
+GRID: list[dict[str, Sequence[Any]]] = [
     {"what": [DENSE], "sparsity": [0.0]},
     {"what": [FOUND, ONE_SHOT, ONE_CYCLE, RANDOM, OTHERS], "sparsity": SPARSITIES},
 ]

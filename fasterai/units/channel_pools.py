@@ -111,7 +111,7 @@ class ChannelPool(Pool):
     def outputs_of_units(self, outputs: Mapping[str, Tensor]) -> Tensor:
         parts = []
         for (name, d), indices in self.group.places.items():
-            made = outputs.get(name) if name in self.makers else None
+            made = outputs.get(name)
             if made is not None and d == _outputs_dim(self.parameters[name]) and len(made) == self.tensor(name).shape[d]:
                 own = made[torch.as_tensor(indices, device=made.device)]
                 parts.append(own.reshape(self.count, -1).to(self.device))

@@ -1,9 +1,7 @@
 """Coupled channels that are masked in a training, then taken out, in fastai, in Lightning and in a loop of one's own."""
 
 import copy
-import logging
 import pickle
-import signal
 from functools import partial
 
 import lightning.pytorch as pl
@@ -53,14 +51,8 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def _quiet():
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    before, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
-    torch.set_num_threads(1)
+def _seeded():
     torch.manual_seed(0)
-    yield
-    signal.signal(signal.SIGINT, before)
-    torch.set_num_threads(threads)
 
 
 class Block(nn.Module):

@@ -42,14 +42,6 @@ from fasterai.sparse.sparsifier import Sparsifier
 mpl.use("Agg")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 BATCHES = 4  # of 8 items each, in an epoch
 
 

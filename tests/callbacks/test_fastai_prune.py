@@ -28,14 +28,6 @@ from tests.networks import perceptron
 BATCHES = 4  # of 8 items each, in an epoch
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def dls() -> DataLoaders:
     g = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(8 * BATCHES, 6, generator=g), torch.randint(4, (8 * BATCHES,), generator=g))

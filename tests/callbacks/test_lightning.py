@@ -1,7 +1,5 @@
 import copy
-import logging
 import pickle
-import signal
 import warnings
 
 import lightning.pytorch as pl
@@ -41,17 +39,6 @@ pytestmark = [
 ]
 
 BATCHES = 4  # in an epoch
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    """One thread, Lightning silent, and Ctrl-C as it was: Lightning ignores it from the first one on."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    before, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    signal.signal(signal.SIGINT, before)
-    torch.set_num_threads(threads)
 
 
 class Net(pl.LightningModule):

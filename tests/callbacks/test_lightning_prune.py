@@ -1,6 +1,3 @@
-import logging
-import signal
-
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -28,18 +25,6 @@ pytestmark = [
 
 BATCHES = 4  # in an epoch
 HALF = [(5, 6), (5,), (4, 5), (4,)]
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    before, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    signal.signal(signal.SIGINT, before)
-    torch.set_num_threads(threads)
 
 
 class Net(pl.LightningModule):

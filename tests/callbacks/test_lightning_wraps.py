@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import logging
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,15 +20,6 @@ from tests.messages import heard
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 WRAPPED = {"training_step", "configure_gradient_clipping"}
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Net(pl.LightningModule):

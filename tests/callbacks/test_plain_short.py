@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fasterai.callbacks.plain import attach
 from fasterai.core.loop import Participant
 from fasterai.sparse.sparsifier import Sparsifier
+from tests.beside import waits_for
 from tests.messages import heard
 from tests.networks import perceptron
 
@@ -150,11 +151,22 @@ for _ in range({steps}):
 """
 
 
-@pytest.mark.parametrize(("steps", "expected"), [(2, "the run ends at step 2 of 4, with sparsity 0.2500 of 0.5000"), (4, "")])
-def test_the_end_of_the_program_says_it(steps, expected):
-    run = subprocess.run([sys.executable, "-c", SCRIPT.format(steps=steps)], capture_output=True, text=True, check=True)
-    assert expected in run.stderr and run.stderr.count("UserWarning: the run ends") == bool(expected)
-    assert "Traceback" not in run.stderr
+def ended_after(steps, folder, environment):
+    command = [sys.executable, "-c", SCRIPT.format(steps=steps)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        pytest.param(2, "the run ends at step 2 of 4, with sparsity 0.2500 of 0.5000", marks=waits_for(ended_after, 2)),
+        pytest.param(4, "", marks=waits_for(ended_after, 4)),
+    ],
+)
+def test_the_end_of_the_program_says_it(beside, steps, expected):
+    said = beside(ended_after, steps)
+    assert expected in said and said.count("UserWarning: the run ends") == bool(expected)
+    assert "Traceback" not in said
 
 
 class Silent(Participant):

@@ -1,8 +1,5 @@
 """Masks and removal in one training: both as callbacks in either order, and masks that are held while channels go."""
 
-import logging
-import signal
-
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -28,16 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),
     pytest.mark.filterwarnings("ignore:.*litlogger"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    before, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    signal.signal(signal.SIGINT, before)
-    torch.set_num_threads(threads)
 
 
 def data() -> TensorDataset:

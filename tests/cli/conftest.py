@@ -33,3 +33,8 @@ def make_images(tmp_path: Path) -> MakeImages:
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture
+def images(make_images: MakeImages) -> Path:
+    return make_images("data", {"ant": 10, "bee": 10}, size=(32, 32))

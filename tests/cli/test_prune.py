@@ -25,14 +25,6 @@ MakeImages = Callable[..., Path]
 ARCH = "squeezenet1_1"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def network(classes: int = 2) -> nn.Module:
     torch.manual_seed(0)
     return torchvision.models.get_model(ARCH, weights=None, num_classes=classes).eval()

@@ -20,19 +20,6 @@ ARCH = "shufflenet_v2_x0_5"
 PLAIN = "squeezenet1_1"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def images(make_images: MakeImages) -> Path:
-    return make_images("data", {"ant": 10, "bee": 10}, size=(32, 32))
-
-
 def command(images: Path, folder: Path, *more: str) -> list[str]:
     return ["sparsify", str(images), "--arch", ARCH, "--epochs", "1", "--batch-size", "8", "-o", str(folder), *more]
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-MakeImages = Callable[..., Path]
+from tests.beside import Beside, waits_for
+
 #: In which way the folder is spoiled, and before which function.
 CASES = [
     ("full", "output.save_checkpoint"), ("full", "output.write_report"), ("read-only", ""), ("read-only", "output.save_masks"),
@@ -107,21 +110,25 @@ print(json.dumps(results))
 """
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
-    import numpy as np
-    from PIL import Image
-
-    place, noise = tmp_path_factory.mktemp("spoiled"), np.random.default_rng(0)
+def spoiled(place: Path, environment: Mapping[str, str]) -> dict[tuple[str, str], dict[str, Any]]:
+    noise = np.random.default_rng(0)
     for label in ("ant", "bee"):
         (place / "data" / label).mkdir(parents=True)
         for i in range(10):
             Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(place / "data" / label / f"{i}.png")
     arguments = [place / "data", place, json.dumps(CASES), json.dumps(MENDED)]
     command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return dict(zip(CASES, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+pytestmark = [waits_for(spoiled)]
+
+
+@pytest.fixture
+def results(beside: Beside) -> dict[tuple[str, str], dict[str, Any]]:
+    return beside(spoiled)
 
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)

@@ -26,17 +26,8 @@ HEAD = ["classifier.1.weight", "classifier.1.bias"]
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def images(make_images: MakeImages) -> Path:
-    return make_images("data", {"ant": 10, "bee": 10}, size=(32, 32))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from PIL import EpsImagePlugin, Image
 from fasterai.cli import main
 from fasterai.cli.errors import UsageError
 from fasterai.cli.folders import read_folder
+from tests.beside import Beside, waits_for
 
 MakeImages = Callable[..., Path]
 
@@ -307,20 +308,28 @@ DENIALS = {
 }
 
 
-def test_what_may_not_be_read_is_one_line(make_images: MakeImages) -> None:
-    roots = [make_images(f"data{i}", {"a": 3, "b": 3}) for i in range(len(DENIALS))]
+def told_of_denials(folder: Path, environment: Mapping[str, str]) -> tuple[list[Path], int, list[str]]:
+    roots = [folder / f"data{i}" for i in range(len(DENIALS))]
+    for path in (root / label / f"{i}.png" for root in roots for label in "ab" for i in range(3)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
     denied = [root / name for root, name in zip(roots, DENIALS, strict=True)]
     command = [sys.executable, "-c", DENIED, *map(str, roots)]
     try:
         for path in denied:
             path.chmod(0)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     finally:
         for path in denied:
             path.chmod(0o755)
+    return roots, done.returncode, done.stderr.splitlines()
+
+
+@waits_for(told_of_denials)
+def test_what_may_not_be_read_is_one_line(beside: Beside) -> None:
+    roots, status, lines = beside(told_of_denials)
     wanted = [f"fasterai: error: {words.format(root)}" for root, words in zip(roots, DENIALS.values(), strict=True)]
-    assert done.stderr.splitlines() == wanted
-    assert done.returncode == 0
+    assert (lines, status) == (wanted, 0)
 
 
 def test_names_that_are_no_text_are_named_and_skipped(

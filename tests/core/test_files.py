@@ -30,7 +30,7 @@ from fasterai.cli import output
 from fasterai.core import files
 from fasterai.prune.small_files import save_small
 from fasterai.sparse.sparsifier import Sparsifier
-torch.set_num_threads(1)
+
 folder = Path(sys.argv[1])
 def network(value):
     model = nn.Sequential(nn.Linear(200, 300), nn.Linear(300, 5))

@@ -17,8 +17,6 @@ from fasterai.core import criteria, partition, selection
 from fasterai.core.selection import EvidenceScores, Mark, TensorScores, count_true, keep_highest, round_kept
 from fasterai.core.types import Evidence, Limits
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture
 def small_parts(monkeypatch):

@@ -17,12 +17,8 @@ from fasterai.misc.batchnorm import BN_Folder, FoldReport, find_folds, fold_batc
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def seeded():
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trained(model: nn.Module) -> nn.Module:

@@ -87,7 +87,7 @@ def test_the_report_counts():
     assert decomposer.report.ranks == {"0": 16, "2": 1}
     assert (decomposer.report.parameters_before, decomposer.report.parameters_after) == (4160 + 130, 2048 + 64 + 66 + 2)
     assert str(decomposer.report).splitlines() == [
-        "2 of 2 linear layers decomposed, 4290 -> 2180 parameters",
+        "2 of 2 linear layers decomposed, 4,290 -> 2,180 parameters",
         "0: rank 16",
         "2: rank 1",
     ]

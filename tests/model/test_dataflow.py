@@ -8,22 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fasterai.model.dataflow import HELD, Step, from_autograd, from_calls, from_graph, from_symbols, held_by, leaves
+from tests.networks import TwoNames
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
-
-
-class TwoNames(nn.Module):
-    """A layer under two names, one of them in a list, and another that shares its weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Linear(4, 4)
-        self.layers = nn.ModuleList([self.stem])
-        self.last = nn.Linear(4, 4)
-        self.last.weight = self.stem.weight
-
-    def forward(self, x):
-        return self.last(self.layers[0](x).relu())
 
 
 def test_leaves_share_the_parameters_memory_and_copy_the_buffers():

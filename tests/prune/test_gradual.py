@@ -21,14 +21,6 @@ from tests.networks import Branching, Heads, perceptron
 STEPS = 4
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def net(hidden: int = 10, seed: int = 0) -> nn.Sequential:
     return perceptron(6, hidden, 4, seed=seed)
 

@@ -33,14 +33,6 @@ NETWORKS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(("zoo", "name", "side", "groups", "left"), NETWORKS, ids=lambda v: v if isinstance(v, str) else "")
 def test_half_goes_and_the_outputs_stay(zoo: str, name: str, side: int | None, groups: int, left: float) -> None:
     pytest.importorskip({"detection": "torchvision"}.get(zoo, zoo))

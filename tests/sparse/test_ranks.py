@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,9 @@ from fasterai.core.loop import Fit, Loop
 from fasterai.sparse.ranks import _is_users
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.units.rules import DropAndGrow
+from tests.beside import Beside, waits_for
 
+ROOT = Path(__file__).parents[2]
 X = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
 
 
@@ -185,7 +189,7 @@ def work(rank: int, folder: str) -> None:
     """Run everything as one of two processes, and write down what came of it."""
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=200))
     found: dict[str, Any] = {f"bare {name}": trained(rank, criterion_of(name), wrap=False) for name in BARE}
     found |= {f"wrapped {name}": trained(rank, criterion_of(name), wrap=True) for name in WRAPPED}
     found |= {one.__name__: one(rank) for one in (features, uneven, uneven_by_movement, failing, sharded, uneven_by_data)}
@@ -195,12 +199,20 @@ def work(rank: int, folder: str) -> None:
     os._exit(0)  # threads of gloo now and then abort an interpreter that shuts down
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The findings of the two processes."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
+def found_by_two(folder: Path, environment: Mapping[str, str]) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "tests.sparse.test_ranks", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+pytestmark = [waits_for(found_by_two)]
+
+
+@pytest.fixture
+def both(beside: Beside) -> list[dict[str, Any]]:
+    """The findings of the two processes."""
+    return beside(found_by_two)
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -444,3 +456,7 @@ def test_the_catalogue_is_alike_where_it_reads_weights_alone(criterion):
 def test_a_function_of_the_users_may_draw_numbers(criterion, users):
     made = Sparsifier(net(), "row", criteria=criterion).criteria
     assert _is_users(made) is users
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(work, (sys.argv[1],), nprocs=2)

@@ -182,7 +182,7 @@ def test_a_combination_that_is_in_no_grid_is_refused(run_own):
 
 def test_a_folder_that_is_a_file_is_refused(run_own, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="folder must be a folder, got .*, where .*file' is a file"):
+    with pytest.raises(ValueError, match=r"folder must be a folder, got .*, where .*file' is a file"):
         run_own(folder=tmp_path / "file" / "out")
     assert (tmp_path / "file").read_text() == "mine"
 

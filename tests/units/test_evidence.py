@@ -12,7 +12,7 @@ from fasterai.model.targets import find_targets
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.units.evidence import GATHERERS, NotYetError, Source
-from tests.networks import perceptron
+from tests.networks import TwoNames, perceptron
 
 X = torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(6) % 3
@@ -386,20 +386,6 @@ def test_other_statistics_of_the_inputs_are_of_the_magnitude(name, expected):
     target = find_targets(model, fits=lambda _: None, coarse=False).targets
     data = [torch.tensor([[-1.0, 4.0]]), torch.tensor([[3.0, 0.0]])]
     assert GATHERERS[name](model, target, Source(data=data))["weight"].flatten().tolist() == expected
-
-
-class TwoNames(nn.Module):
-    """A layer that is registered twice, and one that shares its weight: Linear(4, 4) `stem` and `layers.0`, `last`."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Linear(4, 4)
-        self.layers = nn.ModuleList([self.stem])
-        self.last = nn.Linear(4, 4)
-        self.last.weight = self.stem.weight
-
-    def forward(self, x):
-        return self.last(self.layers[0](x))
 
 
 @pytest.mark.parametrize("what", GATHERERS)

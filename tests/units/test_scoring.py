@@ -450,6 +450,25 @@ def test_zeros_that_no_mask_has_made_are_refused_where_they_are_all_and_nothing_
     assert sparsifier.sparsity.overall == 0 and bool((model[0].weight != 0).all())
 
 
+@pytest.mark.parametrize("granularity", ["filter", "coupled"])
+def test_what_filters_put_out_is_compared_where_that_is_asked_for(granularity):
+    """Filters 0 and 1 differ where the images have nothing; filters 2 and 3 are nearly copies, but for their readers."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 3, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[2.0, 9.0], [1.9, -9.0], [1.0, -1.0], [0.9, -1.0]]).view(4, 2, 1, 1))
+        model[2].weight.copy_(torch.eye(4)[:3].view(3, 4, 1, 1))
+    x = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 0.0]).view(2, 1, 1)
+    gone = {}
+    for on in ("weights", "activations"):
+        options = {"targets": ["0.weight"]} if granularity == "filter" else {}
+        by = variety("small_final", on=on)
+        sparsifier = Sparsifier(copy.deepcopy(model), granularity, "local", by, data=[x], example_inputs=x, **options)
+        sparsifier.sparsify_model(0.25)
+        gone[on] = sorted({0, 1, 2, 3} - set(kept(sparsifier)))
+    assert gone["activations"] == [0]  # the larger of the first two
+    assert gone["weights"] == ([2] if granularity == "filter" else [1])  # the readers count as well, and tell 2 and 3 apart
+
+
 def test_a_pruner_takes_copies_out():
     model = with_copies()
     pruner = Pruner(model, 0.25, "local", "variety(large_final)", example_inputs=IMAGES, round_to=1)
