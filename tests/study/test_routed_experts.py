@@ -13,7 +13,12 @@ EXPERT = 3 * 16 * 32
 
 @pytest.mark.parametrize(
     ("way", "gone"),
-    [("experts", 4 * (EXPERT + 32)), ("weights", 4 * EXPERT), ("hidden units", 4 * EXPERT), ("fewer experts", 4 * (EXPERT + 32))],
+    [
+        ("experts", 4 * (EXPERT + 32)),
+        ("weights", 4 * EXPERT),
+        ("hidden units", 4 * EXPERT),
+        ("fewer experts", 4 * (EXPERT + 32)),
+    ],
 )
 def test_each_way_leaves_half_of_the_experts(way, gone):
     whole = sum(p.numel() for p in make_mixtral().parameters())
