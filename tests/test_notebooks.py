@@ -38,6 +38,9 @@ HALVED = "assert removal.removed and all(n == 2 * m for n, m in removal.removed.
 CHECKS = {
     "a-loop-of-your-own": SAME + "assert held == reached == 12859 / 14288 and zeros(model) < 0.1",
     "criteria-and-granularities": SAME + "assert run.sparsity.overall == 0.5 and len(names) == 16",
+    "filter-variety": SAME + HALVED + "assert sparsifier.sparsity.overall == 0.5\n"
+    "assert all(int(kept.sum()) == 24 for kept in masks.values())\n"
+    "assert nearest(masks['variety']).max() < nearest(masks['alone']).max()",
     "hugging-face": SAME + "assert callback.sparsifier.sparsity.overall == 0.5 and same",
     "induced-features": SAME + "assert len(selector.keep) == 16 and result.removal.removed['0.weight'] == (64, 32)\n"
     "assert same and int(mask.keep.sum()) == 32 and 0 in chosen.selector.keep",

@@ -15,11 +15,11 @@ from fasterai.familiar import *
 from fasterai.graph.channels import ChannelGraph as ChannelGraph
 from fasterai.graph.channels import Group as Group
 from fasterai.graph.channels import channel_graph
+from fasterai.graph.experts import ExpertGraph as ExpertGraph
+from fasterai.graph.experts import expert_graph
 from fasterai.graph.features import Features
 from fasterai.graph.inputs import InputCut as InputCut
 from fasterai.graph.inputs import cut_inputs, input_cuts
-from fasterai.graph.experts import ExpertGraph as ExpertGraph
-from fasterai.graph.experts import expert_graph
 from fasterai.prune.choice.budget import Budget, fit_budget
 from fasterai.prune.experts import expert_scores, remove_experts, without_experts
 from fasterai.prune.gradual import GradualPruner

@@ -22,7 +22,8 @@ from fasterai.graph.labels import Flags
 from fasterai.model.inputs import arguments, as_batch, positional
 from fasterai.model.names import unwrap
 from fasterai.model.outputs import movement, tolerance
-from fasterai.model.running import at_rest, copies as copies_of
+from fasterai.model.running import at_rest
+from fasterai.model.running import copies as copies_of
 from fasterai.model.supported import check_whole
 from fasterai.prune.check import Sound, outputs_of
 from fasterai.prune.gates import Gates, Which, check_any, check_left, read_which, without_experts
@@ -172,7 +173,9 @@ def _seen(gates: Gates) -> dict[str, Tensor]:
     """Return the logits of a pass; refuse a model whose gates are worked out in a way that cannot be watched."""
     for name, found in gates.logits.items():
         if not found:
-            raise ValueError(f"model must work its gate out by a linear layer or a matmul, got {name}, which was not seen in it")
+            raise ValueError(
+                f"model must work its gate out by a linear layer or a matmul, got {name}, which was not seen in it"
+            )
     return {name: torch.cat([x.reshape(-1, x.shape[-1]) for x in found]) for name, found in gates.logits.items()}
 
 

@@ -114,7 +114,8 @@ class Removal(Shown):
 
     def _lost(self) -> Table:
         """Return the groups that lost some; of many the first."""
-        text = _listed([f"{name}: {n:,} -> {m:,} {self.units}" for name, (n, m) in self.removed.items()], f"groups lost {self.units}")
+        lines = [f"{name}: {n:,} -> {m:,} {self.units}" for name, (n, m) in self.removed.items()]
+        text = _listed(lines, f"groups lost {self.units}")
         body = [(name, f"{n:,}", f"{m:,}") for name, (n, m) in self.removed.items()]
         if len(body) > MOST_LINES:
             body = [*body[: MOST_LINES - 1], (text[-1], "", "")]

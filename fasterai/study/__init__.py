@@ -8,6 +8,7 @@ from __future__ import annotations
 from fasterai.study.catalogue import STUDIES, find_study
 from fasterai.study.description import SIZES, Size, Study
 from fasterai.study.engine import run
+from fasterai.study.pretraining import pretraining
 from fasterai.study.result import Result
 
-__all__ = ["SIZES", "STUDIES", "Result", "Size", "Study", "find_study", "run"]
+__all__ = ["SIZES", "STUDIES", "Result", "Size", "Study", "find_study", "pretraining", "run"]

@@ -14,6 +14,7 @@ STUDIES = (
     "experts",
     "features",
     "granularities",
+    "pretraining",
     "routed_experts",
     "schedules",
     "tickets",

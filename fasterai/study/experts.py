@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,8 +54,8 @@ def _participants(network: BlendedMixture, settings: Settings, first: Tensor) ->
     whole, stacked = (sum(numbers) for numbers in ([p.numel() for p in network.parameters()], stacks.values()))
     left = sum(p.numel() for p in _fewer(first, settings["sparsity"]).parameters())
     if settings["way"] in GRANULARITIES:
-        granularity, sparsity = GRANULARITIES[settings["way"]], (whole - left) / stacked
-        return [Sparsifier(network, granularity, "global", large_final, sparsity=sparsity, schedule=one_cycle, targets=[*stacks])]
+        options: dict[str, Any] = {"sparsity": (whole - left) / stacked, "schedule": one_cycle, "targets": [*stacks]}
+        return [Sparsifier(network, GRANULARITIES[settings["way"]], "global", large_final, **options)]
     if settings["way"] == "hidden units":
         budget = Budget(params=left / whole)
         return [GradualPruner(network, budget, "global", large_final, one_cycle, ["gate.0"], first)]
@@ -88,7 +90,7 @@ def macs_of(network: BlendedMixture) -> int:
 
 
 SPARSITIES = [0.5, 0.75, 0.875]
-GRID = [
+GRID: list[dict[str, list[Any]]] = [
     {"way": ["dense"], "sparsity": [0.0]},
     {"way": ["fewer experts", "weights", "shared weights", "hidden units", "experts"], "sparsity": SPARSITIES},
 ]

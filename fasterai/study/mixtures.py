@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -62,7 +63,7 @@ class BlendedMixture(nn.Module):
         self.gated = gated
         self.gate = nn.Sequential(nn.Linear(gated, 16), nn.ELU(), nn.Linear(16, experts))
         sizes = [inputs, hidden, hidden, outputs]
-        self.layers = nn.ModuleList(BlendedLayer(experts, a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(BlendedLayer(experts, a, b) for a, b in itertools.pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Predict from frames `(B, in)`."""
@@ -153,7 +154,7 @@ def train_samples(
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, size.lr, total_steps=max(2, steps))
     generator = torch.Generator().manual_seed(seed)
     orders = (torch.randperm(len(samples.inputs), generator=generator) for _ in range(size.epochs))
-    batches = [batch for order in orders for batch in order.split(size.batch_size)[:per_epoch]]
+    batches = [batch for order in orders for batch in torch.split(order, size.batch_size)[:per_epoch]]
     network.train()
     with attach(optimizer, *participants, total_steps=steps, model=network) if participants else nullcontext() as handle:
         for step, batch in enumerate(batches):

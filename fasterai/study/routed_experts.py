@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,10 +41,20 @@ def make_mixtral(experts: int = EXPERTS) -> Logits:
     """Make a Mixtral of one layer of width 32, whose experts have 16 hidden units each."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    widths = {"hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
-    experts_of = {"num_local_experts": experts, "num_experts_per_tok": CHOSEN}
-    tokens = {"vocab_size": SYMBOLS + RULES, "max_position_embeddings": 2 * LENGTH, "use_cache": False}
-    return Logits(MixtralForCausalLM(MixtralConfig(num_hidden_layers=1, initializer_range=0.1, **widths, **experts_of, **tokens)))
+    config = MixtralConfig(
+        vocab_size=SYMBOLS + RULES,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=experts,
+        num_experts_per_tok=CHOSEN,
+        max_position_embeddings=2 * LENGTH,
+        initializer_range=0.1,
+        use_cache=False,
+    )
+    return Logits(MixtralForCausalLM(config))
 
 
 def trial(settings: Settings, seed: int, size: Size, data: object) -> dict[str, float]:
@@ -75,9 +86,7 @@ def _participants(network: nn.Module, settings: Settings, first: Tensor) -> list
     """Return what removes weights or hidden units of the experts while the network trains."""
     sparsity, stacks = settings["sparsity"], [n for n, p in network.named_parameters() if p.dim() == 3]
     if settings["way"] == "weights":
-        return [
-            Sparsifier(network, "weight", "global", large_final, sparsity=sparsity, schedule=one_cycle, targets=stacks)
-        ]
+        return [Sparsifier(network, "weight", "global", large_final, sparsity=sparsity, schedule=one_cycle, targets=stacks)]
     if settings["way"] == "hidden units":
         heads = [n for n, m in network.named_modules() if n.endswith("_proj") and isinstance(m, nn.Linear)]
         return [GradualPruner(network, sparsity, "local", large_final, one_cycle, heads, first, round_to=1)]
@@ -101,7 +110,7 @@ def _measured(network: nn.Module, test: Samples) -> dict[str, float]:
 
 
 SPARSITIES = [0.5, 0.75]
-GRID = [
+GRID: list[dict[str, list[Any]]] = [
     {"way": ["dense"], "sparsity": [0.0]},
     {"way": ["fewer experts", "weights", "hidden units", "experts"], "sparsity": SPARSITIES},
 ]

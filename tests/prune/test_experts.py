@@ -211,7 +211,7 @@ def test_mixtral_is_the_mixtral_of_the_experts_that_are_left(mixtral, tmp_path):
 
 
 def test_mixtral_keeps_as_many_experts_as_a_token_is_sent_to(mixtral):
-    with pytest.raises(ValueError, match="count must leave .*gate.weight at least the 2 experts .*chooses, got 4 of 5"):
+    with pytest.raises(ValueError, match=r"count must leave .*gate.weight at least the 2 experts .*chooses, got 4 of 5"):
         remove_experts(mixtral, TOKENS, 4)
     assert expert_graph(mixtral, (TOKENS,)).experts == {f"model.layers.{i}.mlp.gate.weight": 5 for i in range(2)}
 
@@ -299,7 +299,7 @@ UNITS = [
 ]
 
 
-@pytest.mark.parametrize(("granularity", "units", "is_apart"), UNITS, ids=lambda v: str(v))
+@pytest.mark.parametrize(("granularity", "units", "is_apart"), UNITS, ids=str)
 def test_units_of_stacks_are_of_one_expert_or_shared_by_all(granularity, units, is_apart):
     model = blended()
     sparsifier = Sparsifier(model, granularity, "local", "large_final", targets="layers.1.weight")

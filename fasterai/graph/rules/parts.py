@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 
 from fasterai.graph.labels import FIXED, Dim
-from fasterai.graph.rules.trace import Trace, Value, blend, broadcast, rule, shape_of, shapes_of, unknown_tensor, values_in, without
+from fasterai.graph.rules.trace import (
+    Trace,
+    Value,
+    blend,
+    broadcast,
+    rule,
+    shape_of,
+    shapes_of,
+    unknown_tensor,
+    values_in,
+    without,
+)
 
 __all__: list[str] = []
 

@@ -141,7 +141,7 @@ class Trace:
         return True
 
     def route(self, node: Any, size: int) -> Dim:
-        """Return the gate that chose the numbers that a node holds, the closest one over `size` experts; `FIXED` if none did."""
+        """Return the closest gate over `size` experts that chose the numbers which a node holds; `FIXED` if none did."""
         seen, level = {node}, [node]
         while level and self.routes:
             for one in level:
@@ -158,7 +158,7 @@ class Trace:
             self.labels.pin(dim, reason)
 
     def reads(self, weight: Value, d: int) -> None:
-        """Note that a weight, or a blend of some, multiplies a channel along its dimension `d`, and passes on something else."""
+        """Note that a weight, or a blend, multiplies a channel along its dimension `d`, and passes on something else."""
         if weight.places and is_labelled(weight.dims[d]):
             self.readers.add(weight.places[d])
 

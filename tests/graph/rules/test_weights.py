@@ -16,6 +16,11 @@ from tests.graph.rules.cases import (
     stands_in_the_program,
 )
 
+
+def blend_of(net, x):
+    return torch.einsum("be,eio->bio", net.g(x).softmax(-1), net.w)
+
+
 CASES = [
     Case(("linear",), lambda m, x: m.b(m.a(x)), linears(), (4, 6), both, {("b.weight", 0): "output", ("a.weight", 1): "fixed"}),
     Case(
@@ -340,9 +345,7 @@ CASES = [
     ),
     Case(
         ("bmm",),
-        lambda m, x: (lambda w: m.b(torch.bmm(m.a(x)[:, None], torch.bmm(w, w.mT))[:, 0]))(
-            torch.einsum("be,eio->bio", m.g(x).softmax(-1), m.w)
-        ),
+        lambda m, x: m.b(torch.bmm(m.a(x)[:, None], torch.bmm(blend_of(m, x), blend_of(m, x).mT))[:, 0]),
         lambda: {**linears()(), "g": nn.Linear(6, 3), "w": nn.Parameter(torch.randn(3, 8, 5))},
         (4, 6),
         {},
