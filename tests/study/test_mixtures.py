@@ -33,13 +33,7 @@ def test_each_symbol_follows_by_the_rule_that_the_first_names():
     assert torch.equal(sequences[:, 2:], following[:, 1:-1]) and bool((following[:, 0] == -100).all())
     assert int(sequences[:, 1:].max()) < 32 <= int(sequences[:, 0].min())
     rules: dict[tuple[int, int], int] = {}
-<<<<<<< HEAD
-    for names, befores, afters in zip(
-        sequences[:, 0].tolist(), sequences[:, 1:].tolist(), following[:, 1:].tolist(), strict=True
-    ):
-=======
     for name, befores, afters in zip(*(x.tolist() for x in (sequences[:, 0], sequences[:, 1:], following[:, 1:])), strict=True):
->>>>>>> main
         for before, after in zip(befores, afters, strict=True):
             assert rules.setdefault((name, before), after) == after
     assert len(set(rules.values())) == 32
