@@ -43,7 +43,8 @@ def draw(study: Study, rows: Sequence[Row], conditions: str, *, shown: bool = Tr
     lines = grid[0].get_legend_handles_labels()
     figure.legend(*lines, loc="outside lower center", ncols=min(3, max(1, len(lines[0]))), handlelength=1.2)
     figure.suptitle(f"{study.about}\n{conditions}", x=0.01, ha="left", fontsize=SMALL, color=QUIET)
-    return grid[0]
+    first: Axes = grid[0]
+    return first
 
 
 def _draw_lines(axes: Axes, study: Study, rows: Sequence[Row], explained: bool = True) -> None:
