@@ -14,6 +14,7 @@ from fasterai.core.granularities import Granularity
 from fasterai.core.types import Target
 from fasterai.display import brief
 from fasterai.model.names import unwrap
+from fasterai.model.targets import match
 from fasterai.units import rules
 from fasterai.units.choice import Goal
 from fasterai.units.pool import Pool, by_pool
@@ -90,7 +91,20 @@ def find_misfit(target: Target, granularity: Granularity, context: Context) -> s
     return f"granularity must be one of {allowed}, got {granularity!r}{repair}"
 
 
-def read_goal(sparsity: Sparsity, context: Context, model: nn.Module, pools: Sequence[Pool], targets: Sequence[Target]) -> Goal:
+def _may_be_features(key: str, targets: Sequence[Target]) -> bool:
+    """Tell if a key has the form of an input's features, `x.1`, and names no target."""
+    return key.rpartition(".")[2].partition(" ")[0].isdecimal() and not any(match(key, target) for target in targets)
+
+
+def read_goal(
+    sparsity: Sparsity,
+    context: Context,
+    model: nn.Module,
+    pools: Sequence[Pool],
+    targets: Sequence[Target],
+    *,
+    has_features: bool = False,
+) -> Goal:
     """Return the context and the sparsity asked for of the pools.
 
     Args:
@@ -99,6 +113,8 @@ def read_goal(sparsity: Sparsity, context: Context, model: nn.Module, pools: Seq
         model: The model, wrapped or not.
         pools: The pools of units; empty while they are not known, and shares are then kept by target.
         targets: The targets that a dict may name.
+        has_features: True if a dict may name features of inputs as well, as `x.1`; while the pools are not known, these are
+            left out.
 
     Raises:
         TypeError: A share or a key is of the wrong type.
@@ -117,5 +133,7 @@ def read_goal(sparsity: Sparsity, context: Context, model: nn.Module, pools: Seq
             key = names[id(key)]
         elif not isinstance(key, str):
             raise TypeError(f"sparsity's keys must be names or modules of the model, got {key!r} ({type(key).__name__})")
-        readable[key] = check_fraction(f"sparsity of {key!r}", value)
+        share = check_fraction(f"sparsity of {key!r}", value)
+        if pools or not (has_features and _may_be_features(key, targets)):
+            readable[key] = share
     return Goal(PerTarget(by_pool(pools, readable, targets, "sparsity's keys")), 1.0)

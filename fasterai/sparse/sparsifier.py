@@ -249,7 +249,8 @@ class Sparsifier(NamesReplacements, Masked):
     # --- the choice --------------------------------------------------------------------------------------------------
 
     def _read_sparsity(self, sparsity: Sparsity) -> Goal:
-        return read_goal(sparsity, self.context, self.model, self._record.pools, self.targets)
+        has_features = getattr(self._record.maker, "features", None) is not None
+        return read_goal(sparsity, self.context, self.model, self._record.pools, self.targets, has_features=has_features)
 
     def _read_own_sparsity(self) -> None:
         """Read the constructor's sparsity; targets that it names are not left out."""

@@ -91,7 +91,7 @@ def _induced(method: str, task: Task, count: int, seed: int, size: Size) -> tupl
     network = _network(task)
     participants = []
     if method == "induced, one cycle":
-        goal = {"sparsity": {"input.1": share}, "features": {"input": 1}, "schedule": "one_cycle"}
+        goal: dict[str, Any] = {"sparsity": {"input.1": share}, "features": {"input": 1}, "schedule": "one_cycle"}
         participants = [Sparsifier(network, "coupled", "local", "large_final", example_inputs=inputs, **goal)]
     _train(network, task, seed, size, participants)
     result = induce(network, inputs, share, measure=False)

@@ -190,14 +190,6 @@ def test_the_choice_is_read_from_a_file_that_was_saved_without_it(tmp_path):
     assert InputSelector.load(tmp_path / "small.safetensors").keep == result.selector.keep
 
 
-def test_onnx_takes_whole_inputs(tmp_path):
-    pytest.importorskip("onnxruntime")
-    result = induce(network(), X, 0.75, measure=False)
-    file = ONNXModel(export_onnx(result.whole, X, tmp_path / "a.onnx"))
-    batch = torch.randn(9, 12)
-    assert torch.allclose(file(batch), result.model(result.selector(batch)), atol=1e-5)
-
-
 def test_a_result_is_copied_and_the_copy_trains():
     result = copy.deepcopy(induce(network(), X, 0.5, measure=False))
     loss = result.model.train()(result.selector(X)).pow(2).mean()
