@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fasterai.core import criteria
 from fasterai.core.criteria import Criterion, variety
 from fasterai.core.participant import Participant
+from fasterai.core.schedules import OneCycle
 from fasterai.core.variety import similarities
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.study.data import Data
@@ -66,6 +67,7 @@ def _sparsifier(network: nn.Module, settings: Settings, data: Data, size: Size, 
         "local",
         by,
         sparsity=settings["sparsity"],
+        schedule=OneCycle(beta=6),
         targets=[name for name, _ in _named_convolutions(network)],
         data=batches,
         loss=F.cross_entropy if given else None,
