@@ -5,10 +5,9 @@ import torch
 
 from fasterai.sparse.ticket import Ticket
 from fasterai.sparse.ticket_rounds import find_ticket
-from tests.callbacks.test_own_method import FRAMEWORKS, Net, _quiet
+from tests.callbacks.test_own_method import FRAMEWORKS, Net
 from tests.ticket_nets import equal, tensors_of
 
-__all__ = ["_quiet"]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
