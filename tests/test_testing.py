@@ -26,6 +26,11 @@ def test_every_criterion_keeps_its_contract(name):
     check_criterion(getattr(criteria, name).using(reducer="sum", normalizer="max"))
 
 
+@pytest.mark.parametrize("on", ["weights", "activations"])
+def test_criteria_with_variety_keep_their_contract(on):
+    check_criterion(criteria.variety("movement", "pearson", on))
+
+
 @pytest.mark.parametrize("name", schedules.__all__)
 def test_every_schedule_keeps_its_contract(name):
     check_schedule(getattr(schedules, name))

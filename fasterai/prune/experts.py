@@ -148,7 +148,7 @@ def _scores(
 
 @torch.no_grad()
 def _usage(model: nn.Module, inputs: tuple[Any, ...], experts: ExpertGraph, data: Any) -> dict[str, Tensor]:
-    """Average what each gate gives its experts, over all that the batches send through it."""
+    """Return the mean of what each gate gives its experts, over all that the batches send through it."""
     total = {name: torch.zeros(n, dtype=torch.float64) for name, n in experts.experts.items()}
     rows = dict.fromkeys(total, 0)
     for given in [inputs] if data is None else (arguments(model, as_batch(item)) for item in data):

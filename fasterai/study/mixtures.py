@@ -66,7 +66,7 @@ class BlendedMixture(nn.Module):
         self.layers = nn.ModuleList(BlendedLayer(experts, a, b) for a, b in itertools.pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Predict from frames `(B, in)`."""
+        """Return what is predicted from frames `(B, in)`."""
         gate = self.gate(x[:, -self.gated :]).softmax(-1)
         for layer in self.layers[:-1]:
             x = F.elu(layer(x, gate))

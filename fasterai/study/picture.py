@@ -17,6 +17,8 @@ __all__ = ["draw"]
 
 #: Characters of a title, beyond which it is the study's name.
 LONGEST = 64
+#: Values of an axis that are marked one by one along the picture.
+TICKS = 8
 
 
 @styled()
@@ -59,6 +61,9 @@ def _draw_lines(axes: Axes, study: Study, rows: Sequence[Row], explained: bool =
     for color, (name, found) in zip(colors, lines.items(), strict=False):
         _draw_line(axes, name, found, (study.x, study.y), color, joined=numbers)
     axes.set(xlabel=study.x.replace("_", " "), ylabel=study.y.replace("_", " "))
+    places = sorted({_x(row, study.x) for row in rows if row not in reference}) if numbers else []
+    if study.x in (rows[0].settings if rows else {}) and 0 < len(places) <= TICKS:
+        axes.set_xticks(places)
     if is_share(study.x) and numbers:
         axes.xaxis.set_major_formatter(as_percent)
     if is_share(study.y):
@@ -88,5 +93,5 @@ def _draw_level(axes: Axes, row: Row, y: str, name: str) -> None:
     mean, spread = row.mean(y), row.spread(y)
     axes.axhspan(mean - spread, mean + spread, color=SERIES[0], alpha=0.15, linewidth=0)
     axes.axhline(mean, color=SERIES[0], linewidth=1.4)
-    place = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": SMALL, "color": QUIET}
-    axes.annotate(name, (0, mean), xycoords=("axes fraction", "data"), **place)  # type: ignore[arg-type]
+    place = {"xytext": (-4, 4), "ha": "right", "textcoords": "offset points", "fontsize": SMALL, "color": QUIET}
+    axes.annotate(name, (1, mean), xycoords=("axes fraction", "data"), **place)  # type: ignore[arg-type]

@@ -201,7 +201,12 @@ def by_pool(pools: Sequence[Pool], values: Mapping[str, float], targets: Sequenc
     """
     makers = [t for t in targets if not pools or any(t.name in p.makers for p in pools)]
     own = {p.name for p in pools} - {t.name for t in makers}
-    shares = resolve({n: v for n, v in values.items() if n not in own}, makers, argument)
+    try:
+        shares = resolve({n: v for n, v in values.items() if n not in own}, makers, argument)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; groups with names of their own are {', '.join(sorted(own))}" if own else str(error)
+        ) from None
     if not pools:
         return shares
     result: dict[str, float] = {}

@@ -202,7 +202,9 @@ def test_a_budget_is_gone_to_step_by_step():
     assert abs(sum(p.numel() for p in model.parameters()) / dense - 0.5) < 0.05  # these layers have few channels
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "wanda", "movement", "large_init"])
+@pytest.mark.parametrize(
+    "criterion", ["taylor", "wanda", "movement", "large_init", "variety(taylor)", "variety(large_final, cosine, activations)"]
+)
 def test_criteria_that_need_more_than_the_weight(criterion):
     model = net()
     optimizer = adam(model)
@@ -548,6 +550,7 @@ def test_a_copy_that_changes_meanwhile_stops_the_run_before_the_model_is_cut():
         ([1, 2, 3], {}),
         ([2, 3], {"criteria": "updating_movement"}),
         ([2, 3], {"criteria": "movement", "context": "global"}),
+        ([2, 3], {"criteria": "variety(movement)", "context": "global"}),
         ([2], {"ratio": Budget(params=0.5), "context": "global"}),
     ],
 )

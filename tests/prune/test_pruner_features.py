@@ -113,3 +113,10 @@ def test_features_that_have_to_stay_are_refused():
 def test_a_training_is_sent_to_the_sparsifier():
     with pytest.raises(TypeError, match=r"features must be left out, got some: the batches of a training stay whole"):
         GradualPruner(Readers(), 0.5, "local", "large_final", example_inputs=X, features=1)
+
+
+def test_a_group_of_features_is_meant_by_its_own_name_alone():
+    names = r"of a.weight, b.weight, got 'x'; groups with names of their own are x.1$"
+    with pytest.raises(ValueError, match=names):
+        pruner(Readers(), {"x": 0.5})
+    assert pruner(Readers(), {"*": 0.5}).prune_model(measure=False).removed == {"a.weight": (8, 4)}

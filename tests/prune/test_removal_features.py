@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fasterai.graph.channels import channel_graph
 from fasterai.graph.features import Features
 from fasterai.graph.inputs import InputCut, cut_inputs, input_cuts
 from fasterai.prune.pruner import Pruner
-from fasterai.prune.removal import remove
+from fasterai.prune.removal import remove, silent_channels
 from fasterai.prune.surgery.operate import apply_plan_
 from fasterai.prune.surgery.plan import Plan
 
@@ -304,3 +305,16 @@ def test_the_small_network_computes_on_the_cut_input_what_zeros_in_all_readers_d
     others = tuple(torch.randn_like(x) for x in inputs)
     assert result.inputs[name].keep and not result.refused
     torch.testing.assert_close(small(*cut_inputs(small, others, result.inputs.values())), masked(*others))
+
+
+def test_what_is_added_to_an_input_does_not_make_it_silent():
+    layers = {"a": nn.Linear(6, 4), "b": nn.Linear(4, 6), "head": nn.Linear(6, 3)}
+    net = Wired(lambda m, x: m["head"](x + m["b"](F.relu(m["a"](x)))), **layers)
+    layers["b"].weight.data.zero_()
+    layers["b"].bias.data.zero_()  # what is added is zero, what enters is not
+    graph = channel_graph(net, (X,), features=1)
+    (at,) = (i for i, group in enumerate(graph.groups) if group.inputs)
+    assert not silent_channels(net, graph)[at].any()
+    for name in ("a", "head"):
+        layers[name].weight.data[:, 2] = 0
+    assert silent_channels(net, graph)[at].tolist() == [False, False, True, False, False, False]

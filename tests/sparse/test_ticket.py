@@ -44,6 +44,16 @@ def test_the_weights_are_written_masked_and_the_masks_hold():
     assert ticket.sparsity == 0.75
 
 
+def test_masked_weights_are_zero_after_every_step():
+    model = net()
+    hold = ticket_of(net()).apply(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with attach(optimizer, hold, total_steps=3):
+        for _ in range(3):
+            step(model.train(), optimizer)
+            assert all((model.get_parameter(name)[~mask] == 0).all() for name, mask in hold.masks.items())
+
+
 def test_a_wrapped_model_takes_it_too():
     model = net(seed=5)
     hold = ticket_of(net()).apply(nn.DataParallel(model))
@@ -165,10 +175,13 @@ def test_an_optimizer_of_another_model_is_refused():
         attach(torch.optim.SGD(net().parameters(), 0.1), hold, total_steps=1)
 
 
-def test_masks_follow_channels_that_are_taken_out():
+@pytest.mark.parametrize("copied", [False, True])
+def test_masks_follow_channels_that_are_taken_out(copied):
     model = residual(8, 8)
     ticket = ticket_of(residual(8, 8), "coupled", 0.5, example_inputs=IMAGES)
     hold = ticket.apply(model)
+    if copied:
+        model, hold = copy.deepcopy((model, hold))
     remove(model, IMAGES, measure=False)
     assert {n: tuple(m.shape) for n, m in hold.masks.items()} == {n: tuple(model.get_parameter(n).shape) for n in hold.masks}
     hold.apply_masks()

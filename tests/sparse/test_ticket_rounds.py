@@ -108,6 +108,23 @@ def test_masks_hold_in_each_round_and_nest():
     assert all((~zeros[-1][n] | last[n]).all() for n in last)
 
 
+def test_masks_nest_where_a_training_ends_on_weights_that_fill_them():
+    began = []
+
+    def averaging(model, participants):
+        began.append({name: p == 0 for name, p in model.named_parameters() if p.dim() == 2})
+        train(model, participants)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(5.0 * (p == 0))  # the highest of all
+
+    with warnings.catch_warnings(action="ignore"):
+        ticket = found(train=averaging)
+    began.append({name: ~mask for name, mask in ticket.masks.items()})
+    assert [sum(int(x.sum()) for x in zeros.values()) for zeros in began] == [0, 24, 43, 59, 60]
+    assert all((~before[n] | after[n]).all() for before, after in itertools.pairwise(began) for n in before)
+
+
 def test_the_model_ends_as_the_ticket_and_trains_as_it():
     model = net()
     ticket = found(model)

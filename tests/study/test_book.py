@@ -147,5 +147,9 @@ def test_other_settings_are_refused_by_name_and_nothing_is_changed(url, tmp_path
 
 def test_trials_of_others_in_the_study_are_left_alone(url):
     written = book(url)
-    optuna.load_study(study_name="own", storage=open_storage(url)).enqueue_trial({"a": 1})
-    assert written.stand().done == {} and written.take(RUN) is not None
+    others = optuna.load_study(study_name="own", storage=open_storage(url))
+    others.enqueue_trial({"a": 1})
+    others.tell(others.ask(), 0.9)
+    others.ask()
+    assert (written.stand().done, written.stand().running) == ({}, {})
+    assert written.free_lost(written.stand(), silence=0) == 0 and written.take(RUN) is not None

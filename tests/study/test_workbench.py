@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
 
+from fasterai.core.participant import Participant
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.study.data import Data, load_data
 from fasterai.study.sizes import SIZES, Size
@@ -66,9 +69,17 @@ def test_equal_seeds_train_equal_bits_and_other_seeds_others(digits):
 
 
 def test_participants_take_part_and_see_the_batches(digits):
+    class Seeing(Participant):
+        batches: ClassVar[list] = []
+
+        def after_loss(self, loss, batch):
+            self.batches.append((len(batch.inputs[0]), len(batch.targets[0]), tuple(batch.outputs.shape)))
+            return loss
+
     network = make_mlp(digits)
-    sparsifier = Sparsifier(network, criteria="taylor", sparsity=0.8)
-    train(network, digits, [sparsifier], epochs=1, lr=0.1, seed=0)
+    sparsifier = Sparsifier(network, sparsity=0.8)
+    train(network, digits, [sparsifier, Seeing()], epochs=1, lr=0.1, seed=0, batch_size=200)
+    assert Seeing.batches == [(200, 200, (200, 10))] * 3
     assert sparsifier.sparsity.overall == pytest.approx(0.8, abs=1e-3)
     assert float((network[1].weight == 0).float().mean()) == pytest.approx(0.8, abs=1e-3)
 

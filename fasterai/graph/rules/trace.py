@@ -212,7 +212,7 @@ def broadcast(trace: Trace, name: str, values: Iterable[Value], shape: tuple[int
 
 
 def blend(factors: Sequence[Value], origins: Sequence[Sequence[int | None]], product: Value) -> Value:
-    """Mark a product as a blend if one of its factors is a stack of matrices, of which two dimensions are left.
+    """Return a product, marked as a blend if one of its factors is a stack of matrices of which two dimensions are left.
 
     Args:
         factors: The tensors that are multiplied.

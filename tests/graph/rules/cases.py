@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,26 @@ def beside(op: str, f: Callable[[Tensor], Tensor]) -> Case:
     """An operation along another dimension than the channels of (N, T, C)."""
     goes = {("a.weight", 0): 8, ("b.weight", 1): 8}
     return Case((op,), lambda m, x: m.b(f(m.a(x))), linears(), (2, 4, 6), goes, {}, f"{op} beside channels")
+
+
+def side_by_side(cases: Sequence[Case], at_once: int = 8) -> list[Case]:
+    """Put cases of equal inputs into networks of several branches, each of which is exported once; the last may have fewer."""
+    return [_joined(cases[i : i + at_once]) for i in range(0, len(cases), at_once)]
+
+
+def _joined(cases: Sequence[Case]) -> Case:
+    def layers() -> dict[str, Any]:
+        return {f"{name}{i}": layer for i, case in enumerate(cases) for name, layer in case.layers().items()}
+
+    def run(m: Any, x: Tensor) -> list[Any]:
+        branches = [{name: getattr(m, f"{name}{i}") for name in names} for i in range(len(cases))]
+        return [case.run(SimpleNamespace(**own), x) for case, own in zip(cases, branches, strict=True)]
+
+    names = cases[0].layers().keys()
+    assert len({case.shape for case in cases}) == 1 and all(case.layers().keys() == names for case in cases)
+    goes = {(n.replace(".", f"{i}.", 1), d): count for i, case in enumerate(cases) for (n, d), count in case.goes.items()}
+    ops = tuple(op for case in cases for op in case.ops)
+    return Case(ops, run, layers, cases[0].shape, goes, {}, ", ".join(map(str, cases)))
 
 
 one = {("a.weight", 0): 8}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasterai.graph.channels import channel_graph
-from tests.graph.rules.cases import Case, aten, goes_as_it_says, linears
+from tests.graph.rules.cases import Case, aten, goes_as_it_says, linears, side_by_side
 
 GOES = {("a.weight", 0): 8, ("b.weight", 1): 8}
 Form = Callable[[Tensor], Tensor]
@@ -158,9 +158,11 @@ def form_case(name: str, form: Form) -> Case:
     return Case((name,), lambda m, x: m.b(form(m.a(x[0]))), linears(), (1, 4, 6), {}, name=name)
 
 
-@pytest.mark.parametrize("name", THROUGH)
-def test_channels_pass_whatever_form_an_operation_is_called_in(name: str) -> None:
-    case = replace(form_case(name, THROUGH[name]), goes=GOES)
+PASSING = [replace(form_case(name, form), goes=GOES) for name, form in THROUGH.items()]
+
+
+@pytest.mark.parametrize("case", side_by_side(PASSING), ids=str)
+def test_channels_pass_whatever_form_an_operation_is_called_in(case: Case) -> None:
     _no_rule_gave_up(case)
     goes_as_it_says(case)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.graph.rules.cases import Case, around, aten, both, goes_as_it_says, linears, stands_in_the_program
+from tests.graph.rules.cases import Case, around, aten, both, goes_as_it_says, linears, side_by_side, stands_in_the_program
 
 UNARY = (
     *("relu", "relu6", "sigmoid", "tanh", "gelu", "silu", "mish", "elu", "selu", "celu", "softplus", "leaky_relu", "hardtanh"),
@@ -76,6 +76,9 @@ CREATED = [
     around("zeros_like", lambda x: x + torch.zeros_like(x)),
     around("ones_like", lambda x: x + torch.ones_like(x)),
     around("full_like", lambda x: x + torch.full_like(x, 0.5)),
+]
+
+OTHERS = [
     Case(
         ("arange",),
         lambda m, x: m.b(m.a(x) * torch.arange(8)),
@@ -96,7 +99,7 @@ CREATED = [
     ),
 ]
 
-CASES = [*ELEMENTWISE, *CREATED]
+CASES = [*side_by_side([*ELEMENTWISE, *CREATED]), *OTHERS]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
