@@ -59,3 +59,18 @@ def test_one_line_without_a_name_needs_no_legend():
 def test_many_lines_have_each_a_colour():
     axes = draw(made(), [row(i, 0.5, i / 20) for i in range(12)], "", shown=False)
     assert len({container[0].get_color() for container in axes.containers}) == 12
+
+
+def test_each_value_of_an_axis_of_panels_has_lines_and_a_level_of_its_own():
+    rows = [Row({"a": a, "data": data, "sparsity": 0.5}, {"accuracy": [y]}) for a, data, y in PANELS]
+    first = draw(made(panels="data", reference={"a": "dense"}), rows, "of this and that", shown=False)
+    axes = first.figure.axes
+    assert [one.get_title(loc="left") for one in axes] == ["p", "q", "r"]
+    assert [drawn(one) for one in axes] == [{"1": [(0.5, 0.7)]}, {"1": [(0.5, 0.6)]}, {"1": [(0.5, 0.5)]}]
+    levels = [[line.get_ydata()[0] for line in one.lines if list(line.get_xdata()) == [0, 1]] for one in axes]
+    assert levels == [[0.9], [0.8], []]
+    assert "of this and that" in first.figure.get_suptitle()
+    assert len(draw(made(panels="data"), rows[:1], "", shown=False).figure.axes) == 1
+
+
+PANELS = [("dense", "p", 0.9), (1, "p", 0.7), ("dense", "q", 0.8), (1, "q", 0.6), (1, "r", 0.5)]
