@@ -55,6 +55,14 @@ class Stacked(nn.Module):
         return torch.einsum("be,ebo->bo", self.gate(x).softmax(-1), y)
 
 
+class Turned(Stacked):
+    """The gate's matrix is transposed where it is multiplied."""
+
+    def forward(self, x):
+        y = torch.bmm(torch.bmm(x.expand(len(self.w), -1, -1), self.w).relu(), self.v)
+        return torch.einsum("be,ebo->bo", (x @ self.gate.weight.T).softmax(-1), y)
+
+
 class Chosen(nn.Module):
     """The matrices of the two highest experts are looked up for each row; the gate's matrix is (in, expert)."""
 
@@ -85,8 +93,11 @@ def test_blended_experts_are_found_with_their_gate_and_biases(blend):
     assert graph.top_k == {}
 
 
-def test_stacked_experts_are_found():
-    assert {n for n, _ in found(Stacked()).graph.groups[0].places} == {"w", "v", "gate.weight"}
+@pytest.mark.parametrize("kind", [Stacked, Turned])
+def test_stacked_experts_are_found(kind):
+    graph = found(kind())
+    assert {n for n, _ in graph.graph.groups[0].places} == {"w", "v", "gate.weight"}
+    assert graph.gates == {"gate.weight": (("gate.weight", 0),)}
 
 
 def test_chosen_experts_are_found_with_how_many_are_chosen():

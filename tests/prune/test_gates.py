@@ -10,7 +10,7 @@ from torch import nn
 from fasterai.graph.experts import expert_graph
 from fasterai.prune.gates import Gates, without_experts
 from fasterai.study.mixtures import BlendedMixture
-from tests.graph.test_experts import Blended, Chosen, Stacked
+from tests.graph.test_experts import Blended, Chosen, Stacked, Turned
 
 
 def blended(experts: int = 4) -> BlendedMixture:
@@ -60,7 +60,7 @@ def test_no_gradient_reaches_an_expert_that_is_not_there():
     assert [bool(g.any()) for g in model.gate[2].weight.grad] == [True, False, True, True]
 
 
-@pytest.mark.parametrize("kind", [Blended, Stacked, Chosen])
+@pytest.mark.parametrize("kind", [Blended, Stacked, Turned, Chosen])
 def test_gates_are_seen_in_any_form_of_the_product(kind):
     torch.manual_seed(0)
     model, x = kind(), torch.randn(6, 5)
