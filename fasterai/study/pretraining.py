@@ -83,7 +83,7 @@ def _rotated(data: Data) -> Data:
 
 @lru_cache(maxsize=2)
 def _checkpoint(task: str, size: Size, data: Data) -> Mapping[str, Tensor]:
-    """Pre-train the network of which all seeds are fine-tuned."""
+    """Train the network of which all seeds are fine-tuned."""
     torch.manual_seed(0)
     before, _ = _tasks(task, data)
     network = make_residual(before)
