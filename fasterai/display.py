@@ -93,7 +93,7 @@ STYLE: dict[Any, Any] = {
 
 
 #: Characters of a `repr` at most; items of a collection that it lists.
-LONGEST_LINE, MOST_ITEMS = 120, 4
+LONGEST_LINE, MOST_ITEMS, MOST_DIGITS = 120, 4, 12
 
 
 def short(number: float) -> str:
@@ -264,6 +264,17 @@ class Brief:
         own: Any = self
         values = ", ".join(f"{f.name}={brief(getattr(own, f.name))}" for f in fields(own) if f.repr)
         return one_line(f"{type(self).__name__}({values})")
+
+
+def told_apart(first: float, second: float, digits: int = 4) -> tuple[str, str]:
+    """Write two numbers with so many digits that they differ, if they do; 12 at most.
+
+    >>> told_apart(0.35, 0.7), told_apart(0.69999, 0.7)
+    (('0.3500', '0.7000'), ('0.69999', '0.70000'))
+    """
+    while f"{first:.{digits}f}" == f"{second:.{digits}f}" and first != second and digits < MOST_DIGITS:
+        digits += 1
+    return f"{first:.{digits}f}", f"{second:.{digits}f}"
 
 
 def one_line(text: str) -> str:

@@ -117,3 +117,10 @@ class TwoNames(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.layers[0](x).relu())
+
+
+def short_mobilenet() -> nn.Module:
+    """MobileNetV2 with five of its seventeen blocks: with and without expansion, with strides and shortcuts."""
+    from torchvision.models import MobileNetV2
+
+    return MobileNetV2(num_classes=10, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 2]])

@@ -1,4 +1,4 @@
-"""What became of the layers of a model, as the reports of folding and factoring say it."""
+"""Fates of the layers of a model, as the reports of folding and factoring say them."""
 
 from __future__ import annotations
 

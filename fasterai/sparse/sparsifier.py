@@ -23,7 +23,7 @@ from fasterai.core.loop import Batch, Fit
 from fasterai.core.saved import settings_in_words, warn_of_settings
 from fasterai.core.schedules import Schedule, as_schedule
 from fasterai.core.types import Target
-from fasterai.display import counted, units_word
+from fasterai.display import counted, told_apart, units_word
 from fasterai.graph.features import FeaturesLike
 from fasterai.model.cuts import follow, note_optimizer
 from fasterai.model.sharded import check_unflattened
@@ -413,7 +413,8 @@ class Sparsifier(NamesReplacements, Masked):
         end = self._goal.at(self._pace.at(1.0))
         if self._goal.at(self._pace.share).asked(counts) == end.asked(counts):
             return ""
-        return f"sparsity {self.sparsity.overall:.4f} of {end.total(counts) / max(1, sum(counts.values())):.4f}"
+        reached, asked = told_apart(self.sparsity.overall, end.total(counts) / max(1, sum(counts.values())))
+        return f"sparsity {reached} of {asked}"
 
     def finalize(self) -> None:
         """End sparse training: the zeros stay in the weights, holds end, and copies of earlier weights are dropped."""

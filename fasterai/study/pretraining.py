@@ -30,7 +30,7 @@ __all__ = ["STUDY", "fit_checkpoint_", "pretraining", "trial"]
 
 SCRATCH, TUNED = "from scratch", "pre-trained"
 #: The task that a network is fine-tuned and pruned on, and what it was pre-trained on.
-CLASSES, ROTATIONS = "the last fifth of the classes, after the others", "all classes, after rotations"
+CLASSES, ROTATIONS = "the last classes, after the others", "all classes, after rotations"
 SPARSITIES = [0.0, 0.8, 0.9, 0.95, 0.98]
 #: Share of the images that have a class for the network pre-trained on rotations, which need none.
 LABELLED = 1 / 6
@@ -83,7 +83,7 @@ def _rotated(data: Data) -> Data:
 
 @lru_cache(maxsize=2)
 def _checkpoint(task: str, size: Size, data: Data) -> Mapping[str, Tensor]:
-    """Pre-train the network of which all seeds are fine-tuned."""
+    """Train the network of which all seeds are fine-tuned."""
     torch.manual_seed(0)
     before, _ = _tasks(task, data)
     network = make_residual(before)
@@ -108,7 +108,7 @@ def _pruned(dense: nn.Module, sparsity: float, seed: int, size: Size, data: Data
     participants = [Sparsifier(network, sparsity=sparsity, context="local", schedule="one_cycle")] if sparsity else []
     lower = LOWER * size.lr
     train(network, data, participants, epochs=size.epochs, lr=lower, seed=seed + 1000, batch_size=size.batch_size)
-    return {"accuracy": accuracy(network, data), "accuracy_before": accuracy(copy.deepcopy(dense), data)}
+    return {"accuracy": accuracy(network, data), "unpruned_accuracy": accuracy(copy.deepcopy(dense), data)}
 
 
 # --- a checkpoint of one's own ------------------------------------------------------------------------------------------

@@ -84,10 +84,14 @@ def without_outputs(selection: Selection, granularity: Granularity, flow: Flow) 
     return Selection(kept, {**selection.left_out, **reasons}, selection.named)
 
 
-def kept_outputs(keep: Tensor, target: Target) -> Tensor:
+def kept_outputs(keep: Tensor, target: Target, granularity: Granularity) -> Tensor:
     """Return flags of the outputs to keep, `(O,)`, from the decisions per unit of a granularity that removes outputs."""
     layout = target.layout
-    return keep.expand([n if "out" in names else 1 for n, names in zip(layout.shape, layout.axes, strict=True)]).reshape(-1)
+    outputs = [n if "out" in names else 1 for n, names in zip(layout.shape, layout.axes, strict=True)]
+    if all(k in (1, n) for k, n in zip(keep.shape, outputs, strict=True)):
+        return keep.expand(outputs).reshape(-1)
+    mask = granularity.expand(keep, layout).expand(layout.shape)  # a unit of one's own may be of several outputs
+    return mask.any(dim=[d for d, names in enumerate(layout.axes) if "out" not in names]).reshape(-1)
 
 
 @torch.no_grad()

@@ -110,7 +110,7 @@ class TargetPool(Pool):
 
     def vectors(self, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
         for partner in self.partners:
-            yield partner.name, kept_outputs(keep, self.target)
+            yield partner.name, kept_outputs(keep, self.target, self.granularity)
 
     def cut(self, cut: Cut, fresh: Mapping[str, Target]) -> TargetPool:
         there = {id(t.parameter) for t in fresh.values()}  # a norm may have been folded since

@@ -21,7 +21,7 @@ PLAIN = "squeezenet1_1"
 
 
 def command(images: Path, folder: Path, *more: str) -> list[str]:
-    return ["sparsify", str(images), "--arch", ARCH, "--epochs", "1", "--batch-size", "8", "-o", str(folder), *more]
+    return ["sparsify", str(images), "--arch", PLAIN, "--epochs", "1", "--batch-size", "8", "-o", str(folder), *more]
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def test_a_run_from_the_folder_of_images_to_the_folder_of_results(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    assert main(command(images, folder)) == 0
+    assert main(command(images, folder, "--arch", ARCH)) == 0
 
     printed = capsys.readouterr()
     assert [line for line in printed.err.splitlines() if not line.startswith("fasterai: warning: only min_keep")] == []
@@ -119,8 +119,21 @@ def test_unreadable_images_are_left_out_and_named(images: Path, tmp_path: Path, 
 
 
 def test_filters_leave_the_output_dense_and_say_so(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    axes = ["--granularity", "filter", "--context", "local", "--criteria", "taylor", "--schedule", "agp", "--sparsity", "0.5"]
-    assert main(command(images, tmp_path / "run", "--no-dense", *axes)) == 0
+    axes = [
+        "--arch",
+        ARCH,
+        "--granularity",
+        "filter",
+        "--context",
+        "local",
+        "--criteria",
+        "taylor",
+        "--schedule",
+        "agp",
+        "--sparsity",
+        "0.5",
+    ]
+    assert main(command(images, tmp_path / "run", "--no-dense", "--arch", ARCH, *axes)) == 0
     report = read_report(tmp_path / "run")
     assert report["granularity"] == "filter"
     first = report["layers"][0]
@@ -131,7 +144,7 @@ def test_filters_leave_the_output_dense_and_say_so(images: Path, tmp_path: Path,
 
 def test_coupled_channels_end_in_a_small_network(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
-    axes = ["--arch", PLAIN, "--granularity", "coupled", "--context", "local", "--sparsity", "0.5"]
+    axes = ["--granularity", "coupled", "--context", "local", "--sparsity", "0.5"]
     assert main(command(images, folder, *axes)) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
@@ -164,7 +177,7 @@ def test_coupled_channels_end_in_a_small_network(images: Path, tmp_path: Path, c
 def test_an_interruption_of_the_removal_loses_no_training(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    axes = ["--arch", PLAIN, "--granularity", "coupled", "--context", "local", "--sparsity", "0.5", "--no-dense"]
+    axes = ["--granularity", "coupled", "--context", "local", "--sparsity", "0.5", "--no-dense"]
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt

@@ -9,11 +9,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torchvision.models import VisionTransformer, mobilenet_v2
+from torchvision.models import VisionTransformer
 
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import remove
 from fasterai.prune.small_files import load_small, save_small
+from tests.networks import short_mobilenet
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -27,7 +28,7 @@ def transformer() -> nn.Module:
 
 def convolutional() -> nn.Module:
     torch.manual_seed(0)
-    return mobilenet_v2(weights=None, width_mult=0.25).eval()
+    return short_mobilenet().eval()
 
 
 @pytest.mark.parametrize("build", [transformer, convolutional])

@@ -20,7 +20,6 @@ NETWORKS = [
     ("torchvision", "mobilenet_v3_small", 64, 27, 0.37),
     ("torchvision", "shufflenet_v2_x0_5", 64, 20, 0.46),
     ("torchvision", "regnet_y_400mf", 64, 53, 0.29),
-    ("detection", "lraspp_mobilenet_v3_large", 64, 30, 0.27),
     ("detection", "fasterrcnn_mobilenet_v3_large_320_fpn", 64, 30, 0.33),
     ("timm", "ghostnet_050", 64, 31, 0.27),
     ("timm", "hardcorenas_a", 64, 27, 0.27),

@@ -82,13 +82,13 @@ def test_a_run_begins_with_what_it_says_and_ends_as_sparse_as_asked_for(data, mo
     assert torch.equal(first["8.weight"], fresh["8.weight"])  # the last layer is of other classes
     assert all(torch.equal(second[n], x) for n, x in dense.state_dict().items())
     assert float((pruned[0].weight == 0).float().mean()) == 0.75
-    assert found == {"accuracy": accuracy(pruned, target), "accuracy_before": accuracy(dense, target)}
+    assert found == {"accuracy": accuracy(pruned, target), "unpruned_accuracy": accuracy(dense, target)}
 
 
 def test_all_sparsities_of_a_seed_prune_the_same_network(data):
     module._dense.cache_clear()
     runs = [trial({"task": ROTATIONS, "start": SCRATCH, "sparsity": s}, 0, SIZE, data) for s in (0.0, 0.5, 0.9)]
-    assert len({found["accuracy_before"] for found in runs}) == 1
+    assert len({found["unpruned_accuracy"] for found in runs}) == 1
     assert module._dense.cache_info().misses == 1
 
 

@@ -1,14 +1,17 @@
 """What falls silent with a pruned output."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fasterai.core.granularities import Keep, filter, kernel, layer
+from fasterai.core.granularities import Granularity, Keep, filter, kernel, layer
+from fasterai.core.types import Layout
 from fasterai.model.norms import Flow, watch
 from fasterai.model.targets import Selection, find_targets
+from fasterai.sparse.sparsifier import Sparsifier
+from fasterai.testing import check_granularity
 from fasterai.units.partners import find_partners, kept_outputs, revive_, without_outputs
 
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -94,6 +97,39 @@ def test_what_was_named_and_what_was_left_out_before_is_still_known():
     assert found.named == {"0.weight"}
 
 
+@dataclass(frozen=True)
+class Pairs(Granularity):
+    """Two neighbouring outputs of a linear layer."""
+
+    def fits(self, layout: Layout) -> bool:
+        return len(layout.shape) == 2 and "out" in layout.axes[0] and layout.shape[0] % 2 == 0
+
+    def unit_shape(self, layout: Layout) -> tuple[int, ...]:
+        return (layout.shape[0] // 2, 1)
+
+    def reduce(self, scores: Tensor, layout: Layout, reducer: str = "mean") -> Tensor:
+        units = scores.reshape(layout.shape[0] // 2, -1)
+        return (units.mean(1) if reducer == "mean" else units.sum(1))[:, None]
+
+    def expand(self, keep: Tensor, layout: Layout) -> Tensor:
+        return keep.repeat_interleave(2, 0)
+
+    def drops_outputs(self, layout: Layout) -> bool:
+        return True
+
+
+def test_units_of_several_outputs_take_their_biases_along():
+    check_granularity(Pairs(), [select(nn.Linear(3, 6)).targets[0].layout])
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([3.0, 3, 1, 1, 2, 2])[:, None].expand(6, 3))
+        model[0].bias.fill_(1.0)
+    sparsifier = Sparsifier(model, Pairs(), targets=["0.weight"], example_inputs=torch.ones(1, 3))
+    sparsifier.sparsify_model(1 / 3)
+    assert (model[0].weight != 0).any(1).tolist() == [True, True, False, False, True, True]
+    assert model[0].bias.tolist() == [1, 1, 0, 0, 1, 1]
+
+
 def test_kept_outputs_are_in_the_order_of_the_layers_outputs():
     # Two groups of three outputs each: the second group's first output is number 3.
     model = nn.Conv2d(4, 6, 3, groups=2)
@@ -101,13 +137,13 @@ def test_kept_outputs_are_in_the_order_of_the_layers_outputs():
     keep = torch.ones(filter.unit_shape(target.layout), dtype=torch.bool)
     assert keep.shape == (2, 3, 1, 1, 1)
     keep[1, 0] = False
-    assert kept_outputs(keep, target).tolist() == [True, True, True, False, True, True]
+    assert kept_outputs(keep, target, filter).tolist() == [True, True, True, False, True, True]
     (target,) = select(nn.ConvTranspose2d(4, 6, 3, groups=2)).targets
     keep = torch.ones(filter.unit_shape(target.layout), dtype=torch.bool)
     assert keep.shape == (2, 1, 3, 1, 1)
     keep[1, 0, 0] = False
-    assert kept_outputs(keep, target).tolist() == [True, True, True, False, True, True]
-    assert kept_outputs(torch.zeros(1, 1, 1, 1, 1, dtype=torch.bool), target).tolist() == [False] * 6
+    assert kept_outputs(keep, target, filter).tolist() == [True, True, True, False, True, True]
+    assert kept_outputs(torch.zeros(1, 1, 1, 1, 1, dtype=torch.bool), target, layer).tolist() == [False] * 6
 
 
 def mask(*flags):

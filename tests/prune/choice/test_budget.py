@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer, mobilenet_v2, resnet18
+from torchvision.models import VisionTransformer, resnet18
 
 from fasterai.analyze.cost import cost
 from fasterai.graph.channels import ChannelGraph, channel_graph
@@ -25,7 +25,7 @@ from fasterai.prune.choice.budget import Budget, fit_budget, least_left
 from fasterai.prune.choice.cost_left import macs_left, parameters_left
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.plan import make_plan
-from tests.networks import perceptron
+from tests.networks import perceptron, short_mobilenet
 
 Choose = Callable[[float], list[np.ndarray]]
 X = torch.zeros(1, 4)
@@ -293,7 +293,7 @@ class Small(nn.Module):
 NETWORKS = {
     "small": Small,
     "resnet18": lambda: resnet18(weights=None),
-    "mobilenet_v2": lambda: mobilenet_v2(weights=None),
+    "mobilenet_v2": short_mobilenet,
     "vit": lambda: VisionTransformer(32, 8, 2, 4, 128, 256),
 }
 

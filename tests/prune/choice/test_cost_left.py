@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer, mobilenet_v2, resnet18
+from torchvision.models import VisionTransformer, resnet18
 
 from fasterai.analyze.cost import cost
 from fasterai.graph.channels import ChannelGraph, channel_graph
@@ -16,7 +16,7 @@ from fasterai.prune.choice import cost_left as shares
 from fasterai.prune.choice.cost_left import macs_left, parameters_left, time_left
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.plan import make_plan
-from tests.networks import perceptron
+from tests.networks import perceptron, short_mobilenet
 
 X = torch.zeros(1, 4)
 
@@ -100,7 +100,7 @@ class AttentionWithConstant(Attention):
 
 NETWORKS = {
     "resnet18": (lambda: resnet18(weights=None), (1, 3, 32, 32)),
-    "mobilenet_v2": (lambda: mobilenet_v2(weights=None), (1, 3, 32, 32)),
+    "mobilenet_v2": (short_mobilenet, (1, 3, 32, 32)),
     "vit": (lambda: VisionTransformer(32, 8, 2, 4, 32, 64), (1, 3, 32, 32)),
     "attention": (Attention, (1, 6, 16)),
     "attention_with_constant": (AttentionWithConstant, (1, 6, 16)),
