@@ -25,7 +25,7 @@ from fasterai.callbacks.plain import attach
 from fasterai.cli import main
 from fasterai.core.criteria import large_final, variety
 from fasterai.display import save_figure
-from fasterai.prune.induce import induce
+from fasterai.prune.features.induce import induce
 from fasterai.sparse.sparsifier import Sparsifier
 from matplotlib.figure import Figure
 from PIL import Image

@@ -52,7 +52,8 @@ CHECKS = {
     "mixtures-of-experts": "assert same and after > before and experts.removed == {name: (8, 4)}\n"
     "assert abs(report.scores['explained']['small'] - report.scores['explained']['sparse']) < 1e-4\n"
     "assert set(removal.removed.values()) == {(32, 16)} and mixtral.config.num_local_experts == 5",
-    "pretraining": SAME + "assert len(result.rows) == 8 and not result.failures and 'checkpoint must be of the same' in refused\n"
+    "pretraining": SAME
+    + "assert len(result.rows) == 8 and not result.failures and 'checkpoint must be of the same' in refused\n"
     "assert channels.sparsity.overall == 0.5 and removal.removed and not removal.refused",
     "quickstart": SAME + HALVED + "assert agree == [True, True]\n"
     "assert weights.sparsifier.sparsity.overall == round(0.9 * 56224) / 56224",

@@ -22,14 +22,14 @@ from fasterai.graph.inputs import InputCut as InputCut
 from fasterai.graph.inputs import cut_inputs, input_cuts
 from fasterai.prune.choice.budget import Budget, fit_budget
 from fasterai.prune.experts import expert_scores, remove_experts, without_experts
+from fasterai.prune.features.induce import induce
+from fasterai.prune.features.induced import Induced as Induced
+from fasterai.prune.features.pixels import PixelMask
+from fasterai.prune.features.selector import InputSelector
 from fasterai.prune.gradual import GradualPruner
-from fasterai.prune.induce import induce
-from fasterai.prune.induced import Induced as Induced
-from fasterai.prune.pixels import PixelMask
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import Removal as Removal
 from fasterai.prune.removal import remove
-from fasterai.prune.selector import InputSelector
 from fasterai.prune.small_files import load_small, save_small
 from fasterai.prune.surgery.operate import apply_plan_
 from fasterai.prune.surgery.plan import Plan as Plan

@@ -16,9 +16,9 @@ from fasterai.core.files import write_tensors
 from fasterai.graph.inputs import input_cuts, put_inputs
 from fasterai.model.names import unwrap
 from fasterai.model.supported import check_model, check_whole
-from fasterai.prune.embeddings import CATEGORIES, kept_embeddings
-from fasterai.prune.selector import InputSelector
-from fasterai.prune.selector_files import SELECTORS, read_entry
+from fasterai.prune.features.embeddings import CATEGORIES, kept_embeddings
+from fasterai.prune.features.files import SELECTORS, read_entry
+from fasterai.prune.features.selector import InputSelector
 from fasterai.prune.small_header import SIZES, SMALL_FORMAT, Header, Shapes, read_header, sizes_of, stamp, unfit_sizes
 from fasterai.prune.surgery.dense_shapes import dense_shapes, note, put_note
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention, encoders_of

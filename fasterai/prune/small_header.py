@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fasterai.graph.inputs import InputCut
 from fasterai.model.names import own_tensors
-from fasterai.prune.selector_files import SELECTORS
+from fasterai.prune.features.files import SELECTORS
 from fasterai.prune.surgery.modules import EXPERTS, HEADS, STREAMS, WIDTHS, new_sizes
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fasterai.prune.induce import induce
+from fasterai.prune.features.induce import induce
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.study.data import Data
 from fasterai.study.description import Settings, Size, Study

@@ -9,7 +9,7 @@ from torch import nn
 
 from fasterai.callbacks.plain import attach
 from fasterai.core.schedules import one_cycle
-from fasterai.prune.induce import induce
+from fasterai.prune.features.induce import induce
 from fasterai.sparse.sparsifier import Sparsifier
 from tests.networks import perceptron
 

@@ -19,8 +19,8 @@ from fasterai.core.criteria import Criterion
 from fasterai.core.loop import Participant
 from fasterai.core.schedules import Schedule
 from fasterai.display import one_line
-from fasterai.prune.features_picture import draw_pixels
-from fasterai.prune.selector import InputSelector
+from fasterai.prune.features.picture import draw_pixels
+from fasterai.prune.features.selector import InputSelector
 from fasterai.sparse.sparsifier import Sparsifier
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fasterai.prune.selecting import check_width
+from fasterai.prune.features.selecting import check_width
 
 if TYPE_CHECKING:
-    from fasterai.prune.selector import InputSelector
+    from fasterai.prune.features.selector import InputSelector
 
 __all__ = ["SelectInputs", "SelectedModel"]
 

@@ -13,7 +13,7 @@ from fasterai.callbacks.plain import attach
 from fasterai.core.criteria import Criterion
 from fasterai.export.onnx import ONNXModel, export_onnx
 from fasterai.prune.all import induce, load_small
-from fasterai.prune.selector import InputSelector
+from fasterai.prune.features.selector import InputSelector
 from fasterai.sparse.sparsifier import Sparsifier
 from tests.networks import perceptron
 

@@ -17,7 +17,7 @@ from sklearn.utils import get_tags
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from fasterai.prune.selector import InputSelector
+from fasterai.prune.features.selector import InputSelector
 from fasterai.prune.small_files import load_small, save_small
 
 X = torch.arange(10.0).view(2, 5)

@@ -28,15 +28,15 @@ from fasterai.model.names import unwrap
 from fasterai.model.outputs import check_same
 from fasterai.model.supported import check_whole
 from fasterai.prune.check import largest_sound
-from fasterai.prune.embeddings import CATEGORIES, Embedding, drop_embeddings_, embeddings_of
-from fasterai.prune.feature_choice import FeatureSet, Scoring, choose_features, choose_hidden, score_features
-from fasterai.prune.feature_inputs import by_argument, find_features
-from fasterai.prune.feature_names import read_features, read_names
+from fasterai.prune.features.choice import FeatureSet, Scoring, choose_features, choose_hidden, score_features
+from fasterai.prune.features.embeddings import CATEGORIES, Embedding, drop_embeddings_, embeddings_of
+from fasterai.prune.features.front import SelectedModel
+from fasterai.prune.features.induced import DENSE, SMALL, Induced
+from fasterai.prune.features.inputs import by_argument, find_features
+from fasterai.prune.features.names import read_features, read_names
+from fasterai.prune.features.selector import InputSelector
 from fasterai.prune.goal import OVER_PLACES, check_context
-from fasterai.prune.induced import DENSE, SMALL, Induced
 from fasterai.prune.removal import Removal, mask_channels_, silent_channels, take_out
-from fasterai.prune.select_inputs import SelectedModel
-from fasterai.prune.selector import InputSelector
 from fasterai.units.choice import Goal
 from fasterai.units.evidence import Source
 

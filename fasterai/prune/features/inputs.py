@@ -11,7 +11,7 @@ from fasterai.core.checks import unknown
 from fasterai.graph.channels import ChannelGraph, channel_graph
 from fasterai.graph.features import FeaturesLike, check_may_go, read_features
 from fasterai.graph.inputs import input_tensors
-from fasterai.prune.embeddings import CATEGORIES, is_tabular
+from fasterai.prune.features.embeddings import CATEGORIES, is_tabular
 
 __all__ = ["by_argument", "find_features"]
 

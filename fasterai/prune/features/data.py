@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
 
-from fasterai.prune.selecting import Where, select_in
+from fasterai.prune.features.selecting import Where, select_in
 
 __all__ = ["Part", "SelectedDataset", "SelectedLoader", "SelectedStream", "selected_dataset"]
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fasterai.callbacks.plain import attach
-from fasterai.prune.pixels import GatePenalty, PixelMask
+from fasterai.prune.features.pixels import GatePenalty, PixelMask
 
 X = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(8) % 3

@@ -20,7 +20,7 @@ from fasterai.graph.channels import ChannelGraph
 from fasterai.graph.labels import Flags
 from fasterai.model.names import unwrap
 from fasterai.model.targets import all_targets
-from fasterai.prune.embeddings import CATEGORIES, Embedding
+from fasterai.prune.features.embeddings import CATEGORIES, Embedding
 from fasterai.units.channel_pools import ChannelPool, channel_pools
 from fasterai.units.choice import Goal, choose, limits_of
 from fasterai.units.evidence import Source

@@ -12,9 +12,9 @@ from torch import nn
 
 from fasterai.analyze.comparison import Comparison
 from fasterai.display import Shown, Table, counted, of_batch, short, short_bytes
-from fasterai.prune.features_picture import draw_bars, draw_pixels, image_of
+from fasterai.prune.features.picture import draw_bars, draw_pixels, image_of
+from fasterai.prune.features.selector import InputSelector
 from fasterai.prune.removal_report import Removal
-from fasterai.prune.selector import InputSelector
 from fasterai.prune.small_files import save_small
 
 if TYPE_CHECKING:

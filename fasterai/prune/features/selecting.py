@@ -1,4 +1,4 @@
-"""Selection of features in tensors, arrays and tables, and its way back; `prune/selector.py` says which."""
+"""Selection of features in tensors, arrays and tables, and its way back; `prune/features/selector.py` says which."""
 
 from __future__ import annotations
 

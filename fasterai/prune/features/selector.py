@@ -14,11 +14,11 @@ from torch import nn
 
 from fasterai.core.checks import check_count
 from fasterai.display import Shown, Table, counted
-from fasterai.prune.feature_names import read_features, read_names
-from fasterai.prune.select_inputs import SelectInputs
-from fasterai.prune.selected_data import Part, SelectedLoader, selected_dataset
-from fasterai.prune.selecting import Where, scattered, select
-from fasterai.prune.selector_files import read_selectors, write_selectors
+from fasterai.prune.features.data import Part, SelectedLoader, selected_dataset
+from fasterai.prune.features.files import read_selectors, write_selectors
+from fasterai.prune.features.front import SelectInputs
+from fasterai.prune.features.names import read_features, read_names
+from fasterai.prune.features.selecting import Where, scattered, select
 
 __all__ = ["InputSelector"]
 
