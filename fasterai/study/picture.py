@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fasterai.display import QUIET, SERIES, SMALL, as_percent, dress, line_colors, new_figure, styled
 from fasterai.study.description import Study
-from fasterai.study.rows import Row, is_share
+from fasterai.study.rows import Row, is_share, write_setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +53,9 @@ def _draw_lines(axes: Axes, study: Study, rows: Sequence[Row], explained: bool =
     lines: dict[str, list[Row]] = {}
     for row in rows:
         if row not in reference:
-            lines.setdefault(", ".join(str(row.settings.get(axis, "")) for axis in study.line_axes), []).append(row)
+            lines.setdefault(", ".join(write_setting(axis, row.settings.get(axis, "")) for axis in study.line_axes), []).append(
+                row
+            )
     for row in reference:
         _draw_level(axes, row, study.y, " ".join(map(str, study.reference.values())))
     numbers = all(isinstance(_x(row, study.x), int | float) for row in rows if row not in reference)
@@ -64,6 +66,8 @@ def _draw_lines(axes: Axes, study: Study, rows: Sequence[Row], explained: bool =
     places = sorted({_x(row, study.x) for row in rows if row not in reference}) if numbers else []
     if study.x in (rows[0].settings if rows else {}) and 0 < len(places) <= TICKS:
         axes.set_xticks(places)
+    if not numbers and sum(len(str(_x(row, study.x))) for row in next(iter(lines.values()), [])) > LONGEST:
+        axes.tick_params(axis="x", rotation=25)
     if is_share(study.x) and numbers:
         axes.xaxis.set_major_formatter(as_percent)
     if is_share(study.y):

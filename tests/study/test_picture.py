@@ -47,6 +47,16 @@ def test_words_along_x_are_points_that_no_line_joins():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["p", "q"]
 
 
+def test_shares_are_explained_in_percent_and_many_words_lean():
+    axes = draw(made(x="a", lines="sparsity"), [row(c * 20, 0.5, 0.7) for c in "pqrs"], "", shown=False)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["50 %"]
+    assert {label.get_rotation() for label in axes.get_xticklabels()} == {25}
+
+
+def test_values_along_x_are_marked_where_they_are_few():
+    assert draw(made(), [row(1, 0.9, 0.7), row(1, 0.97, 0.6)], "", shown=False).get_xticks().tolist() == [0.9, 0.97]
+
+
 def test_x_may_be_a_metric():
     rows = [row(1, 0.5, 0.7, macs=[30.0, 50.0]), row(1, 0.8, 0.6, macs=[10.0])]
     assert drawn(draw(made(x="macs"), rows, "", shown=False))["1"] == [(10, 0.6), (40, 0.7)]
