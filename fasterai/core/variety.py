@@ -177,7 +177,7 @@ def _ascending(scores: Array, vectors: Tensor, compared: Array) -> Array:
     order = np.argsort(scores, kind="stable")
     ends = np.flatnonzero(np.diff(scores[order], append=np.inf)) + 1
     begin = 0
-    for end in ends:
+    for end in ends.tolist():
         if end - begin > 1:
             tied = order[begin:end]
             rows = vectors[torch.from_numpy(compared[tied]).to(vectors.device)].cpu().numpy() + 0.0  # no minus zeros

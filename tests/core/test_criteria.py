@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fasterai.core import criteria
-from fasterai.core.checks import from_catalogue
+from fasterai.core.checks import entry_name, from_catalogue
 from fasterai.core.criteria import NORMALIZERS, REDUCERS, Criterion, Random, as_criterion, large_final, movement, variety
 from fasterai.core.types import EVIDENCE, Evidence
 
@@ -404,6 +404,8 @@ def test_variety_follows_a_rule_that_there_is():
     ],
 )
 def test_variety_in_a_word(word, wanted):
+    name = entry_name("criteria", word, criteria)  # as the command line keeps it
+    assert from_catalogue("criteria", name, criteria) == wanted and "magnitude" not in name
     assert from_catalogue("criteria", word, criteria) == wanted
 
 
@@ -424,6 +426,7 @@ def test_variety_in_a_word(word, wanted):
         ),
         (lambda: from_catalogue("criteria", "variety(nope)", criteria), "criteria must be one of .*, got 'nope'"),
         (lambda: from_catalogue("criteria", "variety(movement, nope)", criteria), "similarity must be .*, got 'nope'"),
+        (lambda: entry_name("criteria", "variety(movement, nope)", criteria), "similarity must be .*, got 'nope'"),
     ],
 )
 def test_variety_refuses(call, message):

@@ -9,7 +9,7 @@ from fasterai.core.granularities import Coupled
 from fasterai.graph.channels import channel_graph
 from fasterai.units.channel_pools import channel_pools
 from fasterai.units.pool import WeightScores
-from tests.networks import residual
+from tests.networks import perceptron, residual
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -98,6 +98,12 @@ def test_outputs_of_coupled_channels_are_those_of_all_makers_joined():
     assert torch.equal(pools["branch.0.weight"].outputs_of_units(made), made["branch.0.weight"])
     with pytest.raises(ValueError, match=r"whose outputs can be watched, got stem\.weight"):
         pools["stem.weight"].outputs_of_units({"head.weight": torch.rand(5, 3)})
+
+
+def test_outputs_of_a_reader_as_wide_as_its_inputs_are_none_of_its_inputs():
+    pools = pools_of(perceptron(3, 4, 4, 2), torch.ones(1, 3))
+    made = {"0.weight": torch.rand(4, 2), "2.weight": torch.rand(4, 5)}
+    assert {p.name: p.outputs_of_units(made).shape[1] for p in pools.values()} == {"0.weight": 2, "2.weight": 5}
 
 
 def test_outputs_of_a_head_are_those_of_its_channels():
