@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fasterai.graph.channels import channel_graph
 from tests.graph.rules.cases import (
     Case,
     aten,
@@ -397,3 +398,9 @@ def test_what_goes_is_not_missed_and_what_stays_says_why(case: Case) -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if c.ops], ids=str)
 def test_the_operation_stands_in_the_program(case: Case) -> None:
     stands_in_the_program(case)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "experts" in c.name and ("w", 1) in c.goes], ids=str)
+def test_a_stack_reads_its_inputs_and_makes_its_outputs(case: Case) -> None:
+    readers = channel_graph(case.net(), (case.inputs(),)).readers
+    assert ("w", 1) in readers and ("w", 2) not in readers
