@@ -280,7 +280,7 @@ def told_apart(first: float, second: float, digits: int = 4) -> tuple[str, str]:
 def one_line(text: str) -> str:
     r"""Shorten a text to one line of at most 120 characters.
 
-    >>> one_line("a  b\\n c")
+    >>> one_line("a  b\n c")
     'a b c'
     """
     text = " ".join(text.split())
@@ -290,8 +290,8 @@ def one_line(text: str) -> str:
 def brief(value: Any) -> str:
     """Describe a value in a few words, without an address.
 
-    >>> brief(0.5), brief({"a": 1}), brief([1] * 9), brief(len)
-    ('0.5', "{'a': 1}", '9 items', 'len')
+    >>> brief(0.5), brief({"a": 1}), brief([1] * 9), brief(one_line)
+    ('0.5', "{'a': 1}", '9 items', 'one_line')
     """
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{type(value).__name__}({', '.join(map(str, value.shape))})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -57,27 +58,35 @@ def at_run_time(tree: ast.AST) -> Iterator[ast.stmt]:
             yield from at_run_time(node)
 
 
-def imported(source: str, module: str, modules: set[str]) -> set[str]:
-    """Which of the package's modules a module imports."""
-    found = set()
+@cache
+def names_of(source: str, module: str) -> tuple[str, ...]:
+    """The names that a module imports, those from modules as `module.name`."""
+    found: list[str] = []
     for node in at_run_time(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found += [alias.name for alias in node.names]
         else:
             assert isinstance(node, ast.ImportFrom)
             assert not node.level, f"{module} must import by absolute names, got line {node.lineno}"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            if name == "fasterai" or name.startswith("fasterai."):
-                inner = name.removeprefix("fasterai").lstrip(".")
-                # `from a.b import c`: c is a module or a name in the module a.b
-                found.add(inner if inner in modules else inner.rpartition(".")[0])
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return tuple(found)
+
+
+def imported(source: str, module: str, modules: set[str]) -> set[str]:
+    """Which of the package's modules a module imports."""
+    found = set()
+    for name in names_of(source, module):
+        if name == "fasterai" or name.startswith("fasterai."):
+            inner = name.removeprefix("fasterai").lstrip(".")
+            # `from a.b import c`: c is a module or a name in the module a.b
+            found.add(inner if inner in modules else inner.rpartition(".")[0])
     return found
 
 
 def complaints(sources: Mapping[str, str]) -> list[str]:
     """What is wrong with the imports of a package, given as module name -> source."""
-    graph = {m: imported(source, m, set(sources)) - {m} for m, source in sources.items() if m and not is_re_export(m)}
+    modules = set(sources)
+    graph = {m: imported(source, m, modules) - {m} for m, source in sources.items() if m and not is_re_export(m)}
     result = []
     for module, others in graph.items():
         own = layer_of(module)

@@ -205,7 +205,7 @@ class Pruner(NamesReplacements, ShownChannels):
 
     def _warn_of_a_miss(self, kept: Sequence[Flags], refused: Mapping[str, str]) -> None:
         """Warn if more channels are kept than asked for, by rounding or because the check has put some back."""
-        if self._goal is not None:
+        if self._goal is not None and self.round_to != 1:  # else one of each group stays, which the choice has said
             first, alone = sum(self.original.values()), len(self.original) - len(kept)
             gone = first - alone - sum(int(k.sum()) for k in kept)
             warn_of_rounding(self._goal.total(self.original), gone, first, self.round_to)

@@ -222,7 +222,7 @@ def _layout(maker: Target | None, channels: int) -> Layout:
 
 def warn_of_rounding(asked: int, gone: int, count: int, round_to: int | None) -> None:
     """Warn if rounding keeps more than one in a hundred of all channels that were to be removed."""
-    if asked - gone > count / 100:
+    if round_to != 1 and asked - gone > count / 100:
         where = f"in groups of at least {ENOUGH} " if round_to is None else ""
         warn(
             f"asked to prune {asked:,} of {count:,} channels, pruned {gone:,} ({gone / count:.1%}): {where}kept channels are "

@@ -21,6 +21,7 @@ from fasterai.prune.small_files import load_small, save_small
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.units.channel_pools import channel_pools
 from fasterai.units.pool import WeightScores
+from tests.messages import heard
 from tests.networks import Heads, perceptron
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -479,6 +480,14 @@ def test_a_state_leaves_groups_alone_that_the_last_head_makes():
     assert pruner.channels == {"embed.weight": (4, 4), "value.weight": (4, 4)}
     pruner.load_state_dict(saved.state_dict())
     assert pruner.channels == {"embed.weight": (8, 4), "query.weight": (2, 1)}
+
+
+def test_exact_counts_that_leave_one_of_each_group_are_not_laid_to_rounding():
+    pruner = Pruner(perceptron(6, 2, 3), 0.9, "local", "large_final", example_inputs=torch.ones(1, 6), round_to=1)
+    with heard() as said:
+        pruner.prune_model(measure=False)
+    assert pruner.channels == {"0.weight": (2, 1)}
+    assert len(said) == 1 and "min_keep=1 of each target are kept" in said[0]
 
 
 class Attention(nn.Module):
