@@ -331,6 +331,7 @@ ALIKE = {
     ("display.py", "save_figure"): "writes into the open file that it is given",
     ("sparse/masked.py", "save_model"): "hands it on",
     ("sparse/ticket_rounds.py", "run"): "hands it on to Ticket.save",
+    ("study/engine.py", "run"): "hands it on to Result.save",
 }
 
 
