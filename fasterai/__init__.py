@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fasterai.model.layouts import register_axes
     from fasterai.prune.pruner import Pruner as Pruner
     from fasterai.sparse.sparsifier import Sparsifier
-    from fasterai.sparse.tickets import LotteryTicket
+    from fasterai.sparse.tickets.lottery import LotteryTicket
 
 __version__ = "0.1.0"
 
@@ -27,7 +27,7 @@ _HOMES = {
     "Block": "fasterai.core.granularities",
     "Criterion": "fasterai.core.criteria",
     "Keep": "fasterai.core.granularities",
-    "LotteryTicket": "fasterai.sparse.tickets",
+    "LotteryTicket": "fasterai.sparse.tickets.lottery",
     "Pruner": "fasterai.prune.pruner",
     "Schedule": "fasterai.core.schedules",
     "Sparsifier": "fasterai.sparse.sparsifier",

@@ -19,7 +19,7 @@ from fasterai.core.loop import Participant
 from fasterai.core.schedules import Schedule, as_schedule
 from fasterai.model.names import unwrap
 from fasterai.sparse.sparsifier import Sparsifier, Sparsity
-from fasterai.sparse.tickets import LotteryTicket
+from fasterai.sparse.tickets.lottery import LotteryTicket
 
 if TYPE_CHECKING:
     from fasterai.prune.gradual import GradualPruner

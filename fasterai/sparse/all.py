@@ -10,9 +10,9 @@ from fasterai.core.criteria import *
 from fasterai.core.schedules import *
 from fasterai.familiar import *
 from fasterai.sparse.sparsifier import Sparsifier
-from fasterai.sparse.ticket import Ticket
-from fasterai.sparse.ticket_rounds import find_ticket
-from fasterai.sparse.tickets import LotteryTicket
+from fasterai.sparse.tickets.lottery import LotteryTicket
+from fasterai.sparse.tickets.rounds import find_ticket
+from fasterai.sparse.tickets.ticket import Ticket
 
 if importlib.util.find_spec("fastai") is not None:
     from fasterai.callbacks.fastai import HoldCallback, ParticipantCallback, SparsifyCallback

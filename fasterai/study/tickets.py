@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fasterai.core.participant import Participant
 from fasterai.model.snapshots import put_back_, take_snapshot
 from fasterai.sparse.sparsifier import Sparsifier
-from fasterai.sparse.ticket import Ticket
-from fasterai.sparse.ticket_rounds import find_ticket
+from fasterai.sparse.tickets.rounds import find_ticket
+from fasterai.sparse.tickets.ticket import Ticket
 from fasterai.study.data import Data
 from fasterai.study.description import SIZES, Settings, Size, Study
 from fasterai.study.workbench import accuracy, make_residual, train

@@ -22,7 +22,7 @@ from fasterai.callbacks.plain import attach
 from fasterai.export.all import export_onnx, export_program
 from fasterai.prune.all import save_small
 from fasterai.sparse.sparsifier import Sparsifier
-from fasterai.sparse.tickets import LotteryTicket
+from fasterai.sparse.tickets.lottery import LotteryTicket
 from tests.attack import commands, oracles
 from tests.attack.files import workplace
 from tests.attack.trials import REFUSED, SURVIVED

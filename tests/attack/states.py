@@ -17,7 +17,7 @@ from torch import nn
 from fasterai.callbacks.plain import Handle, attach
 from fasterai.prune.gradual import GradualPruner
 from fasterai.sparse.sparsifier import Sparsifier
-from fasterai.sparse.tickets import LotteryTicket
+from fasterai.sparse.tickets.lottery import LotteryTicket
 from tests.attack import oracles
 from tests.attack.looks import Snapshot
 from tests.attack.mutations import UNSEEN, mutated

@@ -15,7 +15,7 @@ from fasterai.core.criteria import large_final
 from fasterai.core.loop import Participant
 from fasterai.prune.gradual import GradualPruner
 from fasterai.sparse.sparsifier import Sparsifier
-from fasterai.sparse.tickets import LotteryTicket
+from fasterai.sparse.tickets.lottery import LotteryTicket
 from tests.networks import perceptron
 
 OPTIMIZERS = {

@@ -18,9 +18,9 @@ from fasterai.callbacks.plain import attach
 from fasterai.core.loop import Participant
 from fasterai.prune.gradual import GradualPruner
 from fasterai.sparse.sparsifier import Sparsifier
-from fasterai.sparse.ticket import Ticket
-from fasterai.sparse.ticket_point import RewindPoint
-from fasterai.sparse.tickets import LotteryTicket
+from fasterai.sparse.tickets.lottery import LotteryTicket
+from fasterai.sparse.tickets.point import RewindPoint
+from fasterai.sparse.tickets.ticket import Ticket
 from fasterai.units.rules import DropAndGrow
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -9,7 +9,7 @@ import fasterai.callbacks.lightning as with_lightning
 from fasterai.callbacks.settings import SparsifySettings
 from fasterai.core import schedules
 from fasterai.sparse.sparsifier import Sparsifier
-from fasterai.sparse.tickets import LotteryTicket
+from fasterai.sparse.tickets.lottery import LotteryTicket
 
 CALLBACKS = [with_fastai.SparsifyCallback, with_lightning.SparsifyCallback]
 GOOD = {

@@ -330,7 +330,7 @@ ALIKE = {
     ("callbacks/fastai_files.py", "__call__"): "fastai's own file, by fastai",
     ("display.py", "save_figure"): "writes into the open file that it is given",
     ("sparse/masked.py", "save_model"): "hands it on",
-    ("sparse/ticket_rounds.py", "run"): "hands it on to Ticket.save",
+    ("sparse/tickets/rounds.py", "run"): "hands it on to Ticket.save",
     ("study/engine.py", "run"): "hands it on to Result.save",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fasterai.sparse.ticket_rounds import find_ticket
+from fasterai.sparse.tickets.rounds import find_ticket
 from fasterai.study import tickets
 from fasterai.study.data import load_data
 from fasterai.study.description import SIZES, Size

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fasterai.sparse.ticket import Ticket
-from fasterai.sparse.ticket_rounds import find_ticket
+from fasterai.sparse.tickets.rounds import find_ticket
+from fasterai.sparse.tickets.ticket import Ticket
 from tests.callbacks.test_own_method import FRAMEWORKS, Net
 from tests.ticket_nets import equal, tensors_of
 

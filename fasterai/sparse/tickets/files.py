@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fasterai.core.files import write_tensors
 from fasterai.model.snapshots import sum_of
-from fasterai.sparse.ticket_units import Place, Units
+from fasterai.sparse.tickets.units import Place, Units
 
 __all__ = ["read_ticket", "stamp_of", "write_ticket"]
 

@@ -10,7 +10,7 @@ from torch import nn
 from fasterai.callbacks.plain import attach
 from fasterai.prune.removal import remove
 from fasterai.sparse.sparsifier import Sparsifier
-from fasterai.sparse.ticket import Ticket
+from fasterai.sparse.tickets.ticket import Ticket
 from tests.networks import residual
 from tests.ticket_nets import equal, net, step, tensors_of, train
 

@@ -15,7 +15,7 @@ from fasterai.core.schedules import Iterative, OneShot
 from fasterai.model.cuts import follow
 from fasterai.prune.removal import remove
 from fasterai.sparse.sparsifier import Sparsifier
-from fasterai.sparse.tickets import LotteryTicket
+from fasterai.sparse.tickets.lottery import LotteryTicket
 
 X, Y = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 3
 

@@ -14,9 +14,9 @@ from fasterai.display import SERIES, Shown, Table, as_percent, counted, dress, n
 from fasterai.model.cuts import follow
 from fasterai.model.snapshots import find_differences, put_back_, take_snapshot
 from fasterai.sparse.sparsifier import Sparsifier
-from fasterai.sparse.ticket_files import read_ticket, stamp_of, write_ticket
-from fasterai.sparse.ticket_hold import TicketHold
-from fasterai.sparse.ticket_units import Units, masks_of, read_units
+from fasterai.sparse.tickets.files import read_ticket, stamp_of, write_ticket
+from fasterai.sparse.tickets.hold import TicketHold
+from fasterai.sparse.tickets.units import Units, masks_of, read_units
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

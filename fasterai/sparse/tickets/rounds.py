@@ -22,9 +22,9 @@ from fasterai.core.saved import settings_in_words
 from fasterai.core.schedules import Schedule
 from fasterai.model.snapshots import put_back_, take_snapshot
 from fasterai.sparse.sparsifier import Sparsifier
-from fasterai.sparse.ticket import Ticket
-from fasterai.sparse.ticket_point import RewindPoint
-from fasterai.sparse.ticket_states import Progress, keep_random_state, put_random_state_, read_progress, write_progress
+from fasterai.sparse.tickets.point import RewindPoint
+from fasterai.sparse.tickets.states import Progress, keep_random_state, put_random_state_, read_progress, write_progress
+from fasterai.sparse.tickets.ticket import Ticket
 from fasterai.units.choice import Goal
 
 __all__ = ["find_ticket", "plan_rounds"]

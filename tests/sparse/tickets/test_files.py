@@ -10,8 +10,8 @@ from torch import nn
 
 from fasterai.core.files import write_tensors
 from fasterai.sparse.sparsifier import Sparsifier
-from fasterai.sparse.ticket import Ticket
-from fasterai.sparse.ticket_files import _sum
+from fasterai.sparse.tickets.files import _sum
+from fasterai.sparse.tickets.ticket import Ticket
 from tests.networks import residual
 from tests.ticket_nets import equal, net, tensors_of
 

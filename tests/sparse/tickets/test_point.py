@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fasterai.core.loop import Fit, Loop
-from fasterai.sparse.ticket_point import RewindPoint
+from fasterai.sparse.tickets.point import RewindPoint
 
 
 def run(point, steps, completed=True, **fit):

@@ -11,7 +11,7 @@ from torch import nn
 from fasterai.callbacks.plain import attach
 from fasterai.core.loop import Participant
 from fasterai.sparse.sparsifier import Sparsifier
-from fasterai.sparse.ticket_rounds import find_ticket, plan_rounds
+from fasterai.sparse.tickets.rounds import find_ticket, plan_rounds
 from tests.networks import residual
 from tests.ticket_nets import X, Y, equal, net, step, tensors_of, train
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import fasterai
 from fasterai.sparse.sparsifier import Sparsifier
-from fasterai.sparse.ticket_units import Place, Units, masks_of, read_units
+from fasterai.sparse.tickets.units import Place, Units, masks_of, read_units
 from tests.networks import residual
 
 IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -61,7 +61,7 @@ def test_a_weight_of_two_units_is_kept_if_both_are():
 
 def test_units_in_no_order_are_taken_weight_by_weight(monkeypatch):
     sparsifier = masked("kernel")
-    monkeypatch.setattr("fasterai.sparse.ticket_units._separated", lambda name, numbers: None)
+    monkeypatch.setattr("fasterai.sparse.tickets.units._separated", lambda name, numbers: None)
     shapes = {name: tuple(p.shape) for name, p in sparsifier.model.named_parameters()}
     found = masks_of(read_units(sparsifier._record), shapes)
     assert all(torch.equal(found[name], mask) for name, mask in by_place(sparsifier).items())

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from fasterai.sparse.ticket import Ticket
-from fasterai.sparse.ticket_rounds import find_ticket
-from fasterai.sparse.ticket_states import keep_random_state, put_random_state_
+from fasterai.sparse.tickets.rounds import find_ticket
+from fasterai.sparse.tickets.states import keep_random_state, put_random_state_
+from fasterai.sparse.tickets.ticket import Ticket
 from tests.ticket_nets import equal, net, tensors_of, train
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +79,7 @@ def test_a_killed_search_goes_on_to_equal_bytes(whole, tmp_path):
     script = f"""
         import os, signal, torch
         from fasterai.core.loop import Participant
-        from fasterai.sparse.ticket_rounds import find_ticket
+        from fasterai.sparse.tickets.rounds import find_ticket
         from tests.ticket_nets import net, train
 
         class Killing(Participant):
