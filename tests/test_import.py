@@ -15,7 +15,7 @@ import pytest
 import fasterai
 from tests.beside import waits_for
 
-HEAVY = ("fastai", "lightning", "matplotlib", "onnx", "pandas", "scipy", "sklearn", "torchvision", "transformers")
+HEAVY = ("fastai", "lightning", "matplotlib", "onnx", "optuna", "pandas", "scipy", "sklearn", "torchvision", "transformers")
 
 CRITERIA = [
     "large_final",
