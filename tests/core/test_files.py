@@ -25,6 +25,7 @@ SETUP = """
 import json, os, resource, signal, sys
 from pathlib import Path
 import torch
+torch.set_num_threads(1)  # a fork of a process whose threads compute waits for them without end
 from torch import nn
 from fasterai.cli import output
 from fasterai.core import files
