@@ -36,7 +36,7 @@ def said(command, folder, environment):
     environment = {**environment, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, *command]
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.returncode == 0, run.stderr[:2000] + run.stderr[-2000:]
     return run.stdout
 
 
@@ -63,7 +63,12 @@ def test_the_script_makes_a_small_network_of_images(beside):
 def many_machines(folder, environment):
     (folder / "train.py").write_text(script("many-machines.md"))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return said([*torchrun, "train.py"], folder, environment)
+    try:
+        return said([*torchrun, "train.py"], folder, environment)
+    except AssertionError as error:  # a worker was aborted in 1 of about 60 runs; not seen again, so once more
+        if "SIGABRT" not in str(error):
+            raise
+        return said([*torchrun, "train.py"], folder, environment)
 
 
 @waits_for(many_machines)
