@@ -112,7 +112,7 @@ GRID: list[dict[str, Sequence[Any]]] = [
 ]
 STUDY = Study(
     name="tickets",
-    about="lottery tickets, and what they are held against",
+    about="Lottery tickets, and what they are held against",
     trial=trial,
     grids={"small": GRID, "full": GRID},
     seeds={"full": range(5)},

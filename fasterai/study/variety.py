@@ -107,7 +107,7 @@ GRID: list[dict[str, list[Any]]] = [
 ]
 STUDY = Study(
     name="variety",
-    about="criteria alone and with variety, at 50, 70 and 90 % of the filters",
+    about="Criteria alone and with variety, at 50, 70 and 90 % of the filters",
     trial=trial,
     grids={"small": GRID, "full": GRID},
     seeds={"full": range(5)},
