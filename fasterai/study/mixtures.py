@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasterai.callbacks.plain import attach
 from fasterai.core.participant import Participant
 from fasterai.study.description import Size
+from fasterai.study.workbench import take_steps
 
 __all__ = ["OSCILLATORS", "BlendedLayer", "BlendedMixture", "Samples", "make_frames", "make_rules", "train_samples"]
 
@@ -151,21 +150,14 @@ def train_samples(
     per_epoch = max(1, len(samples.inputs) // size.batch_size)
     steps = size.epochs * per_epoch
     optimizer = torch.optim.Adam(network.parameters(), size.lr)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, size.lr, total_steps=max(2, steps))
     generator = torch.Generator().manual_seed(seed)
-    orders = (torch.randperm(len(samples.inputs), generator=generator) for _ in range(size.epochs))
-    batches = [batch for order in orders for batch in torch.split(order, size.batch_size)[:per_epoch]]
-    network.train()
-    with attach(optimizer, *participants, total_steps=steps, model=network) if participants else nullcontext() as handle:
-        for step, batch in enumerate(batches):
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        orders = (torch.randperm(len(samples.inputs), generator=generator) for _ in range(size.epochs))
+        rows = (batch for order in orders for batch in torch.split(order, size.batch_size)[:per_epoch])
+        for step, batch in enumerate(rows):
             if half_way is not None and step == steps // 2:
                 half_way(optimizer)
-            x, y = samples.inputs[batch], samples.outputs[batch]
-            outputs = network(x)
-            value = loss(outputs, y)
-            if handle is not None:
-                value = handle.loss(value, x, y, outputs)
-            optimizer.zero_grad()
-            torch.autograd.backward(value)
-            optimizer.step()
-            rate.step()
+            yield samples.inputs[batch], samples.outputs[batch]
+
+    take_steps(network, optimizer, batches(), loss, participants, lr=size.lr, steps=steps)

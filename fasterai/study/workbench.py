@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -14,7 +14,7 @@ from fasterai.callbacks.plain import attach
 from fasterai.core.participant import Participant
 from fasterai.study.data import Data
 
-__all__ = ["Residual", "accuracy", "make_mlp", "make_residual", "train"]
+__all__ = ["Residual", "accuracy", "make_mlp", "make_residual", "take_steps", "train"]
 
 
 class Residual(nn.Module):
@@ -76,27 +76,55 @@ def train(
     """
     images, labels = data.train
     per_epoch = max(1, len(images) // batch_size)
-    steps = epochs * per_epoch
-    optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(2, steps))
     generator = torch.Generator().manual_seed(seed)
-    network.train()
-    with attach(optimizer, *participants, total_steps=steps, model=network) if participants else nullcontext() as handle:
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for _ in range(epochs):
             order = torch.split(torch.randperm(len(images), generator=generator), batch_size)[:per_epoch]
             for batch in (rows.to(images.device) for rows in order):
-                x, y = images[batch], labels[batch]
+                x = images[batch]
                 if data.flip:
                     mirrored = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
                     x = torch.where(mirrored.to(x.device), x.flip(3), x)
-                outputs = network(x)
-                loss = F.cross_entropy(outputs, y)
-                if handle is not None:
-                    loss = handle.loss(loss, x, y, outputs)
-                optimizer.zero_grad()
-                torch.autograd.backward(loss)
-                optimizer.step()
-                rate.step()
+                yield x, labels[batch]
+
+    optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    take_steps(network, optimizer, batches(), F.cross_entropy, participants, lr=lr, steps=epochs * per_epoch)
+
+
+def take_steps(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    participants: Sequence[Participant] = (),
+    *,
+    lr: float,
+    steps: int,
+) -> None:
+    """Take a step for each batch, in training mode, under a one-cycle learning rate.
+
+    Args:
+        network: The network, which is changed.
+        optimizer: The optimizer of its parameters.
+        batches: Inputs and what is wanted of them, as many as there are steps; each is asked for before its step.
+        loss: `(outputs, wanted) -> loss`.
+        participants: Those who take part in the training.
+        lr: The highest learning rate.
+        steps: The number of batches.
+    """
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(2, steps))
+    network.train()
+    with attach(optimizer, *participants, total_steps=steps, model=network) if participants else nullcontext() as handle:
+        for x, y in batches:
+            outputs = network(x)
+            value = loss(outputs, y)
+            if handle is not None:
+                value = handle.loss(value, x, y, outputs)
+            optimizer.zero_grad()
+            torch.autograd.backward(value)
+            optimizer.step()
+            rate.step()
 
 
 @torch.no_grad()
