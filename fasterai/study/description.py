@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SIZES", "Run", "Settings", "Size", "Study", "Trial", "key_of"]
 
+#: Columns of runs.csv beside axes and metrics.
+COLUMNS = ("seed", "failure")
 #: Axis -> value; values are text, numbers, booleans or None.
 Settings = Mapping[str, Any]
 Grid = Mapping[str, Sequence[Any]]
@@ -142,8 +144,10 @@ class Study(Brief):
 
 def _check_grid(grid: Grid) -> None:
     for axis, values in grid.items():
-        if axis == "seed" or isinstance(values, str) or not values:
-            raise ValueError(f"grids must give each axis (none called seed) a list of values, got {axis!r}: {values!r}")
+        if axis in COLUMNS or isinstance(values, str) or not values:
+            raise ValueError(
+                f"grids must give each axis (none called {' or '.join(COLUMNS)}) a list of values, got {axis!r}: {values!r}"
+            )
         for value in values:
             if not (value is None or isinstance(value, str | bool | int | float)):
                 raise TypeError(

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fasterai.core.checks import check_count
 from fasterai.study.book import BEAT, SILENCE, Book
 from fasterai.study.catalogue import find_study
-from fasterai.study.description import Run, Size, Study
+from fasterai.study.description import COLUMNS, Run, Settings, Size, Study
 from fasterai.study.result import Result
 from fasterai.study.storage import load_optuna, open_storage
 
@@ -171,7 +171,7 @@ def _take(study: Study, book: Book, one: Run, size: Size, data: Any, beat: float
         return
     try:
         with book.beating(trial, beat):
-            metrics = _checked(study, study.trial(dict(one.settings), one.seed, size, data))
+            metrics = _checked(study, study.trial(dict(one.settings), one.seed, size, data), one.settings)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         book.fail(trial, f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"[-LONGEST:])
@@ -182,11 +182,13 @@ def _take(study: Study, book: Book, one: Run, size: Size, data: Any, beat: float
         book.finish(trial, metrics)
 
 
-def _checked(study: Study, metrics: Any) -> dict[str, float]:
+def _checked(study: Study, metrics: Any, settings: Settings) -> dict[str, float]:
     """Return the metrics as numbers, or refuse them."""
     if not isinstance(metrics, Mapping) or study.y not in metrics:
         raise TypeError(f"trial must return a dict with {study.y!r}, got {metrics!r}")
     found = {str(name): float(value) for name, value in metrics.items()}
+    if taken := sorted(found.keys() & {*settings, *COLUMNS}):
+        raise ValueError(f"trial must return metrics by names that no axis has, nor {' or '.join(COLUMNS)}, got {taken[0]!r}")
     for name, value in found.items():
         if not math.isfinite(value):
             raise ValueError(f"trial must return finite numbers, got {name}={value!r}")

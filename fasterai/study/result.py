@@ -95,16 +95,16 @@ class Result(Shown):
             write_file(folder / "picture.png", lambda file: save_figure(figure, file))  # type: ignore[arg-type]
 
     def csv(self) -> str:
-        """Return one line for each run: settings, seed, metrics, error."""
+        """Return one line for each run: settings, seed, metrics, and why it failed."""
         axes = list(dict.fromkeys(axis for run in self.runs for axis in run.settings))
         metrics = list(dict.fromkeys(name for run in self.runs for name in self.done.get(run.key, {})))
         text = io.StringIO()
         lines = csv.writer(text, lineterminator="\n")
-        lines.writerow([*axes, "seed", *metrics, "error"])
+        lines.writerow([*axes, "seed", *metrics, "failure"])
         for run in self.runs:
             found = self.done.get(run.key, {})
-            error = "" if run.key in self.done else self.failed.get(run.key, (0, ""))[1]
-            lines.writerow([*(run.settings.get(a, "") for a in axes), run.seed, *(found.get(m, "") for m in metrics), error])
+            failure = "" if run.key in self.done else self.failed.get(run.key, (0, ""))[1]
+            lines.writerow([*(run.settings.get(a, "") for a in axes), run.seed, *(found.get(m, "") for m in metrics), failure])
         return text.getvalue()
 
     def _line(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import sys
 
 import pytest
 
@@ -40,14 +40,7 @@ def test_a_bad_argument_is_one_line(arguments, words, capsys, tmp_path, monkeypa
 
 
 def test_without_optuna_the_extra_is_named(capsys, tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name.partition(".")[0] == "optuna":
-            raise ImportError("No module named 'optuna'")
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "optuna", None)  # as if it were not installed
     assert main(["study", "schedules", "-o", str(tmp_path / "out")]) == 2
     assert "studies need optuna: pip install '.[study]' in a checkout" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -71,6 +71,7 @@ def test_the_record_is_plain_and_leaves_out_the_device():
         ({"small": {"a": []}}, ValueError, "a list of values, got 'a': []"),
         ({"small": {"a": "xy"}}, ValueError, "a list of values, got 'a': 'xy'"),
         ({"small": {"seed": [1]}}, ValueError, "none called seed"),
+        ({"small": {"failure": [1]}}, ValueError, "none called seed or failure"),
         ({"small": {"a": [len]}}, TypeError, "got <built-in function len> for 'a'; name it in text"),
     ],
 )

@@ -99,11 +99,22 @@ def test_a_failed_run_is_told_the_others_go_on_and_it_is_tried_once_more_by_each
     assert run_own(study, seeds=[0]).failures == {} and len(calls) == 10
 
 
+TAKEN = "ValueError: trial must return metrics by names that no axis has, nor seed or failure, got "
+
+
 @pytest.mark.parametrize(
     ("returned", "words"),
     [
         (None, "TypeError: trial must return a dict with 'accuracy', got None"),
         ({"loss": 1.0}, "TypeError: trial must return a dict with 'accuracy', got {'loss': 1.0}"),
+        (
+            {"accuracy": 0.5, "b": 1.0},
+            TAKEN + "'b'",
+        ),
+        (
+            {"accuracy": 0.5, "failure": 1.0},
+            TAKEN + "'failure'",
+        ),
         ({"accuracy": float("nan")}, "ValueError: trial must return finite numbers, got accuracy=nan"),
     ],
 )

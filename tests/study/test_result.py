@@ -46,7 +46,7 @@ def test_it_is_one_line_a_text_and_html_with_the_same_cells(result):
 
 def test_the_csv_has_a_line_for_each_run(result):
     lines = list(csv.reader(io.StringIO(result.csv())))
-    assert lines[0] == ["a", "sparsity", "seed", "accuracy", "macs", "error"]
+    assert lines[0] == ["a", "sparsity", "seed", "accuracy", "macs", "failure"]
     assert lines[1] == ["1", "0.5", "0", "0.1", "5.0", ""]
     assert lines[-1] == ["2", "0.9", "1", "", "", 'ValueError: "so", it said']
     assert len(lines) == 1 + len(RUNS)

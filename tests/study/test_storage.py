@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import sys
 
 import pytest
 
@@ -45,14 +45,7 @@ def test_an_unknown_data_base_is_refused():
 
 
 def test_without_optuna_the_extra_is_named(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name.partition(".")[0] == "optuna":
-            raise ImportError("No module named 'optuna'")
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "optuna", None)  # as if it were not installed
     with pytest.raises(ImportError, match=r"studies need optuna: pip install '\.\[study\]' in a checkout of fasterai"):
         load_optuna()
 
