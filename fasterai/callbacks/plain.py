@@ -21,7 +21,8 @@ from fasterai.display import brief, one_line
 
 __all__ = ["Handle", "attach"]
 
-IN_LOSS = ("after_forward", "after_loss")
+IN_LOSS = ("after_forward", "on_first_batch", "after_loss")
+OF_MODEL = ("on_setup", "on_first_batch")
 
 #: The likely reasons for which a loop of one's own ends short, and the repairs.
 COUNTED = (
@@ -224,8 +225,8 @@ def attach(
     loop.counts = "" if per_epoch is None else f"epochs={epochs}, steps_per_epoch={steps_per_epoch} and accumulate={accumulate}"
     if whole is not None:
         loop.setup(whole, inner)
-    elif loop.wants("on_setup"):
-        names = ", ".join(p.name for p in participants if p.hears("on_setup"))
+    elif loop.wants(*OF_MODEL):
+        names = ", ".join(p.name for p in participants if any(p.hears(event) for event in OF_MODEL))
         raise ValueError(f"model must be given for {names}, which has parameters of its own, got None")
     loop.start(Fit(steps, model=whole, optimizer=inner, loss=loss, steps_per_epoch=per_epoch))
     return Handle(inner, loop)

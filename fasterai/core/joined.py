@@ -83,6 +83,14 @@ class Joined:
         other.load_state_dict(state)
         return other
 
+    def extended(self, parameters: Sequence[nn.Parameter], owners: Sequence[str]) -> Joined:
+        """Take further parameters along; those that are there keep their state."""
+        kept = [self._optimizer.state.get(p, {}) for p in self.parameters]
+        self.leave()
+        other = Joined(self._optimizer, [*self.parameters, *parameters], [*self.owners, *owners])
+        self._optimizer.state.update({p: own for p, own in zip(self.parameters, kept, strict=True) if own})
+        return other
+
     def _is_mine(self) -> list[list[bool]]:
         """Tell of each parameter in each group if it is one of these; groups may have been added since."""
         mine = {id(p) for p in self.parameters}

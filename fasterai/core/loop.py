@@ -4,7 +4,7 @@ Callbacks translate the events of their framework into calls of a `Loop`; the lo
 Callbacks know no method and methods know no framework, so the two add up instead of multiplying.
 
     on_setup -> on_fit_start
-        -> ( after_forward -> after_loss -> after_backward -> before_step -> after_step )*
+        -> ( after_forward [-> on_first_batch] -> after_loss -> after_backward -> before_step -> after_step )*
     -> on_fit_end
 
 `after_move` and `after_cut` come in between, whenever masks move or parameters get smaller; `metrics` whenever the loop shows
@@ -63,7 +63,9 @@ class Loop:
         self.total_steps = 0
         self._steps_per_epoch: int | None = None
         self._joined: Joined | None = None
-        self._is_told = False
+        self._joined_later: Mapping[str, Any] | None = None  # a state that is loaded when all parameters are there
+        self._optimizer: Any = None
+        self._is_shown = self._is_told = False
 
     @property
     def running(self) -> bool:
@@ -81,12 +83,25 @@ class Loop:
             TypeError: The optimizer takes no further parameters, or a participant returns something else.
             ValueError: A parameter is there twice.
         """
-        found = [(p, name) for name, one in self._named().items() for p in own_parameters(one, model)]
-        if found:
-            self._joined = Joined(optimizer, [p for p, _ in found], [name for _, name in found])
+        self._optimizer, self._is_shown = optimizer, not self.wants("on_first_batch")
+        self._join("on_setup", model)
+
+    def _join(self, event: str, shown: nn.Module | Batch) -> None:
+        """Let the parameters that participants return at an event join the optimizer, and take their saved state over."""
+        found = [(p, name) for name, one in self._named().items() for p in own_parameters(one, event, shown)]
+        parameters, owners = [p for p, _ in found], [name for _, name in found]
+        if found and self._joined is None:
+            self._joined = Joined(self._optimizer, parameters, owners)
+        elif found and self._joined is not None:
+            self._joined = self._joined.extended(parameters, owners)
+        if self._is_shown and self._joined_later is not None:
+            state, self._joined_later = self._joined_later, None
+            if self._joined is not None:
+                self._joined.load_state_dict(state)
 
     def move(self, optimizer: Any) -> None:
         """Let participants' parameters go over to an optimizer that has taken the other's place in the middle of a run."""
+        self._optimizer = optimizer
         if self._joined is not None:
             self._joined = self._joined.moved(optimizer)
 
@@ -125,9 +140,12 @@ class Loop:
                     )
 
     def after_forward(self, batch: Batch) -> None:
-        """Show a batch with its outputs."""
+        """Show a batch with its outputs; with the first one of a run further parameters join the optimizer."""
         for participant in self.participants:
             tell(participant, "after_forward", batch)
+        if not self._is_shown:
+            self._is_shown = True
+            self._join("on_first_batch", batch)
 
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
         """Return the loss after every participant has had it.
@@ -230,7 +248,7 @@ class Loop:
             _warn_of(self.step, self.total_steps, (lacking or self.shortfall)(), why)
 
     def _leave(self) -> None:
-        joined, self._joined = self._joined, None
+        joined, self._joined, self._joined_later, self._optimizer = self._joined, None, None, None
         if joined is not None:
             joined.leave()
 
@@ -245,7 +263,9 @@ class Loop:
     def state_dict(self) -> dict[str, Any]:
         """Return the step and the run's length, the participants' states by names, and the optimizer's of their parameters."""
         states = {name: participant.state_dict() for name, participant in self._named().items()}
-        joined = {} if self._joined is None else {"joined": self._joined.state_dict()}
+        later = self._joined.state_dict() if self._joined is not None else None
+        own = self._joined_later if self._joined_later is not None else later
+        joined = {} if own is None else {"joined": own}
         per_epoch = {} if self._steps_per_epoch is None else {"steps_per_epoch": self._steps_per_epoch}
         length = {"total_steps": self.planned_steps, **per_epoch}
         return {"step": self.step, **length, "participants": states, **joined}
@@ -271,7 +291,9 @@ class Loop:
         try:
             for participant, own in loads:
                 participant.load_state_dict(own)
-            if self._joined is not None and "joined" in state:
+            if not self._is_shown and self._optimizer is not None:
+                self._joined_later = state.get("joined")
+            elif self._joined is not None and "joined" in state:
                 self._joined.load_state_dict(state["joined"])
         except Exception:
             for participant, own in before:

@@ -15,8 +15,8 @@ __all__ = ["EVENTS", "Participant", "own_parameters", "tell"]
 
 #: The events of a participant, in the order in which a run has them.
 EVENTS = (
-    *("on_setup", "on_fit_start", "after_forward", "after_loss", "after_backward", "before_step", "after_step"),
-    *("after_move", "after_cut", "metrics", "on_fit_end"),
+    *("on_setup", "on_fit_start", "after_forward", "on_first_batch", "after_loss", "after_backward", "before_step"),
+    *("after_step", "after_move", "after_cut", "metrics", "on_fit_end"),
 )
 
 
@@ -48,6 +48,12 @@ class Participant:
 
     def after_forward(self, batch: Batch) -> None:
         """Look at a batch with the model's outputs, before the backward pass."""
+
+    def on_first_batch(self, batch: Batch) -> Iterable[nn.Parameter]:
+        """Return parameters of its own for which the outputs of a batch have to be known; called once in a run, after the first
+        `after_forward`.
+        """
+        return ()
 
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
         """Return the loss to go on with; `loss` is that of the batch, before any scaling for accumulation or precision."""
@@ -101,16 +107,16 @@ def tell(participant: Participant, event: str, *arguments: Any) -> Any:
         raise
 
 
-def own_parameters(participant: Participant, model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that a participant wants to train.
+def own_parameters(participant: Participant, event: str, shown: nn.Module | Batch) -> list[nn.Parameter]:
+    """Return the parameters that a participant wants to train, by its answer to `on_setup` or `on_first_batch`.
 
     Raises:
         TypeError: What it returns is no list of parameters; one parameter alone would be taken for its rows.
     """
-    found = tell(participant, "on_setup", model)
+    found = tell(participant, event, shown)
     own = list(found) if isinstance(found, Iterable) and not isinstance(found, Tensor) else [None]
     if not all(isinstance(p, Tensor) and p.is_leaf for p in own):
-        raise TypeError(f"{participant.name}.on_setup must return a list of parameters, [] for none, got {_kind(found)}")
+        raise TypeError(f"{participant.name}.{event} must return a list of parameters, [] for none, got {_kind(found)}")
     return [p for p in own if p is not None]
 
 

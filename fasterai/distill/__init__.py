@@ -1,0 +1,1 @@
+"""Distillation: small networks that learn from large ones."""
