@@ -50,9 +50,7 @@ class Participant:
         """Look at a batch with the model's outputs, before the backward pass."""
 
     def on_first_batch(self, batch: Batch) -> Iterable[nn.Parameter]:
-        """Return parameters of its own for which the outputs of a batch have to be known; called once in a run, after the first
-        `after_forward`.
-        """
+        """Return parameters of its own that only a batch's outputs tell; called once, after the first `after_forward`."""
         return ()
 
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:

@@ -1,8 +1,8 @@
 """A distillation loss: the two kinds, the tensors that they read, and the parts of them that train.
 
-A loss is a frozen value that is called with the student's and the teacher's tensors. The catalogues are `logits.py`, `features.py`
-and `embeddings.py`. To add a loss: a frozen dataclass there, its name in `__all__`, a row in the test of the catalogue and a line
-in `docs/distillation.md`.
+A loss is a frozen value that is called with the student's and the teacher's tensors. The catalogues are `logits.py`,
+`features.py` and `embeddings.py`. To add a loss: a frozen dataclass there, its name in `__all__`, a row in the test of the
+catalogue and a line in its page, `docs/distillation-losses.md` and so on.
 """
 
 from __future__ import annotations
