@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fasterai.core.granularities import Block as Block
     from fasterai.core.granularities import Keep
     from fasterai.core.schedules import Schedule
+    from fasterai.distill.distiller import Distiller
     from fasterai.model.layouts import register_axes
     from fasterai.prune.pruner import Pruner as Pruner
     from fasterai.sparse.sparsifier import Sparsifier
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Block": "fasterai.core.granularities",
     "Criterion": "fasterai.core.criteria",
+    "Distiller": "fasterai.distill.distiller",
     "Keep": "fasterai.core.granularities",
     "LotteryTicket": "fasterai.sparse.tickets.lottery",
     "Pruner": "fasterai.prune.pruner",
@@ -39,6 +41,7 @@ _HOMES = {
 # Nor is `Pruner`, which is slow to load.
 __all__ = [
     "Criterion",
+    "Distiller",
     "Keep",
     "LotteryTicket",
     "Schedule",

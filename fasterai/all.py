@@ -2,6 +2,8 @@
 
 from fasterai.analyze import all as _analyze
 from fasterai.analyze.all import *
+from fasterai.distill import all as _distill
+from fasterai.distill.all import *
 from fasterai.export import all as _export
 from fasterai.export.all import *
 from fasterai.misc import all as _misc
@@ -13,6 +15,7 @@ from fasterai.sparse.all import *
 
 __all__: list[str] = []
 __all__ += _analyze.__all__
+__all__ += _distill.__all__
 __all__ += _export.__all__
 __all__ += _misc.__all__
 __all__ += _prune.__all__

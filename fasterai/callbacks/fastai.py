@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fasterai.callbacks.distillation import DistillMethod
 from fasterai.callbacks.elsewhere import ASKED_BY, refuse_elsewhere
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
 from fasterai.core.loop import STOPPED, Batch, Fit, Loop
@@ -26,7 +27,7 @@ except ImportError as error:
 
 from fasterai.callbacks.fastai_files import begin_saving, end_saving, find_state, skipped_epochs
 
-__all__ = ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
+__all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 
 NOT_TRAINING = {"lr_finder", "gather_preds"}  # fastai's names of the callbacks of `lr_find` and of predictions
 LIGHTNING_ASKS_FOR = {"state_key", "setup", "on_exception"}  # what a Trainer wants first, at its making and in a fit
@@ -277,6 +278,10 @@ class SparsifyCallback(SparsifyMethod, ParticipantCallback):  # noqa: D101 - the
 
 
 class HoldCallback(HoldMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class KnowledgeDistillationCallback(DistillMethod, ParticipantCallback):  # noqa: D101 - the method's
     pass
 
 

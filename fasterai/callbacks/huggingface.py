@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasterai.callbacks.distillation import DistillMethod
 from fasterai.callbacks.elsewhere import Elsewhere
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
 from fasterai.core.checks import warn
@@ -30,7 +31,7 @@ except ImportError as error:
 
 from fasterai.callbacks.huggingface_trainer import batches_of_step, checkpoint_folder, is_training, returned_loss, unscale
 
-__all__ = ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
+__all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 
 #: What the Trainer adds to the batch itself.
 COUNT = "num_items_in_batch"
@@ -288,6 +289,10 @@ class SparsifyCallback(SparsifyMethod, ParticipantCallback):  # noqa: D101 - the
 
 
 class HoldCallback(HoldMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class KnowledgeDistillationCallback(DistillMethod, ParticipantCallback):  # noqa: D101 - the method's
     pass
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fasterai.callbacks.distillation import DistillMethod
 from fasterai.callbacks.elsewhere import Elsewhere
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
 from fasterai.core.loop import STOPPED, Batch, Fit, Loop
@@ -28,7 +29,7 @@ except ImportError as error:
 
 from fasterai.callbacks.lightning_wraps import CutFirst, StepWraps, stop_waiting
 
-__all__ = ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
+__all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 
 
 class ParticipantCallback(Elsewhere, pl.Callback):
@@ -218,6 +219,10 @@ class SparsifyCallback(SparsifyMethod, ParticipantCallback):  # noqa: D101 - the
 
 
 class HoldCallback(HoldMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class KnowledgeDistillationCallback(DistillMethod, ParticipantCallback):  # noqa: D101 - the method's
     pass
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-__all__ = ["HoldCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
+__all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 
 
 class _Missing:
@@ -32,3 +32,7 @@ class HoldCallback(_Missing):
 
 class ParticipantCallback(_Missing):
     """Stands for `fasterai.callbacks.fastai.ParticipantCallback`."""
+
+
+class KnowledgeDistillationCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.KnowledgeDistillationCallback`."""
