@@ -269,6 +269,9 @@ def check_inner(loss: object) -> None:
     """Check that a loss is one of the logits' rows, which another one can wrap."""
     if not isinstance(loss, LogitLoss):
         raise not_one_of("loss", "a loss of logits", loss)
+    if loss.is_outermost:
+        name = type(loss).__name__
+        raise ValueError(f"loss must be one of single rows, got {loss!r}; put it outside: {name}(Standardised(...)), say")
 
 
 def _right_or_not(logits: Tensor, shares: Tensor) -> Tensor:

@@ -92,9 +92,11 @@ class LogitLoss(Loss):
 
     Attributes:
         least_classes: The number of classes that it takes.
+        is_outermost: Whether it chooses rows itself, and so cannot be inside another one.
     """
 
     least_classes: ClassVar[int] = 2
+    is_outermost: ClassVar[bool] = False
 
     def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the loss, a scalar in float32: the mean over rows, which are samples, tokens or places.
@@ -177,8 +179,7 @@ class FeatureLoss(Loss):
         if len(args) > 3 or any(tensors.get(n) is given[n] is None for n in ("fm_s", "fm_t")):
             raise TypeError(f"{type(self).__name__} must be called with fm_s and fm_t, and settings by keyword")
         named = {**given, **tensors}
-        student, teacher = _features(named["fm_s"]), _features(named["fm_t"])
-        return self(student, teacher, named["target"], self.adapter(student, teacher))
+        return self(_features(named["fm_s"]), _features(named["fm_t"]), named["target"])
 
     def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
         """Make what has to train with the student so that features of these shapes can be compared; None for nothing.
