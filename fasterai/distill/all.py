@@ -2,5 +2,16 @@
 
 from fasterai.callbacks.plain import attach
 from fasterai.distill.distiller import Distiller
+from fasterai.distill.features import MGD, ActivationBoundaries, Attention, Contrastive, FitNet, ReviewKD, Similarity
 
-__all__ = ["Distiller", "attach"]
+__all__ = [
+    "MGD",
+    "ActivationBoundaries",
+    "Attention",
+    "Contrastive",
+    "Distiller",
+    "FitNet",
+    "ReviewKD",
+    "Similarity",
+    "attach",
+]

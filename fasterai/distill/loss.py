@@ -8,7 +8,7 @@ catalogue and a line in its page, `docs/distillation-losses.md` and so on.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar
 
@@ -21,10 +21,13 @@ class Adapter(nn.Module, ABC):
     """A part of a loss that trains with the student, and reads features of its."""
 
     @abstractmethod
-    def keep_(self, index: int, kept: Tensor) -> None:
+    def keep_(self, index: int, kept: Any) -> Mapping[nn.Parameter, Mapping[int, Any]]:
         """Follow the student, whose channels went: those `kept`, in order, of the feature at a place among the pairs, stay.
 
         Parameters stay the same objects and get smaller.
+
+        Returns:
+            What has got smaller: parameter -> dimension -> the indices that stay, by which an optimizer's state is cut.
         """
 
 
