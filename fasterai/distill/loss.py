@@ -30,10 +30,13 @@ class Adapter(nn.Module, ABC):
     """A part of a loss that trains with the student, and reads features of its."""
 
     @abstractmethod
-    def keep_(self, index: int, kept: Tensor) -> None:
+    def keep_(self, index: int, kept: Any) -> Mapping[nn.Parameter, Mapping[int, Any]]:
         """Follow the student, whose channels went: those `kept`, in order, of the feature at a place among the pairs, stay.
 
         Parameters stay the same objects and get smaller.
+
+        Returns:
+            What has got smaller: parameter -> dimension -> the indices that stay, by which an optimizer's state is cut.
         """
 
 
