@@ -118,7 +118,7 @@ class StepWraps:
 class _Watch:
     """Shows the result of the module that is called with the batch, in the outermost call, as the outputs.
 
-    If none gets one of the batch's tensors (they were mixed or moved), the first call counts. Below the outermost call no
+    The batch's inputs are then those of that call: a step may take them out of a dict, or flatten them. If none gets one of the batch's tensors (they were mixed or moved), the first call counts. Below the outermost call no
     hook is there: what is compiled stays compiled.
     """
 
@@ -146,7 +146,7 @@ class _Watch:
         self.__exit__()
         reads = any(id(x) in self._given for x in tree_leaves((args, keywords)))
         if reads or self.batch.outputs is None:
-            self.batch = replace(self.batch, outputs=output)
+            self.batch = replace(self.batch, inputs=tuple(args), keywords=dict(keywords), outputs=output)
         if reads:
             self.shown()
         else:
