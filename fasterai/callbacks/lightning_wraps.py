@@ -118,8 +118,9 @@ class StepWraps:
 class _Watch:
     """Shows the result of the module that is called with the batch, in the outermost call, as the outputs.
 
-    The batch's inputs are then those of that call: a step may take them out of a dict, or flatten them. If none gets one of the batch's tensors (they were mixed or moved), the first call counts. Below the outermost call no
-    hook is there: what is compiled stays compiled.
+    The inputs are then those of that call: a step may take them out of a dict, or flatten them. If none gets one of the
+    batch's tensors (they were mixed or moved), the first call counts. Below the outermost call no hook is there: what is
+    compiled stays compiled.
     """
 
     def __init__(self, module: nn.Module, batch: Batch, show: Callable[[Batch], None]) -> None:

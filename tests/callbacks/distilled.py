@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -150,6 +151,7 @@ def plain(student: Net, given: dict[str, Any], way: Way, folder: Path) -> Distil
 
 
 def accelerate(student: Net, given: dict[str, Any], way: Way, folder: Path) -> Distiller:
+    AcceleratorState._reset_state(reset_partial_state=True)  # the tests' kinds of precision are several
     accelerator = Accelerator(
         cpu=True, mixed_precision="bf16" if way.bf16 else "no", gradient_accumulation_steps=way.accumulate
     )
