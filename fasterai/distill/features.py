@@ -1,7 +1,7 @@
 """The catalogue of losses of features: how far the outputs of a student's layers are from those of a teacher's.
 
-Over 300 lines, since it is a list. To add one: a frozen dataclass here, its name in `__all__`, a row in `tests/distill/test_features.py` and a section in
-`docs/distilled-features.md`.
+Over 300 lines, since it is a list. To add one: a frozen dataclass here, its name in `__all__`, a row in
+`tests/distill/test_features.py` and a section in `docs/distilled-features.md`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from fasterai.core.checks import check_count, check_fraction
 from fasterai.distill.adapters import Fusions, Generators, Heads, Projections, align
 from fasterai.distill.loss import Adapter, FeatureLoss
-from fasterai.distill.shapes import UnlikeShapesError, as_maps, as_one_map, resize
+from fasterai.distill.shapes import UnlikeShapesError, as_maps, as_one_map, attention_of, resize
 
 __all__ = ["MGD", "ActivationBoundaries", "Attention", "Contrastive", "FitNet", "ReviewKD", "Similarity"]
 
@@ -332,11 +332,6 @@ def make_projections(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Pr
     return (
         Projections(student, teacher) if any(s.shape[1] != t.shape[1] for s, t in zip(student, teacher, strict=True)) else None
     )
-
-
-def attention_of(maps: Tensor, p: float = 2.0) -> Tensor:
-    """Return where maps `(B, C, *S)` are large: the mean over channels of `|a|^p`, `(B, 1, *S)`."""
-    return maps.abs().pow(p).mean(1, keepdim=True)
 
 
 def _alike(feature: Tensor) -> Tensor:
