@@ -19,16 +19,9 @@ else:
     from fasterai.callbacks.missing import KnowledgeDistillationCallback, ParticipantCallback  # type: ignore[assignment]
 
 __all__ = [
-    "MGD",
-    "ActivationBoundaries",
-    "Attention",
-    "Contrastive",
     "Distiller",
-    "FitNet",
     "KnowledgeDistillationCallback",
     "ParticipantCallback",
-    "ReviewKD",
-    "Similarity",
     "Tokens",
     "attach",
     "attention_maps",
