@@ -11,11 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasterai.display import HEAT, SMALL, dress, new_figure, styled
-from fasterai.distill.capture import Capture, find_layers
+from fasterai.distill.capture import find_layers
+from fasterai.distill.matching import outputs_of_layers
 from fasterai.distill.shapes import as_one_map, attention_of, grid_of, resize
-from fasterai.model.inputs import as_tuple
-from fasterai.model.names import unwrap
-from fasterai.model.running import at_rest, copies
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,14 +38,8 @@ def attention_maps(model: nn.Module, x: Any, layers: Sequence[str | nn.Module], 
         ValueError: A layer is unknown, did not run, or returns no images.
     """
     found = find_layers("layers", model, layers)
-    capture = Capture(found, graph=False)
-    try:
-        with at_rest(model):
-            unwrap(model)(*copies(as_tuple(x)))
-        outputs = capture.take()
-    finally:
-        capture.remove()
-    return [_image_of(feature, name, p) for feature, name in zip(outputs, layers, strict=True)]
+    last = dict(outputs_of_layers(model, x, found))
+    return [_image_of(last.get(i), name, p) for i, name in enumerate(layers)]
 
 
 def _image_of(feature: Tensor | None, layer: str | nn.Module, p: float) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -12,13 +13,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fasterai.core.checks import unknown
-from fasterai.distill.capture import tensor_of
 from fasterai.distill.shapes import UnlikeShapesError, as_maps, grid_of
 from fasterai.model.inputs import as_tuple
 from fasterai.model.names import plain_name, unwrap
 from fasterai.model.running import at_rest, copies, device_of
 
-__all__ = ["get_model_layers", "get_module_by_name", "match_feature_layers"]
+__all__ = ["get_model_layers", "get_module_by_name", "match_feature_layers", "outputs_of_layers"]
 
 MOST_PAIRS = 4  # of layers that are paired by their depth
 SHARE_OF_BLOCKS = 0.6  # of a network's layers, in blocks of one output shape, from which on depth tells more than size
@@ -73,7 +73,7 @@ def get_module_by_name(module: nn.Module, access_string: str) -> nn.Module:
     Raises:
         ValueError: There is none of that name; the near ones are named.
     """
-    found = {plain_name(name): one for name, one in unwrap(module).named_modules(remove_duplicate=False)}
+    found: dict[str, nn.Module] = {plain_name(n): one for n, one in unwrap(module).named_modules(remove_duplicate=False)}
     if access_string not in found:
         raise unknown("access_string", access_string, [name for name in found if name], "layers of the model")
     return found[access_string]
@@ -117,35 +117,46 @@ def _listed(stages: Sequence[_Output]) -> str:
 
 def _outputs_of(model: nn.Module, sample_input: Any) -> list[_Output]:
     """Run a model, and list the layers that have returned a tensor once, in the order in which they were done."""
-    model = unwrap(model)
+    layers = [(plain_name(name), module) for name, module in unwrap(model).named_modules() if name]
+    seen = outputs_of_layers(model, sample_input, [module for _, module in layers])
+    counts = Counter(place for place, _ in seen)
+    return [
+        _Output(layers[place][0], type(layers[place][1]), tuple(x.shape), _weighted(layers[place][1]))
+        for place, x in seen
+        if counts[place] == 1
+    ]
+
+
+def outputs_of_layers(model: nn.Module, sample_input: Any, layers: Sequence[nn.Module]) -> list[tuple[int, Tensor]]:
+    """Run a model once in eval mode, and list what its layers return, in the order in which they are done; nothing changes.
+
+    Args:
+        model: The network.
+        sample_input: Its inputs: a tensor, a tuple of arguments, or a dict of keywords.
+        layers: The layers that are watched.
+
+    Returns:
+        The place of a layer among those given, and its output or the first tensor of it; nothing of layers without one.
+    """
+    model, seen = unwrap(model), list[tuple[int, Tensor]]()
     keywords = dict(sample_input) if isinstance(sample_input, Mapping) else {}
-    inputs = () if keywords else as_tuple(sample_input)
+    inputs = () if keywords else copies(as_tuple(sample_input))
     device = device_of(model, inputs)
-    inputs, keywords = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (copies(inputs), keywords))
-    seen: list[tuple[str, nn.Module, tuple[int, ...]]] = []
-    with at_rest(model), _watched(model, seen):
-        model(*inputs, **keywords)
-    counts: dict[str, int] = {}
-    for name, _, _ in seen:
-        counts[name] = counts.get(name, 0) + 1
-    return [_Output(name, type(module), shape, _weighted(module)) for name, module, shape in seen if counts[name] == 1]
+    inputs, keywords = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (inputs, keywords))
 
+    def note(place: int, _: nn.Module, __: Any, outputs: Any) -> None:
+        values = list(outputs.values()) if isinstance(outputs, Mapping) else outputs
+        tensors = [x for x in (values if isinstance(values, tuple | list) else [values]) if isinstance(x, Tensor)]
+        seen.extend((place, x) for x in tensors[:1])
 
-@contextmanager
-def _watched(model: nn.Module, seen: list[tuple[str, nn.Module, tuple[int, ...]]]) -> Iterator[None]:
-    def watch(name: str, module: nn.Module) -> Any:
-        def note(_: nn.Module, __: Any, outputs: Any) -> None:
-            with suppress(ValueError):  # of layers that return no tensor
-                seen.append((name, module, tuple(tensor_of(outputs).shape)))
-
-        return module.register_forward_hook(note)
-
-    hooks = [watch(plain_name(name), module) for name, module in model.named_modules() if name]
+    hooks = [layer.register_forward_hook(partial(note, place)) for place, layer in enumerate(layers)]
     try:
-        yield
+        with at_rest(model):
+            model(*inputs, **keywords)
     finally:
         for hook in hooks:
             hook.remove()
+    return seen
 
 
 def _weighted(module: nn.Module) -> int:
