@@ -8,6 +8,8 @@ from fasterai.distill import logits as _logits
 from fasterai.distill.distiller import Distiller
 from fasterai.distill.features import *
 from fasterai.distill.logits import *
+from fasterai.distill.maps import attention_maps, plot_attention_maps
+from fasterai.distill.matching import get_model_layers, get_module_by_name, match_feature_layers
 from fasterai.distill.tokens import Tokens
 
 if importlib.util.find_spec("fastai") is not None:
@@ -16,6 +18,17 @@ if importlib.util.find_spec("fastai") is not None:
 else:
     from fasterai.callbacks.missing import KnowledgeDistillationCallback, ParticipantCallback  # type: ignore[assignment]
 
-__all__ = ["Distiller", "KnowledgeDistillationCallback", "ParticipantCallback", "Tokens", "attach"]
+__all__ = [
+    "Distiller",
+    "KnowledgeDistillationCallback",
+    "ParticipantCallback",
+    "Tokens",
+    "attach",
+    "attention_maps",
+    "get_model_layers",
+    "get_module_by_name",
+    "match_feature_layers",
+    "plot_attention_maps",
+]
 __all__ += _features.__all__
 __all__ += _logits.__all__
