@@ -7,7 +7,6 @@ one: a frozen dataclass on `EmbeddingLoss`, its name in `__all__`, a row in the 
 from __future__ import annotations
 
 import math
-import numbers
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fasterai.core.checks import check_choice
+from fasterai.core.checks import check_choice, check_number
 from fasterai.display import Brief
+from fasterai.distill.adapters import Projections, align
 from fasterai.distill.loss import Adapter, FeatureLoss
-from fasterai.model.cuts import kept_slices
 
 __all__ = ["EmbeddingCosine", "EmbeddingRegression", "Relational", "RelativeTriplet"]
 
@@ -80,67 +79,6 @@ def mean_triplet(far: Tensor, labels: Tensor, margin: float, weights: Tensor | N
     return (share * terms).sum() / torch.where(total > 0, total, 1.0)
 
 
-# --- the part that trains --------------------------------------------------------------------------------------------
-
-
-class Projection(Adapter):
-    """Linear layers for the pairs whose dimensions differ; the others are compared dimension by dimension.
-
-    Args:
-        sizes: The dimensions of the student's and of the teacher's embedding, for each pair.
-    """
-
-    def __init__(self, sizes: Sequence[tuple[int, int]]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Identity() if a == b else linear(a, b) for a, b in sizes)
-        self._chosen: dict[int, list[int]] = {}  # pair -> the teacher's dimensions that the student still has
-
-    def forward(self, index: int, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the embeddings of a pair with as many dimensions."""
-        chosen = self._chosen.get(index)
-        return self.layers[index](student), teacher if chosen is None else teacher[:, chosen]
-
-    def keep_(self, index: int, kept: Tensor) -> Mapping[nn.Parameter, Mapping[int, Tensor]]:
-        """Follow the student: the `kept` dimensions of its embedding stay.
-
-        Where no layer was needed, they go on being compared with those of the teacher that they were compared with before.
-
-        Returns:
-            What has got smaller: parameter -> dimension -> the indices that stay.
-        """
-        layer = self.layers[index]
-        if not isinstance(layer, nn.Linear):
-            before = self._chosen.get(index)
-            self._chosen[index] = [int(i) if before is None else before[int(i)] for i in kept]
-            return {}
-        weight, grad = layer.weight, layer.weight.grad
-        small = kept_slices(weight.data, {1: kept})
-        weight.grad = None
-        weight.data = weight.data.to(torch.float64)[:0]  # autograd forgets the old shape where the type changes
-        weight.data = small
-        weight.grad = None if grad is None else kept_slices(grad, {1: kept})
-        layer.in_features = len(kept)
-        return {weight: {1: kept}}
-
-    def get_extra_state(self) -> dict[int, list[int]]:
-        """Return the dimensions that are left."""
-        return {index: list(chosen) for index, chosen in self._chosen.items()}
-
-    def set_extra_state(self, state: Mapping[int, Sequence[int]]) -> None:
-        """Take over the dimensions that are left; made for a smaller student, these pairs have been given a layer."""
-        self._chosen = {index: list(chosen) for index, chosen in state.items()}
-        for index in self._chosen:
-            self.layers[index] = nn.Identity()
-
-
-def linear(inputs: int, outputs: int) -> nn.Linear:
-    """Make a linear layer that keeps lengths, or is the transpose of one that does; random numbers of the run stay as they are."""
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs, device="cpu")
-    nn.init.zeros_(layer.bias)
-    nn.init.orthogonal_(layer.weight, generator=torch.Generator().manual_seed(0))
-    return layer
-
-
 # --- the losses ------------------------------------------------------------------------------------------------------
 
 
@@ -159,13 +97,8 @@ class EmbeddingLoss(FeatureLoss, Brief):
             for index, pair in enumerate(zip(student, teacher, strict=True)):
                 check_embeddings(*pair)
                 own, other = pair[0].float(), pair[1].float()
-                if adapter is not None:
-                    own, other = adapter(index, own, other)
-                if self.same_size and own.shape != other.shape:
-                    raise ValueError(
-                        f"embeddings must have as many dimensions, got {own.shape[1]} of the student and {other.shape[1]} of "
-                        "the teacher; pass the adapter that loss.adapter(student, teacher) makes"
-                    )
+                if self.same_size:
+                    own, other = align(index, own, other, adapter)
                 total = total + self.of_embeddings(own, other, labels)
         return total
 
@@ -183,7 +116,7 @@ class EmbeddingLoss(FeatureLoss, Brief):
             check_embeddings(own, other)
         if not self.same_size:
             return None
-        return Projection([(own.shape[1], other.shape[1]) for own, other in zip(student, teacher, strict=True)])
+        return Projections(student, teacher)
 
 
 @dataclass(frozen=True, repr=False)
@@ -196,7 +129,8 @@ class EmbeddingRegression(EmbeddingLoss):
 
     Args:
         kind: `mse`, or `smooth_l1`, which grows in a straight line where an entry is off by more than 1.
-        norm: N, of both embeddings: `batch`, mean 0 and variance 1 over the batch in each dimension; `l2`, length sqrt(D); None.
+        norm: N, of both embeddings: `batch`, mean 0 and variance 1 over the batch in each dimension; `l2`, length sqrt(D); or
+            None.
 
     >>> s, t = torch.tensor([[1.0, 0.0], [3.0, 4.0]]), torch.tensor([[2.0, 1.0], [3.0, 6.0]])
     >>> EmbeddingRegression(norm=None)(s, t)  # (1 + 1 + 0 + 4) / 4
@@ -207,6 +141,7 @@ class EmbeddingRegression(EmbeddingLoss):
     norm: str | None = "batch"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("kind", self.kind, KINDS)
         check_norm(self.norm)
 
@@ -234,9 +169,9 @@ class Relational(EmbeddingLoss):
     """Relations between samples: their distances, and the angles that they span (RKD).
 
     Park et al. 2019, Relational Knowledge Distillation, arXiv 1904.05068; as the authors' code has it (`metric/loss.py`). With
-    H the Huber loss, smooth L1, and `m` the mean distance between unlike samples of the batch:
-    `distance * mean_ij H(|s_i - s_j| / m_s, |t_i - t_j| / m_t) + angle * mean_ijk H(cos at s_i of j and k, cos at t_i of j and k)`,
-    over all B**2 and B**3 places. Dimensions may differ. Memory grows with B**3, unless `angle` is 0.
+    H the Huber loss, smooth L1: `distance * mean_ij H(d(s_i, s_j) / m_s, d(t_i, t_j) / m_t)`, where `m` is the mean of the
+    distances d above 0, `+ angle * mean_ijk H(cos(s_j, s_k), cos(t_j, t_k))`, of the ways there from i; over all B**2 and B**3
+    places. Dimensions may differ. Memory grows with B**3, unless `angle` is 0.
 
     Args:
         distance: The factor of the distances, at least 0.
@@ -251,8 +186,9 @@ class Relational(EmbeddingLoss):
     same_size: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_factor("distance", self.distance)
-        check_factor("angle", self.angle)
+        super().__post_init__()
+        check_number("distance", self.distance, at_least=0)
+        check_number("angle", self.angle, at_least=0)
         if not self.distance and not self.angle:
             raise ValueError("distance or angle must be above 0, got 0 for both")
 
@@ -273,8 +209,8 @@ class RelativeTriplet(EmbeddingLoss):
     Inspired by the relative triplet loss of Seddati et al. 2023 (arXiv 2305.18988, of which only the abstract was read): there
     the terms are weighted by the similarity of the anchors, by a formula that we have not seen. Here, over all triplets of the
     batch, `a` and `p` of one class and `n` of another:
-    `sum w_an * max(0, margin + d(a, p) - d(a, n)) / sum w_an`, with `w_an = ((1 - cos(t_a, t_n)) / 2) ** power` of the teacher's
-    embeddings, and d the root of the mean squared difference of the student's, normalized. Memory grows with B**3.
+    `sum w_an * max(0, margin + d(a, p) - d(a, n)) / sum w_an`, with `w_an = ((1 - cos(t_a, t_n)) / 2) ** power` of the
+    teacher's embeddings, and d the root of the mean squared difference of the student's, normalized. Memory grows with B**3.
 
     Args:
         margin: By how much `n` has to be farther from `a` than `p` is, above 0.
@@ -289,19 +225,20 @@ class RelativeTriplet(EmbeddingLoss):
     norm: str | None = "batch"
     power: float = 1.0
     needs_labels: ClassVar[bool] = True
+    is_distance: ClassVar[bool] = False
     same_size: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not check_factor("margin", self.margin):
-            raise ValueError("margin must be above 0, got 0")
+        super().__post_init__()
+        check_number("margin", self.margin, above=0)
         check_norm(self.norm)
-        check_factor("power", self.power)
+        check_number("power", self.power, at_least=0)
 
     def of_embeddings(self, student: Tensor, teacher: Tensor, labels: Any) -> Tensor:
         """Return the weighted mean over all triplets of the batch.
 
         Raises:
-            ValueError: Labels are missing, or are not one number a sample.
+            ValueError: Labels are not one number a sample.
         """
         classes = check_classes(type(self).__name__, labels, len(student)).to(student.device)
         far = distances(NORMS[self.norm](student)) / math.sqrt(student.shape[1])
@@ -341,22 +278,11 @@ def check_embeddings(student: Tensor, teacher: Tensor) -> None:
 def check_norm(norm: object) -> None:
     """Refuse an unknown normalization."""
     if norm is not None:
-        check_choice("norm", norm, [name for name in NORMS if name])
-
-
-def check_factor(name: str, value: object) -> float:
-    """Return a finite number of at least 0, or refuse the value."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number of at least 0, got {value!r} ({type(value).__name__})")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-    return float(value)
+        check_choice("norm", norm, [str(name) for name in NORMS])
 
 
 def check_classes(loss: str, labels: Any, count: int) -> Tensor:
     """Return the classes of samples as numbers `(B,)`, or refuse the labels."""
-    if labels is None:
-        raise ValueError(f"labels must be there for {loss}, which needs the class of each sample, got None")
     if not isinstance(labels, Tensor) or labels.numel() != count or labels.is_floating_point():
         what = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
         raise ValueError(
