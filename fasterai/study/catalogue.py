@@ -15,6 +15,7 @@ STUDIES = (
     "features",
     "granularities",
     "pretraining",
+    "retrieval",
     "routed_experts",
     "schedules",
     "tickets",
