@@ -9,6 +9,7 @@ from typing import Any
 
 import fastai.callback.schedule  # noqa: F401 - gives the Learner its lr_find
 import lightning.pytorch as pl
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from fastai.callback.mixup import MixUp
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.learner import load_learner
 from fastai.metrics import accuracy
+from fastai.tabular.all import Categorify, CategoryBlock, Normalize, TabularDataLoaders, tabular_learner
 from torch import Tensor, nn
 
 import fasterai.callbacks.fastai as for_fastai
@@ -133,13 +135,13 @@ def test_fastai_shows_the_losses_of_the_task_and_that_of_the_distillation(tmp_pa
     stops, saves = EarlyStoppingCallback(patience=5), SaveModelCallback()
     with learn.no_bar(), learn.no_logging():
         learn.fit(2, cbs=[callback, stops, saves])
+        names, (train, valid, right, distilled) = learn.recorder.metric_names, learn.recorder.values[-1]
         validated = learn.validate()[0]
-    names, (train, valid, right, distilled) = learn.recorder.metric_names, learn.recorder.values[-1]
     assert list(names) == ["epoch", "train_loss", "valid_loss", "accuracy", "distill_loss", "time"]
     assert train == pytest.approx(loss_of(student), rel=0.1)  # smoothed over batches
     assert valid == pytest.approx(loss_of(student), rel=1e-5) == validated
     assert stops.best == saves.best == pytest.approx(valid)
-    x, y = list(loader())[-1]
+    x, _ = list(loader())[-1]
     assert distilled == pytest.approx(float((student(x) - teacher().eval()(x)).square().mean()), rel=1e-5)
     assert right == pytest.approx(sum(float((student(x).argmax(1) == y).float().mean()) for x, y in loader()) / 4)
 
@@ -298,14 +300,31 @@ class Unused(Net):
         raise AssertionError("the teacher was asked")
 
 
+def tabular(folder: Any, layers: list[int], **options: Any) -> Any:
+    frame = pd.DataFrame({"a": range(32), "k": ["x", "y"] * 16, "y": [0, 1, 1, 0] * 8})
+    dls = TabularDataLoaders.from_df(
+        frame,
+        folder,
+        procs=[Categorify, Normalize],
+        cat_names=["k"],
+        cont_names=["a"],
+        y_names="y",
+        bs=8,
+        y_block=CategoryBlock(),
+    )
+    return tabular_learner(dls, layers=layers, path=folder, **options)
+
+
 def test_a_learner_can_be_copied_pickled_and_exported_with_the_callback(tmp_path):
-    callback = for_fastai.KnowledgeDistillationCallback(teacher(), [Squares(), Widened()], **FEATURES)
-    learn = learner(Net(), tmp_path, cbs=callback)
+    """Of a network with two inputs, as fastai's for tables."""
+    layers = {"activations_student": ["layers.0.0"], "activations_teacher": ["layers.0.0"]}
+    callback = for_fastai.KnowledgeDistillationCallback(tabular(tmp_path, [12]), [Squares(), Widened()], **layers)
+    learn = tabular(tmp_path, [8], cbs=callback)
     with learn.no_bar(), learn.no_logging():
         learn.fit(1)
         copies = [copy.deepcopy(learn.model), pickle.loads(pickle.dumps(learn.model)), copy.deepcopy(callback.distiller)]
         learn.export(tmp_path / "learner.pkl")
     assert all(torch.equal(a, b) for one in copies[:2] for a, b in zip(one.parameters(), learn.model.parameters(), strict=True))
     loaded = load_learner(tmp_path / "learner.pkl")
-    assert torch.equal(loaded.model.body.weight, learn.model.body.weight)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), learn.model.parameters(), strict=True))
     assert len(copies[2]._adapters) == 2
