@@ -5,6 +5,8 @@ import importlib.util
 from fasterai.callbacks.plain import attach
 from fasterai.distill import features as _features
 from fasterai.distill import logits as _logits
+from fasterai.distill.cached import CachedTeacher, load_cached_teacher
+from fasterai.distill.caching import cache_teacher
 from fasterai.distill.distiller import Distiller
 from fasterai.distill.features import *
 from fasterai.distill.logits import *
@@ -16,6 +18,7 @@ if importlib.util.find_spec("fastai") is not None:
 else:
     from fasterai.callbacks.missing import KnowledgeDistillationCallback, ParticipantCallback  # type: ignore[assignment]
 
-__all__ = ["Distiller", "KnowledgeDistillationCallback", "ParticipantCallback", "Tokens", "attach"]
+__all__ = ["CachedTeacher", "Distiller", "KnowledgeDistillationCallback", "ParticipantCallback", "Tokens", "attach"]
+__all__ += ["cache_teacher", "load_cached_teacher"]
 __all__ += _features.__all__
 __all__ += _logits.__all__

@@ -141,7 +141,7 @@ def _words(rows: Tensor) -> Tensor:
     each = 8 // size
     short = -bits.shape[1] % each
     whole = F.pad(bits, (0, short)) if short else bits.clone() if bits.storage_offset() % each else bits
-    return whole.view(torch.int64)
+    return whole.reshape(-1).view(torch.int64).view(len(rows), whole.shape[1] // each)  # a single row may have any stride
 
 
 def _sums_of(words: Tensor, numbers: Tensor) -> Tensor:
