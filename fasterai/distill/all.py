@@ -5,6 +5,8 @@ import importlib.util
 from fasterai.callbacks.plain import attach
 from fasterai.distill import features as _features
 from fasterai.distill import logits as _logits
+from fasterai.distill.cached import CachedTeacher, load_cached_teacher
+from fasterai.distill.caching import cache_teacher
 from fasterai.distill.distiller import Distiller
 from fasterai.distill.features import *
 from fasterai.distill.logits import *
@@ -19,14 +21,17 @@ else:
     from fasterai.callbacks.missing import KnowledgeDistillationCallback, ParticipantCallback  # type: ignore[assignment]
 
 __all__ = [
+    "CachedTeacher",
     "Distiller",
     "KnowledgeDistillationCallback",
     "ParticipantCallback",
     "Tokens",
     "attach",
     "attention_maps",
+    "cache_teacher",
     "get_model_layers",
     "get_module_by_name",
+    "load_cached_teacher",
     "match_feature_layers",
     "plot_attention_maps",
 ]
