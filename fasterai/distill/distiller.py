@@ -145,6 +145,7 @@ class Distiller(Shown, Participant):
         """Count the step."""
         self._step = round(position * self._total_steps)
         self.teacher.after_step()
+        self.teacher.at_position(position)
 
     def metrics(self) -> dict[str, float]:
         """Return the last distillation loss."""

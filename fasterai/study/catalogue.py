@@ -17,6 +17,7 @@ STUDIES = (
     "pretraining",
     "retrieval",
     "routed_experts",
+    "routes",
     "schedules",
     "tickets",
     "variety",
