@@ -191,8 +191,6 @@ class Distiller(Shown, Participant):
             for i, one in enumerate(self.losses):
                 saved = None if self._saved is None else self._saved[i]
                 made = one.adapter(*self._pairs(one, own, other)) if isinstance(one, FeatureLoss) else None
-                if made is not None and saved is None and any(loss == i for loss, _ in self._following.chosen):
-                    made = None  # channels of the teacher are left out instead, as before
                 if made is not None and saved is not None:
                     load_adapter_(made, saved, type(one).__name__)
                 result.append(made if made is None else made.to(features[0].device).train())
@@ -209,15 +207,15 @@ class Distiller(Shown, Participant):
             parts = [self._loss_of(i, one, own, other, one.labels_of(batch)) for i, one in enumerate(self.losses)]
         value = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
         self._note(value.detach(), other)
-        return torch.lerp(loss, value.to(loss.device, loss.dtype), self._weight)
+        task = loss if batch.loss is None else batch.loss
+        mixed = torch.lerp(task, value.to(task.device, task.dtype), self._weight)
+        return mixed if loss is task else mixed + (loss - task)  # what others have added stays whole, in either order
 
     def _loss_of(self, index: int, one: Loss, own: Answers, other: Answers, labels: Any) -> Tensor:
         assert self._adapters is not None
         adapter = self._adapters[index]
         if isinstance(one, FeatureLoss):
-            student, teacher = self._pairs(one, own, other)
-            kept = [self._following.channels_of(index, j, x) for j, x in enumerate(teacher)]
-            return one(student, kept, labels, adapter)
+            return one(*self._pairs(one, own, other), labels, adapter)
         assert isinstance(one, LogitLoss)
         assert own.logits is not None
         assert other.logits is not None
@@ -319,28 +317,24 @@ class Distiller(Shown, Participant):
         news = self._following.news(self._student, own.features)
         self._following = self._following.seen(self._student, own.features)
         for index, (dim, kept) in news.items():
-            for i, one in enumerate(self.losses):
-                if isinstance(one, FeatureLoss):
-                    self._follow_one(i, one, self._pairs(one, own, other), (index, dim), kept)
+            for one, adapter in zip(self.losses, self._adapters or (), strict=True):
+                if not isinstance(one, FeatureLoss) or adapter is None or not self.layers[0]:
+                    continue
+                if kept is None:
+                    self._renew(one, adapter, self._pairs(one, own, other), index, dim)
+                else:
+                    cut_adapter_(adapter, index, kept, self._optimizer)
 
-    def _follow_one(self, i: int, one: FeatureLoss, pairs: Any, place: tuple[int, int], kept: Any) -> None:
-        assert self._adapters is not None
-        index, dim = place
-        adapter = self._adapters[i]
-        made = one.adapter(*pairs) if adapter is None or kept is None else None
-        if kept is None and made is not None:
-            what = f"the outputs of {name_of(self.layers[0][index])!r}, which have {pairs[0][index].shape[dim]} channels now"
-            if adapter is None:
-                raise ValueError(
-                    f"activations_student must be layers of which it can be told what channels a removal has left, got {what}; "
-                    "name the last layer inside of it that has weights"
-                )
-            warn(f"the adapter of {type(one).__name__} begins afresh: it cannot be told which channels are left of {what}")
-            renew_adapter_(adapter, made.to(pairs[0][index].device).train(), self._optimizer)
-        elif adapter is not None and kept is not None:
-            cut_adapter_(adapter, index, kept, self._optimizer)
-        elif made is not None:
-            self._following = self._following.leaving_out((i, index), kept)
+    def _renew(self, one: FeatureLoss, adapter: Adapter, pairs: Any, index: int, dim: int) -> None:
+        """Let an adapter begin afresh, with a warning, where it cannot be told which channels are left."""
+        feature = pairs[0][index]
+        warn(
+            f"the adapter of {type(one).__name__} begins afresh: it cannot be told which channels a removal has left of the "
+            f"outputs of {name_of(self.layers[0][index])}, which have {feature.shape[dim]} now"
+        )
+        made = one.adapter(*pairs)
+        assert made is not None
+        renew_adapter_(adapter, made.to(feature.device).train(), self._optimizer)
 
     # --- saving and going on -----------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The catalogue of losses of features: how far the outputs of a student's layers are from those of a teacher's.
 
-Over 300 lines, since it is a list. To add one: a frozen dataclass here, its name in `__all__`, a row in `tests/distill/test_features.py` and a section in
-`docs/distilled-features.md`.
+Over 300 lines, since it is a list. To add one: a frozen dataclass here, its name in `__all__`, a row in
+`tests/distill/test_features.py` and a section in `docs/distilled-features.md`.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from numbers import Real
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasterai.core.checks import check_count, check_fraction
+from fasterai.core.checks import check_count, check_fraction, check_number
 from fasterai.distill.adapters import Fusions, Generators, Heads, Projections, align
 from fasterai.distill.loss import Adapter, FeatureLoss
-from fasterai.distill.shapes import UnlikeShapesError, as_maps, as_one_map, resize
+from fasterai.distill.shapes import UnlikeShapesError, as_maps, as_one_map, attention_of, resize
 
 __all__ = ["MGD", "ActivationBoundaries", "Attention", "Contrastive", "FitNet", "ReviewKD", "Similarity"]
 
@@ -69,8 +69,8 @@ class FitNet(MapLoss):
         return F.mse_loss(*align(index, student, teacher, adapter))
 
     def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
-        """Make projections for the pairs whose channels differ; None if there are none."""
-        return make_projections(*self.maps(student, teacher))
+        """Make projections for the pairs whose channels differ; an adapter without any follows channels that go."""
+        return Projections(*self.maps(student, teacher))
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ class Attention(MapLoss):
 
     def __post_init__(self) -> None:
         """Check the power."""
-        check_at_least("p", self.p, 1.0)
+        super().__post_init__()
+        check_number("p", self.p, at_least=1)
 
     def of_maps(self, index: int, student: Tensor, teacher: Tensor, adapter: Adapter | None) -> Tensor:
         """Return the mean squared difference of the attention maps."""
@@ -110,13 +111,23 @@ class Similarity(FeatureLoss):
     both are equal.
 
     Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation", 2019, equation 4.
+
+    Args:
+        p: The power by which the length of a row is measured, at least 1; the paper's is 2.
     """
+
+    p: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Check the power."""
+        super().__post_init__()
+        check_number("p", self.p, at_least=1)
 
     def of_pairs(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor | None, adapter: Adapter | None) -> Tensor:
         """Return the sum over pairs."""
         check_pairs(student, teacher)
         pairs = zip(student, teacher, strict=True)
-        return torch.stack([F.mse_loss(_alike(own), _alike(other)) for own, other in pairs]).sum()
+        return torch.stack([F.mse_loss(_alike(own, self.p), _alike(other, self.p)) for own, other in pairs]).sum()
 
 
 @dataclass(frozen=True)
@@ -133,11 +144,14 @@ class ActivationBoundaries(MapLoss):
         m: The margin, at least 0.
     """
 
+    is_distance: ClassVar[bool] = False
+
     m: float = 2.0
 
     def __post_init__(self) -> None:
         """Check the margin."""
-        check_at_least("m", self.m, 0.0)
+        super().__post_init__()
+        check_number("m", self.m, at_least=0)
 
     def of_maps(self, index: int, student: Tensor, teacher: Tensor, adapter: Adapter | None) -> Tensor:
         """Return the mean squared distance."""
@@ -145,8 +159,8 @@ class ActivationBoundaries(MapLoss):
         return (self.m - torch.where(teacher > 0, student, -student)).clamp(min=0).square().mean()
 
     def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
-        """Make projections for the pairs whose channels differ; None if there are none."""
-        return make_projections(*self.maps(student, teacher))
+        """Make projections for the pairs whose channels differ; an adapter without any follows channels that go."""
+        return Projections(*self.maps(student, teacher))
 
 
 @dataclass(frozen=True)
@@ -166,6 +180,8 @@ class Contrastive(FeatureLoss):
         channels_first: Whether three dimensions are a map `(B, C, L)` and no tokens.
     """
 
+    is_distance: ClassVar[bool] = False
+
     dim: int = 128
     temperature: float = 0.07
     _: KW_ONLY
@@ -173,8 +189,9 @@ class Contrastive(FeatureLoss):
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        super().__post_init__()
         check_count("dim", self.dim)
-        check_at_least("temperature", self.temperature, 1e-6)
+        check_number("temperature", self.temperature, above=0)
 
     def of_pairs(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor | None, adapter: Adapter | None) -> Tensor:
         """Return the sum over pairs."""
@@ -218,10 +235,13 @@ class ReviewKD(MapLoss):
         middle: The number of channels in which maps are fused; None for as many as the last one has, 512 at most.
     """
 
+    is_distance: ClassVar[bool] = False
+
     middle: int | None = None
 
     def __post_init__(self) -> None:
         """Check the number of channels."""
+        super().__post_init__()
         if self.middle is not None:
             check_count("middle", self.middle)
 
@@ -277,10 +297,13 @@ class MGD(MapLoss):
         ratio: The probability that a channel is hidden, in [0, 1].
     """
 
+    is_distance: ClassVar[bool] = False
+
     ratio: float = 0.15
 
     def __post_init__(self) -> None:
         """Check the ratio."""
+        super().__post_init__()
         check_fraction("ratio", self.ratio)
 
     def of_maps(self, index: int, student: Tensor, teacher: Tensor, adapter: Adapter | None) -> Tensor:
@@ -314,34 +337,9 @@ def check_pairs(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
             raise UnlikeShapesError(i, own.shape, other.shape, "features are (B, C, ...), of the same B samples")
 
 
-def check_at_least(name: str, value: object, minimum: float) -> None:
-    """Refuse a setting that is no finite number, or below a minimum.
-
-    Raises:
-        TypeError: It is no number.
-        ValueError: It is below the minimum, or not finite.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number of at least {minimum:g}, got {value!r} ({type(value).__name__})")
-    if not minimum <= float(value) < float("inf"):
-        raise ValueError(f"{name} must be a number of at least {minimum:g}, got {value!r}")
-
-
-def make_projections(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Projections | None:
-    """Make projections for maps whose channels differ; None if there are none."""
-    return (
-        Projections(student, teacher) if any(s.shape[1] != t.shape[1] for s, t in zip(student, teacher, strict=True)) else None
-    )
-
-
-def attention_of(maps: Tensor, p: float = 2.0) -> Tensor:
-    """Return where maps `(B, C, *S)` are large: the mean over channels of `|a|^p`, `(B, 1, *S)`."""
-    return maps.abs().pow(p).mean(1, keepdim=True)
-
-
-def _alike(feature: Tensor) -> Tensor:
+def _alike(feature: Tensor, p: float) -> Tensor:
     rows = feature.flatten(1).float()
-    return F.normalize(rows @ rows.T)
+    return F.normalize(rows @ rows.T, p)
 
 
 def _of_one_class(labels: Tensor | None, like: Tensor) -> Tensor | None:

@@ -36,14 +36,11 @@ class Following:
         features: The shapes of the features at the last batch that was looked at.
         parameters: The shapes of the student's parameters then.
         cuts: The cuts since then.
-        chosen: (place of the loss, place of the feature) -> the teacher's channels that are still compared, where a loss has no
-            adapter.
     """
 
     features: tuple[tuple[int, ...], ...] = ()
     parameters: Shapes = field(default_factory=dict)
     cuts: tuple[Cut, ...] = ()
-    chosen: Mapping[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def seen(self, student: nn.Module, features: Sequence[Tensor]) -> Following:
         """Note features and parameters as they are now."""
@@ -63,19 +60,6 @@ class Following:
                 found[index] = dim, find_kept(x, dim, before[dim], student, self.parameters, self.cuts)
         return found
 
-    def leaving_out(self, place: tuple[int, int], kept: Any) -> Following:
-        """Compare the teacher's kept channels alone, for a loss without an adapter."""
-        before = self.chosen.get(place)
-        now = torch.as_tensor(kept) if before is None else before[torch.as_tensor(kept)]
-        return replace(self, chosen={**self.chosen, place: now})
-
-    def channels_of(self, loss: int, index: int, feature: Tensor) -> Tensor:
-        """Return the channels of a teacher's feature that a loss compares."""
-        kept = self.chosen.get((loss, index))
-        if kept is None:
-            return feature
-        return feature.index_select(feature.dim() - 1 if feature.dim() == 3 else 1, kept.to(feature.device))
-
     def state_dict(self) -> dict[str, Any]:
         """Return it as tensors, numbers and text."""
         cuts = [[{"name": n, "dim": d, "kept": torch.as_tensor(kept)} for (n, d), kept in cut.items()] for cut in self.cuts]
@@ -83,7 +67,6 @@ class Following:
             "features": [list(shape) for shape in self.features],
             "parameters": {name: list(shape) for name, shape in self.parameters.items()} if cuts else {},
             "cuts": cuts,
-            "chosen": [{"loss": i, "feature": j, "kept": kept.clone()} for (i, j), kept in self.chosen.items()],
         }
 
     @staticmethod
@@ -93,7 +76,6 @@ class Following:
             tuple(tuple(shape) for shape in state["features"]),
             {name: tuple(shape) for name, shape in state["parameters"].items()},
             tuple({(c["name"], c["dim"]): c["kept"].cpu().numpy() for c in cut} for cut in state["cuts"]),
-            {(one["loss"], one["feature"]): one["kept"] for one in state["chosen"]},
         )
 
 
@@ -103,11 +85,8 @@ def check_following(what: str, value: Any) -> None:
     def cut(what: str, value: Any) -> None:
         check_parts(value, "Distiller", {"name": text, "dim": whole, "kept": tensor})
 
-    def chosen(what: str, value: Any) -> None:
-        check_parts(value, "Distiller", {"loss": whole, "feature": whole, "kept": tensor})
-
     parts = {"features": list_of(counts), "parameters": mapping_of(counts), "cuts": list_of(list_of(cut))}
-    check_parts(value, "Distiller", {**parts, "chosen": list_of(chosen)})
+    check_parts(value, "Distiller", parts)
 
 
 def channel_dim(before: Sequence[int], after: Sequence[int]) -> int | None:
