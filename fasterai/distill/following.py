@@ -46,6 +46,16 @@ class Following:
         """Note features and parameters as they are now."""
         return replace(self.at_present(student), features=tuple(tuple(x.shape) for x in features), cuts=())
 
+    def check_fit(self, features: Sequence[Tensor]) -> None:
+        """Refuse features that have other channels than those that were seen, without a cut that says why.
+
+        Raises:
+            ValueError: They have, or there are not as many.
+        """
+        now, before = (tuple(s[_usual(s)] for s in shapes) for shapes in ([x.shape for x in features], self.features))
+        if self.features and not self.cuts and now != before:
+            raise ValueError(f"state must be of adapters for features of {now} channels, got one for {before}")
+
     def at_present(self, student: nn.Module) -> Following:
         """Note parameters as they are now."""
         shapes = {plain_name(name): tuple(p.shape) for name, p in unwrap(student).named_parameters()}
@@ -97,8 +107,13 @@ def channel_dim(before: Sequence[int], after: Sequence[int]) -> int | None:
     if len(before) != len(after):
         return None
     smaller = [d for d in range(1, len(before)) if after[d] < before[d]]
-    usual = len(before) - 1 if len(before) == 3 else 1
+    usual = _usual(before)
     return usual if usual in smaller else smaller[0] if len(smaller) == 1 else None
+
+
+def _usual(shape: Sequence[int]) -> int:
+    """Return the dimension of channels: the last of three, else the second."""
+    return len(shape) - 1 if len(shape) == 3 else min(1, len(shape) - 1)
 
 
 def joined_cuts(cuts: Sequence[Cut]) -> dict[tuple[str, int], Any]:
