@@ -170,7 +170,7 @@ class Distiller(Shown, Participant):
             begin_alike_(modules, self._group)
         self._adapters, self._saved, self._is_loaded = adapters, None, False
         if not self._following.cuts:
-            self._following = self._following.seen(self._student, own.features)
+            self._following = self._following.seen(self._student, own.features, other.features)
         return [p for one in modules for p in one.parameters()]
 
     def _check_batch(self, batch: Batch, other: Answers) -> None:
@@ -328,13 +328,17 @@ class Distiller(Shown, Participant):
     def _follow(self, own: Answers, other: Answers) -> None:
         """Let the adapters follow the student's features, before any of them is compared."""
         assert self._student is not None
-        news = self._following.news(self._student, own.features)
-        self._following = self._following.seen(self._student, own.features)
+        before = self._following
+        news = before.news(self._student, own.features)
+        self._following = before.seen(self._student, own.features, other.features)
         for index, (dim, kept) in news.items():
+            along = before.went_along(index, other.features[index])
+            if along and before.was_alike(index):
+                continue  # the same channels have gone on both sides
             for one, adapter in zip(self.losses, self._adapters or (), strict=True):
                 if not isinstance(one, FeatureLoss) or adapter is None or not self.layers[0]:
                     continue
-                if kept is None:
+                if kept is None or along:
                     self._renew(one, adapter, self._pairs(one, own, other), index, dim)
                 else:
                     cut_adapter_(adapter, index, kept, self._optimizer)

@@ -34,17 +34,29 @@ class Following:
 
     Attributes:
         features: The shapes of the features at the last batch that was looked at.
+        others: The shapes of the teacher's, which may be an average of the student.
         parameters: The shapes of the student's parameters then.
         cuts: The cuts since then.
     """
 
     features: tuple[tuple[int, ...], ...] = ()
+    others: tuple[tuple[int, ...], ...] = ()
     parameters: Shapes = field(default_factory=dict)
     cuts: tuple[Cut, ...] = ()
 
-    def seen(self, student: nn.Module, features: Sequence[Tensor]) -> Following:
+    def seen(self, student: nn.Module, features: Sequence[Tensor], others: Sequence[Tensor]) -> Following:
         """Note features and parameters as they are now."""
-        return replace(self.at_present(student), features=tuple(tuple(x.shape) for x in features), cuts=())
+        own, theirs = (tuple(tuple(x.shape) for x in found) for found in (features, others))
+        return replace(self.at_present(student), features=own, others=theirs, cuts=())
+
+    def went_along(self, index: int, other: Tensor) -> bool:
+        """Tell if the teacher's feature of a pair has got narrower too, as that of an average of the student does."""
+        return index < len(self.others) and channel_dim(self.others[index], other.shape) is not None
+
+    def was_alike(self, index: int) -> bool:
+        """Tell if both features of a pair had as many channels."""
+        own, other = self.features[index], self.others[index]
+        return own[_usual(own)] == other[_usual(other)]
 
     def check_fit(self, features: Sequence[Tensor]) -> None:
         """Refuse features that have other channels than those that were seen, without a cut that says why.
@@ -75,6 +87,7 @@ class Following:
         cuts = [[{"name": n, "dim": d, "kept": torch.as_tensor(kept)} for (n, d), kept in cut.items()] for cut in self.cuts]
         return {
             "features": [list(shape) for shape in self.features],
+            "others": [list(shape) for shape in self.others],
             "parameters": {name: list(shape) for name, shape in self.parameters.items()} if cuts else {},
             "cuts": cuts,
         }
@@ -84,6 +97,7 @@ class Following:
         """Return what `state_dict` was made of."""
         return Following(
             tuple(tuple(shape) for shape in state["features"]),
+            tuple(tuple(shape) for shape in state["others"]),
             {name: tuple(shape) for name, shape in state["parameters"].items()},
             tuple({(c["name"], c["dim"]): c["kept"].cpu().numpy() for c in cut} for cut in state["cuts"]),
         )
@@ -95,7 +109,12 @@ def check_following(what: str, value: Any) -> None:
     def cut(what: str, value: Any) -> None:
         check_parts(value, "Distiller", {"name": text, "dim": whole, "kept": tensor})
 
-    parts = {"features": list_of(counts), "parameters": mapping_of(counts), "cuts": list_of(list_of(cut))}
+    parts = {
+        "features": list_of(counts),
+        "others": list_of(counts),
+        "parameters": mapping_of(counts),
+        "cuts": list_of(list_of(cut)),
+    }
     check_parts(value, "Distiller", parts)
 
 
@@ -203,7 +222,13 @@ def cut_adapter_(adapter: Adapter, index: int, kept: Any, optimizer: Any) -> Non
     """Let an adapter follow a feature whose channels went, and the optimizer's state of its parameters with it."""
     shapes = {p: (f"an adapter's {name}", tuple(p.shape)) for name, p in adapter.named_parameters()}
     states = [(state, strange_keys(state)) for state in states_of(optimizer)]
-    for p, dims in adapter.keep_(index, kept).items():
+    changed = adapter.keep_(index, kept) or {  # an adapter that does not say what has got smaller: what its shapes show
+        p: {d: kept for d, (n, m) in enumerate(zip(shape, p.shape, strict=True)) if n != m} for p, (_, shape) in shapes.items()
+    }
+    for p, dims in changed.items():
+        if not dims:
+            continue
+        _put(p, p.data)
         for state, strange in states:
             if state.get(p):
                 state[p] = cut_entry(dict(state[p]), *shapes[p], dims, strange)
