@@ -89,7 +89,7 @@ class Distiller(Shown, Participant):
         self._seen: tuple[Answers, Answers] | None = None
         self._group: distributed.ProcessGroup | None = None
         self._release: Callable[[], object] | None = None
-        self._optimizer: Any = None
+        self._optimizers: list[weakref.ref[Any]] = []  # weak: a run ends at the latest with its optimizer
         self._student: nn.Module | None = None
         self._step, self._total_steps = 0, 1
         self._sum: Tensor | None = None  # of the losses since the last figure, on the device
@@ -110,8 +110,8 @@ class Distiller(Shown, Participant):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a file has: all but the run."""
-        gone = dict.fromkeys(("_adapters", "_capture", "_seen", "_group", "_release", "_optimizer", "_student"))
-        return {**vars(self), **gone, "_saved": self._adapter_states()}
+        gone = dict.fromkeys(("_adapters", "_capture", "_seen", "_group", "_release", "_student"))
+        return {**vars(self), **gone, "_optimizers": [], "_saved": self._adapter_states()}
 
     def hears(self, event: str) -> bool:
         """Tell if it takes part in an event; in gradients only where several processes train copies of a student."""
@@ -132,7 +132,8 @@ class Distiller(Shown, Participant):
         self.teacher.begin(fit.model, self.layers[1])
         self._capture = Capture(SIDES[0], fit.model, found, graph=True)
         self._release = _release_with(fit.optimizer, self._capture, self.teacher)
-        self._student, self._optimizer, self._group = fit.model, fit.optimizer, processes_of(fit.model)
+        self._student, self._group = fit.model, processes_of(fit.model)
+        self._optimizers = [weakref.ref(one) for one in fit.optimizers]
         self._step, self._total_steps = 0, fit.total_steps
         self._sum = self._doubt = None
         self._count, self._figure = 0, float("nan")
@@ -314,7 +315,8 @@ class Distiller(Shown, Participant):
         release, self._release = self._release, None
         if release is not None:
             release()
-        self._capture = self._seen = self._group = self._optimizer = self._student = None
+        self._capture = self._seen = self._group = self._student = None
+        self._optimizers = []
 
     # --- a student whose channels go -----------------------------------------------------------------------------------
 
@@ -341,7 +343,7 @@ class Distiller(Shown, Participant):
                 if kept is None or along:
                     self._renew(one, adapter, self._pairs(one, own, other), index, dim)
                 else:
-                    cut_adapter_(adapter, index, kept, self._optimizer)
+                    cut_adapter_(adapter, index, kept, [one() for one in self._optimizers])
 
     def _renew(self, one: FeatureLoss, adapter: Adapter, pairs: Any, index: int, dim: int) -> None:
         """Let an adapter begin afresh, with a warning, where it cannot be told which channels are left."""
@@ -352,7 +354,7 @@ class Distiller(Shown, Participant):
         )
         made = one.adapter(*pairs)
         assert made is not None
-        renew_adapter_(adapter, made.to(feature.device).train(), self._optimizer)
+        renew_adapter_(adapter, made.to(feature.device).train(), [one() for one in self._optimizers])
 
     # --- saving and going on -----------------------------------------------------------------------------------------
 

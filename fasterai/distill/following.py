@@ -109,12 +109,7 @@ def check_following(what: str, value: Any) -> None:
     def cut(what: str, value: Any) -> None:
         check_parts(value, "Distiller", {"name": text, "dim": whole, "kept": tensor})
 
-    parts = {
-        "features": list_of(counts),
-        "others": list_of(counts),
-        "parameters": mapping_of(counts),
-        "cuts": list_of(list_of(cut)),
-    }
+    shapes = {"features": list_of(counts), "others": list_of(counts), "parameters": mapping_of(counts)}
     check_parts(value, "Distiller", {**shapes, "cuts": list_of(list_of(cut))})
 
 
