@@ -188,26 +188,34 @@ class Distiller(Shown, Participant):
         """Make the adapters, with the saved values where there are some; the loop's random numbers stay what they are."""
         features = [*own.features, *([own.logits] if own.logits is not None else [])]
         devices = {x.device.index or 0 for x in features if x.device.type == "cuda"}
-        result: list[Adapter | None] = []
         with torch.random.fork_rng(devices=sorted(devices)):
-            for i, one in enumerate(self.losses):
-                saved = None if self._saved is None else self._saved[i]
-                made = one.adapter(*self._pairs(one, own, other)) if isinstance(one, FeatureLoss) else None
-                if made is not None and saved is not None and not self._takes_over(made, saved, one, own):
-                    made = one.adapter(*self._pairs(one, own, other))  # type: ignore[attr-defined, arg-type]
-                result.append(made if made is None else made.to(features[0].device).train())
-        return result
+            try:
+                made = self._restored(own, other)
+            except ValueError:
+                if self._is_loaded:
+                    raise
+                made = None  # those of an earlier run with another student
+            if made is None:
+                self._following = replace(self._following, first=())
+                made = [self._adapter_of(one, own, other) for one in self.losses]
+        return [one if one is None else one.to(features[0].device).train() for one in made]
 
-    def _takes_over(self, adapter: Adapter, saved: dict[str, Tensor], one: Loss, own: Answers) -> bool:
-        """Give an adapter saved values, if they fit; those of an earlier run with another student do not."""
-        try:
-            self._following.check_fit(own.features)
-            load_adapter_(adapter, saved, type(one).__name__)
-        except ValueError:
-            if self._is_loaded:
-                raise
-            return False
-        return True
+    def _restored(self, own: Answers, other: Answers) -> list[Adapter | None] | None:
+        """Make the adapters as they were made at first, with the saved values, which may be of fewer channels."""
+        if self._saved is None:
+            return None
+        self._following.check_fit(own.features)
+        first = [
+            replace(x, features=like) for x, like in zip((own, other), self._following.like_first(own, other), strict=True)
+        ]
+        made = [self._adapter_of(one, *first) for one in self.losses]
+        for one, adapter, saved in zip(self.losses, made, self._saved, strict=True):
+            if adapter is not None and saved is not None:
+                load_adapter_(adapter, saved, type(one).__name__)
+        return made
+
+    def _adapter_of(self, one: Loss, own: Answers, other: Answers) -> Adapter | None:
+        return one.adapter(*self._pairs(one, own, other)) if isinstance(one, FeatureLoss) else None
 
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
         """Return `(1 - w) * loss + w * distillation`."""

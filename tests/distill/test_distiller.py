@@ -47,7 +47,7 @@ def test_the_loss_is_the_mixture_by_hand(weight):
     torch.testing.assert_close(loss, expected)
     loss.backward()
     run.optimizer.step()
-    assert run.handle.metrics()["distill_loss"] == pytest.approx(float(value), rel=1e-5)
+    assert run.handle.metrics()["distill_loss"] == pytest.approx(float(value.detach()), rel=1e-5)
     run.handle.remove(False)
 
 
@@ -56,7 +56,7 @@ def test_one_layer_of_the_teacher_may_stand_for_two_of_the_student():
     other = teacher()
     both = Distiller(other, Attention(), ["0", "2"], ["2", "2"], weight=1.0)
     first, second = (Distiller(other, Attention(), [name], ["2"], weight=1.0) for name in ("0", "2"))
-    a, b, c = (float(Run(d, net()).loss(0)) for d in (both, first, second))
+    a, b, c = (float(Run(d, net()).loss(0).detach()) for d in (both, first, second))
     assert a == pytest.approx(b + c, rel=1e-5)
 
 
@@ -154,7 +154,7 @@ def test_a_scaler_scales_the_adapters_gradients_with_the_others():
 @pytest.mark.parametrize("compiles", ["student", "teacher"])
 def test_compiled_networks_train_as_plain_ones(compiles):
     losses = []
-    for wrap in (lambda m: m, lambda m: torch.compile(m, backend="aot_eager", fullgraph=True)):
+    for wrap in (lambda m: m, lambda m: torch.compile(m, backend="eager", fullgraph=True)):
         student, other = net(), teacher()
         one = wrap(student if compiles == "student" else other)
         one(X[0])  # compiled before there are hooks
