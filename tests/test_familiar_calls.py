@@ -167,7 +167,7 @@ RUNS = {
         "fit(KnowledgeDistillationCallback(teacher, Similarity, pairs()['student'], pairs()['teacher'], weight=0.9))",
         "fit(KnowledgeDistillationCallback(teacher, ActivationBoundaries, pairs()['student'], pairs()['teacher'], 0.9))",
         "fit(KnowledgeDistillationCallback(teacher, FitNet, ['0', '3'], ['3', '3'], weight=0.9))",
-        "fit(SparsifyCallback(0.5, 'weight', 'local', large_final, cos), MixUp(), KnowledgeDistillationCallback(teacher, Logits))",
+        "fit(MixUp(), SparsifyCallback(0.5, 'row', 'local', large_final, cos), KnowledgeDistillationCallback(teacher, DKD))",
         "fit(KnowledgeDistillationCallback(teacher, SoftTarget), PruneCallback(0.3, one_cycle, 'local', large_final))",
         "get_model_layers(model)",
         "get_model_layers(model, get_layer_repr=True)",
