@@ -20,8 +20,8 @@ class DistillMethod(Method):
     """Lets the model learn from a teacher while it trains: `(1 - w) * task + w * distillation`.
 
     What is validated, and what the framework logs as its loss of training, is the task's alone, except with Hugging Face,
-    whose Trainer logs the loss that it trains on. The last distillation loss of an epoch is a figure of its own,
-    `distill_loss`. A second fit with the same callback goes on with the adapters of the first.
+    whose Trainer logs the loss that it trains on. The mean of the distillation loss over an epoch is a figure of its
+    own, `distill_loss`. A second fit with the same callback goes on with the adapters of the first.
 
     Args:
         teacher: The network that is learned from, a learner or trainer with one as its `model`, or a `Teacher`; or a list of
