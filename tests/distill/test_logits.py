@@ -321,7 +321,7 @@ def test_settings_out_of_range_are_refused(make: Callable[[], Any], kind: type[E
             (2, 5),
             (2, 7),
             None,
-            "teacher must have the student's 5 classes, got 7; give it a head, or a tokenizer",
+            "have the student's 5 classes, got 7; give it a head, or a tokenizer",
         ),
         (SoftTarget(), (2, 3, 50), (2, 3, 64), None, "the student's 50 classes, got 64"),
         (SoftTarget(), (2, 5, 4, 4), (2, 6, 4, 4), None, "the student's 5 classes, got 6"),
