@@ -22,8 +22,7 @@ from fasterai.distill.shapes import UnlikeShapesError, as_maps, as_one_map, atte
 
 __all__ = ["MGD", "ActivationBoundaries", "Attention", "Contrastive", "FitNet", "ReviewKD", "Similarity"]
 
-#: Sizes to which ReviewKD averages maps, and the share of each; the maps themselves have 1.
-PYRAMID = ((4, 0.5), (2, 0.25), (1, 0.125))
+PYRAMID = (4, 2, 1)  # sizes to which ReviewKD averages maps
 MAKE = "pass adapter=loss.adapter(student, teacher)"
 
 
@@ -225,8 +224,8 @@ class ReviewKD(MapLoss):
 
     Pairs are given from the first layer to the last. Going back from the last, attention fuses each map of the student with
     those behind it (ABF), and a convolution of 3 brings it to the teacher's shape. Its distance is the mean squared difference
-    of the maps, and of their averages over grids of 4, 2 and 1 with shares 1/2, 1/4 and 1/8, divided by the sum of the shares
-    (HCL); grids that are not smaller than the map are left out.
+    of the maps, and of their averages over grids of 4, 2 and 1, each with half the share of the one before, divided by the sum
+    of the shares (HCL); grids that are not smaller than the map are left out.
 
     Source: Chen et al., "Distilling Knowledge via Knowledge Review", 2021, section 3, as in the authors' code; other numbers of
     dimensions than two, and norms that read the batch alone, are ours.
@@ -255,10 +254,11 @@ class ReviewKD(MapLoss):
 
     def of_maps(self, index: int, student: Tensor, teacher: Tensor, adapter: Adapter | None) -> Tensor:
         """Return the hierarchical distance (HCL) of two maps of one shape."""
-        found, whole = F.mse_loss(student, teacher), 1.0
-        for size, share in PYRAMID:
-            smaller = [min(size, n) for n in student.shape[2:]]
+        found, share, whole = F.mse_loss(student, teacher), 1.0, 1.0
+        for size in PYRAMID:
             if size < max(student.shape[2:]):
+                smaller = [min(size, n) for n in student.shape[2:]]
+                share /= 2
                 found = found + share * F.mse_loss(resize(student, smaller), resize(teacher, smaller))
                 whole += share
         return found / whole
