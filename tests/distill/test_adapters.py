@@ -56,9 +56,7 @@ def test_channels_that_differ_are_projected(own, other, layer):
 @pytest.mark.parametrize("loss", [FitNet(), ActivationBoundaries()])
 @pytest.mark.parametrize("shape", [(4, 3), (4, 7, 3), (4, 3, 4, 4)])
 def test_where_channels_fit_nothing_trains(loss, shape):
-    adapter = made(loss, *([x] for x in random(shape, shape)))
-    assert list(adapter.parameters()) == []
-    assert adapter.state_dict() == {}
+    assert made(loss, *([x] for x in random(shape, shape))) is None
 
 
 @pytest.mark.parametrize("loss", [Attention(), Similarity()])
@@ -126,20 +124,20 @@ def test_an_adapter_follows_channels_that_were_silent(name):
 @pytest.mark.parametrize("name", READING)
 def test_an_adapter_follows_where_shapes_were_alike(name):
     """As of a student that begins as a copy of its teacher; two cuts, the second one counted from what the first has left."""
-    (teacher,) = random((4, 6, 4, 4), seed=1)
-    student = teacher.clone()
-    adapter = made(READING[name], [student], [teacher])
+    teacher, one, other = random((4, 6, 4, 4), (4, 3, 4, 4), (4, 5, 4, 4), seed=1)
+    student, teachers = [teacher.clone(), one], [teacher, other]
+    adapter = made(READING[name], student, teachers)
     adapter.keep_(0, torch.tensor([0, 1, 2, 5]))
     adapter.keep_(0, torch.tensor([0, 2, 3]))
-    small = student[:, KEPT]
-    found = loss_of(name, adapter, [small], [teacher])
-    if name == "FitNet":
-        assert float(found) == 0.0
-    if name == "ActivationBoundaries":
-        assert torch.equal(found, ActivationBoundaries()(small, teacher[:, KEPT]))
-    resumed = made(READING[name], [small], [teacher])
+    small = [student[0][:, KEPT], one]
+    found = loss_of(name, adapter, small, teachers)
+    if name in ("FitNet", "ActivationBoundaries"):
+        loss = READING[name]
+        second = F.conv2d(one, adapter.layers["1"].weight, adapter.layers["1"].bias)
+        torch.testing.assert_close(found, loss(small[0], teacher[:, KEPT]) + loss(second, other))
+    resumed = made(READING[name], small, teachers)
     resumed.load_state_dict(adapter.state_dict())
-    assert torch.equal(loss_of(name, resumed, [small], [teacher]), found)
+    assert torch.equal(loss_of(name, resumed, small, teachers), found)
     assert [tuple(p.shape) for p in resumed.parameters()] == [tuple(p.shape) for p in adapter.parameters()]
 
 
@@ -186,7 +184,7 @@ def network(channels: int, seed: int) -> nn.Sequential:
     return nn.Sequential(*first, *second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * channels, 3))
 
 
-def train(loss: FeatureLoss, steps: int, state: dict[str, Any] | None = None, stop: int | None = None) -> Any:
+def train(loss: FeatureLoss, steps: int, state: dict[str, Any] | None = None) -> Any:
     """Train a student of its own for some of six steps, and return its state and the losses."""
     teacher, student = network(4, 0), network(3, 1)
     optimizer = torch.optim.Adam(student.parameters(), 0.01)
@@ -198,11 +196,9 @@ def train(loss: FeatureLoss, steps: int, state: dict[str, Any] | None = None, st
             optimizer.load_state_dict(state["optimizer"])
             handle.load_state_dict(state["handle"])
             first = state["step"]
-        for step in range(first, steps):
-            torch.manual_seed(100 + step)
+        torch.set_rng_state(torch.Generator().manual_seed(9).get_state() if state is None else state["random"])
+        for _ in range(first, steps):
             x = X + torch.randn_like(X)
-            if step == first and state is not None:
-                torch.set_rng_state(state["random"])
             outputs = student(x)
             loss_value = handle.loss(F.cross_entropy(outputs, Y), x, Y, outputs)
             optimizer.zero_grad()
@@ -215,12 +211,9 @@ def train(loss: FeatureLoss, steps: int, state: dict[str, Any] | None = None, st
 
 @pytest.mark.parametrize("name", ["Attention", "ActivationBoundaries", "Contrastive", "FitNet", "MGD", "ReviewKD"])
 def test_stopped_and_resumed_is_one_run(name):
-    loss = Attention() if name == "Attention" else READING[name]
+    loss = {"Attention": Attention(), "MGD": MGD(ratio=0.5)}.get(name) or READING[name]
     whole, losses = train(loss, 6)
     half, before = train(loss, 3)
-    torch.manual_seed(100 + 3)
-    torch.randn_like(X)
-    half["random"] = torch.get_rng_state()
     resumed, after = train(loss, 6, state=half)
     assert before + after == losses
     for key, saved in whole["student"].items():

@@ -375,3 +375,11 @@ def test_review_refuses_maps_of_several_dimensions():
 def test_settings_out_of_range_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_shapes_are_checked_before_anything_is_compared(name):
+    """An adapter is asked for with the first batch, before the run changes anything."""
+    student, teacher = random((4, 3, 6, 6), (3, 3, 6, 6))
+    with pytest.raises(UnlikeShapesError, match=r"features of pair 1 must be"):
+        LOSSES[name].adapter([student, student], [student, teacher])
