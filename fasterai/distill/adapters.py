@@ -181,15 +181,13 @@ class Fusions(ReadingAdapter):
         dims = student[0].dim() - 2
         conv, norm = CONVOLUTIONS[dims], NORMS[dims]
 
-        def normed(layer: nn.Module, channels: int) -> nn.Sequential:
+        def normed(layer: Any, channels: int) -> nn.Sequential:
+            nn.init.kaiming_uniform_(layer.weight, a=1)  # as in the authors' code
             return nn.Sequential(layer, norm(channels, track_running_stats=False))
 
         self.inner = nn.ModuleList(normed(conv(s.shape[1], middle, 1, bias=False), middle) for s in student)
         self.weights = nn.ModuleList(nn.Sequential(conv(2 * middle, 2, 1), nn.Sigmoid()) for _ in student[1:])
         self.outer = nn.ModuleList(normed(conv(middle, t.shape[1], 3, padding=1, bias=False), t.shape[1]) for t in teacher)
-        for layer in (*self.inner, *self.outer):
-            assert isinstance(layer, nn.Sequential)
-            nn.init.kaiming_uniform_(layer[0].weight, a=1)  # as in the authors' code
 
     def reader(self, index: int) -> nn.Module:
         """Return the first convolution of a pair."""

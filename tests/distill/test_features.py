@@ -151,7 +151,7 @@ def test_fitnet_projects_channels():
     layer = adapter.layers["0"]
     s, t, w, b = arrays(student, teacher, layer.weight.detach()[:, :, 0, 0], layer.bias.detach())
     expected = np.mean((np.einsum("oc,bchw->bohw", w, s) + b[:, None, None] - t) ** 2)
-    assert float(FitNet()(student, teacher, None, adapter)) == pytest.approx(expected, rel=1e-5)
+    assert FitNet()(student, teacher, None, adapter).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("p", [1, 2, 3.5])
