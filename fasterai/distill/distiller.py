@@ -112,7 +112,9 @@ class Distiller(Shown, Participant):
             parts = [self._loss_of(one, adapter, own, other, one.labels_of(batch)) for one, adapter in self._with_adapters()]
         value = torch.stack(parts).sum()
         self._value = value.detach()
-        return torch.lerp(loss, value.to(loss.dtype), self._weight)
+        task = loss if batch.loss is None else batch.loss
+        mixed = torch.lerp(task, value.to(task.dtype), self._weight)
+        return mixed if loss is task else mixed + (loss - task)  # what others have added stays whole, in either order
 
     def _with_adapters(self) -> list[tuple[Loss, Adapter | None]]:
         return list(zip(self.losses, self._adapters, strict=True))
@@ -143,6 +145,7 @@ class Distiller(Shown, Participant):
         """Count the step."""
         self._step = round(position * self._total_steps)
         self.teacher.after_step()
+        self.teacher.at_position(position)
 
     def metrics(self) -> dict[str, float]:
         """Return the last distillation loss."""

@@ -1,6 +1,7 @@
 """All losses by name, and what a loss may be given as: a value, a class, a `partial`, a name, a function.
 
->>> from fasterai.distill.logits import SoftTarget
+>>> from fasterai.display import Brief
+from fasterai.distill.logits import SoftTarget
 >>> as_loss("SoftTarget"), as_loss(partial(SoftTarget, T=30)) == SoftTarget(T=30)
 (SoftTarget(scale=1.0, T=5.0), True)
 """
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from fasterai.core.checks import not_one_of, unknown
+from fasterai.display import Brief
 from fasterai.distill.logits import DecoupledKD
 from fasterai.distill.loss import Adapter, FeatureLoss, LogitLoss, Loss
 
@@ -75,9 +77,9 @@ def _named(name: str) -> type[Loss]:
 # --- functions ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LogitFunction(LogitLoss):
-    """A function of logits as a loss, called with them as they come.
+@dataclass(frozen=True, repr=False)
+class LogitFunction(Brief, LogitLoss):
+    """A function of logits as a loss, called with them in their own shape, in float32.
 
     Args:
         function: The function, with a scalar as its result.
@@ -95,7 +97,7 @@ class LogitFunction(LogitLoss):
     def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return what the function gives."""
         self._check_labels(labels)
-        return self.scale * self.of_rows(student, teacher.detach(), labels)
+        return self.scale * self.of_rows(student.float(), teacher.detach().float(), labels)
 
     def of_rows(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         """Call the function."""
@@ -107,8 +109,8 @@ class LogitFunction(LogitLoss):
         return _scalar(self.function, self.function(student, teacher, *more))
 
 
-@dataclass(frozen=True)
-class FeatureFunction(FeatureLoss):
+@dataclass(frozen=True, repr=False)
+class FeatureFunction(Brief, FeatureLoss):
     """A function of features as a loss, called with dicts by place: "0" for the first pair.
 
     Args:

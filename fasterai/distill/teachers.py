@@ -47,6 +47,9 @@ class Teacher(ABC):
     def after_step(self) -> None:
         """Go on after a step of the optimizer."""
 
+    def at_position(self, position: float) -> None:
+        """Go on to what is to teach at a position of the run, in (0, 1], the share of it that is done; heard after each step."""
+
     def end(self) -> None:
         """End the run, and leave everything as it was; further calls do nothing."""
 

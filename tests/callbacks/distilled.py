@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from fastai.callback.training import GradientAccumulation, GradientClip
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
@@ -175,7 +175,8 @@ def accelerate(student: Net, given: dict[str, Any], way: Way, folder: Path) -> D
 
 def learner(student: nn.Module, folder: Path, **options: Any) -> Learner:
     options = {"loss_func": CrossEntropyLossFlat(), "opt_func": SGD, "lr": RATE, **options}
-    return Learner(DataLoaders(loader(), loader()), student, path=folder, **options)
+    data = DataLoaders(*(TfmdDL(dataset(), bs=8, shuffle=False, num_workers=0) for _ in range(2)), device="cpu")
+    return Learner(data, student, path=folder, **options)
 
 
 def fastai(student: Net, given: dict[str, Any], way: Way, folder: Path) -> Distiller:
