@@ -12,6 +12,7 @@ from fasterai.distill.distiller import Distiller
 from fasterai.distill.embeddings import *
 from fasterai.distill.features import *
 from fasterai.distill.logits import *
+from fasterai.distill.logits import DecoupledKD
 from fasterai.distill.maps import attention_maps, plot_attention_maps
 from fasterai.distill.matching import get_model_layers, get_module_by_name, match_feature_layers
 from fasterai.distill.recorder import RouteRecorder
@@ -27,6 +28,7 @@ else:
 
 __all__ = [
     "CachedTeacher",
+    "DecoupledKD",
     "Distiller",
     "KnowledgeDistillationCallback",
     "ParticipantCallback",

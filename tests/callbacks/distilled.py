@@ -100,12 +100,12 @@ class Way:
 Run = Callable[[Net, "dict[str, Any]", Way, Path], "list[float]"]
 
 
-def by_hand(student: Net, given: dict[str, Any], way: Way, features: bool) -> tuple[Tensor | None, float]:
-    """Train with the terms written into the loop; return the matrix of the adapter and the last distillation loss."""
+def by_hand(student: Net, given: dict[str, Any], way: Way, features: bool) -> tuple[Tensor | None, list[float]]:
+    """Train with the terms written into the loop; return the matrix of the adapter and the distillation losses."""
     other = teacher().eval()
     matrix = nn.Parameter(torch.full((12, 8), 0.1)) if features else None
     optimizer = torch.optim.SGD([*student.parameters(), *([] if matrix is None else [matrix])], RATE)
-    total, step, value = EPOCHS * BATCHES // way.accumulate, 0, torch.zeros(())
+    total, step, values = EPOCHS * BATCHES // way.accumulate, 0, list[float]()
     for _ in range(EPOCHS):
         for i, (x, y) in enumerate(loader()):
             share = (step + 1) / total if given.get("schedule") == "lin" else 1.0
@@ -119,6 +119,7 @@ def by_hand(student: Net, given: dict[str, Any], way: Way, features: bool) -> tu
             value = (logits.float() - answer.float()).square().mean()
             if matrix is not None:
                 value = value + (hidden.float() @ matrix.T - wanted.float()).square().mean()
+            values.append(float(value))
             w = given["weight"] * share
             (((1 - w) * task + w * value) / way.accumulate).backward()
             if (i + 1) % way.accumulate == 0:
@@ -127,7 +128,7 @@ def by_hand(student: Net, given: dict[str, Any], way: Way, features: bool) -> tu
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1
-    return matrix, float(value)
+    return matrix, values
 
 
 def plain(student: Net, given: dict[str, Any], way: Way, folder: Path) -> Distiller:
