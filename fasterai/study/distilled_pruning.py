@@ -29,9 +29,9 @@ LONGER = 4
 
 
 def trial(settings: Settings, seed: int, size: Size, data: Data) -> dict[str, float]:
-    """Prune a network on the one-cycle schedule, by magnitude in each layer, while it trains; coupled channels are then removed.
+    """Prune a network on the one-cycle schedule, by magnitude in each layer, while it trains; coupled channels are removed then.
 
-    It is the dense network that was trained before or, from scratch, a new one; the teacher is the trained one, and stays dense.
+    It is the dense network that was trained before or, from scratch, a new one; the trained one is the teacher, and stays dense.
     """
     how, granularity, sparsity = settings["training"], settings["granularity"], settings["sparsity"]
     dense = _dense(seed, size, data)
