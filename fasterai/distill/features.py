@@ -22,8 +22,7 @@ from fasterai.distill.shapes import UnlikeShapesError, as_maps, as_one_map, atte
 
 __all__ = ["MGD", "ActivationBoundaries", "Attention", "Contrastive", "FitNet", "ReviewKD", "Similarity"]
 
-#: Sizes to which ReviewKD averages maps, and the share of each; the maps themselves have 1.
-PYRAMID = ((4, 0.5), (2, 0.25), (1, 0.125))
+PYRAMID = (4, 2, 1)  # sizes to which ReviewKD averages maps
 MAKE = "pass adapter=loss.adapter(student, teacher)"
 
 
@@ -33,7 +32,12 @@ class MapLoss(FeatureLoss):
 
     Args:
         channels_first: Whether three dimensions are a map `(B, C, L)`, such as that of a 1-D convolution, and no tokens.
+
+    Attributes:
+        takes_vectors: Whether features without places can be compared.
     """
+
+    takes_vectors: ClassVar[bool] = True
 
     _: KW_ONLY
     channels_first: bool = False
@@ -54,7 +58,15 @@ class MapLoss(FeatureLoss):
             as_maps(own, other, channels_first=self.channels_first, pair=i)
             for i, (own, other) in enumerate(zip(student, teacher, strict=True))
         ]
+        for i, (own, other) in enumerate(found):
+            if own.dim() < 3 and not self.takes_vectors:
+                raise UnlikeShapesError(i, own.shape, other.shape, "name layers whose outputs have places, not vectors")
         return [own for own, _ in found], [other for _, other in found]
+
+    def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
+        """Check that features of these shapes can be compared; None, since nothing trains."""
+        self.maps(student, teacher)
+        return None
 
 
 @dataclass(frozen=True)
@@ -69,8 +81,8 @@ class FitNet(MapLoss):
         return F.mse_loss(*align(index, student, teacher, adapter))
 
     def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
-        """Make projections for the pairs whose channels differ; an adapter without any follows channels that go."""
-        return Projections(*self.maps(student, teacher))
+        """Make projections for the pairs whose channels differ; None if there are none."""
+        return make_projections(*self.maps(student, teacher))
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,8 @@ class Attention(MapLoss):
         p: The power, at least 1.
     """
 
+    takes_vectors: ClassVar[bool] = False
+
     p: float = 2.0
 
     def __post_init__(self) -> None:
@@ -96,8 +110,6 @@ class Attention(MapLoss):
 
     def of_maps(self, index: int, student: Tensor, teacher: Tensor, adapter: Adapter | None) -> Tensor:
         """Return the mean squared difference of the attention maps."""
-        if student.dim() < 3:
-            raise UnlikeShapesError(index, student.shape, teacher.shape, "name layers whose outputs have places, not vectors")
         own = resize(attention_of(student, self.p), teacher.shape[2:])
         return F.mse_loss(F.normalize(own.flatten(1)), F.normalize(attention_of(teacher, self.p).flatten(1)))
 
@@ -129,6 +141,11 @@ class Similarity(FeatureLoss):
         pairs = zip(student, teacher, strict=True)
         return torch.stack([F.mse_loss(_alike(own, self.p), _alike(other, self.p)) for own, other in pairs]).sum()
 
+    def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
+        """Check that features are of the same samples; None, since nothing trains."""
+        check_pairs(student, teacher)
+        return None
+
 
 @dataclass(frozen=True)
 class ActivationBoundaries(MapLoss):
@@ -159,8 +176,8 @@ class ActivationBoundaries(MapLoss):
         return (self.m - torch.where(teacher > 0, student, -student)).clamp(min=0).square().mean()
 
     def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
-        """Make projections for the pairs whose channels differ; an adapter without any follows channels that go."""
-        return Projections(*self.maps(student, teacher))
+        """Make projections for the pairs whose channels differ; None if there are none."""
+        return make_projections(*self.maps(student, teacher))
 
 
 @dataclass(frozen=True)
@@ -225,8 +242,8 @@ class ReviewKD(MapLoss):
 
     Pairs are given from the first layer to the last. Going back from the last, attention fuses each map of the student with
     those behind it (ABF), and a convolution of 3 brings it to the teacher's shape. Its distance is the mean squared difference
-    of the maps, and of their averages over grids of 4, 2 and 1 with shares 1/2, 1/4 and 1/8, divided by the sum of the shares
-    (HCL); grids that are not smaller than the map are left out.
+    of the maps, and of their averages over grids of 4, 2 and 1, each with half the share of the one before, divided by the sum
+    of the shares (HCL); grids that are not smaller than the map are left out.
 
     Source: Chen et al., "Distilling Knowledge via Knowledge Review", 2021, section 3, as in the authors' code; other numbers of
     dimensions than two, and norms that read the batch alone, are ours.
@@ -255,10 +272,11 @@ class ReviewKD(MapLoss):
 
     def of_maps(self, index: int, student: Tensor, teacher: Tensor, adapter: Adapter | None) -> Tensor:
         """Return the hierarchical distance (HCL) of two maps of one shape."""
-        found, whole = F.mse_loss(student, teacher), 1.0
-        for size, share in PYRAMID:
-            smaller = [min(size, n) for n in student.shape[2:]]
+        found, share, whole = F.mse_loss(student, teacher), 1.0, 1.0
+        for size in PYRAMID:
             if size < max(student.shape[2:]):
+                smaller = [min(size, n) for n in student.shape[2:]]
+                share /= 2
                 found = found + share * F.mse_loss(resize(student, smaller), resize(teacher, smaller))
                 whole += share
         return found / whole
@@ -298,6 +316,7 @@ class MGD(MapLoss):
     """
 
     is_distance: ClassVar[bool] = False
+    takes_vectors: ClassVar[bool] = False
 
     ratio: float = 0.15
 
@@ -314,11 +333,7 @@ class MGD(MapLoss):
 
     def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
         """Make the generators of all pairs."""
-        own, other = self.maps(student, teacher)
-        for i, (a, b) in enumerate(zip(own, other, strict=True)):
-            if a.dim() < 3:
-                raise UnlikeShapesError(i, a.shape, b.shape, "name layers whose outputs have places, not vectors")
-        return Generators(own, other)
+        return Generators(*self.maps(student, teacher))
 
 
 def check_pairs(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
@@ -335,6 +350,12 @@ def check_pairs(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
     for i, (own, other) in enumerate(zip(student, teacher, strict=True)):
         if min(own.dim(), other.dim()) < 2 or len(own) != len(other):
             raise UnlikeShapesError(i, own.shape, other.shape, "features are (B, C, ...), of the same B samples")
+
+
+def make_projections(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Projections | None:
+    """Make projections for maps whose channels differ; None if there are none."""
+    made = Projections(student, teacher)
+    return made if made.layers else None
 
 
 def _alike(feature: Tensor, p: float) -> Tensor:
