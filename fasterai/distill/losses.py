@@ -187,3 +187,11 @@ def _scalar(function: Callable[..., Any], value: Any) -> Tensor:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"loss must return a scalar, got {shape} from {function!r}; return its mean")
     return value.reshape(())
+
+
+def __getattr__(name: str) -> Any:
+    """Give the losses under the public fasterai's path: `from fasterai.distill.losses import SoftTarget`."""
+    known = known_losses() if not name.startswith("_") else {}
+    if name in known:
+        return known[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
