@@ -75,7 +75,7 @@ class Tokens(LogitLoss):
 
     @property
     def is_distance(self) -> bool:  # type: ignore[override]
-        """Whether the loss is a distance."""
+        """Tell whether the loss is a distance."""
         return self.loss.is_distance
 
     def labels_of(self, batch: Batch) -> Any:
