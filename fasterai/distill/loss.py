@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from fasterai.core.batch import Batch
@@ -171,7 +173,8 @@ class FeatureLoss(Loss):
         self._check_labels(labels)
         pairs = [student] if isinstance(student, Tensor) else list(student)
         others = [teacher] if isinstance(teacher, Tensor) else list(teacher)
-        return self.scale * self.of_pairs([*pairs], [x.detach() for x in others], labels, adapter)
+        with full_precision(pairs):
+            return self.scale * self.of_pairs([*pairs], [x.detach() for x in others], labels, adapter)
 
     @abstractmethod
     def of_pairs(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor | None, adapter: Adapter | None) -> Tensor:
@@ -191,6 +194,11 @@ class FeatureLoss(Loss):
             ValueError: Shapes cannot be adapted.
         """
         return None
+
+
+def full_precision(tensors: Sequence[Tensor]) -> AbstractContextManager[Any]:
+    """Return a context in which autocast makes nothing of lower precision on the device of tensors."""
+    return torch.autocast(tensors[0].device.type, enabled=False) if tensors else nullcontext()
 
 
 def as_rows(logits: Tensor) -> Tensor:
