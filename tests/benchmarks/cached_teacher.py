@@ -39,9 +39,7 @@ def small(width: int) -> nn.Module:
     """A residual network for images of 32x32, as the studies train it."""
     empty = torch.zeros(0, 3, 32, 32), torch.zeros(0, dtype=torch.long)
     classes = tuple("0123456789")
-    return make_residual(Data(empty, empty, classes, flip=False, name="", fingerprint=""), width).to(
-        memory_format=torch.contiguous_format
-    )
+    return make_residual(Data(empty, empty, classes, flip=False, name="", fingerprint=""), width).to(memory_format=torch.contiguous_format)
 
 
 #: Name -> student, teacher, side of the images, samples in a batch.
@@ -131,11 +129,7 @@ def main() -> None:
             rows += measure(name, blocks, Path(folder), clock)
         print("\n".join(table(["networks", "step", "time", "of the student alone"], rows, left=2)))
         print()
-        print(
-            "\n".join(
-                table(["dtype", "top_k", "5,000 samples of 1,000 classes", "bytes a sample"], sizes(Path(folder)), left=2)
-            )
-        )
+        print("\n".join(table(["dtype", "top_k", "5,000 samples of 1,000 classes", "bytes a sample"], sizes(Path(folder)), left=2)))
 
 
 if __name__ == "__main__":

@@ -38,15 +38,7 @@ def place(network, count=8):
 
 @pytest.mark.parametrize(
     ("count", "k", "wanted"),
-    [
-        (8, 2, [1, 3, 5, 7]),
-        (8, 1, [*range(8)]),
-        (8, 3, [2, 5, 7]),
-        (8, 8, [7]),
-        (8, 20, [7]),
-        (7, 2, [1, 3, 5, 6]),
-        (1, 1, [0]),
-    ],
+    [(8, 2, [1, 3, 5, 7]), (8, 1, [*range(8)]), (8, 3, [2, 5, 7]), (8, 8, [7]), (8, 20, [7]), (7, 2, [1, 3, 5, 6]), (1, 1, [0])],
 )
 def test_every_k_th_anchor_and_the_last_by_hand(count, k, wanted):
     found = route(count).every(k)

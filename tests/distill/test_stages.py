@@ -248,9 +248,7 @@ def test_other_first_weights_are_said(whole, tmp_path):
     assert equal(tensors, whole[0])
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"nothing", {"format": "other"}, {"next": "x"}, {"stages": [3]}, {"random": 1}], ids=str
-)
+@pytest.mark.parametrize("content", [b"", b"nothing", {"format": "other"}, {"next": "x"}, {"stages": [3]}, {"random": 1}], ids=str)
 def test_a_spoiled_file_is_refused(content, tmp_path):
     path = tmp_path / "stages.pt"
     if isinstance(content, bytes):
