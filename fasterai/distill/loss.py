@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar
 
@@ -116,7 +115,8 @@ class LogitLoss(Loss):
             ValueError: Shapes differ, labels are missing, or there are too few classes.
         """
         rows, others, wanted = self.rows(student, teacher, labels)
-        return self.scale * self.of_rows(rows, others, wanted).mean()
+        with torch.autocast(student.device.type, enabled=False):
+            return self.scale * self.of_rows(rows, others, wanted).mean()
 
     def rows(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what `of_rows` is called with, checked."""
@@ -173,7 +173,7 @@ class FeatureLoss(Loss):
         self._check_labels(labels)
         pairs = [student] if isinstance(student, Tensor) else list(student)
         others = [teacher] if isinstance(teacher, Tensor) else list(teacher)
-        with full_precision(pairs):
+        with torch.autocast(pairs[0].device.type if pairs else "cpu", enabled=False):
             return self.scale * self.of_pairs([*pairs], [x.detach() for x in others], labels, adapter)
 
     @abstractmethod
@@ -194,11 +194,6 @@ class FeatureLoss(Loss):
             ValueError: Shapes cannot be adapted.
         """
         return None
-
-
-def full_precision(tensors: Sequence[Tensor]) -> AbstractContextManager[Any]:
-    """Return a context in which autocast makes nothing of lower precision on the device of tensors."""
-    return torch.autocast(tensors[0].device.type, enabled=False) if tensors else nullcontext()
 
 
 def as_rows(logits: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from fasterai.core.checks import not_one_of, unknown
@@ -97,7 +98,8 @@ class LogitFunction(Brief, LogitLoss):
     def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return what the function gives."""
         self._check_labels(labels)
-        return self.scale * self.of_rows(student.float(), teacher.detach().float(), labels)
+        with torch.autocast(student.device.type, enabled=False):
+            return self.scale * self.of_rows(student.float(), teacher.detach().float(), labels)
 
     def of_rows(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         """Call the function."""

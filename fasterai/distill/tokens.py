@@ -110,7 +110,8 @@ class Tokens(LogitLoss):
             raise ValueError(f"labels must be numbers for Tokens, got shares of shape {tuple(labels.shape)}")
         counts = wanted != self.ignore
         rows, others = (_only(x, counts) for x in (student, teacher.detach()))
-        return self.scale * self._mean(rows, others, wanted, counts)
+        with torch.autocast(student.device.type, enabled=False):
+            return self.scale * self._mean(rows, others, wanted, counts)
 
     def _mean(self, student: Tensor, teacher: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
         values = self.of_rows(student, teacher, labels)

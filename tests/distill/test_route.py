@@ -18,13 +18,9 @@ from fasterai.distill.logits import SoftTarget
 from fasterai.distill.route import Route
 from tests.callbacks.test_own_method import FRAMEWORKS
 from tests.callbacks.test_own_method import Net as FrameworkNet
-from tests.route_nets import X, Y, Net, anchors, student, teacher, train
+from tests.route_nets import X, Y, Net, anchors, route, student, teacher, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def route(count=4, **options):
-    return Route.from_checkpoints(anchors(count), teacher(), **options)
 
 
 def place(network, count=8):

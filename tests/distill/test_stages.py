@@ -18,24 +18,12 @@ from fasterai.distill.logits import SoftTarget
 from fasterai.distill.route import Route
 from tests.callbacks.test_own_method import FRAMEWORKS
 from tests.callbacks.test_own_method import Net as FrameworkNet
-from tests.route_nets import X, Y, Net, anchors, student, teacher, train
+from tests.route_nets import X, Y, Net, anchors, distilled, route, student, teacher, train
 from tests.ticket_nets import equal, tensors_of
 
 ROOT = Path(__file__).parents[2]
 HELD = [(X[:8], Y[:8]), (X[8:12], Y[8:12])]
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def route(count=4):
-    return Route.from_checkpoints(anchors(count), teacher())
-
-
-def distilled(folder=None, train=train, seed=0, model=None, **options):
-    """The student's tensors and the result of a whole call."""
-    model = student() if model is None else model
-    torch.manual_seed(seed)
-    result = route().distil(train, model, folder=folder, **options)
-    return tensors_of(model), result
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +36,9 @@ def whole():
 
 def test_stages_by_hand(whole):
     """The same trainings written out: an anchor after another, each from the weights of the last."""
-    model, network, scores = student(), teacher(), []
+    model, network, states, scores = student(), teacher(), anchors(), []
     torch.manual_seed(0)
-    for state in anchors():
+    for state in states:
         network.load_state_dict(state)
         scores.append(train(model, [Distiller(network, SoftTarget(T=4), weight=0.9)]))
     tensors, result = whole
@@ -187,8 +175,7 @@ def test_a_killed_training_goes_on_bit_for_bit(whole, tmp_path):
     script = f"""
         import os, signal, torch
         from fasterai.core.loop import Participant
-        from tests.distill.test_stages import distilled
-        from tests.route_nets import train
+        from tests.route_nets import distilled, train
 
         class Killing(Participant):
             def after_step(self, position):
