@@ -82,7 +82,9 @@ def _inside(found: Any, what: str) -> Mapping[str, Tensor]:
             found = found[name]
     tensors = {str(n): x for n, x in found.items() if isinstance(x, Tensor)} if isinstance(found, Mapping) else {}
     if not tensors:
-        raise ValueError(f"checkpoints must hold a state dict, got {what}, which holds a {type(found).__name__} without tensors")
+        raise ValueError(
+            f"checkpoints must hold a state dict, got {what}, which holds a {type(found).__name__} without tensors"
+        )
     return tensors
 
 

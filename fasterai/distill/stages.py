@@ -21,7 +21,7 @@ from fasterai.distill.distiller import Distiller
 from fasterai.distill.hardness import Greedy, held_out_batches, next_anchor
 from fasterai.distill.route_result import RouteResult, Stage
 from fasterai.model.cuts import check_trains
-from fasterai.model.snapshots import clear_states_, find_differences, put_back_, sum_of, take_snapshot
+from fasterai.model.snapshots import clear_states_, put_back_, sum_of, take_snapshot
 from fasterai.sparse.tickets.states import keep_random_state, put_random_state_
 
 __all__ = ["Journey", "StageGuard", "Train"]
@@ -57,7 +57,9 @@ class StageGuard(Participant):
             ValueError: It is a second one, or it trains another model.
         """
         if self.is_completed:
-            raise ValueError("train must train once in a stage, got a second run with the same participants; pass them to one fit")
+            raise ValueError(
+                "train must train once in a stage, got a second run with the same participants; pass them to one fit"
+            )
         check_trains(fit.optimizer, self.student.parameters(), "the student that train was given", "its parameters")
         self._fit = fit
         if self.clears:

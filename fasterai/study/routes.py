@@ -108,7 +108,7 @@ def _teacher(seed: int, size: Size, data: Data) -> Taught:
     steps = epochs * max(1, len(parts.data.train[1]) // size.batch_size)
     recorder = RouteRecorder(folder.name, steps=max(1, steps // ANCHORS))
     _training(seed + 1000, epochs, size, parts, data)(network, [recorder])
-    return Taught(Route.from_checkpoints(recorder.files[:ANCHORS - 1] + recorder.files[-1:], network), folder)
+    return Taught(Route.from_checkpoints(recorder.files[: ANCHORS - 1] + recorder.files[-1:], network), folder)
 
 
 GRID: list[dict[str, Sequence[Any]]] = [
