@@ -115,7 +115,7 @@ def check_following(what: str, value: Any) -> None:
         "parameters": mapping_of(counts),
         "cuts": list_of(list_of(cut)),
     }
-    check_parts(value, "Distiller", parts)
+    check_parts(value, "Distiller", {**shapes, "cuts": list_of(list_of(cut))})
 
 
 def channel_dim(before: Sequence[int], after: Sequence[int]) -> int | None:
