@@ -92,7 +92,7 @@ class LogitFunction(Brief, LogitLoss):
 
     @property
     def needs_labels(self) -> bool:  # type: ignore[override]
-        """Whether the function has an argument for labels without a default."""
+        """Tell whether the function has an argument for labels without a default."""
         return _needs_labels(self.function)
 
     def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -125,7 +125,7 @@ class FeatureFunction(Brief, FeatureLoss):
 
     @property
     def needs_labels(self) -> bool:  # type: ignore[override]
-        """Whether the function has an argument for labels without a default."""
+        """Tell whether the function has an argument for labels without a default."""
         return _needs_labels(self.function)
 
     def of_pairs(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor | None, adapter: Adapter | None) -> Tensor:

@@ -303,7 +303,9 @@ def _half_of(student: nn.Module) -> torch.dtype | None:
 
 
 def _asks_labels(model: nn.Module) -> bool:
-    """Tell if a network cannot be called without labels."""
+    """Tell if a network cannot be called without labels, as an encoder and decoder that makes its decoder's inputs of them."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return True
     try:
         wanted = inspect.signature(model.forward).parameters.get("labels")
     except (TypeError, ValueError):

@@ -78,7 +78,8 @@ def test_gradients_reach_the_student_and_the_adapter_and_not_the_teacher(name, o
     assert teacher.grad is None
     for part, p in adapter.named_parameters() if adapter is not None else ():
         assert p.grad is not None, part
-        assert bool(p.grad.any()), part
+        # What shifts a map of one place as a whole, the norm behind it takes out again.
+        assert bool(p.grad.any()) or (part.startswith("inner") and part.endswith("bias") and len(own) == 2), part
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -195,7 +196,7 @@ def test_contrast_within_a_batch(labels):
     if labels is not None and labels.dtype == torch.int64:
         near[[0, 2], [2, 0]] = 0  # the two samples of class 0
     expected = -np.log(np.diag(near) / near.sum(1)).mean() / 2 - np.log(np.diag(near) / near.sum(0)).mean() / 2
-    assert float(loss(student, teacher, labels, adapter)) == pytest.approx(expected, rel=1e-5)
+    assert loss(student, teacher, labels, adapter).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_contrast_of_one_sample_is_nothing():

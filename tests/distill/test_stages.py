@@ -18,7 +18,7 @@ from fasterai.distill.logits import SoftTarget
 from fasterai.distill.route import Route
 from tests.callbacks.test_own_method import FRAMEWORKS
 from tests.callbacks.test_own_method import Net as FrameworkNet
-from tests.route_nets import X, Y, Net, anchors, distilled, route, student, teacher, train
+from tests.route_nets import Net, X, Y, anchors, distilled, route, student, teacher, train
 from tests.ticket_nets import equal, tensors_of
 
 ROOT = Path(__file__).parents[2]
@@ -235,7 +235,9 @@ def test_other_first_weights_are_said(whole, tmp_path):
     assert equal(tensors, whole[0])
 
 
-@pytest.mark.parametrize("content", [b"", b"nothing", {"format": "other"}, {"next": "x"}, {"stages": [3]}, {"random": 1}], ids=str)
+@pytest.mark.parametrize(
+    "content", [b"", b"nothing", {"format": "other"}, {"next": "x"}, {"stages": [3]}, {"random": 1}], ids=str
+)
 def test_a_spoiled_file_is_refused(content, tmp_path):
     path = tmp_path / "stages.pt"
     if isinstance(content, bytes):
