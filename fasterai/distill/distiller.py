@@ -19,7 +19,7 @@ from fasterai.core.checks import check_fraction, from_catalogue, warn
 from fasterai.core.joined import innermost
 from fasterai.core.participant import Participant
 from fasterai.core.saved import check_parts, list_of, mapping_of, tensor, whole
-from fasterai.core.schedules import Schedule
+from fasterai.core.schedules import Schedule, as_schedule
 from fasterai.display import Shown, Table, brief, settings
 from fasterai.distill.capture import Capture, find_layers
 from fasterai.distill.checks import (
@@ -80,7 +80,7 @@ class Distiller(Shown, Participant):
         self.losses = [as_loss(one) for one in (loss if isinstance(loss, list | tuple) else [loss])]
         self.layers = checked_layers(self.losses, activations_student, activations_teacher)
         self.weight = check_fraction("weight", weight)
-        self.schedule = None if schedule is None else from_catalogue("schedule", schedule, schedules)
+        self.schedule = None if schedule is None else as_schedule(from_catalogue("schedule", schedule, schedules))
         self._adapters: list[Adapter | None] | None = None  # None until the first batch of a run
         self._saved: list[dict[str, Tensor] | None] | None = None  # adapters of an earlier run, or of a loaded state
         self._is_loaded = False
