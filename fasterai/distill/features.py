@@ -81,8 +81,8 @@ class FitNet(MapLoss):
         return F.mse_loss(*align(index, student, teacher, adapter))
 
     def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
-        """Make projections for the pairs whose channels differ; None if there are none."""
-        return make_projections(*self.maps(student, teacher))
+        """Make projections for the pairs whose channels differ; without any, it follows channels of the student that go."""
+        return Projections(*self.maps(student, teacher))
 
 
 @dataclass(frozen=True)
@@ -176,8 +176,8 @@ class ActivationBoundaries(MapLoss):
         return (self.m - torch.where(teacher > 0, student, -student)).clamp(min=0).square().mean()
 
     def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
-        """Make projections for the pairs whose channels differ; None if there are none."""
-        return make_projections(*self.maps(student, teacher))
+        """Make projections for the pairs whose channels differ; without any, it follows channels of the student that go."""
+        return Projections(*self.maps(student, teacher))
 
 
 @dataclass(frozen=True)
@@ -350,12 +350,6 @@ def check_pairs(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
     for i, (own, other) in enumerate(zip(student, teacher, strict=True)):
         if min(own.dim(), other.dim()) < 2 or len(own) != len(other):
             raise UnlikeShapesError(i, own.shape, other.shape, "features are (B, C, ...), of the same B samples")
-
-
-def make_projections(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Projections | None:
-    """Make projections for maps whose channels differ; None if there are none."""
-    made = Projections(student, teacher)
-    return made if made.layers else None
 
 
 def _alike(feature: Tensor, p: float) -> Tensor:
