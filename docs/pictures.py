@@ -153,7 +153,8 @@ def draw_attention(folder: Path, images: Path) -> None:
             cosines(a, b) for a, b in zip(maps[name], maps["teacher"], strict=True)
         ]
         means = [f"{float(values.mean()):.3f}" for values in alike]
-        print(f"{name}: accuracy {accuracy(one, data):.1%}, cosines {means}")
+        found = f"{name}: accuracy {accuracy(one, data):.1%}, cosines {means}"
+        print(found)  # noqa: T201 - the figures of the page
     rows = torch.arange(0, len(x), len(x) // 5)[:5]
     last = {name: one[1][rows] for name, one in maps.items()}
     title = f"Attention maps of the {BLOCKS[layers[1]]}"
