@@ -37,6 +37,7 @@ from fasterai.distill.following import Following, check_following, cut_adapter_,
 from fasterai.distill.loss import Adapter, FeatureLoss, LogitLoss, Loss
 from fasterai.distill.losses import as_loss
 from fasterai.distill.processes import average_, begin_alike_, check_even, processes_of
+from fasterai.distill.shapes import UnlikeShapesError
 from fasterai.distill.teachers import Answers, Teacher, as_teacher
 from fasterai.model.cuts import Cut
 
@@ -191,9 +192,9 @@ class Distiller(Shown, Participant):
         with torch.random.fork_rng(devices=sorted(devices)):
             for i, one in enumerate(self.losses):
                 saved = None if self._saved is None else self._saved[i]
-                made = one.adapter(*self._pairs(one, own, other)) if isinstance(one, FeatureLoss) else None
+                made = self._adapter_of(one, own, other) if isinstance(one, FeatureLoss) else None
                 if made is not None and saved is not None and not self._takes_over(made, saved, one, own):
-                    made = one.adapter(*self._pairs(one, own, other))  # type: ignore[attr-defined, arg-type]
+                    made = self._adapter_of(one, own, other)  # type: ignore[arg-type]
                 result.append(made if made is None else made.to(features[0].device).train())
         return result
 
@@ -207,6 +208,15 @@ class Distiller(Shown, Participant):
                 raise
             return False
         return True
+
+    def _adapter_of(self, one: FeatureLoss, own: Answers, other: Answers) -> Adapter | None:
+        try:
+            return one.adapter(*self._pairs(one, own, other))
+        except UnlikeShapesError as error:
+            if not self.layers[0]:
+                raise ValueError(error.message("both outputs")) from error
+            student, teacher = (name_of(layers[error.pair]) for layers in self.layers)
+            raise ValueError(error.message(f"the student's layer {student} and the teacher's {teacher}")) from error
 
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
         """Return `(1 - w) * loss + w * distillation`."""
