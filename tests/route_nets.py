@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from fasterai.callbacks.plain import attach
 from fasterai.core.loop import Participant
+from fasterai.distill.route import Route
+from fasterai.distill.route_result import RouteResult
 
 X, Y = torch.randn(32, 4, generator=torch.Generator().manual_seed(1)), torch.arange(32) % 3
 
@@ -54,3 +57,17 @@ def train(model: nn.Module, participants: Sequence[Participant] = (), steps: int
             optimizer.step()
     with torch.no_grad():
         return float(F.cross_entropy(model.eval()(X), Y))
+
+
+def route(count: int = 4) -> Route:
+    return Route.from_checkpoints(anchors(count), teacher())
+
+
+def distilled(
+    folder: str | Path | None = None, train: Any = train, seed: int = 0, model: Any = None, **options: Any
+) -> tuple[dict[str, Tensor], RouteResult]:
+    """The student's tensors and the result of a whole call."""
+    model, found = student() if model is None else model, route()
+    torch.manual_seed(seed)
+    result = found.distil(train, model, folder=folder, **options)
+    return {name: x.detach().clone() for name, x in model.state_dict().items()}, result

@@ -54,15 +54,15 @@ def source_of(data: Any, batch_size: int) -> Source:
     """
     if isinstance(data, Tensor | tuple | Mapping):
         return _of_tensors(as_batch(data), batch_size)
-    if hasattr(data, "train") and hasattr(data, "valid"):  # fastai's DataLoaders
-        return _of_fastai(data.train) if _is_fastai(data.train) else _of_loader(data.train, _as_in_fastai)
-    if _is_fastai(data):
+    if (kind := _fastai_kind(data)) == "DataLoaders":
+        return _of_fastai(data.train) if _fastai_kind(data.train) else _of_loader(data.train, _as_in_fastai)
+    if kind == "DataLoader":
         return _of_fastai(data)
     if isinstance(data, Dataset) or type(data).__module__.partition(".")[0] == "datasets":
         data = DataLoader(data, batch_size=batch_size)
     if isinstance(data, DataLoader):
         return _of_loader(data, as_batch)
-    if not isinstance(data, Iterable) or isinstance(data, str):
+    if not isinstance(data, Iterable) or isinstance(data, str) or type(data).__module__.startswith("fastai."):
         raise not_one_of("data", "a loader, a data set, an iterable of batches or tensors", data)
     count = len(data) if isinstance(data, Sized) else None
     return Source(lambda: map(as_batch, data), None, count, repeats=iter(data) is not data)
@@ -83,8 +83,10 @@ def _of_tensors(whole: Batch, batch_size: int) -> Source:
     return Source(lambda: map(piece, starts), None, len(starts))
 
 
-def _is_fastai(loader: Any) -> bool:
-    return any(base.__module__.startswith("fastai.") for base in type(loader).__mro__)
+def _fastai_kind(data: Any) -> str:
+    """Return the name of fastai's class of loaders that a value is of; empty if it is none."""
+    names = {base.__name__ for base in type(data).__mro__ if base.__module__.startswith("fastai.")}
+    return next((name for name in ("DataLoaders", "DataLoader") if name in names), "")
 
 
 def _as_in_fastai(item: Any, loader: Any = None) -> Batch:

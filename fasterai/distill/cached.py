@@ -87,13 +87,25 @@ class CachedTeacher(Shown, Teacher):
             ValueError: A sample is unknown. On a CPU each batch is checked; elsewhere the first one, and what was counted since
                 then after each 100 batches, so that no other step waits for the device.
         """
-        keys = self._keys_of(batch)
-        known, rows, parts = self._on(keys.device)
+        keys, device = self._keys_of(batch), batch.logits.device
+        at, is_known = self._find(keys)
+        self._check(is_known, batch)
+        return Answers(self.file.form.unpack({name: x.to(device) for name, x in self._taken(at).items()}))
+
+    def parts_of(self, keys: Tensor) -> dict[str, Tensor]:
+        """Return what is kept of the logits of samples that are known, given by their keys `(B,)`."""
+        return self._taken(self._find(keys)[0])
+
+    def _find(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Return places among the known keys, and whether the keys stand there."""
+        known = self._on(keys.device)[0]
         at = torch.searchsorted(known, keys).clamp_(max=len(known) - 1)
-        self._check(known[at] == keys, batch)
-        wanted, device = rows[at], batch.logits.device
-        found = {name: x[wanted.to(x.device)].to(device) for name, x in parts.items()}
-        return Answers(self.file.form.unpack(found))
+        return at, known[at] == keys
+
+    def _taken(self, at: Tensor) -> dict[str, Tensor]:
+        _, rows, parts = self._on(at.device)
+        wanted = rows[at]
+        return {name: x[wanted.to(x.device)] for name, x in parts.items()}
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return keys, rows and logits, on a device where they have room."""
@@ -107,10 +119,13 @@ class CachedTeacher(Shown, Teacher):
         self._batches += 1
         missed = (~known).sum()
         self._missed = missed if self._missed is None else self._missed + missed
-        if known.device.type == "cpu" or self._batches % OFTEN == 1:
+        if self._looks_now(known.device):
             count, self._missed = int(self._missed), None
             if count:
                 raise ValueError(_why_unknown(self.file.inputs, batch, count, len(known)))
+
+    def _looks_now(self, device: torch.device) -> bool:
+        return device.type == "cpu" or self._batches % OFTEN == 1
 
     def end(self) -> None:
         """End the run; samples that were unknown since the last look are told of."""

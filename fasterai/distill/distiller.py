@@ -19,7 +19,7 @@ from fasterai.core.checks import check_fraction, from_catalogue, warn
 from fasterai.core.joined import innermost
 from fasterai.core.participant import Participant
 from fasterai.core.saved import check_parts, list_of, mapping_of, tensor, whole
-from fasterai.core.schedules import Schedule
+from fasterai.core.schedules import Schedule, as_schedule
 from fasterai.display import Shown, Table, brief, settings
 from fasterai.distill.capture import Capture, find_layers
 from fasterai.distill.checks import (
@@ -37,6 +37,7 @@ from fasterai.distill.following import Following, check_following, cut_adapter_,
 from fasterai.distill.loss import Adapter, FeatureLoss, LogitLoss, Loss
 from fasterai.distill.losses import as_loss
 from fasterai.distill.processes import average_, begin_alike_, check_even, processes_of
+from fasterai.distill.shapes import UnlikeShapesError
 from fasterai.distill.teachers import Answers, Teacher, as_teacher
 from fasterai.model.cuts import Cut
 
@@ -80,7 +81,7 @@ class Distiller(Shown, Participant):
         self.losses = [as_loss(one) for one in (loss if isinstance(loss, list | tuple) else [loss])]
         self.layers = checked_layers(self.losses, activations_student, activations_teacher)
         self.weight = check_fraction("weight", weight)
-        self.schedule = None if schedule is None else from_catalogue("schedule", schedule, schedules)
+        self.schedule = None if schedule is None else as_schedule(from_catalogue("schedule", schedule, schedules))
         self._adapters: list[Adapter | None] | None = None  # None until the first batch of a run
         self._saved: list[dict[str, Tensor] | None] | None = None  # adapters of an earlier run, or of a loaded state
         self._is_loaded = False
@@ -205,9 +206,8 @@ class Distiller(Shown, Participant):
         if self._saved is None:
             return None
         self._following.check_fit(own.features)
-        first = [
-            replace(x, features=like) for x, like in zip((own, other), self._following.like_first(own, other), strict=True)
-        ]
+        mine, theirs = self._following.like_first(own.features, other.features)
+        first = replace(own, features=mine), replace(other, features=theirs)
         made = [self._adapter_of(one, *first) for one in self.losses]
         for one, adapter, saved in zip(self.losses, made, self._saved, strict=True):
             if adapter is not None and saved is not None:
@@ -215,7 +215,15 @@ class Distiller(Shown, Participant):
         return made
 
     def _adapter_of(self, one: Loss, own: Answers, other: Answers) -> Adapter | None:
-        return one.adapter(*self._pairs(one, own, other)) if isinstance(one, FeatureLoss) else None
+        if not isinstance(one, FeatureLoss):
+            return None
+        try:
+            return one.adapter(*self._pairs(one, own, other))
+        except UnlikeShapesError as error:
+            if not self.layers[0]:
+                raise ValueError(error.message("both outputs")) from error
+            student, teacher = (name_of(layers[error.pair]) for layers in self.layers)
+            raise ValueError(error.message(f"the student's layer {student} and the teacher's {teacher}")) from error
 
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
         """Return `(1 - w) * loss + w * distillation`."""

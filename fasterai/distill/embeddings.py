@@ -194,7 +194,7 @@ class Relational(EmbeddingLoss):
 
     def of_embeddings(self, student: Tensor, teacher: Tensor, labels: Any) -> Tensor:
         """Return both parts, each times its factor."""
-        total = 0.0 * student.sum()
+        total = student.new_zeros(())
         if self.distance:
             total = total + self.distance * F.smooth_l1_loss(relative(student), relative(teacher))
         if self.angle:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from fasterai.core.checks import not_one_of, unknown
@@ -91,13 +92,14 @@ class LogitFunction(Brief, LogitLoss):
 
     @property
     def needs_labels(self) -> bool:  # type: ignore[override]
-        """Whether the function has an argument for labels without a default."""
+        """Tell whether the function has an argument for labels without a default."""
         return _needs_labels(self.function)
 
     def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return what the function gives."""
         self._check_labels(labels)
-        return self.scale * self.of_rows(student.float(), teacher.detach().float(), labels)
+        with torch.autocast(student.device.type, enabled=False):
+            return self.scale * self.of_rows(student.float(), teacher.detach().float(), labels)
 
     def of_rows(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         """Call the function."""
@@ -123,7 +125,7 @@ class FeatureFunction(Brief, FeatureLoss):
 
     @property
     def needs_labels(self) -> bool:  # type: ignore[override]
-        """Whether the function has an argument for labels without a default."""
+        """Tell whether the function has an argument for labels without a default."""
         return _needs_labels(self.function)
 
     def of_pairs(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor | None, adapter: Adapter | None) -> Tensor:
@@ -185,3 +187,11 @@ def _scalar(function: Callable[..., Any], value: Any) -> Tensor:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"loss must return a scalar, got {shape} from {function!r}; return its mean")
     return value.reshape(())
+
+
+def __getattr__(name: str) -> Any:
+    """Give the losses under the public fasterai's path: `from fasterai.distill.losses import SoftTarget`."""
+    known = known_losses() if not name.startswith("_") else {}
+    if name in known:
+        return known[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

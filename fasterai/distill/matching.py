@@ -21,7 +21,6 @@ from fasterai.model.running import at_rest, copies, device_of
 __all__ = ["get_model_layers", "get_module_by_name", "match_feature_layers", "outputs_of_layers"]
 
 MOST_PAIRS = 4  # of layers that are paired by their depth
-SHARE_OF_BLOCKS = 0.6  # of a network's layers, in blocks of one output shape, from which on depth tells more than size
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,8 @@ def match_feature_layers(student: nn.Module, teacher: nn.Module, sample_input: A
     """Propose pairs of layers whose features can be compared, the first ones first; nothing in the models changes.
 
     Layers are the last ones before the size of the maps changes, paired where both have the same size. If that gives fewer than
-    two pairs, or one of the two has blocks that all return the same shape, as a vision transformer has, up to four are paired
-    by their depth. Both run once, in eval mode.
+    two pairs, or one of the two has one size throughout and blocks, as a vision transformer has, up to four are paired by their
+    depth. Both run once, in eval mode.
 
     Args:
         student: The student.
@@ -169,7 +168,8 @@ def _stages(outputs: Sequence[_Output]) -> tuple[list[_Output], bool]:
     for one in outputs:
         groups.setdefault((one.name.rpartition(".")[0], one.kind, one.shape), []).append(one)
     blocks = max((group for group in groups.values() if len(group) > 1), key=_weight, default=[])
-    if blocks and blocks[0].is_feature and _weight(blocks) >= SHARE_OF_BLOCKS * _weight(x for x in outputs if x.level == 0):
+    sizes = {one.places for one in outputs if one.is_feature and blocks and one.level <= blocks[0].level}
+    if blocks and sizes == {blocks[0].places}:
         return blocks, True
     last: dict[tuple[int, ...], _Output] = {}
     for one in outputs:

@@ -11,6 +11,8 @@ __all__ = ["STUDIES", "find_study"]
 
 STUDIES = (
     "criteria",
+    "distillation",
+    "distilled_pruning",
     "experts",
     "features",
     "granularities",

@@ -126,9 +126,9 @@ STUDY = Study(
     about="Embeddings that find images, alone or taught",
     trial=trial,
     grids={"small": GRID, "full": GRID},
-    x="dimensions",
+    x="method",
     y="recall",
-    lines=("method", "norm"),
+    lines=("norm", "dimensions"),
     reference={"method": "teacher"},
     sizes=SIZES,
 )

@@ -122,7 +122,7 @@ def _check_value(case: _Case) -> None:
     before = case.student.clone(), case.teacher.clone()
     value: Tensor = attempt(f"{case.where} must have a value", case.value)
     require(value.shape == () and value.dtype == torch.float32, f"{case.where} must be a scalar in float32, got {value!r}")
-    require(value.isfinite(), f"{case.where} must be finite, got {float(value)}")
+    require(value.isfinite(), f"{case.where} must be finite, got {value.detach():g}")
     require(same(value, case.value()), f"{case.where} must be the same each time")
     kept = same(case.student, before[0]) and same(case.teacher, before[1])
     require(kept, f"{case.where} must not write into what it is given")
@@ -142,7 +142,7 @@ def _check_gradient(case: _Case) -> None:
     rise = replace(case, student=case.student + way).value() - replace(case, student=case.student - way).value()
     told = 2 * STEP * grad.norm()
     close = torch.isclose(rise, told, rtol=0.05, atol=1e-5 * float(value.detach().abs()) + 1e-6)
-    require(close, f"{case.where} must have the gradient of its value: it rises by {float(rise):g}, not {float(told):g}")
+    require(close, f"{case.where} must have the gradient of its value: it rises by {rise.detach():g}, not {told:g}")
 
 
 def _check_precision(case: _Case) -> None:
@@ -176,7 +176,7 @@ def _check_distance(case: _Case) -> None:
     require(case.value() > 0, f"{case.where} must be above 0 where the student differs")
     equal = replace(case, student=case.teacher.clone().requires_grad_())
     value = equal.value()
-    require(value.abs() < 1e-5, f"{case.where} must be 0 where the student equals the teacher, got {float(value):g}")
+    require(value.abs() < 1e-5, f"{case.where} must be 0 where the student equals the teacher, got {value.detach():g}")
     attempt(f"{case.where} must be differentiable", value.backward)
     grad = equal.student.grad
     flat = grad is not None and bool(grad.isfinite().all()) and float(grad.abs().max()) < 1e-4
@@ -186,7 +186,7 @@ def _check_distance(case: _Case) -> None:
 def _check_labels(case: _Case) -> None:
     if not case.loss.needs_labels:
         value = attempt(f"{case.where} must have a value without labels", replace(case, labels=None).value)
-        require(value.isfinite(), f"{case.where} must be finite without labels, got {float(value)}")
+        require(value.isfinite(), f"{case.where} must be finite without labels, got {value.detach():g}")
         return
     without = replace(case, labels=None)
     check_refused(f"{case.where} must ask for labels", "labels", without.value)

@@ -265,6 +265,9 @@ def test_samples_that_the_teacher_finds_alike_need_not_part():
     alike = torch.tensor([[1.0, 0.0], [1.0, 0.0], [2.0, 0.0]])
     labels = torch.tensor([0, 0, 1])
     assert RelativeTriplet(norm=None)(s, alike, labels).item() == 0
+    for seed in range(5):  # a cosine of 1 that is rounded to above it
+        equal = drawn(seed, 3, 1).expand(3, 3)
+        assert RelativeTriplet(norm=None, power=0.5)(s, equal, labels).isfinite()
     assert RelativeTriplet(norm=None, power=0)(s, alike, labels).item() > 0.1
 
 

@@ -18,24 +18,12 @@ from fasterai.distill.logits import SoftTarget
 from fasterai.distill.route import Route
 from tests.callbacks.test_own_method import FRAMEWORKS
 from tests.callbacks.test_own_method import Net as FrameworkNet
-from tests.route_nets import Net, X, Y, anchors, student, teacher, train
+from tests.route_nets import Net, X, Y, anchors, distilled, route, student, teacher, train
 from tests.ticket_nets import equal, tensors_of
 
 ROOT = Path(__file__).parents[2]
 HELD = [(X[:8], Y[:8]), (X[8:12], Y[8:12])]
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def route(count=4):
-    return Route.from_checkpoints(anchors(count), teacher())
-
-
-def distilled(folder=None, train=train, seed=0, model=None, **options):
-    """The student's tensors and the result of a whole call."""
-    model = student() if model is None else model
-    torch.manual_seed(seed)
-    result = route().distil(train, model, folder=folder, **options)
-    return tensors_of(model), result
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +36,9 @@ def whole():
 
 def test_stages_by_hand(whole):
     """The same trainings written out: an anchor after another, each from the weights of the last."""
-    model, network, scores = student(), teacher(), []
+    model, network, states, scores = student(), teacher(), anchors(), []
     torch.manual_seed(0)
-    for state in anchors():
+    for state in states:
         network.load_state_dict(state)
         scores.append(train(model, [Distiller(network, SoftTarget(T=4), weight=0.9)]))
     tensors, result = whole
@@ -137,8 +125,8 @@ def test_hardness_after_each_stage_is_that_of_the_student_then():
         # H_ij of the anchors from the stage's own on, by hand.
         ([[1.0, 1.5, 1.7, 2.0], [1.0, 1.9]], 0.8, (0, 2, 3)),
         ([[1.0, 1.0, 1.0, 1.0]], 0.8, (0, 3)),
-        ([[1.0, 2.0, 2.0, 2.0]] + [[1.0, 2.0, 2.0], [1.0, 2.0]], 0.8, (0, 1, 2, 3)),
-        ([[1.0, 2.0, 2.0, 2.0]] + [[1.0, 2.0, 1.2]], 0.8, (0, 1, 3)),
+        ([[1.0, 2.0, 2.0, 2.0], [1.0, 2.0, 2.0], [1.0, 2.0]], 0.8, (0, 1, 2, 3)),
+        ([[1.0, 2.0, 2.0, 2.0], [1.0, 2.0, 1.2]], 0.8, (0, 1, 3)),
         ([[1.0, 1.4, 1.6, 2.0], [1.0, 1.0, 1.0]], 0.5, (0, 1, 3)),
     ],
 )
@@ -187,8 +175,7 @@ def test_a_killed_training_goes_on_bit_for_bit(whole, tmp_path):
     script = f"""
         import os, signal, torch
         from fasterai.core.loop import Participant
-        from tests.distill.test_stages import distilled
-        from tests.route_nets import train
+        from tests.route_nets import distilled, train
 
         class Killing(Participant):
             def after_step(self, position):
@@ -237,7 +224,7 @@ def test_a_folder_of_another_call_is_refused(options, message, tmp_path):
 
 def test_other_anchors_are_another_call(tmp_path):
     distilled(tmp_path)
-    with pytest.raises(ValueError, match="folder must be of the same call, got .*anchors was"):
+    with pytest.raises(ValueError, match=r"folder must be of the same call, got .*anchors was"):
         route().every(2).distil(_never, student(), folder=tmp_path)
 
 
@@ -304,7 +291,7 @@ LEFT_OUT = "train must let the participants take part in its training, got one t
         (_distiller_alone, LEFT_OUT),
         (_guard_alone, "participants must hold the Distiller that StageGuard follows, before it, got none"),
         (_another, "optimizer must train the student that train was given, got one that holds none of its parameters"),
-        (_twice, "train must train once in a stage, got a second run with the same participants"),
+        (_twice, "train must train once in a stage, got a second run with its participants"),
     ],
 )
 def test_a_training_without_the_participants_is_refused(once, message):

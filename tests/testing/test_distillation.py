@@ -82,8 +82,12 @@ CASES: dict[str, tuple[Callable[..., Tensor], dict[str, object], str]] = {
         "must be computed in float32 for torch.bfloat16",
     ),
     "matrix product": (
-        lambda _, s, t, y: ((s - t) @ torch.ones(s.shape[1], s.shape[1])).square().mean(1),
-        {},
+        squares,
+        {
+            "__call__": lambda o, s, t, y=None: (
+                o.scale * (s.float() @ torch.eye(s.shape[-1]) - t.detach()).float().square().mean()
+            )
+        },
         "computed in float32 under autocast",
     ),
     "teacher": (
