@@ -88,7 +88,7 @@ def _no_hook() -> Callable[..., None]:
 
 
 def _do_nothing(layer: nn.Module, inputs: Any, outputs: Any) -> None:
-    """Do nothing, in the place of a hook in copies of a model."""
+    """Return nothing: the hook of copies of a model."""
 
 
 def tensor_of(argument: str, outputs: Any) -> Tensor:

@@ -79,7 +79,7 @@ def test_passes_of_the_other_kind_are_not_looked_at():
     with_graph, without = (Capture("activations_student", model, [model[0]], graph=g) for g in (True, False))
     with torch.no_grad():
         model(X[0])
-    with pytest.raises(ValueError, match="activations_student must be layers that run in each forward pass, .*got '0', which"):
+    with pytest.raises(ValueError, match=r"activations_student must be layers that run in each forward pass, .*got '0', which"):
         with_graph.take()
     assert len(without.take()) == 1
     model(X[0])

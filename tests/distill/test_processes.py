@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fasterai.callbacks.plain import attach
 from fasterai.distill.processes import average_, processes_of
 from tests.beside import Beside, waits_for
-from tests.distill.nets import X, Y, Distance, fitnet, net
+from tests.distill.nets import Distance, X, Y, fitnet, net
 
 ROOT = Path(__file__).parents[2]
 STEPS = 3
