@@ -4,7 +4,7 @@
 for the page) for some minutes, and prints the figures beside them.
 
 The catalogues' pictures are those of `fasterai.analyze.catalogues`; the demo's are of a run of `fasterai demo`, whose times are
-this machine's; those of filters are of a small network trained on scikit-learn's digits.
+this machine's; those of filters and of a route are of small networks trained on scikit-learn's digits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from fasterai.core.criteria import large_final, variety
 from fasterai.display import save_figure
 from fasterai.distill.distiller import Distiller
 from fasterai.distill.features import Attention
+from fasterai.distill.hardness import Greedy
 from fasterai.distill.maps import attention_maps, cosines, plot_attention_maps
+from fasterai.distill.recorder import RouteRecorder
+from fasterai.distill.route import Route
 from fasterai.prune.features.induce import induce
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.study.data import Data, load_data
@@ -107,6 +110,41 @@ def draw_features(folder: Path) -> None:
     network, names = _trained(columns.float(), table.target), list(table.feature_names)
     result = induce(network, columns.float(), 0.75, names=names, measure=False)
     _save(result.plot(), folder / "features-table.png")
+
+
+def draw_route(folder: Path) -> None:
+    """Draw how hard a teacher's anchors are for a student that follows its route."""
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    seen, held_out = rows[:1500], rows[1500:]
+
+    def train(network: nn.Module, taking_part: Any, epochs: int = 8) -> float:
+        optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
+        steps = {"epochs": epochs, "steps_per_epoch": 24, "model": network}
+        with attach(optimizer, *taking_part, **steps) as handle:
+            for _ in range(epochs):
+                for one in seen[torch.randperm(1500)].split(64):
+                    outputs = network(x[one])
+                    loss = F.cross_entropy(outputs, y[one])
+                    optimizer.zero_grad()
+                    handle.loss(loss, x[one], y[one], outputs).backward()
+                    optimizer.step()
+        with torch.no_grad():
+            right = network(x[held_out]).argmax(1) == y[held_out]
+        return float(right.float().mean())
+
+    def network(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+
+    torch.manual_seed(0)
+    teacher, student = network(128), network(8)
+    with tempfile.TemporaryDirectory() as route:
+        train(teacher, [RouteRecorder(route)])
+        found = Route.from_folder(route, teacher).distil(
+            train, student, choose=Greedy(3, [x[held_out]])
+        )
+    _save(found.plot().figure, folder / "route-hardness.png")
 
 
 def _trained(x: torch.Tensor, labels: Any, masked: bool = False) -> nn.Module:
@@ -187,4 +225,5 @@ if __name__ == "__main__":
         draw_catalogues(IMAGES)
         draw_variety(IMAGES)
         draw_features(IMAGES)
+        draw_route(IMAGES)
         draw_demo(IMAGES)

@@ -33,6 +33,7 @@ from fasterai.prune.all import *
 from fasterai.misc.all import *
 from fasterai.distill.all import *
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
+from fasterai.distill.losses import ActivationBoundaries, Attention, DecoupledKD, FitNet, Logits, Mutual, Similarity, SoftTarget
 from fasterai.core import criteria
 from fasterai.core.granularity import Granularities
 from fasterai.core.schedule import sched_agp, sched_dsd, sched_iterative, sched_onecycle, sched_oneshot

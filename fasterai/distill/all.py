@@ -11,13 +11,14 @@ from fasterai.distill.caching import cache_teacher
 from fasterai.distill.distiller import Distiller
 from fasterai.distill.embeddings import *
 from fasterai.distill.features import *
+from fasterai.distill.hardness import Greedy
 from fasterai.distill.logits import *
 from fasterai.distill.logits import DecoupledKD
 from fasterai.distill.maps import attention_maps, plot_attention_maps
 from fasterai.distill.matching import get_model_layers, get_module_by_name, match_feature_layers
 from fasterai.distill.recorder import RouteRecorder
 from fasterai.distill.route import Route
-from fasterai.distill.route_result import RouteResult as RouteResult
+from fasterai.distill.route_result import RouteResult
 from fasterai.distill.tokens import Tokens
 
 if importlib.util.find_spec("fastai") is not None:
@@ -30,10 +31,12 @@ __all__ = [
     "CachedTeacher",
     "DecoupledKD",
     "Distiller",
+    "Greedy",
     "KnowledgeDistillationCallback",
     "ParticipantCallback",
     "Route",
     "RouteRecorder",
+    "RouteResult",
     "Tokens",
     "attach",
     "attention_maps",

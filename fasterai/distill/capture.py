@@ -79,8 +79,12 @@ class _Note:
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _do_nothing
 
-    def __reduce__(self) -> str:
-        return "_do_nothing"
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _do_nothing
 
 
 def _do_nothing(layer: nn.Module, inputs: Any, outputs: Any) -> None:

@@ -18,8 +18,8 @@ from fasterai.core.batch import Batch, Fit
 from fasterai.core.checks import check_fraction, from_catalogue, warn
 from fasterai.core.joined import innermost
 from fasterai.core.participant import Participant
-from fasterai.core.saved import check_parts, list_of, mapping_of, whole
-from fasterai.core.schedules import Schedule
+from fasterai.core.saved import check_parts, list_of, mapping_of, tensor, whole
+from fasterai.core.schedules import Schedule, as_schedule
 from fasterai.display import Shown, Table, brief, settings
 from fasterai.distill.capture import Capture, find_layers
 from fasterai.distill.checks import (
@@ -81,9 +81,10 @@ class Distiller(Shown, Participant):
         self.losses = [as_loss(one) for one in (loss if isinstance(loss, list | tuple) else [loss])]
         self.layers = checked_layers(self.losses, activations_student, activations_teacher)
         self.weight = check_fraction("weight", weight)
-        self.schedule = None if schedule is None else from_catalogue("schedule", schedule, schedules)
+        self.schedule = None if schedule is None else as_schedule(from_catalogue("schedule", schedule, schedules))
         self._adapters: list[Adapter | None] | None = None  # None until the first batch of a run
         self._saved: list[dict[str, Tensor] | None] | None = None  # adapters of an earlier run, or of a loaded state
+        self._is_loaded = False
         self._following = Following()
         self._capture: Capture | None = None
         self._seen: tuple[Answers, Answers] | None = None
@@ -168,9 +169,9 @@ class Distiller(Shown, Participant):
         if modules and self._group is not None:
             check_even(self._student)
             begin_alike_(modules, self._group)
-        self._adapters, self._saved = adapters, None
+        self._adapters, self._saved, self._is_loaded = adapters, None, False
         if not self._following.cuts:
-            self._following = self._following.seen(self._student, own.features)
+            self._following = self._following.seen(self._student, own.features, other.features)
         return [p for one in modules for p in one.parameters()]
 
     def _check_batch(self, batch: Batch, other: Answers) -> None:
@@ -192,10 +193,21 @@ class Distiller(Shown, Participant):
             for i, one in enumerate(self.losses):
                 saved = None if self._saved is None else self._saved[i]
                 made = self._adapter_of(one, own, other) if isinstance(one, FeatureLoss) else None
-                if made is not None and saved is not None:
-                    load_adapter_(made, saved, type(one).__name__)
+                if made is not None and saved is not None and not self._takes_over(made, saved, one, own):
+                    made = self._adapter_of(one, own, other)  # type: ignore[arg-type]
                 result.append(made if made is None else made.to(features[0].device).train())
         return result
+
+    def _takes_over(self, adapter: Adapter, saved: dict[str, Tensor], one: Loss, own: Answers) -> bool:
+        """Give an adapter saved values, if they fit; those of an earlier run with another student do not."""
+        try:
+            self._following.check_fit(own.features)
+            load_adapter_(adapter, saved, type(one).__name__)
+        except ValueError:
+            if self._is_loaded:
+                raise
+            return False
+        return True
 
     def _adapter_of(self, one: FeatureLoss, own: Answers, other: Answers) -> Adapter | None:
         try:
@@ -255,7 +267,7 @@ class Distiller(Shown, Participant):
 
     def _note(self, value: Tensor, other: Answers) -> None:
         """Add to the figures; nothing here waits for a device."""
-        self._sum = value if self._sum is None else self._sum + value
+        self._sum = value if self._sum is None else self._sum.to(value.device) + value
         self._count += 1
         for x in (other.logits, *other.features):
             if x is not None:
@@ -319,18 +331,24 @@ class Distiller(Shown, Participant):
     def after_cut(self, cut: Cut) -> None:
         """Note that parameters of the student have got smaller; adapters follow with the next batch."""
         following = self._following
+        if self._is_loaded and self._adapters is None:
+            return  # a pruner cuts a dense student to what it was when the state was saved, which knows of it
         self._following = replace(following, cuts=(*following.cuts, cut))  # a removal that is undone puts the old one back
 
     def _follow(self, own: Answers, other: Answers) -> None:
         """Let the adapters follow the student's features, before any of them is compared."""
         assert self._student is not None
-        news = self._following.news(self._student, own.features)
-        self._following = self._following.seen(self._student, own.features)
+        before = self._following
+        news = before.news(self._student, own.features)
+        self._following = before.seen(self._student, own.features, other.features)
         for index, (dim, kept) in news.items():
+            along = before.went_along(index, other.features[index])
+            if along and before.was_alike(index):
+                continue  # the same channels have gone on both sides
             for one, adapter in zip(self.losses, self._adapters or (), strict=True):
                 if not isinstance(one, FeatureLoss) or adapter is None or not self.layers[0]:
                     continue
-                if kept is None:
+                if kept is None or along:
                     self._renew(one, adapter, self._pairs(one, own, other), index, dim)
                 else:
                     cut_adapter_(adapter, index, kept, self._optimizer)
@@ -359,6 +377,8 @@ class Distiller(Shown, Participant):
             "step": self._step,
             "adapters": self._adapter_states() or [],
             "following": self._following.state_dict(),
+            "sum": torch.zeros(()) if self._sum is None else self._sum.clone(),
+            "count": self._count,
             "teacher": self.teacher.state_dict(),
         }
 
@@ -369,7 +389,7 @@ class Distiller(Shown, Participant):
             ValueError: It is no state of a `Distiller`, or of another one. Nothing is changed then.
             TypeError: A part of it is of the wrong type.
         """
-        parts = {"step": whole, "adapters": list_of(adapter_state), "following": check_following}
+        parts = {"step": whole, "adapters": list_of(adapter_state), "following": check_following, "sum": tensor, "count": whole}
         check_parts(state, "Distiller", {**parts, "teacher": mapping_of(lambda *_: None)})
         adapters: list[dict[str, Tensor] | None] = list(state["adapters"])
         if adapters and len(adapters) != len(self.losses):
@@ -380,12 +400,14 @@ class Distiller(Shown, Participant):
         self.teacher.check_state(state["teacher"])
         self.teacher.load_state_dict(state["teacher"])
         self._step, self._following = state["step"], Following.of_state(state["following"])
+        self._sum, self._count = state["sum"].clone() if state["count"] else None, state["count"]
         if self._student is not None and not self._following.cuts:
             self._following = self._following.at_present(self._student)
         for one, saved in zip(made, adapters, strict=False):
             if one is not None and saved is not None:
                 one.load_state_dict(saved)
         if self._adapters is None:
+            self._is_loaded = True
             self._saved = [None if one is None else {n: x.detach().clone() for n, x in one.items()} for one in adapters] or None
 
 

@@ -34,17 +34,39 @@ class Following:
 
     Attributes:
         features: The shapes of the features at the last batch that was looked at.
+        others: The shapes of the teacher's, which may be an average of the student.
         parameters: The shapes of the student's parameters then.
         cuts: The cuts since then.
     """
 
     features: tuple[tuple[int, ...], ...] = ()
+    others: tuple[tuple[int, ...], ...] = ()
     parameters: Shapes = field(default_factory=dict)
     cuts: tuple[Cut, ...] = ()
 
-    def seen(self, student: nn.Module, features: Sequence[Tensor]) -> Following:
+    def seen(self, student: nn.Module, features: Sequence[Tensor], others: Sequence[Tensor]) -> Following:
         """Note features and parameters as they are now."""
-        return replace(self.at_present(student), features=tuple(tuple(x.shape) for x in features), cuts=())
+        own, theirs = (tuple(tuple(x.shape) for x in found) for found in (features, others))
+        return replace(self.at_present(student), features=own, others=theirs, cuts=())
+
+    def went_along(self, index: int, other: Tensor) -> bool:
+        """Tell if the teacher's feature of a pair has got narrower too, as that of an average of the student does."""
+        return index < len(self.others) and channel_dim(self.others[index], other.shape) is not None
+
+    def was_alike(self, index: int) -> bool:
+        """Tell if both features of a pair had as many channels."""
+        own, other = self.features[index], self.others[index]
+        return own[_usual(own)] == other[_usual(other)]
+
+    def check_fit(self, features: Sequence[Tensor]) -> None:
+        """Refuse features that have other channels than those that were seen, without a cut that says why.
+
+        Raises:
+            ValueError: They have, or there are not as many.
+        """
+        now, before = (tuple(s[_usual(s)] for s in shapes) for shapes in ([x.shape for x in features], self.features))
+        if self.features and not self.cuts and now != before:
+            raise ValueError(f"state must be of adapters for features of {now} channels, got one for {before}")
 
     def at_present(self, student: nn.Module) -> Following:
         """Note parameters as they are now."""
@@ -65,6 +87,7 @@ class Following:
         cuts = [[{"name": n, "dim": d, "kept": torch.as_tensor(kept)} for (n, d), kept in cut.items()] for cut in self.cuts]
         return {
             "features": [list(shape) for shape in self.features],
+            "others": [list(shape) for shape in self.others],
             "parameters": {name: list(shape) for name, shape in self.parameters.items()} if cuts else {},
             "cuts": cuts,
         }
@@ -74,6 +97,7 @@ class Following:
         """Return what `state_dict` was made of."""
         return Following(
             tuple(tuple(shape) for shape in state["features"]),
+            tuple(tuple(shape) for shape in state["others"]),
             {name: tuple(shape) for name, shape in state["parameters"].items()},
             tuple({(c["name"], c["dim"]): c["kept"].cpu().numpy() for c in cut} for cut in state["cuts"]),
         )
@@ -85,8 +109,13 @@ def check_following(what: str, value: Any) -> None:
     def cut(what: str, value: Any) -> None:
         check_parts(value, "Distiller", {"name": text, "dim": whole, "kept": tensor})
 
-    parts = {"features": list_of(counts), "parameters": mapping_of(counts), "cuts": list_of(list_of(cut))}
-    check_parts(value, "Distiller", parts)
+    parts = {
+        "features": list_of(counts),
+        "others": list_of(counts),
+        "parameters": mapping_of(counts),
+        "cuts": list_of(list_of(cut)),
+    }
+    check_parts(value, "Distiller", {**shapes, "cuts": list_of(list_of(cut))})
 
 
 def channel_dim(before: Sequence[int], after: Sequence[int]) -> int | None:
@@ -97,8 +126,13 @@ def channel_dim(before: Sequence[int], after: Sequence[int]) -> int | None:
     if len(before) != len(after):
         return None
     smaller = [d for d in range(1, len(before)) if after[d] < before[d]]
-    usual = len(before) - 1 if len(before) == 3 else 1
+    usual = _usual(before)
     return usual if usual in smaller else smaller[0] if len(smaller) == 1 else None
+
+
+def _usual(shape: Sequence[int]) -> int:
+    """Return the dimension of channels: the last of three, else the second."""
+    return len(shape) - 1 if len(shape) == 3 else min(1, len(shape) - 1)
 
 
 def joined_cuts(cuts: Sequence[Cut]) -> dict[tuple[str, int], Any]:
@@ -188,7 +222,13 @@ def cut_adapter_(adapter: Adapter, index: int, kept: Any, optimizer: Any) -> Non
     """Let an adapter follow a feature whose channels went, and the optimizer's state of its parameters with it."""
     shapes = {p: (f"an adapter's {name}", tuple(p.shape)) for name, p in adapter.named_parameters()}
     states = [(state, strange_keys(state)) for state in states_of(optimizer)]
-    for p, dims in adapter.keep_(index, kept).items():
+    changed = adapter.keep_(index, kept) or {  # an adapter that does not say what has got smaller: what its shapes show
+        p: {d: kept for d, (n, m) in enumerate(zip(shape, p.shape, strict=True)) if n != m} for p, (_, shape) in shapes.items()
+    }
+    for p, dims in changed.items():
+        if not dims:
+            continue
+        _put(p, p.data)
         for state, strange in states:
             if state.get(p):
                 state[p] = cut_entry(dict(state[p]), *shapes[p], dims, strange)

@@ -92,7 +92,7 @@ class LogitFunction(Brief, LogitLoss):
 
     @property
     def needs_labels(self) -> bool:  # type: ignore[override]
-        """Whether the function has an argument for labels without a default."""
+        """Tell whether the function has an argument for labels without a default."""
         return _needs_labels(self.function)
 
     def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -125,7 +125,7 @@ class FeatureFunction(Brief, FeatureLoss):
 
     @property
     def needs_labels(self) -> bool:  # type: ignore[override]
-        """Whether the function has an argument for labels without a default."""
+        """Tell whether the function has an argument for labels without a default."""
         return _needs_labels(self.function)
 
     def of_pairs(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor | None, adapter: Adapter | None) -> Tensor:
@@ -187,3 +187,11 @@ def _scalar(function: Callable[..., Any], value: Any) -> Tensor:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"loss must return a scalar, got {shape} from {function!r}; return its mean")
     return value.reshape(())
+
+
+def __getattr__(name: str) -> Any:
+    """Give the losses under the public fasterai's path: `from fasterai.distill.losses import SoftTarget`."""
+    known = known_losses() if not name.startswith("_") else {}
+    if name in known:
+        return known[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -156,7 +156,7 @@ class Route(Shown):
         """Train a student stage by stage: each stage has an anchor as its teacher, and goes on from the weights of the last.
 
         Each stage calls `train(student, participants)`, which trains once, from its first step to its last, with the
-        participants in the loop: `attach(optimizer, *participants, ..., model=student)`, or `ParticipantCallback(*participants)`.
+        participants in the loop: `attach(optimizer, *participants, ..., model=student)`, or a `ParticipantCallback` of them.
         The teacher's network holds the last anchor at the end. If anything fails, the student is as it was.
 
         Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +24,8 @@ from fasterai.model.names import unwrap
 from fasterai.model.running import device_of
 
 __all__ = ["Answers", "NetworkTeacher", "SeveralTeachers", "Teacher", "as_teacher"]
+
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # Accelerate's words for the precisions of autocast
 
 
 @dataclass(frozen=True, repr=False)
@@ -92,6 +95,7 @@ class NetworkTeacher(Teacher):
         self.model = model
         self._capture: Capture | None = None
         self._asks_labels = False
+        self._half: torch.dtype | None = None
 
     def __repr__(self) -> str:
         return one_line(f"<NetworkTeacher: {type(unwrap(self.model)).__name__}>")
@@ -109,6 +113,7 @@ class NetworkTeacher(Teacher):
         found = find_layers("activations_teacher", self.model, layers)
         self.end()
         self._asks_labels = _asks_labels(unwrap(self.model))
+        self._half = _half_of(student)
         _rest(self.model)
         self._capture = Capture("activations_teacher", self.model, found, graph=False)
 
@@ -121,7 +126,7 @@ class NetworkTeacher(Teacher):
         like = _first_tensor(batch.outputs)
         given, keywords = self._inputs_of(batch, like)
         self._capture.forget()
-        with torch.no_grad(), in_precision(like, device_of(self.model, given)):
+        with torch.no_grad(), in_precision(like, device_of(self.model, given), self._half):
             outputs = self.model(*given, **keywords)
         logits = _logits_or_none(outputs)
         features = self._capture.take()
@@ -281,16 +286,26 @@ def _memory(p: Tensor) -> int:
     return id(p) if p.is_meta or p.numel() == 0 or type(p) is not nn.Parameter else p.untyped_storage().data_ptr()
 
 
-def in_precision(like: Tensor | None, device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which a network computes in the precision that a student's outputs show."""
-    half = like is not None and like.dtype in (torch.float16, torch.bfloat16)
-    if like is not None and half and not torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, like.dtype)
+def in_precision(like: Tensor | None, device: torch.device, half: torch.dtype | None = None) -> AbstractContextManager[Any]:
+    """Return a context in which a network computes in the precision that a student's outputs show, or in `half`."""
+    shown = like.dtype if like is not None and like.dtype in HALVES.values() else half
+    if shown is not None and not torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, shown)
     return nullcontext()
 
 
+def _half_of(student: nn.Module) -> torch.dtype | None:
+    """Return the half precision that Accelerate has put around a student's forward, whose outputs it turns back; or None."""
+    state = sys.modules.get("accelerate.state")
+    if state is None or not hasattr(unwrap(student), "_original_forward") or not state.AcceleratorState._shared_state:
+        return None
+    return HALVES.get(state.AcceleratorState().mixed_precision)
+
+
 def _asks_labels(model: nn.Module) -> bool:
-    """Tell if a network cannot be called without labels."""
+    """Tell if a network cannot be called without labels, as an encoder and decoder that makes its decoder's inputs of them."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return True
     try:
         wanted = inspect.signature(model.forward).parameters.get("labels")
     except (TypeError, ValueError):

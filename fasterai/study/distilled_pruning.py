@@ -29,9 +29,9 @@ LONGER = 4
 
 
 def trial(settings: Settings, seed: int, size: Size, data: Data) -> dict[str, float]:
-    """Prune a network on the one-cycle schedule, by magnitude in each layer, while it trains; coupled channels are removed then.
+    """Prune a network on the one-cycle schedule, by magnitude in each layer, while it trains, and remove coupled channels.
 
-    It is the dense network that was trained before or, from scratch, a new one; the trained one is the teacher, and stays dense.
+    It is the dense network that was trained before or, from scratch, a new one. The trained one teaches, and stays dense.
     """
     how, granularity, sparsity = settings["training"], settings["granularity"], settings["sparsity"]
     dense = _dense(seed, size, data)
@@ -67,18 +67,20 @@ def _dense(seed: int, size: Size, data: Data) -> nn.Module:
     return network
 
 
-HOW = [PLAIN, DISTILLED, SCRATCH, DISTILLED_SCRATCH]
+HOW = [PLAIN, DISTILLED]
 GRID: list[dict[str, list[Any]]] = [
-    {"training": HOW[:2], "granularity": ["weight"], "sparsity": [0.0]},
-    {"training": HOW[:2], "granularity": ["weight"], "sparsity": [0.8, 0.95]},
-    {"training": HOW[:2], "granularity": ["coupled"], "sparsity": [0.5, 0.75]},
-    {"training": HOW[2:], "granularity": ["weight"], "sparsity": [0.95]},
+    {"training": HOW, "granularity": ["weight"], "sparsity": [0.0, 0.8, 0.95]},
+    {"training": HOW, "granularity": ["coupled"], "sparsity": [0.5, 0.75]},
+]
+FROM_SCRATCH: list[dict[str, list[Any]]] = [
+    {"training": [SCRATCH, DISTILLED_SCRATCH], "granularity": ["weight"], "sparsity": [0.8, 0.95]},
+    {"training": [SCRATCH, DISTILLED_SCRATCH], "granularity": ["coupled"], "sparsity": [0.5, 0.75]},
 ]
 STUDY = Study(
     name="distilled_pruning",
     about="Pruning with and without the dense network as a teacher",
     trial=trial,
-    grids={"small": GRID, "full": GRID},
+    grids={"small": GRID, "full": [*GRID, *FROM_SCRATCH]},
     seeds={"full": range(5)},
     x="sparsity",
     lines="training",

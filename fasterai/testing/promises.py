@@ -13,7 +13,7 @@ __all__ = ["attempt", "check_refused", "check_value", "require", "same"]
 
 
 def require(condition: object, message: str) -> None:
-    """Raise the message unless the condition holds."""
+    """Check that a condition holds; raise the message if not."""
     if not condition:
         raise AssertionError(message)
 

@@ -170,6 +170,7 @@ def peer(pair: str, repeats: int) -> dict[str, tuple[float, float]]:
     """The same of the public fasterai's callback, in fastai, with the student alone beside it."""
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
+
     from fasterai.distill import all as public
 
     teacher, student, x, y, _, alike = made(pair)

@@ -47,8 +47,10 @@ class Widen(Adapter):
         super().__init__()
         self.matrix = nn.Parameter(torch.full((wide, narrow), 0.1))
 
-    def keep_(self, index: int, kept: Tensor) -> None:
+    def keep_(self, index: int, kept: Any) -> dict[nn.Parameter, dict[int, Any]]:
         self.matrix.data = self.matrix.data[:, kept]
+        self.matrix.grad = None
+        return {self.matrix: {1: kept}}
 
 
 @dataclass(frozen=True)

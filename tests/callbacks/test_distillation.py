@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.callbacks.distilled import BATCHES, FRAMEWORKS, Net, Squares, Way, Widened, by_hand
+from tests.callbacks import distilled
+from tests.callbacks.distilled import BATCHES, EPOCHS, FRAMEWORKS, Net, Squares, Way, Widened, by_hand
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LOGITS: dict[str, Any] = {"loss": Squares(), "weight": 0.7}
@@ -27,10 +28,19 @@ CASES = {
 }
 
 
+def watched(computed: list[Any]) -> Net:
+    """Return a teacher that notes the type of what it computes."""
+    other = Net(12, dropout=0.5, seed=5)
+    other.body.register_forward_hook(lambda *given: computed.append(given[2].dtype))
+    return other
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_what_is_trained_is_what_a_loop_by_hand_trains(framework, case, tmp_path):
+def test_what_is_trained_is_what_a_loop_by_hand_trains(framework, case, tmp_path, monkeypatch):
     given, way = CASES[case]
+    computed: list[Any] = []
+    monkeypatch.setattr(distilled, "teacher", lambda: watched(computed))
     if framework == "fastai" and way.bf16:
         pytest.skip("fastai's mixed precision is that of a GPU")
     ours, own = Net(), Net()

@@ -52,7 +52,12 @@ def test_files_are_found_in_the_order_of_their_numbers_and_hidden_parts_are_none
     for name in ("epoch=10.ckpt", "epoch=9.ckpt", "epoch=2-step=40.ckpt", "last.ckpt", ".epoch=11.ckpt.a1b2.part", ".x.pt"):
         (tmp_path / name).touch()
     (tmp_path / "notes.txt").touch()
-    assert [path.name for path in find_files(tmp_path)] == ["epoch=2-step=40.ckpt", "epoch=9.ckpt", "epoch=10.ckpt", "last.ckpt"]
+    assert [path.name for path in find_files(tmp_path)] == [
+        "epoch=2-step=40.ckpt",
+        "epoch=9.ckpt",
+        "epoch=10.ckpt",
+        "last.ckpt",
+    ]
 
 
 def test_a_network_keeps_its_tensors_and_flags():
@@ -85,7 +90,10 @@ def test_counts_that_older_files_lack_may_lack():
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (Net(6).state_dict(), r"got one, where first.weight is 6x4 instead of 8x4; first.bias is 6 instead of 8; .*; and 4 more"),
+        (
+            Net(6).state_dict(),
+            r"got one, where first.weight is 6x4 instead of 8x4; first.bias is 6 instead of 8; .*; and 4 more",
+        ),
         ({n: x for n, x in STATE.items() if n != "last.bias"}, "where last.bias is missing$"),
         ({**STATE, "extra": torch.ones(1)}, "where extra is too many$"),
         (nn.Linear(2, 2).state_dict(), "where first.weight is missing; .*"),
@@ -116,12 +124,12 @@ def test_a_file_without_weights_is_refused(content, message, tmp_path):
         fit_tensors(Net(8), as_anchor(path, 1))
     broken = tmp_path / "a.safetensors"
     broken.write_bytes(b"12345")
-    with pytest.raises(ValueError, match="checkpoints must be files of weights, got .*a.safetensors"):
+    with pytest.raises(ValueError, match=r"checkpoints must be files of weights, got .*a.safetensors"):
         fit_tensors(Net(8), as_anchor(broken, 1))
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="checkpoints must be files, got .*none.pt, which does not exist"):
+    with pytest.raises(ValueError, match=r"checkpoints must be files, got .*none.pt, which does not exist"):
         as_anchor(tmp_path / "none.pt", 1)
     with pytest.raises(TypeError, match="checkpoints must be paths, state dicts or networks, got 3"):
         as_anchor(3, 1)

@@ -52,7 +52,7 @@ FORMS = {
     "stream": DataLoader(Stream(), batch_size=4),
     "list": [(X[:7], Y[:7]), (X[7:], Y[7:])],
     "batches": [Batch((X[:7],)), Batch((X[7:],))],
-    "fastai": lambda: fastai_loaders(),
+    "fastai": fastai_loaders,
     "fastai's training": lambda: fastai_loaders().train,
     "torch's in fastai": lambda: pytest.importorskip("fastai.data.core").DataLoaders(FORMS["shuffled"], FORMS["loader"]),
 }

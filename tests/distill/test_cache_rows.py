@@ -89,7 +89,7 @@ def test_logits_that_are_not_finite_are_refused(value: float, word: str):
 
 def test_logits_that_half_precision_cannot_hold_are_refused():
     with pytest.raises(
-        ValueError, match="dtype must hold the teacher's logits, got float16, .* of 7e[+]04; pass dtype=torch.float32"
+        ValueError, match=r"dtype must hold the teacher's logits, got float16, .* of 7e[+]04; pass dtype=torch.float32"
     ):
         RowForm((2,), "float16").pack(torch.tensor([[0.0, -70_000.0]]))
     assert back(RowForm((2,), "float32"), torch.tensor([[0.0, -70_000.0]]))[0, 1] == -70_000

@@ -1,4 +1,4 @@
-"""Caching: the teacher's own logits, written whole or not at all, read again where they are there, refused where data changes."""
+"""Caching: the teacher's own logits, written whole or not at all, read again where they are, refused where data changes."""
 
 from __future__ import annotations
 

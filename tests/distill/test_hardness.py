@@ -87,7 +87,11 @@ def test_the_next_anchor_by_hand(table, current, delta, wanted):
         ({"data": []}, ValueError, "data must hold batches of held-out samples, got none"),
         ({"data": X}, TypeError, r"data must be a list or loader of batches, got a Tensor; pass data=\[\(x, y\), ...\]"),
         ({"data": 3}, TypeError, "data must be a list or loader of batches, got a int"),
-        ({"data": iter([X])}, TypeError, r"data must be gone through again after each stage, got an iterator; pass list\(data\)"),
+        (
+            {"data": iter([X])},
+            TypeError,
+            r"data must be gone through again after each stage, got an iterator; pass list\(data\)",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(arguments, error, message):

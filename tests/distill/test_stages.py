@@ -18,7 +18,7 @@ from fasterai.distill.logits import SoftTarget
 from fasterai.distill.route import Route
 from tests.callbacks.test_own_method import FRAMEWORKS
 from tests.callbacks.test_own_method import Net as FrameworkNet
-from tests.route_nets import X, Y, Net, anchors, distilled, route, student, teacher, train
+from tests.route_nets import Net, X, Y, anchors, distilled, route, student, teacher, train
 from tests.ticket_nets import equal, tensors_of
 
 ROOT = Path(__file__).parents[2]
@@ -125,8 +125,8 @@ def test_hardness_after_each_stage_is_that_of_the_student_then():
         # H_ij of the anchors from the stage's own on, by hand.
         ([[1.0, 1.5, 1.7, 2.0], [1.0, 1.9]], 0.8, (0, 2, 3)),
         ([[1.0, 1.0, 1.0, 1.0]], 0.8, (0, 3)),
-        ([[1.0, 2.0, 2.0, 2.0]] + [[1.0, 2.0, 2.0], [1.0, 2.0]], 0.8, (0, 1, 2, 3)),
-        ([[1.0, 2.0, 2.0, 2.0]] + [[1.0, 2.0, 1.2]], 0.8, (0, 1, 3)),
+        ([[1.0, 2.0, 2.0, 2.0], [1.0, 2.0, 2.0], [1.0, 2.0]], 0.8, (0, 1, 2, 3)),
+        ([[1.0, 2.0, 2.0, 2.0], [1.0, 2.0, 1.2]], 0.8, (0, 1, 3)),
         ([[1.0, 1.4, 1.6, 2.0], [1.0, 1.0, 1.0]], 0.5, (0, 1, 3)),
     ],
 )
@@ -224,7 +224,7 @@ def test_a_folder_of_another_call_is_refused(options, message, tmp_path):
 
 def test_other_anchors_are_another_call(tmp_path):
     distilled(tmp_path)
-    with pytest.raises(ValueError, match="folder must be of the same call, got .*anchors was"):
+    with pytest.raises(ValueError, match=r"folder must be of the same call, got .*anchors was"):
         route().every(2).distil(_never, student(), folder=tmp_path)
 
 
@@ -235,7 +235,9 @@ def test_other_first_weights_are_said(whole, tmp_path):
     assert equal(tensors, whole[0])
 
 
-@pytest.mark.parametrize("content", [b"", b"nothing", {"format": "other"}, {"next": "x"}, {"stages": [3]}, {"random": 1}], ids=str)
+@pytest.mark.parametrize(
+    "content", [b"", b"nothing", {"format": "other"}, {"next": "x"}, {"stages": [3]}, {"random": 1}], ids=str
+)
 def test_a_spoiled_file_is_refused(content, tmp_path):
     path = tmp_path / "stages.pt"
     if isinstance(content, bytes):
@@ -289,7 +291,7 @@ LEFT_OUT = "train must let the participants take part in its training, got one t
         (_distiller_alone, LEFT_OUT),
         (_guard_alone, "participants must hold the Distiller that StageGuard follows, before it, got none"),
         (_another, "optimizer must train the student that train was given, got one that holds none of its parameters"),
-        (_twice, "train must train once in a stage, got a second run with the same participants"),
+        (_twice, "train must train once in a stage, got a second run with its participants"),
     ],
 )
 def test_a_training_without_the_participants_is_refused(once, message):
