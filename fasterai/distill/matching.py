@@ -46,7 +46,7 @@ class _Output:
 
     @property
     def is_feature(self) -> bool:
-        """Whether it has places, and its channels, if they can be told, where they should be."""
+        """True if it has places, and its channels, if they can be told, where they should be."""
         _, *rest = self.shape
         channels_last = len(rest) == 3 and rest[0] == rest[1] != rest[2]
         return len(rest) > 1 and max(self.places) > 1 and not channels_last
