@@ -21,6 +21,7 @@ from fasterai.callbacks.plain import attach
 from fasterai.core.contexts import PerTarget
 from fasterai.core.schedules import Custom, Phases, Position
 from fasterai.display import Brief, Shown, Table, brief, one_line, settings
+from fasterai.distill.losses import known_losses
 from fasterai.graph.inputs import InputCut
 
 STARS = [
@@ -196,6 +197,7 @@ MADE = {
     "Ticket": lambda _: ticket(),
     "SparsifyCallback": lambda _: everything.SparsifyCallback({"*": 0.5}, "filter", "local", lambda w: w, "agp"),
 }
+MADE |= {name: (lambda _, kind=kind: kind()) for name, kind in known_losses().items()}
 #: What calls return besides, and what users make without its class.
 OTHERS = {
     "Custom": lambda _: fasterai.Schedule(a_function),
