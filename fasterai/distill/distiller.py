@@ -206,9 +206,8 @@ class Distiller(Shown, Participant):
         if self._saved is None:
             return None
         self._following.check_fit(own.features)
-        first = [
-            replace(x, features=like) for x, like in zip((own, other), self._following.like_first(own, other), strict=True)
-        ]
+        mine, theirs = self._following.like_first(own.features, other.features)
+        first = replace(own, features=mine), replace(other, features=theirs)
         made = [self._adapter_of(one, *first) for one in self.losses]
         for one, adapter, saved in zip(self.losses, made, self._saved, strict=True):
             if adapter is not None and saved is not None:

@@ -99,7 +99,7 @@ def test_the_schedule_is_at_the_position_of_the_step_under_way_for_all_of_its_ba
             if i % 2:
                 optimizer.step()
     assert seen == [0.5, 0.5, 1.0, 1.0]
-    with pytest.raises(ValueError, match=r"schedule must be in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"what the schedule returns must be in \[0, 1\], got 1.5"):
         Run(Distiller(teacher(), Distance(), schedule=lambda position: 1.5)).loss(0)
 
 
