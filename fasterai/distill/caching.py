@@ -41,7 +41,7 @@ def cache_teacher(
     batch_size: int = 64,
     overwrite: bool = False,
 ) -> CachedTeacher:
-    """Work out the logits of a fixed data set once, write them to a file, and return the teacher that reads them back.
+    """Write the logits of a fixed data set to a file, worked out once, and return the teacher that reads them back.
 
     Nothing of the teacher changes, nor do the random generators. The file is written whole or not at all. If it is there
     already, of the same teacher and settings and of this data, it is opened and nothing is worked out.
@@ -170,7 +170,7 @@ def _write(place: Path, asked: tuple[str, int | None], answering: _Answering, so
 
 
 def _checked_again(place: Path, asked: tuple[str, int | None], answering: _Answering, source: Source) -> CacheFile:
-    """Open a file that is there, if it is what is asked for."""
+    """Read a file that is there, if it is what is asked for."""
     file = read_cache(place)
     own = file.form.dtype, file.form.top_k
     repair = "pass overwrite=True, or another path"
