@@ -28,7 +28,7 @@ from fasterai.analyze.filters import plot_filters, plot_similarity
 from fasterai.callbacks.plain import attach
 from fasterai.cli import main
 from fasterai.core.criteria import large_final, variety
-from fasterai.display import SERIES, dress, new_axes, save_figure, styled
+from fasterai.display import INK, SERIES, dress, new_axes, save_figure, styled
 from fasterai.distill.distiller import Distiller
 from fasterai.distill.features import Attention
 from fasterai.distill.hardness import Greedy
@@ -176,7 +176,7 @@ def draw_losses(folder: Path) -> None:
         places = torch.arange(10) + (i - 2.5) * 0.13
         heights = way / way.abs().max()
         axes.bar(places, heights, width=0.13, color=SERIES[i], label=name)
-    axes.axhline(0, color="black", linewidth=0.6)
+    axes.axhline(0, color=INK, linewidth=0.6)
     shares = torch.softmax(other, 1)[chosen, order]
     names = [f"{int(c)}\n{p:.1%}" for c, p in zip(order, shares, strict=True)]
     axes.set_xticks(range(10), names)
@@ -184,7 +184,7 @@ def draw_losses(folder: Path) -> None:
         xlabel="class, and what the teacher gives it", ylabel="share of the largest"
     )
     dress(axes, "Where losses push a student's logits, for one digit", grid="y")
-    axes.legend(ncols=2, frameon=False, loc="upper right")
+    axes.legend(ncols=2, loc="upper right")
     _save(axes.figure, folder / "distillation-losses.png")
 
 
