@@ -282,7 +282,7 @@ class Distiller(Shown, Participant):
                 self._doubt = doubt if self._doubt is None else self._doubt + doubt
 
     def after_backward(self) -> None:
-        """Average the gradients of adapters over processes, as those of the student are."""
+        """Replace the gradients of adapters by their means over processes, as those of the student are."""
         if self._group is not None:
             average_([one for one in self._adapters or () if one is not None], self._group)
 

@@ -1,4 +1,4 @@
-"""Which channels of a captured feature are left after a cut of the student, and adapters that follow.
+"""The channels of a captured feature that are left after a cut of the student, and adapters that follow.
 
 A cut names parameters. Which channel of a feature belongs to which row of a parameter is asked of autograd's graph: a channel's
 gradient is zero but for the row that makes it. Concatenated features are several ranges of channels, each with its parameter.
@@ -28,7 +28,7 @@ TRIES = 8  # channels without a row, such as dead ones, that are passed over
 
 @dataclass(frozen=True, repr=False)
 class Following:
-    """What is known of a student's features, and of the cuts since they were last seen.
+    """Record of a student's features, and of the cuts since they were last seen.
 
     It is replaced and never changed, so that a removal that is undone is undone here too.
 
