@@ -150,6 +150,7 @@ MADE = {
     "BN_Folder": lambda _: folder_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval(), everything.BN_Folder()),
     "Block": lambda _: fasterai.Block(4, 4),
     "Budget": lambda _: everything.Budget(latency=0.5, batch=8),
+    "CachedTeacher": lambda folder: everything.cache_teacher(net(), (X, Y), folder / "a.safetensors", top_k=2),
     "ChannelGraph": lambda _: graph(),
     "Comparison": lambda _: compared(latency=True),
     "Conv_Decomposer": lambda _: folder_of(nn.Sequential(nn.Conv2d(8, 8, 3)), everything.Conv_Decomposer()),
@@ -222,6 +223,7 @@ WITH_TABLES = {
     *(
         "BN_Folder",
         "Budget",
+        "CachedTeacher",
         "ChannelGraph",
         "Comparison",
         "Conv_Decomposer",

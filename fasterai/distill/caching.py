@@ -27,6 +27,7 @@ from fasterai.model.snapshots import sum_of
 __all__ = ["cache_teacher"]
 
 LOOKS = 2  # batches that are read again when all is written
+MOVES = ("after_step", "at_position")  # what a teacher that changes in a training hears
 QUIET = 3.0  # seconds of work without a progress bar
 
 
@@ -80,8 +81,9 @@ def _asked(teacher: nn.Module | Teacher, dtype: torch.dtype, top_k: int | None) 
     names = {kind: name for name, kind in DTYPES.items()}
     if not isinstance(teacher, nn.Module | Teacher) or isinstance(teacher, CachedTeacher):
         raise not_one_of("teacher", "a network", teacher)
-    if isinstance(teacher, Teacher) and type(teacher).after_step is not Teacher.after_step:
-        raise ValueError(f"teacher must stay as it is in training, got a {type(teacher).__name__}, which follows the student")
+    moves = isinstance(teacher, Teacher) and any(getattr(type(teacher), n) is not getattr(Teacher, n) for n in MOVES)
+    if moves:
+        raise ValueError(f"teacher must stay as it is in training, got a {type(teacher).__name__}, which follows the run")
     if dtype not in names:
         raise ValueError(f"dtype must be torch.float16 or torch.float32, got {dtype!r}")
     return names[dtype], None if top_k is None else check_count("top_k", top_k)
