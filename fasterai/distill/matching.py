@@ -91,7 +91,7 @@ def match_feature_layers(student: nn.Module, teacher: nn.Module, sample_input: A
         sample_input: An input of both: a tensor, a tuple of arguments, or a dict of keywords.
 
     Returns:
-        `{"student": names, "teacher": names}`, as `Distiller` takes them.
+        Names under `student` and under `teacher`, as many, as `Distiller` takes them.
 
     Raises:
         ValueError: There is no such pair.
