@@ -21,7 +21,11 @@ from fasterai.callbacks.plain import attach
 from fasterai.core.contexts import PerTarget
 from fasterai.core.schedules import Custom, Phases, Position
 from fasterai.display import Brief, Shown, Table, brief, one_line, settings
+from fasterai.distill.hardness import Greedy
 from fasterai.distill.losses import known_losses
+from fasterai.distill.recorder import RouteRecorder
+from fasterai.distill.route import Route
+from fasterai.distill.route_result import RouteResult, Stage
 from fasterai.graph.inputs import InputCut
 
 STARS = [
@@ -80,6 +84,10 @@ def sparsifier() -> Any:
 
 def ticket() -> Any:
     return everything.Ticket.of(sparsifier(), net().state_dict(), note="a word")
+
+
+def route() -> Any:
+    return Route.from_checkpoints([net(), net()])
 
 
 def compared(latency: bool) -> Any:
@@ -203,6 +211,7 @@ MADE |= {name: (lambda _, kind=kind: kind()) for name, kind in known_losses().it
 OTHERS = {
     "Custom": lambda _: fasterai.Schedule(a_function),
     "Handle": lambda _: trained(everything.LotteryTicket(sparsifier())),
+    "Greedy": lambda _: Greedy(0.8, [X]),
     "Hold": lambda _: sparsifier().hold(),
     "LayerComparison": lambda _: compared(latency=True).layers(),
     "LayerCost": lambda _: compared(latency=False).costs["dense"].layers[0],
@@ -213,7 +222,12 @@ OTHERS = {
     "Position": lambda _: Position(lambda position: position),
     "Reached": lambda _: sparsifier().sparsity,
     "Row": lambda _: sparsifier().report().rows[0],
+    "Route": lambda _: route(),
+    "RouteRecorder": lambda folder: RouteRecorder(folder, every=2),
+    "RouteResult": lambda _: RouteResult((Stage(0, 0.5, (0.1, 0.2)), Stage(1, 0.6, (0.1,))), ("first.pt", "last.pt")),
+    "RouteTeacher": lambda _: route().one_stage(),
     "SparsityReport": lambda _: sparsifier().report(),
+    "Stage": lambda _: Stage(0, 0.5, (0.1,) * 9),
     "TicketHold": lambda _: ticket().apply(net()),
     "Place": lambda _: ticket().units[0].places[0],
     "Units": lambda _: ticket().units[0],
@@ -249,7 +263,8 @@ WITH_TABLES = {
         "Pruner",
         "Reached",
     ),
-    *("Removal", "Sensitivity", "SensitivityResult", "Sparsifier", "SparsityReport", "Ticket"),
+    *("Removal", "Route", "RouteRecorder", "RouteResult", "Sensitivity", "SensitivityResult", "Sparsifier"),
+    *("SparsityReport", "Ticket"),
 }
 
 
