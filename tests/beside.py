@@ -33,4 +33,5 @@ class Beside:
             self._begun[work, *arguments] = self._pool.submit(work, *arguments, folder, self._before)
 
     def __call__(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        self.begin(work, *arguments)
         return self._begun[work, *arguments].result()

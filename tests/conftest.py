@@ -41,7 +41,7 @@ def beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     pool = ThreadPoolExecutor(1)
     try:
         asked = Beside(pool, tmp_path_factory)
-        for item in request.session.items:
+        for item in request.session.items if "PYTEST_XDIST_WORKER" not in os.environ else ():
             if not any(mark.args[0] for mark in item.iter_markers("skipif")):
                 for mark in item.iter_markers("beside"):
                     asked.begin(*mark.args)
