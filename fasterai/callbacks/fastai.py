@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from fasterai.callbacks.distillation import DistillMethod
 from fasterai.callbacks.elsewhere import ASKED_BY, refuse_elsewhere
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
-from fasterai.core.loop import STOPPED, Batch, Fit, Loop
+from fasterai.core.loop import STOPPED, Fit, Loop
 from fasterai.model.cuts import Cut, follow
 
 try:
@@ -25,6 +24,7 @@ try:
 except ImportError as error:
     raise ImportError("fasterai.callbacks.fastai needs fastai: pip install '.[fastai]' in a checkout of fasterai") from error
 
+from fasterai.callbacks.fastai_batches import batch_of
 from fasterai.callbacks.fastai_files import begin_saving, end_saving, find_state, skipped_epochs
 
 __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
@@ -151,7 +151,7 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
             model=learn.model,
             optimizer=learn.opt,
             loss=learn.loss_func,
-            batch=self._batch(),
+            batch=batch_of(learn),
             steps_per_epoch=learn.n_iter,
             is_search=partial(_is_search, weakref.ref(learn)),
         )
@@ -172,19 +172,15 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
             self._relays.append(_Relay(between, before_step=self.loop.after_backward))
         self.learn.add_cbs(self._relays)
 
-    def _batch(self) -> Batch:
-        return Batch(tuple(self.learn.xb), tuple(self.learn.yb))
-
     def after_pred(self) -> None:
         """Show the batch with its outputs."""
         if self.loop.running:
-            self.loop.after_forward(replace(self._batch(), outputs=self.learn.pred))
+            self.loop.after_forward(batch_of(self.learn, with_outputs=True))
 
     def _change_loss(self) -> None:
         """Pass the loss on before it is divided for accumulation; what is logged as the loss stays fastai's."""
         if self.loop.running:
-            batch = replace(self._batch(), outputs=self.learn.pred)
-            self.learn.loss_grad = self.loop.after_loss(self.learn.loss_grad, batch)
+            self.learn.loss_grad = self.loop.after_loss(self.learn.loss_grad, batch_of(self.learn, with_outputs=True))
 
     def before_step(self) -> None:
         """Pass on that the optimizer is about to step; batches without a step have moved the position too."""

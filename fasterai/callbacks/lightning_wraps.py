@@ -118,8 +118,9 @@ class StepWraps:
 class _Watch:
     """Shows the result of the module that is called with the batch, in the outermost call, as the outputs.
 
-    If none gets one of the batch's tensors (they were mixed or moved), the first call counts. Below the outermost call no
-    hook is there: what is compiled stays compiled.
+    The inputs are then those of that call: a step may take them out of a dict, or flatten them. If none gets one of the
+    batch's tensors (they were mixed or moved), the first call counts. Below the outermost call no hook is there: what is
+    compiled stays compiled.
     """
 
     def __init__(self, module: nn.Module, batch: Batch, show: Callable[[Batch], None]) -> None:
@@ -146,7 +147,7 @@ class _Watch:
         self.__exit__()
         reads = any(id(x) in self._given for x in tree_leaves((args, keywords)))
         if reads or self.batch.outputs is None:
-            self.batch = replace(self.batch, outputs=output)
+            self.batch = replace(self.batch, inputs=tuple(args), keywords=dict(keywords), outputs=output)
         if reads:
             self.shown()
         else:

@@ -23,6 +23,7 @@ __all__ = [
     "check_choice",
     "check_count",
     "check_fraction",
+    "check_number",
     "entry_name",
     "entry_or_repr",
     "from_catalogue",
@@ -93,6 +94,22 @@ def check_count(name: str, value: object, minimum: int = 1) -> int:
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
     return int(value)
+
+
+def check_number(name: str, value: object, *, at_least: float = -math.inf, above: float = -math.inf) -> float:
+    """Return a finite number in a range as a float, or refuse the value.
+
+    Raises:
+        TypeError: `value` is not a real number.
+        ValueError: `value` is infinite, NaN or out of range.
+    """
+    limit = f" of at least {at_least:g}" if at_least > -math.inf else f" above {above:g}" if above > -math.inf else ""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number{limit}, got {value!r} ({type(value).__name__}){_in_text(value)}")
+    found = float(value)
+    if not math.isfinite(found) or found < at_least or (above > -math.inf and found <= above):
+        raise ValueError(f"{name} must be a number{limit}, got {value!r}")
+    return found
 
 
 def check_choice(name: str, value: object, known: Iterable[str]) -> str:

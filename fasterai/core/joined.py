@@ -48,11 +48,7 @@ class Joined:
         self.owners = list(owners) or [""] * len(self.parameters)
         self._optimizer = innermost(optimizer)
         group = _lists(self._optimizer)[-1]
-        there = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
-        for p in self.parameters:
-            if id(p) in there:
-                raise ValueError(f"parameters to train must be new to the optimizer, got one of shape {tuple(p.shape)} twice")
-            there.add(id(p))
+        _check_new(self._optimizer, self.parameters)
         group.extend(self.parameters)
         self._hooks = []
         if isinstance(self._optimizer, torch.optim.Optimizer):
@@ -84,7 +80,12 @@ class Joined:
         return other
 
     def extended(self, parameters: Sequence[nn.Parameter], owners: Sequence[str]) -> Joined:
-        """Take further parameters along; those that are there keep their state."""
+        """Take further parameters along; those that are there keep their state.
+
+        Raises:
+            ValueError: One of them is in the optimizer already; nothing is changed then.
+        """
+        _check_new(self._optimizer, parameters)
         kept = [self._optimizer.state.get(p, {}) for p in self.parameters]
         self.leave()
         other = Joined(self._optimizer, [*self.parameters, *parameters], [*self.owners, *owners])
@@ -185,6 +186,14 @@ def _lists(optimizer: Any) -> list[MutableSequence[nn.Parameter]]:
             raise TypeError("optimizer must treat each parameter alone where further ones are to train, got LBFGS")
         lists = [group["params"] for group in groups]
     return list(lists)
+
+
+def _check_new(optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
+    there = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for p in parameters:
+        if id(p) in there:
+            raise ValueError(f"parameters to train must be new to the optimizer, got one of shape {tuple(p.shape)} twice")
+        there.add(id(p))
 
 
 def _copied(state: Mapping[str, Any], device: torch.device | None = None) -> dict[str, Any]:

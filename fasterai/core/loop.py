@@ -56,6 +56,8 @@ class Loop:
 
     planned_steps = 0  # copies of earlier versions have none
     counts = ""
+    _awaits_batch = False  # whether a first batch is still to come, with which further parameters may join
+    _joined_later: Mapping[str, Any] | None = None  # a state that is loaded when all parameters are there
 
     def __init__(self, participants: Sequence[Participant]) -> None:
         self.participants = list(participants)
@@ -63,9 +65,8 @@ class Loop:
         self.total_steps = 0
         self._steps_per_epoch: int | None = None
         self._joined: Joined | None = None
-        self._joined_later: Mapping[str, Any] | None = None  # a state that is loaded when all parameters are there
         self._optimizer: Any = None
-        self._is_shown = self._is_told = False
+        self._is_told = False
 
     @property
     def running(self) -> bool:
@@ -83,21 +84,17 @@ class Loop:
             TypeError: The optimizer takes no further parameters, or a participant returns something else.
             ValueError: A parameter is there twice.
         """
-        self._optimizer, self._is_shown = optimizer, not self.wants("on_first_batch")
+        self._optimizer, self._awaits_batch = optimizer, self.wants("on_first_batch")
         self._join("on_setup", model)
 
     def _join(self, event: str, shown: nn.Module | Batch) -> None:
-        """Let the parameters that participants return at an event join the optimizer, and take their saved state over."""
+        """Let the parameters that participants return at an event join the optimizer."""
         found = [(p, name) for name, one in self._named().items() for p in own_parameters(one, event, shown)]
         parameters, owners = [p for p, _ in found], [name for _, name in found]
         if found and self._joined is None:
             self._joined = Joined(self._optimizer, parameters, owners)
         elif found and self._joined is not None:
             self._joined = self._joined.extended(parameters, owners)
-        if self._is_shown and self._joined_later is not None:
-            state, self._joined_later = self._joined_later, None
-            if self._joined is not None:
-                self._joined.load_state_dict(state)
 
     def move(self, optimizer: Any) -> None:
         """Let participants' parameters go over to an optimizer that has taken the other's place in the middle of a run."""
@@ -140,12 +137,21 @@ class Loop:
                     )
 
     def after_forward(self, batch: Batch) -> None:
-        """Show a batch with its outputs; with the first one of a run further parameters join the optimizer."""
+        """Show a batch with its outputs; with the first one of a run further parameters join the optimizer.
+
+        Raises:
+            ValueError: A parameter is there twice, or the saved state is of other ones.
+            TypeError: A participant returns something else than parameters; the next batch counts as the first one then.
+        """
         for participant in self.participants:
             tell(participant, "after_forward", batch)
-        if not self._is_shown:
-            self._is_shown = True
+        if self._awaits_batch:
             self._join("on_first_batch", batch)
+            self._awaits_batch = False
+        if self._joined_later is not None:
+            if self._joined is not None:
+                self._joined.load_state_dict(self._joined_later)
+            self._joined_later = None
 
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
         """Return the loss after every participant has had it.
@@ -249,6 +255,7 @@ class Loop:
 
     def _leave(self) -> None:
         joined, self._joined, self._joined_later, self._optimizer = self._joined, None, None, None
+        self._awaits_batch = False
         if joined is not None:
             joined.leave()
 
@@ -291,7 +298,7 @@ class Loop:
         try:
             for participant, own in loads:
                 participant.load_state_dict(own)
-            if not self._is_shown and self._optimizer is not None:
+            if self._awaits_batch:
                 self._joined_later = state.get("joined")
             elif self._joined is not None and "joined" in state:
                 self._joined.load_state_dict(state["joined"])

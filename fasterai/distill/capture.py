@@ -56,10 +56,13 @@ def tensor_of(outputs: Any) -> Tensor:
 def find_layers(argument: str, model: nn.Module, layers: Sequence[str | nn.Module]) -> list[nn.Module]:
     """Find layers of a model by name, wrapped or not; modules of it may be given themselves.
 
+    A name may leave out the model's own part that alone has such a layer: `layer2` is `net.layer2` of a LightningModule
+    whose network is `net`.
+
     Raises:
-        ValueError: A name is unknown, or a module is none of the model's.
+        ValueError: A name is unknown, or several parts have it, or a module is none of the model's.
     """
-    known = {plain_name(name): module for name, module in unwrap(model).named_modules() if name}
+    known = {plain_name(name): module for name, module in unwrap(model).named_modules(remove_duplicate=False) if name}
     found = []
     for one in layers:
         if isinstance(one, nn.Module):
@@ -68,6 +71,8 @@ def find_layers(argument: str, model: nn.Module, layers: Sequence[str | nn.Modul
             found.append(one)
         elif one in known:
             found.append(known[one])
+        elif len(inside := {id(m): m for name, m in known.items() if name.partition(".")[2] == one}) == 1:
+            found += inside.values()
         else:
             raise unknown(argument, one, known, "layers of the model")
     return found

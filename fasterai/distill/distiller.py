@@ -16,6 +16,7 @@ from fasterai.core.schedules import Schedule
 from fasterai.display import Shown, Table, settings
 from fasterai.distill.capture import Capture, find_layers
 from fasterai.distill.loss import Adapter, FeatureLoss, LogitLoss, Loss
+from fasterai.distill.losses import as_loss
 from fasterai.distill.teachers import Answers, NetworkTeacher, Teacher
 
 __all__ = ["Distiller"]
@@ -32,7 +33,8 @@ class Distiller(Shown, Participant):
 
     Args:
         teacher: The network that is learned from, or a `Teacher`.
-        loss: The loss, or several, which are added up.
+        loss: The loss, or several, which are added up: values, their classes or names, or functions of the student's and the
+            teacher's logits.
         activations_student: Layers of the student whose outputs the losses of features read, by name or themselves.
         activations_teacher: Those of the teacher, as many: the first belongs to the first, and so on.
         weight: The share `w` of the distillation in the loss, in [0, 1].
@@ -46,7 +48,7 @@ class Distiller(Shown, Participant):
     def __init__(
         self,
         teacher: nn.Module | Teacher,
-        loss: Loss | Sequence[Loss],
+        loss: Any,
         activations_student: Layers | None = None,
         activations_teacher: Layers | None = None,
         *,
@@ -54,7 +56,7 @@ class Distiller(Shown, Participant):
         schedule: Schedule | Callable[[float], float] | str | None = None,
     ) -> None:
         self.teacher = teacher if isinstance(teacher, Teacher) else NetworkTeacher(teacher)
-        self.losses = [loss] if isinstance(loss, Loss) else list(loss)
+        self.losses = [as_loss(one) for one in (loss if isinstance(loss, list | tuple) else [loss])]
         self.layers = list(activations_student or ()), list(activations_teacher or ())
         self.weight = check_fraction("weight", weight)
         self.schedule = None if schedule is None else from_catalogue("schedule", schedule, schedules)
@@ -107,7 +109,7 @@ class Distiller(Shown, Participant):
         assert self._seen is not None
         (own, other), self._seen = self._seen, None
         with torch.autocast(loss.device.type, enabled=False):
-            parts = [self._loss_of(one, adapter, own, other, batch.labels) for one, adapter in self._with_adapters()]
+            parts = [self._loss_of(one, adapter, own, other, one.labels_of(batch)) for one, adapter in self._with_adapters()]
         value = torch.stack(parts).sum()
         self._value = value.detach()
         return torch.lerp(loss, value.to(loss.dtype), self._weight)

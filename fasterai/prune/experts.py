@@ -21,6 +21,7 @@ from fasterai.graph.experts import ExpertGraph, expert_graph
 from fasterai.graph.labels import Flags
 from fasterai.model.inputs import arguments, as_batch, positional
 from fasterai.model.names import unwrap
+from fasterai.model.optimizers import check_optimizer, check_trained
 from fasterai.model.outputs import movement, tolerance
 from fasterai.model.running import at_rest
 from fasterai.model.running import copies as copies_of
@@ -32,7 +33,6 @@ from fasterai.prune.removal import Removal, take_out
 from fasterai.prune.surgery.model_copies import Copies, matching_copies
 from fasterai.prune.surgery.modules import EXPERTS
 from fasterai.prune.surgery.operate import Surgery
-from fasterai.prune.surgery.optimizers import check_optimizer, check_trained
 from fasterai.prune.surgery.plan import Plan, make_plan
 from fasterai.units.channel_pools import channel_pools
 from fasterai.units.evidence import Source

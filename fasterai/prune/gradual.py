@@ -23,6 +23,7 @@ from fasterai.core.updates import Updates, plan_updates
 from fasterai.model.cuts import note_optimizer
 from fasterai.model.inputs import batch_inputs
 from fasterai.model.names import unwrap
+from fasterai.model.optimizers import check_optimizer, check_trained
 from fasterai.prune.choice.budget import Budget
 from fasterai.prune.gradual_settings import check_bare, check_settings, read_settings
 from fasterai.prune.pruner import Pruner
@@ -30,7 +31,6 @@ from fasterai.prune.removal import Removal
 from fasterai.prune.shown_channels import ShownChannels
 from fasterai.prune.surgery.model_copies import Copies, matching_copies
 from fasterai.prune.surgery.operate import Surgery
-from fasterai.prune.surgery.optimizers import check_optimizer, check_trained
 from fasterai.prune.surgery.plan import Plan
 from fasterai.prune.surgery.replay import GRADUAL_FORMAT, Shapes, read_state, replay, shapes_of
 from fasterai.units.evidence import GATHERERS, NotYetError

@@ -32,6 +32,7 @@ from fasterai.graph.labels import Flags
 from fasterai.model.cuts import Cut, follow, input_place
 from fasterai.model.inputs import batch_of, positional
 from fasterai.model.names import unwrap
+from fasterai.model.optimizers import check_optimizer, check_trained
 from fasterai.model.supported import check_whole
 from fasterai.model.targets import all_targets
 from fasterai.prune.check import Sound, largest_sound
@@ -40,7 +41,6 @@ from fasterai.prune.goal import OVER_PLACES, Ratio, check_context, free_pools, r
 from fasterai.prune.removal import Removal, mask_channels_, silent_channels, take_out
 from fasterai.prune.shown_channels import ShownChannels
 from fasterai.prune.surgery.model_copies import Copies, matching_copies
-from fasterai.prune.surgery.optimizers import check_optimizer, check_trained
 from fasterai.prune.surgery.plan import cut_normed
 from fasterai.units.channel_pools import channel_pools, warn_of_rounding
 from fasterai.units.choice import Goal, choose, limits_of

@@ -18,13 +18,13 @@ from fasterai.model.cuts import noted_optimizers
 from fasterai.model.inputs import positional
 from fasterai.model.names import unwrap
 from fasterai.model.norms import Norm
+from fasterai.model.optimizers import check_optimizer, check_trained
 from fasterai.model.supported import check_whole, shapes_of_inputs
 from fasterai.prune.check import Sound, largest_sound
 from fasterai.prune.measure import Measurement, measured
 from fasterai.prune.removal_report import Removal
 from fasterai.prune.surgery.model_copies import Copies, matching_copies
 from fasterai.prune.surgery.operate import operate
-from fasterai.prune.surgery.optimizers import check_optimizer, check_trained
 from fasterai.prune.surgery.plan import Plan, make_plan, tensor_of, tensors_of
 
 __all__ = ["Removal", "mask_channels_", "remove", "silent_channels", "take_out"]

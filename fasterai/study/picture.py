@@ -58,12 +58,13 @@ def _draw_lines(axes: Axes, study: Study, rows: Sequence[Row], explained: bool =
             )
     for row in reference:
         _draw_level(axes, row, study.y, " ".join(map(str, study.reference.values())))
-    numbers = all(isinstance(_x(row, study.x), int | float) for row in rows if row not in reference)
+    courses = any(row.course(study.x, study.y) for row in rows)
+    numbers = courses or all(isinstance(_x(row, study.x), int | float) for row in rows if row not in reference)
     colors = SERIES[1:] if len(lines) < len(SERIES) else line_colors(len(lines))
     for color, (name, found) in zip(colors, lines.items(), strict=False):
         _draw_line(axes, name, found, (study.x, study.y), color, joined=numbers)
     axes.set(xlabel=study.x.replace("_", " "), ylabel=study.y.replace("_", " "))
-    places = sorted({_x(row, study.x) for row in rows if row not in reference}) if numbers else []
+    places = sorted({_x(row, study.x) for row in rows if row not in reference}) if numbers and not courses else []
     if study.x in (rows[0].settings if rows else {}) and 0 < len(places) <= TICKS:
         axes.set_xticks(places)
     if not numbers and sum(len(str(_x(row, study.x))) for row in next(iter(lines.values()), [])) > LONGEST:
@@ -85,6 +86,10 @@ def _x(row: Row, name: str) -> Any:
 
 
 def _draw_line(axes: Axes, name: str, rows: list[Row], of: tuple[str, str], color: Any, joined: bool) -> None:
+    if any(row.course(*of) for row in rows):
+        for row in rows:
+            axes.plot(*zip(*row.course(*of), strict=True), color=color, label=name, marker="o", markersize=3.0, linewidth=1.5)
+        return
     points = [(_x(row, of[0]), row.mean(of[1]), row.spread(of[1])) for row in rows]
     if joined:
         points.sort()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fasterai.core.files import write_file
 from fasterai.display import Shown, Table, counted, save_figure
 from fasterai.study.description import Run, Settings, Size, Study
-from fasterai.study.rows import Row, by_metric, write_cell, write_setting
+from fasterai.study.rows import Row, by_metric, is_course, write_cell, write_setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +58,8 @@ class Result(Shown):
         """Return the table: settings, then mean and spread of every metric."""
         rows = self.rows
         axes = list(dict.fromkeys(axis for row in rows for axis in row.settings))
-        metrics = list(dict.fromkeys([self.study.y, *(name for row in rows for name in row.values)]))
+        named = dict.fromkeys([self.study.y, *(name for row in rows for name in row.values)])
+        metrics = [name for name in named if not is_course(name)]
         body = [
             [*(write_setting(axis, row.settings.get(axis, "")) for axis in axes), *(write_cell(row, name) for name in metrics)]
             for row in rows

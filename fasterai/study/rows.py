@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from typing import Any
 from fasterai.display import short
 from fasterai.study.description import Settings
 
-__all__ = ["Row", "by_metric", "is_share", "write_cell", "write_setting"]
+__all__ = ["Row", "by_metric", "is_course", "is_share", "write_cell", "write_setting"]
 
 #: Metrics that are shares, written in percent.
 SHARES = ("accuracy", "share", "sparsity")
+#: A metric after a part of the run, such as `epoch_3_accuracy`.
+COURSE = re.compile(r"([a-z]+)_(\d+)_(\w+)")
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,22 @@ class Row:
         values = self.values[metric]
         return statistics.stdev(values) if len(values) > 1 else 0.0
 
+    def course(self, x: str, metric: str) -> list[tuple[int, float]]:
+        """Return the mean of a metric after each part of the run: of `epoch_3_accuracy` and so on for an `x` of `epoch`."""
+        found = {name: COURSE.fullmatch(name) for name in self.values}
+        parts = ((int(m[2]), self.mean(name)) for name, m in found.items() if m and (m[1], m[3]) == (x, metric))
+        return sorted(parts)
+
 
 def by_metric(runs: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     """Return metric -> its values, of the metrics of several runs."""
     names = dict.fromkeys(name for run in runs for name in run)
     return {name: [run[name] for run in runs if name in run] for name in names}
+
+
+def is_course(name: str) -> bool:
+    """Tell if a metric is of a part of the run: pictures draw it, and tables leave it out."""
+    return COURSE.fullmatch(name) is not None
 
 
 def is_share(name: str) -> bool:

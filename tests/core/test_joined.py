@@ -230,3 +230,36 @@ def test_what_is_saved_and_loaded_is_copied():
     step(optimizer, model, extra)
     for name, value in before["states"][0].items():
         assert torch.equal(state["states"][0][name], value)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_further_parameters_come_and_those_that_are_there_keep_their_state(make):
+    model, first, second = layer(), nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = make(list(model.parameters()))
+    joined = Joined(optimizer, [first], ["one"])
+    step(optimizer, model, first)
+    before, value = copy.deepcopy(joined.state_dict()["states"][0]), first.detach().clone()
+    joined = joined.extended([second], ["two"])
+    state = joined.state_dict()
+    assert state["owners"] == ["one", "two"] and state["states"][1] == {}
+    assert all(torch.equal(torch.as_tensor(state["states"][0][n]), torch.as_tensor(v)) for n, v in before.items())
+    step(optimizer, model, first + second)
+    assert (first < value).all() and (second < 1).all()
+    joined.leave()
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+    assert first not in innermost(optimizer).state and second not in innermost(optimizer).state
+
+
+def test_further_parameters_that_are_there_already_are_refused_and_nothing_changes():
+    model, extra = layer(), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    joined = Joined(optimizer, [extra])
+    step(optimizer, model, extra)
+    before = joined.state_dict()["states"][0]
+    for twice in (extra, model.weight):
+        with pytest.raises(ValueError, match="parameters to train must be new to the optimizer, got one of shape"):
+            joined.extended([twice], ["two"])
+    assert len(optimizer.param_groups[0]["params"]) == 3
+    assert torch.equal(optimizer.state[extra]["exp_avg"], before["exp_avg"])
+    joined.leave()

@@ -405,6 +405,9 @@ class Broken(Participant):
     def after_forward(self, batch):
         self._fail("after_forward")
 
+    def on_first_batch(self, batch):
+        return self._fail("on_first_batch", ())
+
     def after_loss(self, loss, batch):
         return self._fail("after_loss", loss)
 

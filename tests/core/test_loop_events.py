@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -175,3 +177,177 @@ def test_labels():
     assert Batch(targets=(1, 2), keywords={"labels": 3}).labels == 1
     assert Batch(keywords={"labels": 3}).labels == 3
     assert Batch().labels is None
+
+
+# --- parameters that join with the first batch --------------------------------------------------------------------------
+
+
+class Later(Participant):
+    """Has a parameter as wide as the outputs, which only the first batch tells."""
+
+    def __init__(self, fails: int = 0) -> None:
+        self.own: list[nn.Parameter] = []
+        self.seen: list[str] = []
+        self.fails = fails
+
+    def after_forward(self, batch) -> None:
+        self.seen.append("forward")
+
+    def on_first_batch(self, batch):
+        self.seen.append("first")
+        if self.fails:
+            self.fails -= 1
+            raise ValueError("outputs must be wider")
+        self.own = [nn.Parameter(torch.ones(batch.logits.shape[1]))]
+        return self.own
+
+    def after_loss(self, loss, batch):
+        self.seen.append("loss")
+        return loss + self.own[0].square().sum()
+
+
+class Early(Participant):
+    """Has a parameter from the beginning."""
+
+    def __init__(self) -> None:
+        self.own = nn.Parameter(torch.ones(1))
+
+    def on_setup(self, model):
+        return [self.own]
+
+    def after_loss(self, loss, batch):
+        return loss + self.own.square().sum()
+
+
+class Run:
+    def __init__(self, *participants: Participant, total: int = 4, state=None) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Linear(2, 3)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), 0.1)
+        self.loop = Loop(participants)
+        self.loop.setup(self.model, self.optimizer)
+        self.loop.start(Fit(total, model=self.model, optimizer=self.optimizer))
+        if state is not None:
+            self.loop.load_state_dict(state)
+
+    def batch(self) -> torch.Tensor:
+        outputs = self.model(torch.ones(1, 2))
+        batch = Batch((torch.ones(1, 2),), outputs=outputs)
+        self.loop.after_forward(batch)
+        return self.loop.after_loss(outputs.sum(), batch)
+
+    def step(self) -> None:
+        self.batch().backward()
+        self.loop.after_backward()
+        self.loop.before_step()
+        self.optimizer.step()
+        self.loop.after_step()
+        self.optimizer.zero_grad()
+
+    @property
+    def count(self) -> int:
+        return len(self.optimizer.param_groups[0]["params"])
+
+
+def test_parameters_join_with_the_first_batch_once_and_leave_with_the_run():
+    later, early = Later(), Early()
+    run = Run(later, early, Participant())
+    assert run.count == 3
+    run.step()
+    assert run.count == 4 and later.seen == ["forward", "first", "loss"]
+    kept = run.optimizer.state[early.own]["step"].clone()
+    run.step()
+    assert later.seen == ["forward", "first", "loss", "forward", "loss"]
+    assert float(run.optimizer.state[early.own]["step"]) == float(kept) + 1 == 2  # its state went on
+    assert (later.own[0] < 1).all()
+    run.loop.end(True)
+    assert run.count == 2
+    run.loop.setup(run.model, run.optimizer)  # a second run asks again
+    run.loop.start(Fit(1, model=run.model, optimizer=run.optimizer))
+    run.step()
+    assert later.seen.count("first") == 2 and run.count == 4
+
+
+def test_a_first_batch_that_is_refused_is_none_and_nothing_has_joined():
+    later = Later(fails=1)
+    run = Run(later)
+    with pytest.raises(ValueError, match="outputs must be wider"):
+        run.batch()
+    assert run.count == 2
+    run.step()
+    assert run.count == 3 and later.seen == ["forward", "first", "forward", "first", "loss"]
+    run.loop.end(False)
+
+
+def test_what_is_no_list_of_parameters_is_refused():
+    class Wrong(Participant):
+        def on_first_batch(self, batch):
+            return torch.ones(2)
+
+    run = Run(Wrong())
+    with pytest.raises(TypeError, match=r"Wrong.on_first_batch must return a list of parameters, \[\] for none, got a tensor"):
+        run.batch()
+    assert run.count == 2
+    run.loop.end(False)
+
+
+def test_a_run_whose_parameters_come_with_the_first_batch_resumes():
+    finals = []
+    for resumes in (False, True):
+        run = Run(later := Later(), early := Early())
+        for i in range(4):
+            if resumes and i == 2:
+                state, weights = run.loop.state_dict(), {n: v.clone() for n, v in run.model.state_dict().items()}
+                values, held = (later.own[0].detach().clone(), early.own.detach().clone()), run.optimizer.state_dict()
+                run.loop.end(False)
+                run = Run(later := Later(), early := Early(), state=state)
+                run.model.load_state_dict(weights)
+                run.optimizer.load_state_dict(held)
+                with torch.no_grad():
+                    early.own.copy_(values[1])
+                assert run.loop.state_dict()["joined"] is state["joined"]  # saved anew before the first batch
+                later.on_first_batch = partial(_made_as, later, values[0])
+            run.step()
+        finals.append([later.own[0].detach(), early.own.detach(), *(p.detach() for p in run.model.parameters())])
+        run.loop.end(True)
+    assert all(torch.equal(a, b) for a, b in zip(*finals, strict=True))
+
+
+def _made_as(later, value, batch):
+    later.own = [nn.Parameter(value.clone())]
+    return later.own
+
+
+def test_a_state_of_other_parameters_is_refused_at_the_first_batch_and_again():
+    run = Run(Later())
+    run.step()
+    state = run.loop.state_dict()
+    run.loop.end(True)
+    two = {"states": state["joined"]["states"] * 2, "owners": ["Later", "Later"]}
+    again = Run(Later(), state={**state, "joined": two})
+    for _ in range(2):
+        with pytest.raises(ValueError, match="state must be of 1 joined parameters of Later, got 2"):
+            again.batch()
+    again.loop.end(False)
+    assert again.count == 2
+
+
+def test_loops_of_earlier_versions_have_no_first_batch():
+    loop = Loop([Participant()])
+    for name in ("_awaits_batch", "_joined_later"):
+        vars(loop).pop(name, None)
+    loop.start(Fit(1))
+    loop.after_forward(Batch())
+    assert "joined" not in loop.state_dict()
+    loop.end(True)
+
+
+def test_ordinary_participants_take_a_saved_state_of_theirs_over_at_once():
+    early = Early()
+    run = Run(early)
+    run.step()
+    state = run.loop.state_dict()
+    run.loop.end(True)
+    again = Run(other := Early(), state=state)
+    assert float(again.optimizer.state[other.own]["step"]) == 1
+    again.loop.end(True)

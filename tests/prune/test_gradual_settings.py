@@ -4,8 +4,8 @@ from torch import nn
 
 from fasterai.core import schedules
 from fasterai.core.schedules import Piecewise
+from fasterai.model.optimizers import check_trained
 from fasterai.prune.gradual_settings import check_bare, check_settings
-from fasterai.prune.surgery.optimizers import check_trained
 
 
 @pytest.mark.parametrize("name", sorted(set(schedules.__all__) - {"dsd"}))

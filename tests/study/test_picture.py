@@ -84,3 +84,13 @@ def test_each_value_of_an_axis_of_panels_has_lines_and_a_level_of_its_own():
 
 
 PANELS = [("dense", "p", 0.9), (1, "p", 0.7), ("dense", "q", 0.8), (1, "q", 0.6), (1, "r", 0.5)]
+
+
+def test_a_course_is_a_line_without_bars_and_a_row_without_one_the_level():
+    course = {"epoch_1_accuracy": (0.2, 0.4), "epoch_2_accuracy": (0.5, 0.7)}
+    rows = [row("dense", 0.0, 0.9), row(1, 0.0, 0.5, 0.7, **course)]
+    axes = draw(made(x="epoch", reference={"a": "dense"}), rows, "", shown=False)
+    assert axes.containers == [] and axes.get_xlabel() == "epoch"
+    (line,) = (one for one in axes.lines if one.get_label() == "1")
+    assert line.get_xdata().tolist() == [1, 2] and line.get_ydata().tolist() == pytest.approx([0.3, 0.6])
+    assert [one.get_ydata()[0] for one in axes.lines if list(one.get_xdata()) == [0, 1]] == [0.9]

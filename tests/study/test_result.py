@@ -76,3 +76,10 @@ def test_without_a_run_that_is_done_there_is_the_csv_alone(tmp_path):
 
 def test_it_draws_itself(result):
     assert len(result.plot().containers) == 2
+
+
+def test_a_course_is_in_the_csv_and_not_in_the_table():
+    done = {run.key: {"accuracy": 0.5, "epoch_1_accuracy": 0.25} for run in RUNS}
+    result = Result(STUDY, SIZES["small"], "own data", RUNS, done, {})
+    assert result.table().header == ["a", "sparsity", "accuracy"]
+    assert result.csv().splitlines()[0] == "a,sparsity,seed,accuracy,epoch_1_accuracy,failure"

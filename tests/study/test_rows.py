@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fasterai.study.rows import Row, by_metric, is_share, write_cell, write_setting
+from fasterai.study.rows import Row, by_metric, is_course, is_share, write_cell, write_setting
 
 
 def test_mean_and_spread_are_those_of_the_seeds():
@@ -47,3 +47,11 @@ def test_a_cell_is_short(metric, values, written):
 )
 def test_a_setting_is_short(axis, value, written):
     assert write_setting(axis, value) == written
+
+
+def test_a_course_is_the_means_after_each_part_in_their_order():
+    names = {"accuracy": [0.9], "epoch_10_accuracy": [0.8, 0.6], "epoch_2_accuracy": [0.5], "epoch_2_loss": [3.0], "top_5": [1.0]}
+    row = Row({"a": 1}, names)
+    assert row.course("epoch", "accuracy") == [(2, 0.5), (10, pytest.approx(0.7))]
+    assert row.course("epoch", "loss") == [(2, 3.0)] and row.course("a", "accuracy") == []
+    assert [name for name in names if is_course(name)] == ["epoch_10_accuracy", "epoch_2_accuracy", "epoch_2_loss"]

@@ -1,4 +1,4 @@
-"""The old home of `fasterai.prune.surgery.optimizers`: re-exports only."""
+"""The old home of `fasterai.model.optimizers`: re-exports only."""
 
 from fasterai.model.cuts import kept_slices as sliced  # noqa: F401 - its old name
-from fasterai.prune.surgery.optimizers import *
+from fasterai.model.optimizers import *

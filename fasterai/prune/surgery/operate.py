@@ -17,8 +17,8 @@ from torch.optim.swa_utils import AveragedModel
 from fasterai.graph.inputs import InputCut, input_cuts, put_inputs
 from fasterai.model.cuts import announce, kept_slices
 from fasterai.model.names import unwrap
+from fasterai.model.optimizers import averages_of, check_optimizer, cut_entry, states_of, strange_keys
 from fasterai.prune.surgery.dense_shapes import dense_shapes_of, note, noted_on, put_note
-from fasterai.prune.surgery.optimizers import averages_of, check_optimizer, cut_entry, states_of, strange_keys
 from fasterai.prune.surgery.plan import Plan, check_plan, tensor_of, tensors_of
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention, encoders_of
 

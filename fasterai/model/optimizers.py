@@ -6,19 +6,19 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapp
 from itertools import combinations, product
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fasterai.core.checks import warn
-from fasterai.graph.labels import Array
 from fasterai.model.cuts import check_trains, kept_slices
 
 __all__ = ["averages_of", "check_optimizer", "check_trained", "cut_entry", "states_of", "strange_keys"]
 
 #: Where wrappers of optimizers (fastai's, Lightning's, Accelerate's, timm's) hold what they wrap.
 INNER = ("opt", "optimizer", "_optimizer", "optimizers", "_base_optimizer")
-Kept = Mapping[int, Array]  # dimension of a parameter -> the indices that stay
+Kept = Mapping[int, np.ndarray[Any, np.dtype[np.int64]]]  # dimension of a parameter -> the indices that stay
 
 
 def states_of(optimizer: Any) -> list[MutableMapping[Any, Any]]:

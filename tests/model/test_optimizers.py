@@ -17,9 +17,9 @@ from fastai.optimizer import Lookahead, OptimWrapper
 from torch import Tensor, nn
 
 from fasterai.graph.channels import channel_graph
+from fasterai.model.optimizers import check_optimizer, cut_entry, states_of, strange_keys
 from fasterai.prune.removal import mask_channels_, remove
 from fasterai.prune.surgery.operate import Surgery
-from fasterai.prune.surgery.optimizers import check_optimizer, cut_entry, states_of, strange_keys
 from fasterai.prune.surgery.plan import make_plan
 
 KEPT = np.array([0, 2])
