@@ -1,11 +1,15 @@
 """Draws every picture of the docs again: `python docs/pictures.py` writes `docs/images/`, in about a minute.
 
+`python docs/pictures.py --data FOLDER` draws the attention maps instead, of networks trained on a folder of images (CIFAR-10
+for the page) for some minutes, and prints the figures beside them.
+
 The catalogues' pictures are those of `fasterai.analyze.catalogues`; the demo's are of a run of `fasterai demo`, whose times are
-this machine's; those of filters are of a small network trained on scikit-learn's digits.
+this machine's; those of filters and of a route are of small networks trained on scikit-learn's digits.
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import tempfile
 from contextlib import nullcontext
@@ -25,8 +29,17 @@ from fasterai.callbacks.plain import attach
 from fasterai.cli import main
 from fasterai.core.criteria import large_final, variety
 from fasterai.display import save_figure
+from fasterai.distill.distiller import Distiller
+from fasterai.distill.features import Attention
+from fasterai.distill.hardness import Greedy
+from fasterai.distill.maps import attention_maps, cosines, plot_attention_maps
+from fasterai.distill.recorder import RouteRecorder
+from fasterai.distill.route import Route
 from fasterai.prune.features.induce import induce
 from fasterai.sparse.sparsifier import Sparsifier
+from fasterai.study.data import Data, load_data
+from fasterai.study.sizes import Size
+from fasterai.study.workbench import accuracy, make_residual, train
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_breast_cancer, load_digits
@@ -99,6 +112,41 @@ def draw_features(folder: Path) -> None:
     _save(result.plot(), folder / "features-table.png")
 
 
+def draw_route(folder: Path) -> None:
+    """Draw how hard a teacher's anchors are for a student that follows its route."""
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    seen, held_out = rows[:1500], rows[1500:]
+
+    def train(network: nn.Module, taking_part: Any, epochs: int = 8) -> float:
+        optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
+        steps = {"epochs": epochs, "steps_per_epoch": 24, "model": network}
+        with attach(optimizer, *taking_part, **steps) as handle:
+            for _ in range(epochs):
+                for one in seen[torch.randperm(1500)].split(64):
+                    outputs = network(x[one])
+                    loss = F.cross_entropy(outputs, y[one])
+                    optimizer.zero_grad()
+                    handle.loss(loss, x[one], y[one], outputs).backward()
+                    optimizer.step()
+        with torch.no_grad():
+            right = network(x[held_out]).argmax(1) == y[held_out]
+        return float(right.float().mean())
+
+    def network(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+
+    torch.manual_seed(0)
+    teacher, student = network(128), network(8)
+    with tempfile.TemporaryDirectory() as route:
+        train(teacher, [RouteRecorder(route)])
+        found = Route.from_folder(route, teacher).distil(
+            train, student, choose=Greedy(3, [x[held_out]])
+        )
+    _save(found.plot().figure, folder / "route-hardness.png")
+
+
 def _trained(x: torch.Tensor, labels: Any, masked: bool = False) -> nn.Module:
     """Train a small network, under masks on three quarters of the features or not."""
     torch.manual_seed(0)
@@ -119,6 +167,43 @@ def _trained(x: torch.Tensor, labels: Any, masked: bool = False) -> nn.Module:
     return network.eval()
 
 
+#: Images to train on and to measure on, of which side, and how long the students train.
+PICTURED = Size("pictured", 3_000, 1_000, 32, epochs=5)
+BLOCKS = {"3": "first block", "4": "second block", "5": "third block"}
+
+
+def draw_attention(folder: Path, images: Path) -> None:
+    """Train a student with its teacher's attention maps and one alone, and draw all."""
+    data = load_data(images, PICTURED)
+    teacher, alone, taught = (_residual(data, width) for width in (16, 8, 8))
+    settings = {"lr": PICTURED.lr, "seed": 0}
+    train(teacher, data, epochs=2 * PICTURED.epochs, **settings)
+    train(alone, data, epochs=PICTURED.epochs, **settings)
+    layers = list(BLOCKS)
+    loss = Attention(scale=1000)
+    distiller = Distiller(teacher, loss, layers, layers, weight=0.5)
+    train(taught, data, [distiller], epochs=PICTURED.epochs, **settings)
+    named = {"teacher": teacher, "student": taught, "student alone": alone}
+    x = data.test[0]
+    maps = {name: attention_maps(one, x, layers) for name, one in named.items()}
+    for name, one in named.items():
+        alike = [
+            cosines(a, b) for a, b in zip(maps[name], maps["teacher"], strict=True)
+        ]
+        means = [f"{float(values.mean()):.3f}" for values in alike]
+        found = f"{name}: accuracy {accuracy(one, data):.1%}, cosines {means}"
+        print(found)  # noqa: T201 - the figures of the page
+    rows = torch.arange(0, len(x), len(x) // 5)[:5]
+    last = {name: one[1][rows] for name, one in maps.items()}
+    title = f"Attention maps of the {BLOCKS[layers[1]]}"
+    _save(plot_attention_maps(x[rows], last, title), folder / "attention-maps.png")
+
+
+def _residual(data: Data, width: int) -> nn.Module:
+    torch.manual_seed(0)
+    return make_residual(data, width)
+
+
 def _save(figure: Figure, path: Path) -> None:
     save_figure(figure, path)
     shrink(path)
@@ -132,7 +217,13 @@ def shrink(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw_catalogues(IMAGES)
-    draw_variety(IMAGES)
-    draw_features(IMAGES)
-    draw_demo(IMAGES)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help="a folder of images, as of CIFAR-10")
+    if images := parser.parse_args().data:
+        draw_attention(IMAGES, images)
+    else:
+        draw_catalogues(IMAGES)
+        draw_variety(IMAGES)
+        draw_features(IMAGES)
+        draw_route(IMAGES)
+        draw_demo(IMAGES)

@@ -1,7 +1,7 @@
 """The calls of the public fasterai's notebooks, in our own words: each runs here, or its error says what to write instead.
 
 By tutorial; what stands behind a call (losses, data, pictures) is left out. `RUNS` is code that runs as it is there, `SAYS`
-code whose error names the replacement. What is not here at all (distillation, regularisation, quantisation) is in neither.
+code whose error names the replacement. What is not here at all (regularisation, quantisation) is in neither.
 """
 
 from __future__ import annotations
@@ -10,10 +10,17 @@ import warnings
 from functools import partial
 from typing import Any
 
+import fastai.callback.schedule  # noqa: F401 - gives the Learner its fit_one_cycle
 import matplotlib as mpl
 import pytest
 import torch
+from fastai.callback.mixup import MixUp
+from fastai.data.core import DataLoaders, TfmdDL
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
 from torch import nn
+
+from fasterai.distill.matching import match_feature_layers
 
 mpl.use("agg")
 PRELUDE = """
@@ -24,6 +31,9 @@ from fasterai.core.all import *
 from fasterai.sparse.all import *
 from fasterai.prune.all import *
 from fasterai.misc.all import *
+from fasterai.distill.all import *
+from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
+from fasterai.distill.losses import ActivationBoundaries, Attention, DecoupledKD, FitNet, Logits, Mutual, Similarity, SoftTarget
 from fasterai.core import criteria
 from fasterai.core.granularity import Granularities
 from fasterai.core.schedule import sched_agp, sched_dsd, sched_iterative, sched_onecycle, sched_oneshot
@@ -142,6 +152,31 @@ RUNS = {
         "Conv_Decomposer().Spatial(model[3], 0.5)",
         "Conv_Decomposer().CP(model[3], 0.5)",
     ],
+    "knowledge distillation": [
+        "fit(KnowledgeDistillationCallback(teacher.model, SoftTarget))",
+        "fit(KnowledgeDistillationCallback(teacher=teacher, loss=SoftTarget))",
+        "fit(KnowledgeDistillationCallback(teacher.model, partial(SoftTarget, T=30)))",
+        "fit(KnowledgeDistillationCallback(teacher.model, SoftTarget, weight=0.9, schedule=cos))",
+        "fit(KnowledgeDistillationCallback(teacher.model, SoftTarget, None, None, 0.9, one_cycle))",
+        "fit(KnowledgeDistillationCallback(teacher.model, DecoupledKD))",
+        "fit(KnowledgeDistillationCallback(teacher.model, partial(DecoupledKD, T=4, alpha=1.0, beta=8.0)))",
+        "fit(KnowledgeDistillationCallback(teacher.model, Mutual))",
+        "fit(KnowledgeDistillationCallback(teacher.model, Logits))",
+        "fit(KnowledgeDistillationCallback(teacher.model, lambda pred, teacher_pred, **kw: (pred - teacher_pred).std()))",
+        "fit(KnowledgeDistillationCallback(teacher, Attention, pairs()['student'], pairs()['teacher'], weight=0.9))",
+        "fit(KnowledgeDistillationCallback(teacher, partial(Attention, p=1), pairs()['student'], pairs()['teacher']))",
+        "fit(KnowledgeDistillationCallback(teacher, Similarity, pairs()['student'], pairs()['teacher'], weight=0.9))",
+        "fit(KnowledgeDistillationCallback(teacher, ActivationBoundaries, pairs()['student'], pairs()['teacher'], 0.9))",
+        "fit(KnowledgeDistillationCallback(teacher, FitNet, ['0', '3'], ['3', '3'], weight=0.9))",
+        "fit(MixUp(), SparsifyCallback(0.5, 'row', 'local', large_final, cos), KnowledgeDistillationCallback(teacher, DKD))",
+        "fit(KnowledgeDistillationCallback(teacher, SoftTarget), PruneCallback(0.3, one_cycle, 'local', large_final))",
+        "get_model_layers(model)",
+        "get_model_layers(model, get_layer_repr=True)",
+        "assert get_module_by_name(model, '3') is model[3]",
+        "SoftTarget(pred, teacher_pred, T=4)",
+        "DecoupledKD(pred, teacher_pred, target=target)",
+        "FitNet({'3': pred}, {'3': teacher_pred})",
+    ],
 }
 
 SAYS = {
@@ -187,8 +222,35 @@ SAYS = {
     "Conv_Decomposer().decompose(model, percent_removed=1.0)": "percent_removed must be below 1",
     "Conv_Decomposer().decompose(model, method='bad')": "method must be one of",
     "Conv_Decomposer().CP(model[3], energy_threshold=0.9)": "pass ranks=",
+    "KnowledgeDistillationCallback(teacher, SoftTarget, weight=90)": "pass 0.9 for 90 %",
+    "KnowledgeDistillationCallback(teacher, 'soft_targets')": "did you mean",
+    "fit(KnowledgeDistillationCallback(teacher, Attention, ['layer1'], ['3']))": "activations_student must be",
+    "KnowledgeDistillationCallback(teacher, Attention, ['0', '3'], ['3'])": "as many",
+    "KnowledgeDistillationCallback(teacher, Attention)": "activations_student",
 }
 ALL_RUN = [call for calls in RUNS.values() for call in calls]
+
+
+def distilling(model: nn.Module, x: torch.Tensor, folder: Any) -> dict[str, Any]:
+    """What a tutorial of distillation has: a teacher in its learner, a fit of the student, and layers that match."""
+    y = torch.arange(4) % 10
+
+    def learner(network: nn.Module) -> Learner:
+        rows = torch.utils.data.TensorDataset(x, y)
+        dls = DataLoaders(*(TfmdDL(rows, bs=4, num_workers=0) for _ in range(2)), device="cpu")
+        return Learner(dls, network, loss_func=CrossEntropyLossFlat(), path=folder)
+
+    def fit(*callbacks: Any) -> None:
+        learn = learner(model.train())
+        with learn.no_bar(), learn.no_logging():
+            learn.fit_one_cycle(1, cbs=list(callbacks))
+
+    def pairs() -> dict[str, list[str]]:
+        return match_feature_layers(model, teacher.model, torch.randn(1, 3, 8, 8))
+
+    teacher = learner(network())
+    logits = {"pred": torch.randn(4, 10), "teacher_pred": torch.randn(4, 10), "target": y}
+    return {"fit": fit, "pairs": pairs, "teacher": teacher, "MixUp": MixUp, **logits}
 
 
 @pytest.fixture
@@ -199,6 +261,7 @@ def names(tmp_path: Any) -> dict[str, Any]:
     score = lambda m: float(m(x).detach().abs().mean())  # noqa: E731
     analyzer = partial(found["SensitivityAnalyzer"], model, x, score)
     result = lambda: analyzer().analyze(verbose=False)  # noqa: E731
+    found |= distilling(model, x, tmp_path)
     return found | {"model": model, "x": x, "score": score, "analyzer": analyzer, "result": result, "path": tmp_path / "m.pth"}
 
 

@@ -1,9 +1,8 @@
-"""Distillation for the callbacks of every framework: its signature, and what a teacher and a loss may be given as."""
+"""Distillation for the callbacks of every framework: its signature, and what a teacher may be given as."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,25 +11,23 @@ from fasterai.callbacks.methods import Method
 from fasterai.core.schedules import Schedule
 from fasterai.display import brief
 from fasterai.distill.distiller import Distiller
-from fasterai.distill.loss import Loss
 from fasterai.distill.teachers import Teacher
 
 __all__ = ["DistillMethod"]
-
-#: A loss, or what makes one without arguments: its class, or a `partial` of it.
-Makes = Loss | Callable[[], Loss]
 
 
 class DistillMethod(Method):
     """Lets the model learn from a teacher while it trains: `(1 - w) * task + w * distillation`.
 
     What is validated, and what the framework logs as its loss of training, is the task's alone, except with Hugging Face,
-    whose Trainer logs the loss that it trains on. The last distillation loss of an epoch is a figure of its own,
-    `distill_loss`. A second fit with the same callback goes on with the adapters of the first.
+    whose Trainer logs the loss that it trains on. The mean of the distillation loss over an epoch is a figure of its
+    own, `distill_loss`. A second fit with the same callback goes on with the adapters of the first.
 
     Args:
-        teacher: The network that is learned from, a learner or trainer with one as its `model`, or a `Teacher`.
-        loss: The loss, or several, which are added up; a class stands for its defaults.
+        teacher: The network that is learned from, a learner or trainer with one as its `model`, or a `Teacher`; or a list of
+            several.
+        loss: The loss, or several, which are added up: values, their classes or names, or functions of the student's and the
+            teacher's logits.
         activations_student: Layers of the student whose outputs the losses of features read, by name or themselves.
         activations_teacher: Those of the teacher, as many: the first belongs to the first, and so on.
         weight: The share `w` of the distillation in the loss, in [0, 1].
@@ -50,16 +47,16 @@ class DistillMethod(Method):
     def __init__(
         self,
         teacher: Any,
-        loss: Makes | Sequence[Makes],
+        loss: Any,
         activations_student: Sequence[str | nn.Module] | None = None,
         activations_teacher: Sequence[str | nn.Module] | None = None,
         weight: float = 0.5,
         schedule: Schedule | Callable[[float], float] | str | None = None,
         **options: Any,
     ) -> None:
-        losses = [_made(one) for one in loss] if isinstance(loss, list | tuple) else _made(loss)
+        network = [_network(one) for one in teacher] if isinstance(teacher, list | tuple) else _network(teacher)
         layers = activations_student, activations_teacher
-        self.distiller = Distiller(_network(teacher), losses, *layers, weight=weight, schedule=schedule, **options)
+        self.distiller = Distiller(network, loss, *layers, weight=weight, schedule=schedule, **options)
         super().__init__(self.distiller)
 
     def _settings(self) -> str:
@@ -68,14 +65,8 @@ class DistillMethod(Method):
 
 
 def _network(teacher: Any) -> Any:
-    """Return a teacher as it is, or the network of a learner or trainer."""
+    """Return a teacher unchanged, of a learner or trainer its network."""
     if isinstance(teacher, nn.Module | Teacher):
         return teacher
     inner = getattr(teacher, "model", None)
     return inner if isinstance(inner, nn.Module) else teacher
-
-
-def _made(loss: Any) -> Any:
-    """Return a loss as it is, or what its class or a `partial` of it makes."""
-    kind = loss.func if isinstance(loss, partial) else loss
-    return loss() if isinstance(kind, type) and issubclass(kind, Loss) else loss

@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError("fasterai.callbacks.fastai needs fastai: pip install '.[fastai]' in a checkout of fasterai") from error
 
-from fasterai.callbacks.fastai_batches import batch_of
+from fasterai.callbacks.fastai_batches import batch_of, plain
 from fasterai.callbacks.fastai_files import begin_saving, end_saving, find_state, skipped_epochs
 
 __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
@@ -180,7 +180,8 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
     def _change_loss(self) -> None:
         """Pass the loss on before it is divided for accumulation; what is logged as the loss stays fastai's."""
         if self.loop.running:
-            self.learn.loss_grad = self.loop.after_loss(self.learn.loss_grad, batch_of(self.learn, with_outputs=True))
+            loss = plain(self.learn.loss_grad)
+            self.learn.loss_grad = self.loop.after_loss(loss, batch_of(self.learn, with_outputs=True))
 
     def before_step(self) -> None:
         """Pass on that the optimizer is about to step; batches without a step have moved the position too."""

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from fasterai.core.batch import Batch
 
-__all__ = ["batch_of"]
+__all__ = ["batch_of", "plain"]
 
 
 def batch_of(learn: Learner, *, with_outputs: bool = False) -> Batch:
@@ -22,14 +22,14 @@ def batch_of(learn: Learner, *, with_outputs: bool = False) -> Batch:
         learn: The learner.
         with_outputs: Whether the model has run on it; then labels of samples that `MixUp` or `CutMix` has mixed are shares.
     """
-    inputs, targets = _plain(tuple(learn.xb)), _plain(tuple(learn.yb))
+    inputs, targets = plain(tuple(learn.xb)), plain(tuple(learn.yb))
     if not with_outputs:
         return Batch(inputs, targets)
-    outputs = _plain(learn.pred)
+    outputs = plain(learn.pred)
     mixes = [one for one in learn.cbs if isinstance(one, MixHandler) and getattr(one, "stack_y", False)]
     if mixes and len(targets) == 1 and isinstance(outputs, Tensor):
-        (others,) = _plain(mixes[-1].yb1)
-        targets = (_shares(targets[0], others, _plain(mixes[-1].lam), outputs),)
+        (others,) = plain(mixes[-1].yb1)
+        targets = (_shares(targets[0], others, plain(mixes[-1].lam), outputs),)
     return Batch(inputs, targets, outputs=outputs)
 
 
@@ -44,5 +44,6 @@ def _shares(labels: Tensor, others: Tensor, share: Tensor, logits: Tensor) -> Te
     return share * first + (1 - share) * second
 
 
-def _plain(values: Any) -> Any:
-    return tree_map(lambda x: x.as_subclass(Tensor) if isinstance(x, Tensor) else x, values)
+def plain(values: Any) -> Any:
+    """Return tensors, alone or in tuples and dicts, as plain ones; those that are stay the same objects."""
+    return tree_map(lambda x: x.as_subclass(Tensor) if isinstance(x, Tensor) and type(x) is not Tensor else x, values)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fasterai.callbacks.distillation import DistillMethod
 from fasterai.callbacks.elsewhere import Elsewhere
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
+from fasterai.core.batch import note_task, task_loss
 from fasterai.core.checks import warn
 from fasterai.core.files import write_saved
 from fasterai.core.joined import innermost
@@ -169,7 +170,11 @@ class ParticipantCallback(Elsewhere, TrainerCallback):  # type: ignore[misc]
         self.loop.after_forward(batch)
         if not self.loop.wants("after_loss"):
             return output
-        loss = self.loop.after_loss(returned_loss(output) * self._shares, batch) / self._shares
+        given = returned_loss(output)
+        task = task_loss(given)
+        whole = given * self._shares
+        changed = self.loop.after_loss(whole if task is given else note_task(whole, task * self._shares), batch)
+        loss = note_task(changed / self._shares, task)
         self._is_trained_on = bool(self._is_trained_on)
         if loss.requires_grad:
             loss.register_hook(self._note_backward)  # type: ignore[no-untyped-call]

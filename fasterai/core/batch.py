@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from fasterai.display import Brief
 
-__all__ = ["Batch", "Fit"]
+__all__ = ["Batch", "Fit", "note_task", "task_loss"]
+
+TASK = "_fasterai_task_loss"  # an attribute of losses that were changed: another loop of the same training goes on with them
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,16 +24,18 @@ class Batch(Brief):
         targets: The further arguments of the loss, `loss(outputs, *targets)`, if there are any.
         keywords: The keyword arguments of the model.
         outputs: The model's result, None before the forward pass or where the loop does not show it.
+        loss: The loss of the task alone, whatever participants have made of it so far; None before there is one.
     """
 
     inputs: tuple[Any, ...] = ()
     targets: tuple[Any, ...] = ()
     keywords: Mapping[str, Any] = field(default_factory=dict)
     outputs: Any = None
+    loss: Tensor | None = None
 
     @property
     def logits(self) -> Tensor:
-        """The outputs as one tensor: themselves, their `logits`, or the first tensor of a tuple.
+        """The outputs as one tensor: themselves, their `logits`, or the first tensor of a tuple that is no scalar.
 
         Raises:
             ValueError: There is no such tensor.
@@ -40,7 +44,7 @@ class Batch(Brief):
         if isinstance(found, Mapping):
             found = found.get("logits")
         elif isinstance(found, tuple | list):
-            found = next((x for x in found if isinstance(x, Tensor)), None)
+            found = next((x for x in found if isinstance(x, Tensor) and x.dim()), None)  # a loss may come first
         if not isinstance(found, Tensor):
             raise ValueError(f"outputs must be a tensor, or have one of logits, got {type(self.outputs).__name__}")
         return found
@@ -80,3 +84,16 @@ class Fit(Brief):
         if isinstance(self.optimizer, list | tuple):
             return list(self.optimizer)
         return [] if self.optimizer is None else [self.optimizer]
+
+
+def task_loss(loss: Tensor) -> Tensor:
+    """Return the loss of the task that a loss was made of; itself if nothing has changed it."""
+    found: Tensor = getattr(loss, TASK, loss)
+    return found
+
+
+def note_task(loss: Tensor, task: Tensor) -> Tensor:
+    """Note on a changed loss which one of the task it was made of; return it."""
+    if loss is not task:
+        setattr(loss, TASK, task)
+    return loss

@@ -18,12 +18,13 @@ from __future__ import annotations
 import atexit
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from fasterai.core.batch import Batch, Fit
+from fasterai.core.batch import Batch, Fit, note_task, task_loss
 from fasterai.core.checks import check_count, warn
 from fasterai.core.joined import Joined
 from fasterai.core.participant import EVENTS, Participant, own_parameters, tell
@@ -159,11 +160,13 @@ class Loop:
         Raises:
             TypeError: A participant returns no loss.
         """
+        task = task_loss(loss)
+        batch = replace(batch, loss=task)
         for participant in self.participants:
             loss = tell(participant, "after_loss", loss, batch)
             if not isinstance(loss, Tensor):
                 raise TypeError(f"{participant.name}.after_loss must return the loss to go on with, got {loss!r}")
-        return loss
+        return note_task(loss, task)
 
     def after_backward(self) -> None:
         """Pass on that the gradients of a step are complete."""

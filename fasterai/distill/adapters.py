@@ -27,7 +27,15 @@ Maps = Sequence[Tensor]
 
 
 class ReadingAdapter(Adapter):
-    """Adapter with one layer for each pair that reads the student's channels."""
+    """Adapter with one layer for each pair that reads the student's channels.
+
+    Args:
+        pairs: The number of pairs.
+    """
+
+    def __init__(self, pairs: int) -> None:
+        super().__init__()
+        self.pairs = pairs
 
     @abstractmethod
     def reader(self, index: int) -> nn.Module | None:
@@ -53,10 +61,11 @@ class ReadingAdapter(Adapter):
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         """Take on the shapes of a saved state, which may be that of a student with more or fewer channels."""
         self._adopt(state, prefix)
+        weights = {id(getattr(self.reader(i), "weight", None)) for i in range(self.pairs)}
         for name, p in self.named_parameters():
             saved = state.get(prefix + name)
-            if isinstance(saved, Tensor) and saved.shape[:1] + saved.shape[2:] == p.shape[:1] + p.shape[2:] != saved.shape:
-                p.data = p.data.new_empty(saved.shape)
+            if id(p) in weights and isinstance(saved, Tensor) and saved.dim() == p.dim():
+                p.data = p.data.new_empty(p.shape[:1] + saved.shape[1:2] + p.shape[2:])
         super()._load_from_state_dict(state, prefix, *rest)
 
     def _adopt(self, state: Mapping[str, Any], prefix: str) -> None:
@@ -74,7 +83,7 @@ class Projections(ReadingAdapter):
     """
 
     def __init__(self, student: Maps = (), teacher: Maps = ()) -> None:
-        super().__init__()
+        super().__init__(len(student))
         self.layers = _projections(student, teacher)
 
     def reader(self, index: int) -> nn.Module | None:
@@ -109,7 +118,7 @@ class Generators(ReadingAdapter):
     """
 
     def __init__(self, student: Maps, teacher: Maps) -> None:
-        super().__init__()
+        super().__init__(len(student))
         self.layers = _projections(student, teacher)
         self.generators = nn.ModuleList(_generator(x.dim() - 2, x.shape[1]) for x in teacher)
 
@@ -145,7 +154,7 @@ class Heads(ReadingAdapter):
     """
 
     def __init__(self, student: Maps, teacher: Maps, dim: int) -> None:
-        super().__init__()
+        super().__init__(len(student))
         self.students = nn.ModuleList(nn.Linear(x.shape[1], dim) for x in student)
         self.teachers = nn.ModuleList(nn.Linear(x.shape[1], dim) for x in teacher)
 
@@ -168,11 +177,12 @@ class Fusions(ReadingAdapter):
     """
 
     def __init__(self, student: Maps, teacher: Maps, middle: int) -> None:
-        super().__init__()
+        super().__init__(len(student))
         dims = student[0].dim() - 2
         conv, norm = CONVOLUTIONS[dims], NORMS[dims]
 
-        def normed(layer: nn.Module, channels: int) -> nn.Sequential:
+        def normed(layer: Any, channels: int) -> nn.Sequential:
+            nn.init.kaiming_uniform_(layer.weight, a=1)  # as in the authors' code
             return nn.Sequential(layer, norm(channels, track_running_stats=False))
 
         self.inner = nn.ModuleList(normed(conv(s.shape[1], middle, 1, bias=False), middle) for s in student)

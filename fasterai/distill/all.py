@@ -3,11 +3,22 @@
 import importlib.util
 
 from fasterai.callbacks.plain import attach
+from fasterai.distill import embeddings as _embeddings
 from fasterai.distill import features as _features
 from fasterai.distill import logits as _logits
+from fasterai.distill.cached import CachedTeacher, load_cached_teacher
+from fasterai.distill.caching import cache_teacher
 from fasterai.distill.distiller import Distiller
+from fasterai.distill.embeddings import *
 from fasterai.distill.features import *
+from fasterai.distill.hardness import Greedy
 from fasterai.distill.logits import *
+from fasterai.distill.logits import DecoupledKD
+from fasterai.distill.maps import attention_maps, plot_attention_maps
+from fasterai.distill.matching import get_model_layers, get_module_by_name, match_feature_layers
+from fasterai.distill.recorder import RouteRecorder
+from fasterai.distill.route import Route
+from fasterai.distill.route_result import RouteResult
 from fasterai.distill.tokens import Tokens
 
 if importlib.util.find_spec("fastai") is not None:
@@ -16,6 +27,26 @@ if importlib.util.find_spec("fastai") is not None:
 else:
     from fasterai.callbacks.missing import KnowledgeDistillationCallback, ParticipantCallback  # type: ignore[assignment]
 
-__all__ = ["Distiller", "KnowledgeDistillationCallback", "ParticipantCallback", "Tokens", "attach"]
+__all__ = [
+    "CachedTeacher",
+    "DecoupledKD",
+    "Distiller",
+    "Greedy",
+    "KnowledgeDistillationCallback",
+    "ParticipantCallback",
+    "Route",
+    "RouteRecorder",
+    "RouteResult",
+    "Tokens",
+    "attach",
+    "attention_maps",
+    "cache_teacher",
+    "get_model_layers",
+    "get_module_by_name",
+    "load_cached_teacher",
+    "match_feature_layers",
+    "plot_attention_maps",
+]
+__all__ += _embeddings.__all__
 __all__ += _features.__all__
 __all__ += _logits.__all__

@@ -1,7 +1,7 @@
 """The catalogue of losses of features: how far the outputs of a student's layers are from those of a teacher's.
 
-Over 300 lines, since it is a list. To add one: a frozen dataclass here, its name in `__all__`, a row in `tests/distill/test_features.py` and a section in
-`docs/distilled-features.md`.
+Over 300 lines, since it is a list. To add one: a frozen dataclass here, its name in `__all__`, a row in
+`tests/distill/test_features.py` and a section in `docs/distilled-features.md`.
 """
 
 from __future__ import annotations
@@ -9,21 +9,20 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from numbers import Real
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasterai.core.checks import check_count, check_fraction
+from fasterai.core.checks import check_count, check_fraction, check_number
 from fasterai.distill.adapters import Fusions, Generators, Heads, Projections, align
 from fasterai.distill.loss import Adapter, FeatureLoss
-from fasterai.distill.shapes import UnlikeShapesError, as_maps, as_one_map, resize
+from fasterai.distill.shapes import UnlikeShapesError, as_maps, as_one_map, attention_of, resize
 
 __all__ = ["MGD", "ActivationBoundaries", "Attention", "Contrastive", "FitNet", "ReviewKD", "Similarity"]
 
-#: Sizes to which ReviewKD averages maps, and the share of each; the maps themselves have 1.
-PYRAMID = ((4, 0.5), (2, 0.25), (1, 0.125))
+PYRAMID = (4, 2, 1)  # sizes to which ReviewKD averages maps
 MAKE = "pass adapter=loss.adapter(student, teacher)"
 
 
@@ -33,7 +32,12 @@ class MapLoss(FeatureLoss):
 
     Args:
         channels_first: Whether three dimensions are a map `(B, C, L)`, such as that of a 1-D convolution, and no tokens.
+
+    Attributes:
+        takes_vectors: Whether features without places can be compared.
     """
+
+    takes_vectors: ClassVar[bool] = True
 
     _: KW_ONLY
     channels_first: bool = False
@@ -54,14 +58,22 @@ class MapLoss(FeatureLoss):
             as_maps(own, other, channels_first=self.channels_first, pair=i)
             for i, (own, other) in enumerate(zip(student, teacher, strict=True))
         ]
+        for i, (own, other) in enumerate(found):
+            if own.dim() < 3 and not self.takes_vectors:
+                raise UnlikeShapesError(i, own.shape, other.shape, "name layers whose outputs have places, not vectors")
         return [own for own, _ in found], [other for _, other in found]
+
+    def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
+        """Check that features of these shapes can be compared; None, since nothing trains."""
+        self.maps(student, teacher)
+        return None
 
 
 @dataclass(frozen=True)
 class FitNet(MapLoss):
     """Mean squared difference of features, `mean((r(s) - t)^2)`, where `r` projects the student's channels if they differ.
 
-    Source: Romero et al., "FitNets", 2015, equation 3, where `r` is a convolution in all cases. Zero where both are equal.
+    Source: Romero et al., "FitNets", 2015, https://arxiv.org/abs/1412.6550. Zero where both are equal.
     """
 
     def of_maps(self, index: int, student: Tensor, teacher: Tensor, adapter: Adapter | None) -> Tensor:
@@ -69,8 +81,8 @@ class FitNet(MapLoss):
         return F.mse_loss(*align(index, student, teacher, adapter))
 
     def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
-        """Make projections for the pairs whose channels differ; None if there are none."""
-        return make_projections(*self.maps(student, teacher))
+        """Make projections for the pairs whose channels differ; without any, it follows channels of the student that go."""
+        return Projections(*self.maps(student, teacher))
 
 
 @dataclass(frozen=True)
@@ -80,23 +92,24 @@ class Attention(MapLoss):
     Channels need not be as many. The student's map is averaged or interpolated to the size of the teacher's. The sizes of
     features do not matter: a positive factor leaves the loss unchanged. Zero where both are equal.
 
-    Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", 2017, equation 2, as in the authors' code: squared,
-    and the mean over samples and places.
+    Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", 2017 (https://arxiv.org/abs/1612.03928), as in
+    the authors' code: squared, and the mean over samples and places.
 
     Args:
         p: The power, at least 1.
     """
 
+    takes_vectors: ClassVar[bool] = False
+
     p: float = 2.0
 
     def __post_init__(self) -> None:
         """Check the power."""
-        check_at_least("p", self.p, 1.0)
+        super().__post_init__()
+        check_number("p", self.p, at_least=1)
 
     def of_maps(self, index: int, student: Tensor, teacher: Tensor, adapter: Adapter | None) -> Tensor:
         """Return the mean squared difference of the attention maps."""
-        if student.dim() < 3:
-            raise UnlikeShapesError(index, student.shape, teacher.shape, "name layers whose outputs have places, not vectors")
         own = resize(attention_of(student, self.p), teacher.shape[2:])
         return F.mse_loss(F.normalize(own.flatten(1)), F.normalize(attention_of(teacher, self.p).flatten(1)))
 
@@ -109,14 +122,29 @@ class Similarity(FeatureLoss):
     Features may have any shapes, and need no adapter: turning all channels by a rotation leaves the loss unchanged. Zero where
     both are equal.
 
-    Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation", 2019, equation 4.
+    Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation", 2019 (https://arxiv.org/abs/1907.09682).
+
+    Args:
+        p: The power by which the length of a row is measured, at least 1; the paper's is 2.
     """
+
+    p: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Check the power."""
+        super().__post_init__()
+        check_number("p", self.p, at_least=1)
 
     def of_pairs(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor | None, adapter: Adapter | None) -> Tensor:
         """Return the sum over pairs."""
         check_pairs(student, teacher)
         pairs = zip(student, teacher, strict=True)
-        return torch.stack([F.mse_loss(_alike(own), _alike(other)) for own, other in pairs]).sum()
+        return torch.stack([F.mse_loss(_alike(own, self.p), _alike(other, self.p)) for own, other in pairs]).sum()
+
+    def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
+        """Check that features are of the same samples; None, since nothing trains."""
+        check_pairs(student, teacher)
+        return None
 
 
 @dataclass(frozen=True)
@@ -126,18 +154,21 @@ class ActivationBoundaries(MapLoss):
     Features are those before the activation. Where the teacher's is positive the student's has to be `m` or more, elsewhere
     `-m` or less: `mean(max(0, m - s)^2)` and `mean(max(0, m + s)^2)`. Zero where all are, not where both are equal.
 
-    Source: Heo et al., "Knowledge Transfer via Distillation of Activation Boundaries", 2019, equation 5; the mean is ours, as
-    are projections where channels differ.
+    Source: Heo et al., "Knowledge Transfer via Distillation of Activation Boundaries", 2019
+    (https://arxiv.org/abs/1811.03233); the mean is ours, as are projections where channels differ.
 
     Args:
         m: The margin, at least 0.
     """
 
+    is_distance: ClassVar[bool] = False
+
     m: float = 2.0
 
     def __post_init__(self) -> None:
         """Check the margin."""
-        check_at_least("m", self.m, 0.0)
+        super().__post_init__()
+        check_number("m", self.m, at_least=0)
 
     def of_maps(self, index: int, student: Tensor, teacher: Tensor, adapter: Adapter | None) -> Tensor:
         """Return the mean squared distance."""
@@ -145,8 +176,8 @@ class ActivationBoundaries(MapLoss):
         return (self.m - torch.where(teacher > 0, student, -student)).clamp(min=0).square().mean()
 
     def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
-        """Make projections for the pairs whose channels differ; None if there are none."""
-        return make_projections(*self.maps(student, teacher))
+        """Make projections for the pairs whose channels differ; without any, it follows channels of the student that go."""
+        return Projections(*self.maps(student, teacher))
 
 
 @dataclass(frozen=True)
@@ -157,14 +188,17 @@ class Contrastive(FeatureLoss):
     `z w^T / temperature`, whose right class is the sample itself, from both sides: rows and columns. Where labels are classes,
     other samples of a sample's class are left out.
 
-    Ours, inspired by Tian et al., "Contrastive Representation Distillation", 2020: the two projections and the temperature are
-    from there. It has no memory of 16384 negatives: those of the batch are all, of each process by itself.
+    Ours, inspired by Tian et al., "Contrastive Representation Distillation", 2020 (https://arxiv.org/abs/1910.10699): the
+    two projections and the temperature are from there. It has no memory of 16384 negatives: those of the batch are all, of
+    each process by itself.
 
     Args:
         dim: The number of dimensions in which features are compared.
         temperature: The temperature, above 0.
         channels_first: Whether three dimensions are a map `(B, C, L)` and no tokens.
     """
+
+    is_distance: ClassVar[bool] = False
 
     dim: int = 128
     temperature: float = 0.07
@@ -173,8 +207,9 @@ class Contrastive(FeatureLoss):
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        super().__post_init__()
         check_count("dim", self.dim)
-        check_at_least("temperature", self.temperature, 1e-6)
+        check_number("temperature", self.temperature, above=0)
 
     def of_pairs(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor | None, adapter: Adapter | None) -> Tensor:
         """Return the sum over pairs."""
@@ -208,20 +243,23 @@ class ReviewKD(MapLoss):
 
     Pairs are given from the first layer to the last. Going back from the last, attention fuses each map of the student with
     those behind it (ABF), and a convolution of 3 brings it to the teacher's shape. Its distance is the mean squared difference
-    of the maps, and of their averages over grids of 4, 2 and 1 with shares 1/2, 1/4 and 1/8, divided by the sum of the shares
-    (HCL); grids that are not smaller than the map are left out.
+    of the maps, and of their averages over grids of 4, 2 and 1, each with half the share of the one before, divided by the sum
+    of the shares (HCL); grids that are not smaller than the map are left out.
 
-    Source: Chen et al., "Distilling Knowledge via Knowledge Review", 2021, section 3, as in the authors' code; other numbers of
-    dimensions than two, and norms that read the batch alone, are ours.
+    Source: Chen et al., "Distilling Knowledge via Knowledge Review", 2021 (https://arxiv.org/abs/2104.09044), as in the
+    authors' code; other numbers of dimensions than two, and norms that read the batch alone, are ours.
 
     Args:
         middle: The number of channels in which maps are fused; None for as many as the last one has, 512 at most.
     """
 
+    is_distance: ClassVar[bool] = False
+
     middle: int | None = None
 
     def __post_init__(self) -> None:
         """Check the number of channels."""
+        super().__post_init__()
         if self.middle is not None:
             check_count("middle", self.middle)
 
@@ -235,10 +273,11 @@ class ReviewKD(MapLoss):
 
     def of_maps(self, index: int, student: Tensor, teacher: Tensor, adapter: Adapter | None) -> Tensor:
         """Return the hierarchical distance (HCL) of two maps of one shape."""
-        found, whole = F.mse_loss(student, teacher), 1.0
-        for size, share in PYRAMID:
-            smaller = [min(size, n) for n in student.shape[2:]]
+        found, share, whole = F.mse_loss(student, teacher), 1.0, 1.0
+        for size in PYRAMID:
             if size < max(student.shape[2:]):
+                smaller = [min(size, n) for n in student.shape[2:]]
+                share /= 2
                 found = found + share * F.mse_loss(resize(student, smaller), resize(teacher, smaller))
                 whole += share
         return found / whole
@@ -269,18 +308,22 @@ class MGD(MapLoss):
     `mean((g(mask * r(s)) - t)^2)`: `r` projects the student's channels if they differ, the mask sets each channel of each
     sample to zero with the probability `ratio`, and `g` is a convolution of 3, a ReLU and a convolution of 3.
 
-    Source: Yang et al., "Masked Generative Distillation", 2022, equation 4 and section 3.2, with channels hidden as in the
-    authors' code for classification. There it is the sum of a sample times 7e-5; this is the mean, so that `scale` means the
-    same for all sizes: 7e-5 is `scale=1.76` for maps of 512 x 7 x 7.
+    Source: Yang et al., "Masked Generative Distillation", 2022 (https://arxiv.org/abs/2205.01529), with channels hidden as
+    in the authors' code for classification. There it is the sum of a sample times 7e-5; this is the mean, so that `scale`
+    means the same for all sizes: 7e-5 is `scale=1.76` for maps of 512 x 7 x 7.
 
     Args:
         ratio: The probability that a channel is hidden, in [0, 1].
     """
 
+    is_distance: ClassVar[bool] = False
+    takes_vectors: ClassVar[bool] = False
+
     ratio: float = 0.15
 
     def __post_init__(self) -> None:
         """Check the ratio."""
+        super().__post_init__()
         check_fraction("ratio", self.ratio)
 
     def of_maps(self, index: int, student: Tensor, teacher: Tensor, adapter: Adapter | None) -> Tensor:
@@ -291,11 +334,7 @@ class MGD(MapLoss):
 
     def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
         """Make the generators of all pairs."""
-        own, other = self.maps(student, teacher)
-        for i, (a, b) in enumerate(zip(own, other, strict=True)):
-            if a.dim() < 3:
-                raise UnlikeShapesError(i, a.shape, b.shape, "name layers whose outputs have places, not vectors")
-        return Generators(own, other)
+        return Generators(*self.maps(student, teacher))
 
 
 def check_pairs(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
@@ -314,34 +353,9 @@ def check_pairs(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
             raise UnlikeShapesError(i, own.shape, other.shape, "features are (B, C, ...), of the same B samples")
 
 
-def check_at_least(name: str, value: object, minimum: float) -> None:
-    """Refuse a setting that is no finite number, or below a minimum.
-
-    Raises:
-        TypeError: It is no number.
-        ValueError: It is below the minimum, or not finite.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number of at least {minimum:g}, got {value!r} ({type(value).__name__})")
-    if not minimum <= float(value) < float("inf"):
-        raise ValueError(f"{name} must be a number of at least {minimum:g}, got {value!r}")
-
-
-def make_projections(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Projections | None:
-    """Make projections for maps whose channels differ; None if there are none."""
-    return (
-        Projections(student, teacher) if any(s.shape[1] != t.shape[1] for s, t in zip(student, teacher, strict=True)) else None
-    )
-
-
-def attention_of(maps: Tensor, p: float = 2.0) -> Tensor:
-    """Return where maps `(B, C, *S)` are large: the mean over channels of `|a|^p`, `(B, 1, *S)`."""
-    return maps.abs().pow(p).mean(1, keepdim=True)
-
-
-def _alike(feature: Tensor) -> Tensor:
+def _alike(feature: Tensor, p: float) -> Tensor:
     rows = feature.flatten(1).float()
-    return F.normalize(rows @ rows.T)
+    return F.normalize(rows @ rows.T, p)
 
 
 def _of_one_class(labels: Tensor | None, like: Tensor) -> Tensor | None:

@@ -203,12 +203,12 @@ class Standardised(LogitLoss):
 
     @property
     def needs_labels(self) -> bool:  # type: ignore[override]
-        """Whether the loss needs labels."""
+        """Tell whether the loss needs labels."""
         return self.loss.needs_labels
 
     @property
     def is_distance(self) -> bool:  # type: ignore[override]
-        """Whether the loss is a distance."""
+        """Tell whether the loss is a distance."""
         return self.loss.is_distance
 
     def of_rows(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from fasterai.core.batch import Batch
@@ -114,7 +115,8 @@ class LogitLoss(Loss):
             ValueError: Shapes differ, labels are missing, or there are too few classes.
         """
         rows, others, wanted = self.rows(student, teacher, labels)
-        return self.scale * self.of_rows(rows, others, wanted).mean()
+        with torch.autocast(student.device.type, enabled=False):
+            return self.scale * self.of_rows(rows, others, wanted).mean()
 
     def rows(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what `of_rows` is called with, checked."""
@@ -171,7 +173,8 @@ class FeatureLoss(Loss):
         self._check_labels(labels)
         pairs = [student] if isinstance(student, Tensor) else list(student)
         others = [teacher] if isinstance(teacher, Tensor) else list(teacher)
-        return self.scale * self.of_pairs([*pairs], [x.detach() for x in others], labels, adapter)
+        with torch.autocast(pairs[0].device.type if pairs else "cpu", enabled=False):
+            return self.scale * self.of_pairs([*pairs], [x.detach() for x in others], labels, adapter)
 
     @abstractmethod
     def of_pairs(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor | None, adapter: Adapter | None) -> Tensor:

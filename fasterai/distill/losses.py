@@ -1,6 +1,7 @@
 """All losses by name, and what a loss may be given as: a value, a class, a `partial`, a name, a function.
 
->>> from fasterai.distill.logits import SoftTarget
+>>> from fasterai.display import Brief
+from fasterai.distill.logits import SoftTarget
 >>> as_loss("SoftTarget"), as_loss(partial(SoftTarget, T=30)) == SoftTarget(T=30)
 (SoftTarget(scale=1.0, T=5.0), True)
 """
@@ -15,9 +16,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from fasterai.core.checks import not_one_of, unknown
+from fasterai.display import Brief
 from fasterai.distill.logits import DecoupledKD
 from fasterai.distill.loss import Adapter, FeatureLoss, LogitLoss, Loss
 
@@ -75,9 +78,9 @@ def _named(name: str) -> type[Loss]:
 # --- functions ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LogitFunction(LogitLoss):
-    """A function of logits as a loss, called with them as they come.
+@dataclass(frozen=True, repr=False)
+class LogitFunction(Brief, LogitLoss):
+    """A function of logits as a loss, called with them in their own shape, in float32.
 
     Args:
         function: The function, with a scalar as its result.
@@ -89,13 +92,14 @@ class LogitFunction(LogitLoss):
 
     @property
     def needs_labels(self) -> bool:  # type: ignore[override]
-        """Whether the function has an argument for labels without a default."""
+        """Tell whether the function has an argument for labels without a default."""
         return _needs_labels(self.function)
 
     def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return what the function gives."""
         self._check_labels(labels)
-        return self.scale * self.of_rows(student, teacher.detach(), labels)
+        with torch.autocast(student.device.type, enabled=False):
+            return self.scale * self.of_rows(student.float(), teacher.detach().float(), labels)
 
     def of_rows(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         """Call the function."""
@@ -107,8 +111,8 @@ class LogitFunction(LogitLoss):
         return _scalar(self.function, self.function(student, teacher, *more))
 
 
-@dataclass(frozen=True)
-class FeatureFunction(FeatureLoss):
+@dataclass(frozen=True, repr=False)
+class FeatureFunction(Brief, FeatureLoss):
     """A function of features as a loss, called with dicts by place: "0" for the first pair.
 
     Args:
@@ -121,7 +125,7 @@ class FeatureFunction(FeatureLoss):
 
     @property
     def needs_labels(self) -> bool:  # type: ignore[override]
-        """Whether the function has an argument for labels without a default."""
+        """Tell whether the function has an argument for labels without a default."""
         return _needs_labels(self.function)
 
     def of_pairs(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor | None, adapter: Adapter | None) -> Tensor:
@@ -183,3 +187,11 @@ def _scalar(function: Callable[..., Any], value: Any) -> Tensor:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"loss must return a scalar, got {shape} from {function!r}; return its mean")
     return value.reshape(())
+
+
+def __getattr__(name: str) -> Any:
+    """Give the losses under the public fasterai's path: `from fasterai.distill.losses import SoftTarget`."""
+    known = known_losses() if not name.startswith("_") else {}
+    if name in known:
+        return known[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["UnlikeShapesError", "as_maps", "as_one_map", "grid_of", "resize"]
+__all__ = ["UnlikeShapesError", "as_maps", "as_one_map", "attention_of", "grid_of", "resize"]
 
 #: How maps of one, two and three dimensions of places are averaged to fewer, and interpolated to more.
 AVERAGES: Mapping[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
@@ -111,3 +111,8 @@ def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
     if smaller == size:
         return maps
     return F.interpolate(maps, size=size, mode=INTERPOLATIONS[len(size)], align_corners=False)
+
+
+def attention_of(maps: Tensor, p: float = 2.0) -> Tensor:
+    """Return where maps `(B, C, *S)` are large: the mean over channels of `|a|^p`, `(B, 1, *S)`."""
+    return maps.abs().pow(p).mean(1, keepdim=True)

@@ -35,8 +35,8 @@ class Tokens(LogitLoss):
     in models that write on (GPT); the last logits then have no label. Models whose logits stand at their labels need
     `shift=False`: encoders with masked words (BERT), decoders beside an encoder (T5), maps of classes `(B, C, H, W)`.
 
-    Where the model is called with an `attention_mask` of the labels' shape, what it masks does not count either, with
-    `shift`; without labels, the mask and the `input_ids` stand for them. In a loop of your own as well.
+    With `shift`, where the model is called with an `attention_mask` of the labels' shape, what it masks does not count either,
+    nor does what padding on the left says of the first token; without labels, the `input_ids` stand for them.
 
     `top_k` compares the teacher's `k` largest classes of each token alone: both networks' logits of these are what the loss
     sees, so a softmax is renormalised among them. With `rest`, all other classes are one more class, whose logit is the
@@ -75,19 +75,22 @@ class Tokens(LogitLoss):
 
     @property
     def is_distance(self) -> bool:  # type: ignore[override]
-        """Whether the loss is a distance."""
+        """Tell whether the loss is a distance."""
         return self.loss.is_distance
 
     def labels_of(self, batch: Batch) -> Any:
-        """Return the labels, with `ignore` where the attention mask is 0."""
+        """Return the labels, with `ignore` where the attention mask is 0, and where the logits before it stand at padding."""
         labels, mask = batch.labels, batch.keywords.get("attention_mask")
         if labels is None:
             labels = batch.keywords.get("input_ids") if self.shift else None if self.loss.needs_labels else mask
         elif not self.shift:  # the mask may be that of an encoder's inputs
             return labels
-        if isinstance(mask, Tensor) and isinstance(labels, Tensor) and mask.shape == labels.shape:
-            return labels.masked_fill(mask.to(labels.device) == 0, self.ignore)
-        return labels
+        if not isinstance(mask, Tensor) or not isinstance(labels, Tensor) or mask.shape != labels.shape:
+            return labels
+        out = mask.to(labels.device) == 0
+        if self.shift:  # nor does what padding in front says of the first token
+            out = torch.cat([out[:, :1], out[:, 1:] | out[:, :-1]], 1)
+        return labels.masked_fill(out, self.ignore)
 
     def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the loss, a scalar in float32: the mean over the tokens that count, 0 if there are none.
@@ -110,7 +113,8 @@ class Tokens(LogitLoss):
             raise ValueError(f"labels must be numbers for Tokens, got shares of shape {tuple(labels.shape)}")
         counts = wanted != self.ignore
         rows, others = (_only(x, counts) for x in (student, teacher.detach()))
-        return self.scale * self._mean(rows, others, wanted, counts)
+        with torch.autocast(student.device.type, enabled=False):
+            return self.scale * self._mean(rows, others, wanted, counts)
 
     def _mean(self, student: Tensor, teacher: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
         values = self.of_rows(student, teacher, labels)

@@ -11,11 +11,15 @@ __all__ = ["STUDIES", "find_study"]
 
 STUDIES = (
     "criteria",
+    "distillation",
+    "distilled_pruning",
     "experts",
     "features",
     "granularities",
     "pretraining",
+    "retrieval",
     "routed_experts",
+    "routes",
     "schedules",
     "tickets",
     "variety",

@@ -14,7 +14,7 @@ from fasterai.callbacks.plain import attach
 from fasterai.core.participant import Participant
 from fasterai.study.data import Data
 
-__all__ = ["Residual", "accuracy", "make_mlp", "make_residual", "take_steps", "train"]
+__all__ = ["Residual", "accuracy", "draw_batches", "make_mlp", "make_residual", "take_steps", "train"]
 
 
 class Residual(nn.Module):
@@ -74,6 +74,13 @@ def train(
         seed: Of the order and the flips.
         batch_size: Images in a step; what is left over of an epoch is dropped, unless that were all.
     """
+    per_epoch, batches = draw_batches(data, epochs, seed, batch_size)
+    optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    take_steps(network, optimizer, batches, F.cross_entropy, participants, lr=lr, steps=epochs * per_epoch)
+
+
+def draw_batches(data: Data, epochs: int, seed: int, batch_size: int) -> tuple[int, Iterator[tuple[Tensor, Tensor]]]:
+    """Return the number of batches in an epoch, and those of all epochs; order and flips follow from the seed."""
     images, labels = data.train
     per_epoch = max(1, len(images) // batch_size)
     generator = torch.Generator().manual_seed(seed)
@@ -88,8 +95,7 @@ def train(
                     x = torch.where(mirrored.to(x.device), x.flip(3), x)
                 yield x, labels[batch]
 
-    optimizer = torch.optim.SGD(network.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    take_steps(network, optimizer, batches(), F.cross_entropy, participants, lr=lr, steps=epochs * per_epoch)
+    return per_epoch, batches()
 
 
 def take_steps(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from fastai.callback.training import GradientAccumulation, GradientClip
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
@@ -47,8 +47,10 @@ class Widen(Adapter):
         super().__init__()
         self.matrix = nn.Parameter(torch.full((wide, narrow), 0.1))
 
-    def keep_(self, index: int, kept: Tensor) -> None:
+    def keep_(self, index: int, kept: Any) -> dict[nn.Parameter, dict[int, Any]]:
         self.matrix.data = self.matrix.data[:, kept]
+        self.matrix.grad = None
+        return {self.matrix: {1: kept}}
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,12 @@ class Way:
 Run = Callable[[Net, "dict[str, Any]", Way, Path], "list[float]"]
 
 
-def by_hand(student: Net, given: dict[str, Any], way: Way, features: bool) -> tuple[Tensor | None, float]:
-    """Train with the terms written into the loop; return the matrix of the adapter and the last distillation loss."""
+def by_hand(student: Net, given: dict[str, Any], way: Way, features: bool) -> tuple[Tensor | None, list[float]]:
+    """Train with the terms written into the loop; return the matrix of the adapter and the distillation losses."""
     other = teacher().eval()
     matrix = nn.Parameter(torch.full((12, 8), 0.1)) if features else None
     optimizer = torch.optim.SGD([*student.parameters(), *([] if matrix is None else [matrix])], RATE)
-    total, step, value = EPOCHS * BATCHES // way.accumulate, 0, torch.zeros(())
+    total, step, values = EPOCHS * BATCHES // way.accumulate, 0, list[float]()
     for _ in range(EPOCHS):
         for i, (x, y) in enumerate(loader()):
             share = (step + 1) / total if given.get("schedule") == "lin" else 1.0
@@ -119,6 +121,7 @@ def by_hand(student: Net, given: dict[str, Any], way: Way, features: bool) -> tu
             value = (logits.float() - answer.float()).square().mean()
             if matrix is not None:
                 value = value + (hidden.float() @ matrix.T - wanted.float()).square().mean()
+            values.append(float(value))
             w = given["weight"] * share
             (((1 - w) * task + w * value) / way.accumulate).backward()
             if (i + 1) % way.accumulate == 0:
@@ -127,7 +130,7 @@ def by_hand(student: Net, given: dict[str, Any], way: Way, features: bool) -> tu
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1
-    return matrix, float(value)
+    return matrix, values
 
 
 def plain(student: Net, given: dict[str, Any], way: Way, folder: Path) -> Distiller:
@@ -175,7 +178,8 @@ def accelerate(student: Net, given: dict[str, Any], way: Way, folder: Path) -> D
 
 def learner(student: nn.Module, folder: Path, **options: Any) -> Learner:
     options = {"loss_func": CrossEntropyLossFlat(), "opt_func": SGD, "lr": RATE, **options}
-    return Learner(DataLoaders(loader(), loader()), student, path=folder, **options)
+    data = DataLoaders(*(TfmdDL(dataset(), bs=8, shuffle=False, num_workers=0) for _ in range(2)), device="cpu")
+    return Learner(data, student, path=folder, **options)
 
 
 def fastai(student: Net, given: dict[str, Any], way: Way, folder: Path) -> Distiller:

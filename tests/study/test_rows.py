@@ -50,7 +50,13 @@ def test_a_setting_is_short(axis, value, written):
 
 
 def test_a_course_is_the_means_after_each_part_in_their_order():
-    names = {"accuracy": [0.9], "epoch_10_accuracy": [0.8, 0.6], "epoch_2_accuracy": [0.5], "epoch_2_loss": [3.0], "top_5": [1.0]}
+    names = {
+        "accuracy": [0.9],
+        "epoch_10_accuracy": [0.8, 0.6],
+        "epoch_2_accuracy": [0.5],
+        "epoch_2_loss": [3.0],
+        "top_5": [1.0],
+    }
     row = Row({"a": 1}, names)
     assert row.course("epoch", "accuracy") == [(2, 0.5), (10, pytest.approx(0.7))]
     assert row.course("epoch", "loss") == [(2, 3.0)] and row.course("a", "accuracy") == []

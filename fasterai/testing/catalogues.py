@@ -1,18 +1,11 @@
-"""Checks of the promises that catalogue entries make: plain functions for our own tests, and for entries of your own.
-
-Each check takes one entry, returns nothing, and raises AssertionError with the promise that is broken.
-To add one: a function `check_<axis>(entry)` that is run over the whole catalogue in the tests.
+"""Checks of criteria, schedules, granularities and contexts.
 
 Over 300 lines, since it holds the checks of four catalogues.
-
->>> from fasterai.core.schedules import Custom, sched_lin
->>> check_schedule(Custom(sched_lin, start_pct=0.25))
 """
 
 from __future__ import annotations
 
 import itertools
-import pickle
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
@@ -28,6 +21,7 @@ from fasterai.core.granularities import Granularity
 from fasterai.core.schedules import Custom, Schedule, as_schedule
 from fasterai.core.selection import Scores, TensorScores
 from fasterai.core.types import EVIDENCE, Evidence, Layout, Limits
+from fasterai.testing.promises import attempt, check_refused, check_value, require, same
 
 __all__ = ["LAYOUTS", "check_context", "check_criterion", "check_granularity", "check_schedule"]
 
@@ -51,36 +45,6 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def _require(condition: object, message: str) -> None:
-    if not condition:
-        raise AssertionError(message)
-
-
-def _attempt(what: str, function: Callable[[], Any]) -> Any:
-    try:
-        return function()
-    except Exception as error:
-        raise AssertionError(f"{what}, but it raised {type(error).__name__}: {error}") from error
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(a, b))
-
-
-def _check_value(entry: object) -> Any:
-    """Check that an entry is a frozen value that pickles, and return its unpickled copy."""
-    try:
-        setattr(entry, "set_by_check", True)  # noqa: B010 - the name is not one of its own
-    except (AttributeError, TypeError):
-        pass
-    else:
-        delattr(entry, "set_by_check")
-        raise AssertionError(f"{entry!r} must be frozen: make it a dataclass(frozen=True)")
-    return _attempt(
-        f"{entry!r} must pickle: no lambda, no function inside a function", lambda: pickle.loads(pickle.dumps(entry))
-    )
-
-
 # --- criteria ------------------------------------------------------------------------------------------------------
 
 
@@ -98,11 +62,11 @@ def check_criterion(criterion: Criterion | Callable[[Tensor], Tensor]) -> None:
         AssertionError: A promise is broken.
     """
     criterion = as_criterion(criterion)
-    copy = _check_value(criterion)
+    copy = check_value(criterion)
     for shape in [(4, 3, 2, 2), (5, 3), (7,)]:
         evidence = _evidence(shape, criterion)
         scores = _check_scores(criterion, evidence)
-        _require(_same(copy(evidence), scores), f"{criterion!r} must score the same after pickling")
+        require(same(copy(evidence), scores), f"{criterion!r} must score the same after pickling")
         _check_half(criterion, evidence)
         _check_claims(criterion, evidence, scores)
 
@@ -127,14 +91,14 @@ def _check_scores(criterion: Criterion, evidence: Evidence) -> Tensor:
     before = {name: value.clone() for name, value in _tensors(evidence).items()}
     state = torch.get_rng_state()
     needs = ", ".join([*criterion.evidence_names, *criterion.gatherers]) or "nothing more"
-    scores: Tensor = _attempt(f"{criterion!r} must score with the weight and {needs}", lambda: criterion(evidence))
+    scores: Tensor = attempt(f"{criterion!r} must score with the weight and {needs}", lambda: criterion(evidence))
     for name, value in _tensors(evidence).items():
-        _require(_same(value, before[name]), f"{criterion!r} must not write into the {name} that it is given")
-    _require(torch.equal(state, torch.get_rng_state()), f"{criterion!r} must leave torch's global generator alone")
-    _require(_same(scores, criterion(evidence)), f"{criterion!r} must give the same scores for the same evidence")
-    _require(scores.shape == evidence.weight.shape, f"{criterion!r} must return scores of the weight's shape")
-    _require(scores.is_floating_point(), f"{criterion!r} must return floating-point scores, got {scores.dtype}")
-    _require(scores.isfinite().all(), f"{criterion!r} must return finite scores for finite evidence")
+        require(same(value, before[name]), f"{criterion!r} must not write into the {name} that it is given")
+    require(torch.equal(state, torch.get_rng_state()), f"{criterion!r} must leave torch's global generator alone")
+    require(same(scores, criterion(evidence)), f"{criterion!r} must give the same scores for the same evidence")
+    require(scores.shape == evidence.weight.shape, f"{criterion!r} must return scores of the weight's shape")
+    require(scores.is_floating_point(), f"{criterion!r} must return floating-point scores, got {scores.dtype}")
+    require(scores.isfinite().all(), f"{criterion!r} must return finite scores for finite evidence")
     return scores
 
 
@@ -142,19 +106,19 @@ def _check_half(criterion: Criterion, evidence: Evidence) -> None:
     half = evidence.map(lambda x: x.to(torch.bfloat16))
     scores = criterion(half)
     wanted = criterion(half.map(lambda x: x.float()))
-    _require(_same(scores, wanted), f"{criterion!r} must score half precision in float32, got {scores.dtype}")
+    require(same(scores, wanted), f"{criterion!r} must score half precision in float32, got {scores.dtype}")
 
 
 def _check_claims(criterion: Criterion, evidence: Evidence, scores: Tensor) -> None:
     if criterion.elementwise:
         part = criterion(evidence.map(lambda x: x.reshape(-1)[2:6]))
-        _require(_same(part, scores.reshape(-1)[2:6]), f"{criterion!r} is not elementwise: a part alone scores differently")
+        require(same(part, scores.reshape(-1)[2:6]), f"{criterion!r} is not elementwise: a part alone scores differently")
     if criterion.nonnegative:
-        _require((scores >= 0).all(), f"{criterion!r} is not nonnegative: it gave {scores.min():g}")
-        _require((scores[evidence.weight == 0] == 0).all(), f"{criterion!r} is not nonnegative: a weight of 0 scores above 0")
+        require((scores >= 0).all(), f"{criterion!r} is not nonnegative: it gave {scores.min():g}")
+        require((scores[evidence.weight == 0] == 0).all(), f"{criterion!r} is not nonnegative: a weight of 0 scores above 0")
     if criterion.ufunc is not None:
         by_numpy = torch.from_numpy(criterion.ufunc(evidence.weight.numpy()))
-        _require(_same(by_numpy, scores), f"{criterion!r} must have a ufunc that gives its scores")
+        require(same(by_numpy, scores), f"{criterion!r} must have a ufunc that gives its scores")
 
 
 # --- schedules -----------------------------------------------------------------------------------------------------
@@ -173,26 +137,17 @@ def check_schedule(schedule: Schedule | Callable[[float], float] | Sequence[Cust
         AssertionError: A promise is broken.
     """
     schedule = as_schedule(schedule)
-    copy = _check_value(schedule)
+    copy = check_value(schedule)
     positions = [i / 1000 for i in range(1001)]
-    shares = [_attempt(f"{schedule!r} must have a share at {p}", partial(schedule, p)) for p in positions]
+    shares = [attempt(f"{schedule!r} must have a share at {p}", partial(schedule, p)) for p in positions]
     for position, share in zip(positions, shares, strict=True):
-        _require(isinstance(share, float), f"{schedule!r} must return a float, got {share!r} at {position}")
-        _require(0 <= share <= 1, f"{schedule!r} must return a share in [0, 1], got {share!r} at {position}")
+        require(isinstance(share, float), f"{schedule!r} must return a float, got {share!r} at {position}")
+        require(0 <= share <= 1, f"{schedule!r} must return a share in [0, 1], got {share!r} at {position}")
     again = [schedule(p) for p in reversed(positions)][::-1]
-    _require(again == shares, f"{schedule!r} must give the same share at the same position, whatever was asked before")
-    _require([copy(p) for p in positions] == shares, f"{schedule!r} must give the same shares after pickling")
+    require(again == shares, f"{schedule!r} must give the same share at the same position, whatever was asked before")
+    require([copy(p) for p in positions] == shares, f"{schedule!r} must give the same shares after pickling")
     for outside in (-0.1, 1.1, float("nan")):
-        _check_refused(f"{schedule!r} must refuse the position {outside}", "position", partial(schedule, outside))
-
-
-def _check_refused(message: str, names: str, function: Callable[[], Any]) -> None:
-    try:
-        function()
-    except ValueError as error:
-        _require(names in str(error), f"{message} with an error that names {names!r}, got: {error}")
-        return
-    raise AssertionError(f"{message} with a ValueError")
+        check_refused(f"{schedule!r} must refuse the position {outside}", "position", partial(schedule, outside))
 
 
 # --- granularities -------------------------------------------------------------------------------------------------
@@ -212,9 +167,9 @@ def check_granularity(granularity: Granularity, layouts: Iterable[Layout] | None
     Raises:
         AssertionError: A promise is broken, or it fits none of the layouts.
     """
-    _require(_check_value(granularity) == granularity, f"{granularity!r} must be equal to its pickled copy")
+    require(check_value(granularity) == granularity, f"{granularity!r} must be equal to its pickled copy")
     fitting = [layout for layout in layouts or LAYOUTS.values() if granularity.fits(layout)]
-    _require(fitting, f"{granularity!r} must fit at least one of the layouts")
+    require(fitting, f"{granularity!r} must fit at least one of the layouts")
     for layout in fitting:
         members = _units(granularity, layout)
         _check_reduce(granularity, layout, members)
@@ -225,17 +180,17 @@ def _units(granularity: Granularity, layout: Layout) -> Tensor:
     """Return (unit, weight) flags that tell which weights belong to which unit, from the masks of single units."""
     where = f"{granularity!r} on {layout.shape}"
     shape = granularity.unit_shape(layout)
-    _require(len(shape) == len(layout.shape), f"{where} must have as many unit dimensions as the layout, got {shape}")
+    require(len(shape) == len(layout.shape), f"{where} must have as many unit dimensions as the layout, got {shape}")
     masks = []
     for i in range(torch.Size(shape).numel()):
         keep = torch.zeros(shape, dtype=torch.bool)
         keep.view(-1)[i] = True
         mask = granularity.expand(keep, layout)
-        _require(mask.dtype == torch.bool, f"{where} must expand to a bool mask, got {mask.dtype}")
-        masks.append(_attempt(f"{where} must expand to a mask that broadcasts", partial(mask.expand, layout.shape)))
+        require(mask.dtype == torch.bool, f"{where} must expand to a bool mask, got {mask.dtype}")
+        masks.append(attempt(f"{where} must expand to a mask that broadcasts", partial(mask.expand, layout.shape)))
     members = torch.stack(masks).reshape(len(masks), -1)
-    _require((members.sum(0) == 1).all(), f"{where} must put every weight into exactly one unit")
-    _require(members.any(1).all(), f"{where} must not have a unit without weights")
+    require((members.sum(0) == 1).all(), f"{where} must put every weight into exactly one unit")
+    require(members.any(1).all(), f"{where} must not have a unit without weights")
     return members
 
 
@@ -247,21 +202,21 @@ def _check_reduce(granularity: Granularity, layout: Layout, members: Tensor) -> 
     for reducer, wanted in {"sum": sums, "mean": sums / members.sum(1)}.items():
         got = granularity.reduce(scores, layout, reducer)
         shape = granularity.unit_shape(layout)
-        _require(tuple(got.shape) == shape, f"{where} must reduce to the unit shape {shape}, got {tuple(got.shape)}")
+        require(tuple(got.shape) == shape, f"{where} must reduce to the unit shape {shape}, got {tuple(got.shape)}")
         close = torch.allclose(got.reshape(-1), wanted, rtol=1e-9, atol=1e-12)
-        _require(close, f"{where} must reduce to the {reducer} over each unit's weights")
-    _require(_same(scores, before), f"{where} must not write into the scores")
+        require(close, f"{where} must reduce to the {reducer} over each unit's weights")
+    require(same(scores, before), f"{where} must not write into the scores")
 
 
 def _check_nature(granularity: Granularity, layout: Layout, members: Tensor) -> None:
     where = f"{granularity!r} on {layout.shape}"
     if granularity.is_weight:
-        _require(granularity.unit_shape(layout) == layout.shape, f"{where} says is_weight, but its units are coarser")
+        require(granularity.unit_shape(layout) == layout.shape, f"{where} says is_weight, but its units are coarser")
     if granularity.is_whole(layout):
-        _require(len(members) == 1, f"{where} says is_whole, but has {len(members)} units")
+        require(len(members) == 1, f"{where} says is_whole, but has {len(members)} units")
     if granularity.drops_outputs(layout):
         silent = [_silences(mask.view(layout.shape), layout) for mask in members]
-        _require(all(silent), f"{where} says drops_outputs, but a unit leaves every output something")
+        require(all(silent), f"{where} says drops_outputs, but a unit leaves every output something")
 
 
 def _silences(mask: Tensor, layout: Layout) -> bool:
@@ -295,9 +250,9 @@ def check_context(context: Context) -> None:
     Raises:
         AssertionError: A promise is broken.
     """
-    copy = _check_value(context)
+    copy = check_value(context)
     layouts = {name: layout for name, layout in _POOL.items() if context.fits(layout.shape, layout) is None}
-    _require(layouts, f"{context!r} must fit at least one of the units' shapes {[x.shape for x in _POOL.values()]}")
+    require(layouts, f"{context!r} must fit at least one of the units' shapes {[x.shape for x in _POOL.values()]}")
     reachable = [s for s in _EIGHTHS if _reaches(context, s)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -343,19 +298,19 @@ def _check_choice(
     where = f"{context!r} at sparsity {sparsity}"
     before = {name: x.clone() for name, x in values.items()}
     shapes = list(layouts.values())
-    keeps = _attempt(f"{where} must choose", lambda: context(_pool(values), shapes, sparsity))
-    _require(all(_same(values[name], x) for name, x in before.items()), f"{where} must not write into the scores")
-    _require(len(keeps) == len(values), f"{where} must return one decision per target, got {len(keeps)}")
+    keeps = attempt(f"{where} must choose", lambda: context(_pool(values), shapes, sparsity))
+    require(all(same(values[name], x) for name, x in before.items()), f"{where} must not write into the scores")
+    require(len(keeps) == len(values), f"{where} must return one decision per target, got {len(keeps)}")
     for (name, x), keep in zip(values.items(), keeps, strict=True):
-        _require(keep.dtype == torch.bool and keep.shape == x.shape, f"{where} must decide in bool for each unit of {name}")
-        _require(keep[x == x.max()].any(), f"{where} must keep the highest score of {name}")
+        require(keep.dtype == torch.bool and keep.shape == x.shape, f"{where} must decide in bool for each unit of {name}")
+        require(keep[x == x.max()].any(), f"{where} must keep the highest score of {name}")
     total = sum(x.numel() for x in values.values())
     pruned = _pruned(keeps)
-    _require(pruned == round(sparsity * total), f"{where} must prune {round(sparsity * total)} of {total} units, got {pruned}")
+    require(pruned == round(sparsity * total), f"{where} must prune {round(sparsity * total)} of {total} units, got {pruned}")
     for again in (context(_pool(values), shapes, sparsity), copy(_pool(values), shapes, sparsity)):
-        _require(all(map(_same, keeps, again)), f"{where} must choose the same each time, pickled or not")
+        require(all(map(same, keeps, again)), f"{where} must choose the same each time, pickled or not")
     for keep, name in zip(context(_pool(values), shapes, sparsity, Limits(min_keep=2)), values, strict=True):
-        _require(int(keep.sum()) >= 2, f"{where} must keep min_keep=2 units of {name}, got {int(keep.sum())}")
+        require(int(keep.sum()) >= 2, f"{where} must keep min_keep=2 units of {name}, got {int(keep.sum())}")
 
 
 def _check_nested(context: Context, layouts: dict[str, Layout], values: dict[str, Tensor], sparsities: Sequence[float]) -> None:
@@ -365,25 +320,25 @@ def _check_nested(context: Context, layouts: dict[str, Layout], values: dict[str
         few = context(_pool(values), shapes, low)
         more = context(_pool(other, few), shapes, high, Limits(may_fall=False))
         returned = any(bool((b & ~a).any()) for a, b in zip(few, more, strict=True))
-        _require(not returned, f"{context!r} must not bring units back while the sparsity rises from {low} to {high}")
+        require(not returned, f"{context!r} must not bring units back while the sparsity rises from {low} to {high}")
         fewer = context(_pool(other, more), shapes, low)
         gone = any(bool((a & ~b).any()) for a, b in zip(more, fewer, strict=True))
-        _require(not gone, f"{context!r} must not prune kept units while the sparsity falls from {high} to {low}")
+        require(not gone, f"{context!r} must not prune kept units while the sparsity falls from {high} to {low}")
 
 
 def _check_refusals(context: Context, layouts: dict[str, Layout]) -> None:
     shapes = list(layouts.values())
     values = _score_sets(layouts)[0]
     percent = f"{context!r} must refuse a sparsity of 50"
-    _check_refused(percent, "sparsity", lambda: context(_pool(values), shapes, 50))
+    check_refused(percent, "sparsity", lambda: context(_pool(values), shapes, 50))
     broken = next(reversed(values))
     values[broken] = values[broken].clone()
     values[broken].view(-1)[3] = float("nan")
-    _check_refused(f"{context!r} must refuse NaN scores", broken, lambda: context(_pool(values), shapes, 0.25))
+    check_refused(f"{context!r} must refuse NaN scores", broken, lambda: context(_pool(values), shapes, 0.25))
 
 
 def _check_asked(context: Context, layouts: dict[str, Layout], sparsities: Sequence[float]) -> None:
     counts = {name: torch.Size(layout.shape).numel() for name, layout in layouts.items()}
     asked = [context.asked(counts, s) for s in sparsities]
-    _require(asked == [context.asked(counts, s) for s in sparsities], f"{context!r} must ask the same each time")
-    _require(len(set(asked)) == len(asked), f"{context!r} must ask something else when another number of units is to go")
+    require(asked == [context.asked(counts, s) for s in sparsities], f"{context!r} must ask the same each time")
+    require(len(set(asked)) == len(asked), f"{context!r} must ask something else when another number of units is to go")
