@@ -37,7 +37,7 @@ def _no_process_group_is_left() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beside]:
-    """Begin what the chosen tests wait for."""
+    """Begin what the chosen tests wait for; where processes share the tests, each does it when it comes to it."""
     pool = ThreadPoolExecutor(1)
     try:
         asked = Beside(pool, tmp_path_factory)
