@@ -28,10 +28,11 @@ from fasterai.analyze.filters import plot_filters, plot_similarity
 from fasterai.callbacks.plain import attach
 from fasterai.cli import main
 from fasterai.core.criteria import large_final, variety
-from fasterai.display import save_figure
+from fasterai.display import INK, SERIES, dress, new_axes, save_figure, styled
 from fasterai.distill.distiller import Distiller
 from fasterai.distill.features import Attention
 from fasterai.distill.hardness import Greedy
+from fasterai.distill.logits import DIST, DKD, NKD, SoftTarget, Standardised
 from fasterai.distill.maps import attention_maps, cosines, plot_attention_maps
 from fasterai.distill.recorder import RouteRecorder
 from fasterai.distill.route import Route
@@ -147,6 +148,59 @@ def draw_route(folder: Path) -> None:
     _save(found.plot().figure, folder / "route-hardness.png")
 
 
+@styled()
+def draw_losses(folder: Path) -> None:
+    """Draw what losses of logits ask of a student, for one digit: the way down by class."""
+    digits = load_digits()
+    x, y = torch.tensor(digits.data / 16).float(), torch.tensor(digits.target)
+    networks = [
+        _classifier(x, y, width, steps) for width, steps in ((64, 300), (8, 60))
+    ]
+    other, own = (network(x).detach() for network in networks)
+    sure = torch.softmax(other, 1).amax(1)
+    chosen = int((sure - 0.95).abs().argmin())  # the teacher is 95 % sure of it
+    order = other[chosen].argsort(descending=True)
+    losses = {
+        "SoftTarget(T=1)": SoftTarget(T=1),
+        "SoftTarget(T=4)": SoftTarget(T=4),
+        "DKD()": DKD(),
+        "NKD()": NKD(),
+        "DIST()": DIST(),
+        "Standardised()": Standardised(),
+    }
+    axes = new_axes(7.6, 3.4)
+    for i, (name, loss) in enumerate(losses.items()):
+        logits = own.clone().requires_grad_()
+        loss(logits, other, y).backward()
+        way = -logits.grad[chosen, order]
+        places = torch.arange(10) + (i - 2.5) * 0.13
+        heights = way / way.abs().max()
+        axes.bar(places, heights, width=0.13, color=SERIES[i], label=name)
+    axes.axhline(0, color=INK, linewidth=0.6)
+    shares = torch.softmax(other, 1)[chosen, order]
+    names = [f"{int(c)}\n{p:.1%}" for c, p in zip(order, shares, strict=True)]
+    axes.set_xticks(range(10), names)
+    axes.set(
+        xlabel="class, and what the teacher gives it", ylabel="share of the largest"
+    )
+    dress(axes, "Where losses push a student's logits, for one digit", grid="y")
+    axes.legend(ncols=2, loc="upper right")
+    _save(axes.figure, folder / "distillation-losses.png")
+
+
+def _classifier(x: torch.Tensor, y: torch.Tensor, width: int, steps: int) -> nn.Module:
+    """Train a network of one hidden layer on digits."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+    optimizer = torch.optim.Adam(network.parameters(), 0.01)
+    for _ in range(steps):
+        rows = torch.randint(len(x), (64,))
+        optimizer.zero_grad()
+        F.cross_entropy(network(x[rows]), y[rows]).backward()
+        optimizer.step()
+    return network.eval()
+
+
 def _trained(x: torch.Tensor, labels: Any, masked: bool = False) -> nn.Module:
     """Train a small network, under masks on three quarters of the features or not."""
     torch.manual_seed(0)
@@ -225,5 +279,6 @@ if __name__ == "__main__":
         draw_catalogues(IMAGES)
         draw_variety(IMAGES)
         draw_features(IMAGES)
+        draw_losses(IMAGES)
         draw_route(IMAGES)
         draw_demo(IMAGES)

@@ -126,7 +126,7 @@ class _Watch:
     def __init__(self, module: nn.Module, batch: Batch, show: Callable[[Batch], None]) -> None:
         self.batch, self.show = batch, show
         self._given = {id(x) for x in tree_leaves((batch.inputs, dict(batch.keywords)))}
-        self._own = {id(m) for m in module.modules()}
+        self._own = {id(m): name for name, m in module.named_modules()}
         self._is_done = False
         self._handles: list[Any] = []
 
@@ -147,7 +147,8 @@ class _Watch:
         self.__exit__()
         reads = any(id(x) in self._given for x in tree_leaves((args, keywords)))
         if reads or self.batch.outputs is None:
-            self.batch = replace(self.batch, inputs=tuple(args), keywords=dict(keywords), outputs=output)
+            part = self._own[id(module)]
+            self.batch = replace(self.batch, inputs=tuple(args), keywords=dict(keywords), outputs=output, part=part)
         if reads:
             self.shown()
         else:

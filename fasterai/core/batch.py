@@ -24,6 +24,7 @@ class Batch(Brief):
         targets: The further arguments of the loss, `loss(outputs, *targets)`, if there are any.
         keywords: The keyword arguments of the model.
         outputs: The model's result, None before the forward pass or where the loop does not show it.
+        part: The name of the part of the model that is called with the inputs; empty for the model itself.
         loss: The loss of the task alone, whatever participants have made of it so far; None before there is one.
     """
 
@@ -31,6 +32,7 @@ class Batch(Brief):
     targets: tuple[Any, ...] = ()
     keywords: Mapping[str, Any] = field(default_factory=dict)
     outputs: Any = None
+    part: str = ""
     loss: Tensor | None = None
 
     @property

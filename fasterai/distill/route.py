@@ -258,8 +258,8 @@ class RouteTeacher(Teacher):
         """Return the place of the present anchor."""
         return {"anchor": self._place}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the anchor of a saved state.
+    def check_state(self, state: Any) -> None:
+        """Refuse a saved state that does not fit.
 
         Raises:
             ValueError: The route has no such anchor.
@@ -268,6 +268,10 @@ class RouteTeacher(Teacher):
         check_parts(state, "RouteTeacher", {"anchor": whole})
         if state["anchor"] >= len(self.route):
             raise ValueError(f"state's anchor must be one of the route's {len(self.route)}, got {state['anchor'] + 1}")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the anchor of a saved state."""
+        self.check_state(state)
         if self._begun is None:
             self._place = state["anchor"]
         else:

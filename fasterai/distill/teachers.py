@@ -99,6 +99,7 @@ class NetworkTeacher(Teacher):
         self._capture: Capture | None = None
         self._asks_labels = False
         self._half: torch.dtype | None = None
+        self._is_alike = False
 
     def __repr__(self) -> str:
         return one_line(f"<NetworkTeacher: {type(unwrap(self.model)).__name__}>")
@@ -117,6 +118,7 @@ class NetworkTeacher(Teacher):
         self.end()
         self._asks_labels = _asks_labels(unwrap(self.model))
         self._half = _half_of(student)
+        self._is_alike = type(unwrap(self.model)) is type(unwrap(student))
         _rest(self.model)
         self._capture = Capture("activations_teacher", self.model, found, graph=False)
 
@@ -130,7 +132,9 @@ class NetworkTeacher(Teacher):
         given, keywords = self._inputs_of(batch, like)
         self._capture.forget()
         with torch.no_grad(), in_precision(like, device_of(self.model, given), self._half):
-            outputs = self.model(*given, **keywords)
+            # A copy of a LightningModule is called as the student is, which may be in its network alone.
+            called = unwrap(self.model).get_submodule(batch.part) if self._is_alike and batch.part else self.model
+            outputs = called(*given, **keywords)
         logits = _logits_or_none(outputs)
         features = self._capture.take()
         if like is None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.callbacks import distilled
-from tests.callbacks.distilled import BATCHES, EPOCHS, FRAMEWORKS, Net, Squares, Way, Widened, by_hand
+from tests.callbacks.distilled import BATCHES, FRAMEWORKS, Net, Squares, Way, Widened, by_hand
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LOGITS: dict[str, Any] = {"loss": Squares(), "weight": 0.7}

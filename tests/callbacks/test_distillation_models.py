@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import fasterai.callbacks.fastai as for_fastai
 import fasterai.callbacks.huggingface as for_huggingface
 import fasterai.callbacks.lightning as for_lightning
+from fasterai.distill.average import EMATeacher
 from fasterai.distill.distiller import Distiller
 from fasterai.distill.logits import SoftTarget
 from tests.callbacks.distilled import InOrder, Module, Net, Squares, Widened, arguments, learner, loader, teacher, trainer
@@ -232,6 +234,15 @@ def test_a_name_that_two_parts_have_is_refused(tmp_path):
     callback = for_lightning.KnowledgeDistillationCallback(teacher(), Widened(), ["body"], ["body"])
     with pytest.raises(ValueError, match=r"activations_student .*net\.body.*spare\.body.*got 'body'"):
         trainer(tmp_path, callback, max_epochs=1).fit(module, loader())
+
+
+@pytest.mark.parametrize("kind", ["average", "copy"])
+def test_a_copy_of_a_module_without_forward_answers_as_its_network(kind, tmp_path):
+    module = Module(Net())
+    other = EMATeacher(0.5) if kind == "average" else copy.deepcopy(module)
+    callback = for_lightning.KnowledgeDistillationCallback(other, Squares(), weight=0.5)
+    trainer(tmp_path, callback, max_epochs=1).fit(module, loader())
+    assert callback.distiller.metrics()["distill_loss"] > 0
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import fastai.callback.schedule  # noqa: F401 - gives the Learner its lr_find
@@ -25,6 +26,7 @@ import fasterai.callbacks.fastai as for_fastai
 import fasterai.callbacks.huggingface as for_huggingface
 import fasterai.callbacks.lightning as for_lightning
 from fasterai.core.loop import Participant
+from fasterai.distill.average import EMATeacher
 from fasterai.distill.distiller import Distiller
 from fasterai.distill.loss import LogitLoss
 from fasterai.sparse.sparsifier import Sparsifier
@@ -99,6 +101,23 @@ def test_a_resumed_run_is_the_same_bit_for_bit(run, tmp_path):
     a, b = (one[0].state_dict()["adapters"][1]["matrix"] for one in (ours, second))
     assert torch.equal(a, b) and not torch.equal(a, torch.full_like(a, 0.1))
     assert ours[0].metrics() == second[0].metrics()
+
+
+@pytest.mark.parametrize("framework", ["fastai", "lightning"])
+def test_the_callback_itself_resumes_with_an_average_for_a_teacher(framework, tmp_path, monkeypatch):
+    adapter, run = CALLBACKS[framework], getattr(resuming, framework)
+    ours = SimpleNamespace(
+        ParticipantCallback=lambda: adapter.KnowledgeDistillationCallback(
+            EMATeacher(0.9), Squares(), weight=0.6, schedule="cos"
+        )
+    )
+    monkeypatch.setattr(resuming, f"for_{framework}", ours)
+    whole, stopped, resumed = Net(), Net(), Net()
+    (tmp_path / "parts").mkdir()
+    run(whole, [], tmp_path / "whole", stop=False, resume=False)
+    run(stopped, [], tmp_path / "parts", stop=True, resume=False)
+    run(resumed, [], tmp_path / "parts", stop=False, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
 class Noting(Callback):
