@@ -1,11 +1,15 @@
 """Draws every picture of the docs again: `python docs/pictures.py` writes `docs/images/`, in about a minute.
 
+`python docs/pictures.py --data FOLDER` draws the attention maps instead, of networks trained on a folder of images (CIFAR-10
+for the page) for some minutes, and prints the figures beside them.
+
 The catalogues' pictures are those of `fasterai.analyze.catalogues`; the demo's are of a run of `fasterai demo`, whose times are
 this machine's; those of filters and of a route are of small networks trained on scikit-learn's digits.
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import tempfile
 from contextlib import nullcontext
@@ -24,12 +28,19 @@ from fasterai.analyze.filters import plot_filters, plot_similarity
 from fasterai.callbacks.plain import attach
 from fasterai.cli import main
 from fasterai.core.criteria import large_final, variety
-from fasterai.display import save_figure
+from fasterai.display import INK, SERIES, dress, new_axes, save_figure, styled
+from fasterai.distill.distiller import Distiller
+from fasterai.distill.features import Attention
 from fasterai.distill.hardness import Greedy
+from fasterai.distill.logits import DIST, DKD, NKD, SoftTarget, Standardised
+from fasterai.distill.maps import attention_maps, cosines, plot_attention_maps
 from fasterai.distill.recorder import RouteRecorder
 from fasterai.distill.route import Route
 from fasterai.prune.features.induce import induce
 from fasterai.sparse.sparsifier import Sparsifier
+from fasterai.study.data import Data, load_data
+from fasterai.study.sizes import Size
+from fasterai.study.workbench import accuracy, make_residual, train
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_breast_cancer, load_digits
@@ -137,6 +148,59 @@ def draw_route(folder: Path) -> None:
     _save(found.plot().figure, folder / "route-hardness.png")
 
 
+@styled()
+def draw_losses(folder: Path) -> None:
+    """Draw what losses of logits ask of a student, for one digit: the way down by class."""
+    digits = load_digits()
+    x, y = torch.tensor(digits.data / 16).float(), torch.tensor(digits.target)
+    networks = [
+        _classifier(x, y, width, steps) for width, steps in ((64, 300), (8, 60))
+    ]
+    other, own = (network(x).detach() for network in networks)
+    sure = torch.softmax(other, 1).amax(1)
+    chosen = int((sure - 0.95).abs().argmin())  # the teacher is 95 % sure of it
+    order = other[chosen].argsort(descending=True)
+    losses = {
+        "SoftTarget(T=1)": SoftTarget(T=1),
+        "SoftTarget(T=4)": SoftTarget(T=4),
+        "DKD()": DKD(),
+        "NKD()": NKD(),
+        "DIST()": DIST(),
+        "Standardised()": Standardised(),
+    }
+    axes = new_axes(7.6, 3.4)
+    for i, (name, loss) in enumerate(losses.items()):
+        logits = own.clone().requires_grad_()
+        loss(logits, other, y).backward()
+        way = -logits.grad[chosen, order]
+        places = torch.arange(10) + (i - 2.5) * 0.13
+        heights = way / way.abs().max()
+        axes.bar(places, heights, width=0.13, color=SERIES[i], label=name)
+    axes.axhline(0, color=INK, linewidth=0.6)
+    shares = torch.softmax(other, 1)[chosen, order]
+    names = [f"{int(c)}\n{p:.1%}" for c, p in zip(order, shares, strict=True)]
+    axes.set_xticks(range(10), names)
+    axes.set(
+        xlabel="class, and what the teacher gives it", ylabel="share of the largest"
+    )
+    dress(axes, "Where losses push a student's logits, for one digit", grid="y")
+    axes.legend(ncols=2, loc="upper right")
+    _save(axes.figure, folder / "distillation-losses.png")
+
+
+def _classifier(x: torch.Tensor, y: torch.Tensor, width: int, steps: int) -> nn.Module:
+    """Train a network of one hidden layer on digits."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+    optimizer = torch.optim.Adam(network.parameters(), 0.01)
+    for _ in range(steps):
+        rows = torch.randint(len(x), (64,))
+        optimizer.zero_grad()
+        F.cross_entropy(network(x[rows]), y[rows]).backward()
+        optimizer.step()
+    return network.eval()
+
+
 def _trained(x: torch.Tensor, labels: Any, masked: bool = False) -> nn.Module:
     """Train a small network, under masks on three quarters of the features or not."""
     torch.manual_seed(0)
@@ -157,6 +221,43 @@ def _trained(x: torch.Tensor, labels: Any, masked: bool = False) -> nn.Module:
     return network.eval()
 
 
+#: Images to train on and to measure on, of which side, and how long the students train.
+PICTURED = Size("pictured", 3_000, 1_000, 32, epochs=5)
+BLOCKS = {"3": "first block", "4": "second block", "5": "third block"}
+
+
+def draw_attention(folder: Path, images: Path) -> None:
+    """Train a student with its teacher's attention maps and one alone, and draw all."""
+    data = load_data(images, PICTURED)
+    teacher, alone, taught = (_residual(data, width) for width in (16, 8, 8))
+    settings = {"lr": PICTURED.lr, "seed": 0}
+    train(teacher, data, epochs=2 * PICTURED.epochs, **settings)
+    train(alone, data, epochs=PICTURED.epochs, **settings)
+    layers = list(BLOCKS)
+    loss = Attention(scale=1000)
+    distiller = Distiller(teacher, loss, layers, layers, weight=0.5)
+    train(taught, data, [distiller], epochs=PICTURED.epochs, **settings)
+    named = {"teacher": teacher, "student": taught, "student alone": alone}
+    x = data.test[0]
+    maps = {name: attention_maps(one, x, layers) for name, one in named.items()}
+    for name, one in named.items():
+        alike = [
+            cosines(a, b) for a, b in zip(maps[name], maps["teacher"], strict=True)
+        ]
+        means = [f"{float(values.mean()):.3f}" for values in alike]
+        found = f"{name}: accuracy {accuracy(one, data):.1%}, cosines {means}"
+        print(found)  # noqa: T201 - the figures of the page
+    rows = torch.arange(0, len(x), len(x) // 5)[:5]
+    last = {name: one[1][rows] for name, one in maps.items()}
+    title = f"Attention maps of the {BLOCKS[layers[1]]}"
+    _save(plot_attention_maps(x[rows], last, title), folder / "attention-maps.png")
+
+
+def _residual(data: Data, width: int) -> nn.Module:
+    torch.manual_seed(0)
+    return make_residual(data, width)
+
+
 def _save(figure: Figure, path: Path) -> None:
     save_figure(figure, path)
     shrink(path)
@@ -170,8 +271,14 @@ def shrink(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw_catalogues(IMAGES)
-    draw_variety(IMAGES)
-    draw_features(IMAGES)
-    draw_route(IMAGES)
-    draw_demo(IMAGES)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help="a folder of images, as of CIFAR-10")
+    if images := parser.parse_args().data:
+        draw_attention(IMAGES, images)
+    else:
+        draw_catalogues(IMAGES)
+        draw_variety(IMAGES)
+        draw_features(IMAGES)
+        draw_losses(IMAGES)
+        draw_route(IMAGES)
+        draw_demo(IMAGES)

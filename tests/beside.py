@@ -18,6 +18,8 @@ def waits_for(work: Callable[..., Any], *arguments: Any) -> pytest.MarkDecorator
 class Beside:
     """Work in processes of its own, done while other tests run: one piece after another, in the order of the tests.
 
+    Where several processes share the tests, all cores have work, and a piece is begun when it is asked for.
+
     A test says with `@waits_for(work, *arguments)` what it is going to ask for, and asks with `beside(work, *arguments)`.
     `work` gets the arguments, a folder of its own, and the variables of the session's beginning. It starts a process and
     waits: tests set filters of warnings, variables and the folder of this process as they need them.
@@ -33,4 +35,5 @@ class Beside:
             self._begun[work, *arguments] = self._pool.submit(work, *arguments, folder, self._before)
 
     def __call__(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        self.begin(work, *arguments)
         return self._begun[work, *arguments].result()

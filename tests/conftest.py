@@ -37,11 +37,11 @@ def _no_process_group_is_left() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beside]:
-    """Begin what the chosen tests wait for."""
+    """Begin what the chosen tests wait for; where processes share the tests, each does it when it comes to it."""
     pool = ThreadPoolExecutor(1)
     try:
         asked = Beside(pool, tmp_path_factory)
-        for item in request.session.items:
+        for item in request.session.items if "PYTEST_XDIST_WORKER" not in os.environ else ():
             if not any(mark.args[0] for mark in item.iter_markers("skipif")):
                 for mark in item.iter_markers("beside"):
                     asked.begin(*mark.args)

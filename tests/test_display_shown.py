@@ -21,6 +21,11 @@ from fasterai.callbacks.plain import attach
 from fasterai.core.contexts import PerTarget
 from fasterai.core.schedules import Custom, Phases, Position
 from fasterai.display import Brief, Shown, Table, brief, one_line, settings
+from fasterai.distill.hardness import Greedy
+from fasterai.distill.losses import known_losses
+from fasterai.distill.recorder import RouteRecorder
+from fasterai.distill.route import Route
+from fasterai.distill.route_result import RouteResult, Stage
 from fasterai.graph.inputs import InputCut
 
 STARS = [
@@ -79,6 +84,10 @@ def sparsifier() -> Any:
 
 def ticket() -> Any:
     return everything.Ticket.of(sparsifier(), net().state_dict(), note="a word")
+
+
+def route() -> Any:
+    return Route.from_checkpoints([net(), net()])
 
 
 def compared(latency: bool) -> Any:
@@ -149,6 +158,7 @@ MADE = {
     "BN_Folder": lambda _: folder_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval(), everything.BN_Folder()),
     "Block": lambda _: fasterai.Block(4, 4),
     "Budget": lambda _: everything.Budget(latency=0.5, batch=8),
+    "CachedTeacher": lambda folder: everything.cache_teacher(net(), (X, Y), folder / "a.safetensors", top_k=2),
     "ChannelGraph": lambda _: graph(),
     "Comparison": lambda _: compared(latency=True),
     "Conv_Decomposer": lambda _: folder_of(nn.Sequential(nn.Conv2d(8, 8, 3)), everything.Conv_Decomposer()),
@@ -196,10 +206,12 @@ MADE = {
     "Ticket": lambda _: ticket(),
     "SparsifyCallback": lambda _: everything.SparsifyCallback({"*": 0.5}, "filter", "local", lambda w: w, "agp"),
 }
+MADE |= {name: (lambda _, kind=kind: kind()) for name, kind in known_losses().items()}
 #: What calls return besides, and what users make without its class.
 OTHERS = {
     "Custom": lambda _: fasterai.Schedule(a_function),
     "Handle": lambda _: trained(everything.LotteryTicket(sparsifier())),
+    "Greedy": lambda _: Greedy(0.8, [X]),
     "Hold": lambda _: sparsifier().hold(),
     "LayerComparison": lambda _: compared(latency=True).layers(),
     "LayerCost": lambda _: compared(latency=False).costs["dense"].layers[0],
@@ -210,7 +222,12 @@ OTHERS = {
     "Position": lambda _: Position(lambda position: position),
     "Reached": lambda _: sparsifier().sparsity,
     "Row": lambda _: sparsifier().report().rows[0],
+    "Route": lambda _: route(),
+    "RouteRecorder": lambda folder: RouteRecorder(folder, every=2),
+    "RouteResult": lambda _: RouteResult((Stage(0, 0.5, (0.1, 0.2)), Stage(1, 0.6, (0.1,))), ("first.pt", "last.pt")),
+    "RouteTeacher": lambda _: route().one_stage(),
     "SparsityReport": lambda _: sparsifier().report(),
+    "Stage": lambda _: Stage(0, 0.5, (0.1,) * 9),
     "TicketHold": lambda _: ticket().apply(net()),
     "Place": lambda _: ticket().units[0].places[0],
     "Units": lambda _: ticket().units[0],
@@ -220,6 +237,7 @@ WITH_TABLES = {
     *(
         "BN_Folder",
         "Budget",
+        "CachedTeacher",
         "ChannelGraph",
         "Comparison",
         "Conv_Decomposer",
@@ -245,7 +263,8 @@ WITH_TABLES = {
         "Pruner",
         "Reached",
     ),
-    *("Removal", "Sensitivity", "SensitivityResult", "Sparsifier", "SparsityReport", "Ticket"),
+    *("Removal", "Route", "RouteRecorder", "RouteResult", "Sensitivity", "SensitivityResult", "Sparsifier"),
+    *("SparsityReport", "Ticket"),
 }
 
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fasterai.core import contexts, criteria, granularities, schedules
+from fasterai.distill import features
 
 ROOT = Path(__file__).parents[1]
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,6 +37,7 @@ CATALOGUES = {
     "criteria.md": criteria.__all__,
     "granularities.md": granularities.__all__,
     "contexts.md": [*contexts.__all__, '"global"'],
+    "distilled-features.md": features.__all__,
 }
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

@@ -38,6 +38,8 @@ HALVED = "assert removal.removed and all(n == 2 * m for n, m in removal.removed.
 CHECKS = {
     "a-loop-of-your-own": SAME + "assert held == reached == 12859 / 14288 and zeros(model) < 0.1",
     "criteria-and-granularities": SAME + "assert run.sparsity.overall == 0.5 and len(names) == 16",
+    "distillation": SAME + "assert sparsifier.sparsity.overall == 0.75 and not teacher._forward_hooks\n"
+    "assert all(run[-1] > 0.8 for runs in courses.values() for run in runs)",
     "filter-variety": SAME + HALVED + "assert sparsifier.sparsity.overall == 0.5\n"
     "assert all(int(kept.sum()) == 24 for kept in masks.values())\n"
     "assert nearest(masks['variety']).max() < nearest(masks['alone']).max()",

@@ -75,7 +75,7 @@ class ReadingAdapter(Adapter):
 class Projections(ReadingAdapter):
     """A 1x1 convolution, on vectors and tokens a linear layer, for each pair whose channels differ.
 
-    Where a pair among them fits as it is and channels of the student go later, the same channels of the teacher are left out.
+    Where a pair fits as it is and channels of the student go later, the same channels of the teacher are left out.
 
     Args:
         student: The student's maps.

@@ -6,6 +6,7 @@ from fasterai.callbacks.plain import attach
 from fasterai.distill import embeddings as _embeddings
 from fasterai.distill import features as _features
 from fasterai.distill import logits as _logits
+from fasterai.distill.average import EMATeacher
 from fasterai.distill.cached import CachedTeacher, load_cached_teacher
 from fasterai.distill.caching import cache_teacher
 from fasterai.distill.distiller import Distiller
@@ -19,6 +20,7 @@ from fasterai.distill.matching import get_model_layers, get_module_by_name, matc
 from fasterai.distill.recorder import RouteRecorder
 from fasterai.distill.route import Route
 from fasterai.distill.route_result import RouteResult
+from fasterai.distill.teachers import NetworkTeacher, SeveralTeachers, Teacher
 from fasterai.distill.tokens import Tokens
 
 if importlib.util.find_spec("fastai") is not None:
@@ -31,12 +33,16 @@ __all__ = [
     "CachedTeacher",
     "DecoupledKD",
     "Distiller",
+    "EMATeacher",
     "Greedy",
     "KnowledgeDistillationCallback",
+    "NetworkTeacher",
     "ParticipantCallback",
     "Route",
     "RouteRecorder",
     "RouteResult",
+    "SeveralTeachers",
+    "Teacher",
     "Tokens",
     "attach",
     "attention_maps",

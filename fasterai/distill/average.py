@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,6 +96,8 @@ class EMATeacher(Teacher):
 
     def after_cut(self, cut: Cut) -> None:
         """Note that the student's parameters have got smaller; the average follows when it is next asked."""
+        if self._network is not None and self._values:
+            return  # a pruner cuts a dense student to what it was when the state was saved
         self._cuts = (*self._cuts, cut)  # replaced: a removal that is undone puts the old value back
 
     def _settle(self) -> None:
@@ -110,16 +112,19 @@ class EMATeacher(Teacher):
 
     def end(self) -> None:
         """Keep the average for a further run."""
-        if self._network is not None:
-            self._values = self.state_dict()["average"]
-            self._network.end()
+        network = self._network
+        if network is not None:
+            if not self._values:  # no tensor is worked with here, where the run may end inside of a trace of torch's
+                self._values = {plain_name(name): x for name, x in _named(network.model)}
+            network.end()
         self._network = self._student = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the average's parameters and buffers by name."""
         if not self._values:
             self._settle()
-        values = self._values if self._values or self._network is None else tensors_of(self._network.model)
+        between = self._values or self._network is None
+        values = _cut(self._values, self._cuts) if between or self._network is None else tensors_of(self._network.model)
         return {"average": {name: x.detach().clone() for name, x in values.items()}}
 
     def check_state(self, state: Any) -> None:
@@ -128,13 +133,17 @@ class EMATeacher(Teacher):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with a saved average; it is taken over when it is needed, since a pruner may cut the student until then."""
-        self._values = {name: x.detach().clone() for name, x in state["average"].items()}
+        self._values, self._cuts = {name: x.detach().clone() for name, x in state["average"].items()}, ()
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers of a model, each once, by plain names."""
-    found = (*model.named_parameters(), *model.named_buffers())
-    return {plain_name(name): x.detach() for name, x in found}
+    return {plain_name(name): x.detach() for name, x in _named(model)}
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def _cut(values: Mapping[str, Tensor], cuts: Sequence[Cut]) -> dict[str, Tensor]:

@@ -154,7 +154,7 @@ def _sums_of(words: Tensor, numbers: Tensor) -> Tensor:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """Spread each bit of int64 numbers over all bits; different numbers stay different."""
+    """Return int64 numbers with each bit mixed into all; different numbers stay different."""
     for factor in (FIRST, SECOND):
         x = (x ^ (x >> 32 & LOW)) * factor
     return x ^ (x >> 32 & LOW)

@@ -157,7 +157,7 @@ def _sizes(shape: tuple[int, ...]) -> str:
 
 
 def load_cached_teacher(path: str | os.PathLike[str]) -> CachedTeacher:
-    """Open a teacher that `cache_teacher` has written.
+    """Read a teacher that `cache_teacher` has written; its logits are memory-mapped.
 
     Args:
         path: The file.

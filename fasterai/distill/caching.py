@@ -27,6 +27,7 @@ from fasterai.model.snapshots import sum_of
 __all__ = ["cache_teacher"]
 
 LOOKS = 2  # batches that are read again when all is written
+MOVES = ("after_step", "at_position")  # what a teacher that changes in a training hears
 QUIET = 3.0  # seconds of work without a progress bar
 
 
@@ -40,7 +41,7 @@ def cache_teacher(
     batch_size: int = 64,
     overwrite: bool = False,
 ) -> CachedTeacher:
-    """Work out the logits of a fixed data set once, write them to a file, and return the teacher that reads them back.
+    """Write the logits of a fixed data set to a file, worked out once, and return the teacher that reads them back.
 
     Nothing of the teacher changes, nor do the random generators. The file is written whole or not at all. If it is there
     already, of the same teacher and settings and of this data, it is opened and nothing is worked out.
@@ -80,8 +81,9 @@ def _asked(teacher: nn.Module | Teacher, dtype: torch.dtype, top_k: int | None) 
     names = {kind: name for name, kind in DTYPES.items()}
     if not isinstance(teacher, nn.Module | Teacher) or isinstance(teacher, CachedTeacher):
         raise not_one_of("teacher", "a network", teacher)
-    if isinstance(teacher, Teacher) and type(teacher).after_step is not Teacher.after_step:
-        raise ValueError(f"teacher must stay as it is in training, got a {type(teacher).__name__}, which follows the student")
+    moves = isinstance(teacher, Teacher) and any(getattr(type(teacher), n) is not getattr(Teacher, n) for n in MOVES)
+    if moves:
+        raise ValueError(f"teacher must stay as it is in training, got a {type(teacher).__name__}, which follows the run")
     if dtype not in names:
         raise ValueError(f"dtype must be torch.float16 or torch.float32, got {dtype!r}")
     return names[dtype], None if top_k is None else check_count("top_k", top_k)
@@ -168,7 +170,7 @@ def _write(place: Path, asked: tuple[str, int | None], answering: _Answering, so
 
 
 def _checked_again(place: Path, asked: tuple[str, int | None], answering: _Answering, source: Source) -> CacheFile:
-    """Open a file that is there, if it is what is asked for."""
+    """Read a file that is there, if it is what is asked for."""
     file = read_cache(place)
     own = file.form.dtype, file.form.top_k
     repair = "pass overwrite=True, or another path"

@@ -88,7 +88,7 @@ def _no_hook() -> Callable[..., None]:
 
 
 def _do_nothing(layer: nn.Module, inputs: Any, outputs: Any) -> None:
-    """Stand in for a hook in copies of a model."""
+    """Do nothing, in the place of a hook in copies of a model."""
 
 
 def tensor_of(argument: str, outputs: Any) -> Tensor:

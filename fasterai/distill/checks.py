@@ -37,6 +37,8 @@ def checked_layers(losses: Sequence[Loss], *given: Layers | None) -> tuple[list[
         ValueError: There are not as many on both sides, a loss reads features and there are none, or no loss reads them.
         TypeError: One side is no list.
     """
+    if not losses:
+        raise ValueError("loss must be a distillation loss or several, got none")
     for side, layers in zip(SIDES, given, strict=True):
         if isinstance(layers, str | nn.Module):
             raise TypeError(f"{side} must be a list of layers, got {brief(layers)}; pass [{brief(layers)}]")

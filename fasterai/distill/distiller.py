@@ -37,6 +37,7 @@ from fasterai.distill.following import Following, check_following, cut_adapter_,
 from fasterai.distill.loss import Adapter, FeatureLoss, LogitLoss, Loss
 from fasterai.distill.losses import as_loss
 from fasterai.distill.processes import average_, begin_alike_, check_even, processes_of
+from fasterai.distill.shapes import UnlikeShapesError
 from fasterai.distill.teachers import Answers, Teacher, as_teacher
 from fasterai.model.cuts import Cut
 
@@ -89,7 +90,7 @@ class Distiller(Shown, Participant):
         self._seen: tuple[Answers, Answers] | None = None
         self._group: distributed.ProcessGroup | None = None
         self._release: Callable[[], object] | None = None
-        self._optimizer: Any = None
+        self._optimizers: list[weakref.ref[Any]] = []  # weak: a run ends at the latest with its optimizer
         self._student: nn.Module | None = None
         self._step, self._total_steps = 0, 1
         self._sum: Tensor | None = None  # of the losses since the last figure, on the device
@@ -110,8 +111,8 @@ class Distiller(Shown, Participant):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a file has: all but the run."""
-        gone = dict.fromkeys(("_adapters", "_capture", "_seen", "_group", "_release", "_optimizer", "_student"))
-        return {**vars(self), **gone, "_saved": self._adapter_states()}
+        gone = dict.fromkeys(("_adapters", "_capture", "_seen", "_group", "_release", "_student"))
+        return {**vars(self), **gone, "_optimizers": [], "_saved": self._adapter_states()}
 
     def hears(self, event: str) -> bool:
         """Tell if it takes part in an event; in gradients only where several processes train copies of a student."""
@@ -132,7 +133,8 @@ class Distiller(Shown, Participant):
         self.teacher.begin(fit.model, self.layers[1])
         self._capture = Capture(SIDES[0], fit.model, found, graph=True)
         self._release = _release_with(fit.optimizer, self._capture, self.teacher)
-        self._student, self._optimizer, self._group = fit.model, fit.optimizer, processes_of(fit.model)
+        self._student, self._group = fit.model, processes_of(fit.model)
+        self._optimizers = [weakref.ref(one) for one in fit.optimizers]
         self._step, self._total_steps = 0, fit.total_steps
         self._sum = self._doubt = None
         self._count, self._figure = 0, float("nan")
@@ -187,26 +189,41 @@ class Distiller(Shown, Participant):
         """Make the adapters, with the saved values where there are some; the loop's random numbers stay what they are."""
         features = [*own.features, *([own.logits] if own.logits is not None else [])]
         devices = {x.device.index or 0 for x in features if x.device.type == "cuda"}
-        result: list[Adapter | None] = []
         with torch.random.fork_rng(devices=sorted(devices)):
-            for i, one in enumerate(self.losses):
-                saved = None if self._saved is None else self._saved[i]
-                made = one.adapter(*self._pairs(one, own, other)) if isinstance(one, FeatureLoss) else None
-                if made is not None and saved is not None and not self._takes_over(made, saved, one, own):
-                    made = one.adapter(*self._pairs(one, own, other))  # type: ignore[attr-defined, arg-type]
-                result.append(made if made is None else made.to(features[0].device).train())
-        return result
+            try:
+                made = self._restored(own, other)
+            except ValueError:
+                if self._is_loaded:
+                    raise
+                made = None  # those of an earlier run with another student
+            if made is None:
+                self._following = replace(self._following, first=())
+                made = [self._adapter_of(one, own, other) for one in self.losses]
+        return [one if one is None else one.to(features[0].device).train() for one in made]
 
-    def _takes_over(self, adapter: Adapter, saved: dict[str, Tensor], one: Loss, own: Answers) -> bool:
-        """Give an adapter saved values, if they fit; those of an earlier run with another student do not."""
+    def _restored(self, own: Answers, other: Answers) -> list[Adapter | None] | None:
+        """Make the adapters as they were made at first, with the saved values, which may be of fewer channels."""
+        if self._saved is None:
+            return None
+        self._following.check_fit(own.features)
+        mine, theirs = self._following.like_first(own.features, other.features)
+        first = replace(own, features=mine), replace(other, features=theirs)
+        made = [self._adapter_of(one, *first) for one in self.losses]
+        for one, adapter, saved in zip(self.losses, made, self._saved, strict=True):
+            if adapter is not None and saved is not None:
+                load_adapter_(adapter, saved, type(one).__name__)
+        return made
+
+    def _adapter_of(self, one: Loss, own: Answers, other: Answers) -> Adapter | None:
+        if not isinstance(one, FeatureLoss):
+            return None
         try:
-            self._following.check_fit(own.features)
-            load_adapter_(adapter, saved, type(one).__name__)
-        except ValueError:
-            if self._is_loaded:
-                raise
-            return False
-        return True
+            return one.adapter(*self._pairs(one, own, other))
+        except UnlikeShapesError as error:
+            if not self.layers[0]:
+                raise ValueError(error.message("both outputs")) from error
+            student, teacher = (name_of(layers[error.pair]) for layers in self.layers)
+            raise ValueError(error.message(f"the student's layer {student} and the teacher's {teacher}")) from error
 
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
         """Return `(1 - w) * loss + w * distillation`."""
@@ -265,7 +282,7 @@ class Distiller(Shown, Participant):
                 self._doubt = doubt if self._doubt is None else self._doubt + doubt
 
     def after_backward(self) -> None:
-        """Average the gradients of adapters over processes, as those of the student are."""
+        """Replace the gradients of adapters by their means over processes, as those of the student are."""
         if self._group is not None:
             average_([one for one in self._adapters or () if one is not None], self._group)
 
@@ -314,7 +331,8 @@ class Distiller(Shown, Participant):
         release, self._release = self._release, None
         if release is not None:
             release()
-        self._capture = self._seen = self._group = self._optimizer = self._student = None
+        self._capture = self._seen = self._group = self._student = None
+        self._optimizers = []
 
     # --- a student whose channels go -----------------------------------------------------------------------------------
 
@@ -341,7 +359,7 @@ class Distiller(Shown, Participant):
                 if kept is None or along:
                     self._renew(one, adapter, self._pairs(one, own, other), index, dim)
                 else:
-                    cut_adapter_(adapter, index, kept, self._optimizer)
+                    cut_adapter_(adapter, index, kept, [one() for one in self._optimizers])
 
     def _renew(self, one: FeatureLoss, adapter: Adapter, pairs: Any, index: int, dim: int) -> None:
         """Let an adapter begin afresh, with a warning, where it cannot be told which channels are left."""
@@ -352,7 +370,7 @@ class Distiller(Shown, Participant):
         )
         made = one.adapter(*pairs)
         assert made is not None
-        renew_adapter_(adapter, made.to(feature.device).train(), self._optimizer)
+        renew_adapter_(adapter, made.to(feature.device).train(), [one() for one in self._optimizers])
 
     # --- saving and going on -----------------------------------------------------------------------------------------
 

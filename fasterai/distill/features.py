@@ -73,7 +73,7 @@ class MapLoss(FeatureLoss):
 class FitNet(MapLoss):
     """Mean squared difference of features, `mean((r(s) - t)^2)`, where `r` projects the student's channels if they differ.
 
-    Source: Romero et al., "FitNets", 2015, equation 3, where `r` is a convolution in all cases. Zero where both are equal.
+    Source: Romero et al., "FitNets", 2015, https://arxiv.org/abs/1412.6550. Zero where both are equal.
     """
 
     def of_maps(self, index: int, student: Tensor, teacher: Tensor, adapter: Adapter | None) -> Tensor:
@@ -81,8 +81,8 @@ class FitNet(MapLoss):
         return F.mse_loss(*align(index, student, teacher, adapter))
 
     def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
-        """Make projections for the pairs whose channels differ; None if there are none."""
-        return make_projections(*self.maps(student, teacher))
+        """Make projections for the pairs whose channels differ; without any, it follows channels of the student that go."""
+        return Projections(*self.maps(student, teacher))
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Attention(MapLoss):
     Channels need not be as many. The student's map is averaged or interpolated to the size of the teacher's. The sizes of
     features do not matter: a positive factor leaves the loss unchanged. Zero where both are equal.
 
-    Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", 2017, equation 2, as in the authors' code: squared,
-    and the mean over samples and places.
+    Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", 2017 (https://arxiv.org/abs/1612.03928), as in
+    the authors' code: squared, and the mean over samples and places.
 
     Args:
         p: The power, at least 1.
@@ -122,7 +122,7 @@ class Similarity(FeatureLoss):
     Features may have any shapes, and need no adapter: turning all channels by a rotation leaves the loss unchanged. Zero where
     both are equal.
 
-    Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation", 2019, equation 4.
+    Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation", 2019 (https://arxiv.org/abs/1907.09682).
 
     Args:
         p: The power by which the length of a row is measured, at least 1; the paper's is 2.
@@ -154,8 +154,8 @@ class ActivationBoundaries(MapLoss):
     Features are those before the activation. Where the teacher's is positive the student's has to be `m` or more, elsewhere
     `-m` or less: `mean(max(0, m - s)^2)` and `mean(max(0, m + s)^2)`. Zero where all are, not where both are equal.
 
-    Source: Heo et al., "Knowledge Transfer via Distillation of Activation Boundaries", 2019, equation 5; the mean is ours, as
-    are projections where channels differ.
+    Source: Heo et al., "Knowledge Transfer via Distillation of Activation Boundaries", 2019
+    (https://arxiv.org/abs/1811.03233); the mean is ours, as are projections where channels differ.
 
     Args:
         m: The margin, at least 0.
@@ -176,8 +176,8 @@ class ActivationBoundaries(MapLoss):
         return (self.m - torch.where(teacher > 0, student, -student)).clamp(min=0).square().mean()
 
     def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
-        """Make projections for the pairs whose channels differ; None if there are none."""
-        return make_projections(*self.maps(student, teacher))
+        """Make projections for the pairs whose channels differ; without any, it follows channels of the student that go."""
+        return Projections(*self.maps(student, teacher))
 
 
 @dataclass(frozen=True)
@@ -188,8 +188,9 @@ class Contrastive(FeatureLoss):
     `z w^T / temperature`, whose right class is the sample itself, from both sides: rows and columns. Where labels are classes,
     other samples of a sample's class are left out.
 
-    Ours, inspired by Tian et al., "Contrastive Representation Distillation", 2020: the two projections and the temperature are
-    from there. It has no memory of 16384 negatives: those of the batch are all, of each process by itself.
+    Ours, inspired by Tian et al., "Contrastive Representation Distillation", 2020 (https://arxiv.org/abs/1910.10699): the
+    two projections and the temperature are from there. It has no memory of 16384 negatives: those of the batch are all, of
+    each process by itself.
 
     Args:
         dim: The number of dimensions in which features are compared.
@@ -245,8 +246,8 @@ class ReviewKD(MapLoss):
     of the maps, and of their averages over grids of 4, 2 and 1, each with half the share of the one before, divided by the sum
     of the shares (HCL); grids that are not smaller than the map are left out.
 
-    Source: Chen et al., "Distilling Knowledge via Knowledge Review", 2021, section 3, as in the authors' code; other numbers of
-    dimensions than two, and norms that read the batch alone, are ours.
+    Source: Chen et al., "Distilling Knowledge via Knowledge Review", 2021 (https://arxiv.org/abs/2104.09044), as in the
+    authors' code; other numbers of dimensions than two, and norms that read the batch alone, are ours.
 
     Args:
         middle: The number of channels in which maps are fused; None for as many as the last one has, 512 at most.
@@ -307,9 +308,9 @@ class MGD(MapLoss):
     `mean((g(mask * r(s)) - t)^2)`: `r` projects the student's channels if they differ, the mask sets each channel of each
     sample to zero with the probability `ratio`, and `g` is a convolution of 3, a ReLU and a convolution of 3.
 
-    Source: Yang et al., "Masked Generative Distillation", 2022, equation 4 and section 3.2, with channels hidden as in the
-    authors' code for classification. There it is the sum of a sample times 7e-5; this is the mean, so that `scale` means the
-    same for all sizes: 7e-5 is `scale=1.76` for maps of 512 x 7 x 7.
+    Source: Yang et al., "Masked Generative Distillation", 2022 (https://arxiv.org/abs/2205.01529), with channels hidden as
+    in the authors' code for classification. There it is the sum of a sample times 7e-5; this is the mean, so that `scale`
+    means the same for all sizes: 7e-5 is `scale=1.76` for maps of 512 x 7 x 7.
 
     Args:
         ratio: The probability that a channel is hidden, in [0, 1].
@@ -350,12 +351,6 @@ def check_pairs(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
     for i, (own, other) in enumerate(zip(student, teacher, strict=True)):
         if min(own.dim(), other.dim()) < 2 or len(own) != len(other):
             raise UnlikeShapesError(i, own.shape, other.shape, "features are (B, C, ...), of the same B samples")
-
-
-def make_projections(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Projections | None:
-    """Make projections for maps whose channels differ; None if there are none."""
-    made = Projections(student, teacher)
-    return made if made.layers else None
 
 
 def _alike(feature: Tensor, p: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which channels of a captured feature are left after a cut of the student, and adapters that follow.
+"""The channels of a captured feature that are left after a cut of the student, and adapters that follow.
 
 A cut names parameters. Which channel of a feature belongs to which row of a parameter is asked of autograd's graph: a channel's
 gradient is zero but for the row that makes it. Concatenated features are several ranges of channels, each with its parameter.
@@ -28,26 +28,33 @@ TRIES = 8  # channels without a row, such as dead ones, that are passed over
 
 @dataclass(frozen=True, repr=False)
 class Following:
-    """What is known of a student's features, and of the cuts since they were last seen.
+    """Record of a student's features, and of the cuts since they were last seen.
 
     It is replaced and never changed, so that a removal that is undone is undone here too.
 
     Attributes:
         features: The shapes of the features at the last batch that was looked at.
         others: The shapes of the teacher's, which may be an average of the student.
+        first: The shapes of both for which adapters were made.
         parameters: The shapes of the student's parameters then.
         cuts: The cuts since then.
     """
 
     features: tuple[tuple[int, ...], ...] = ()
     others: tuple[tuple[int, ...], ...] = ()
+    first: tuple[tuple[tuple[int, ...], ...], ...] = ()
     parameters: Shapes = field(default_factory=dict)
     cuts: tuple[Cut, ...] = ()
 
     def seen(self, student: nn.Module, features: Sequence[Tensor], others: Sequence[Tensor]) -> Following:
         """Note features and parameters as they are now."""
         own, theirs = (tuple(tuple(x.shape) for x in found) for found in (features, others))
-        return replace(self.at_present(student), features=own, others=theirs, cuts=())
+        return replace(self.at_present(student), features=own, others=theirs, first=self.first or (own, theirs), cuts=())
+
+    def like_first(self, *both: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Return tensors without values, of the shapes for which adapters were made, or the features if there were none."""
+        shapes = self.first or [[x.shape for x in side] for side in both]
+        return [[x.new_empty(s) for x, s in zip(side, own, strict=True)] for side, own in zip(both, shapes, strict=True)]
 
     def went_along(self, index: int, other: Tensor) -> bool:
         """Tell if the teacher's feature of a pair has got narrower too, as that of an average of the student does."""
@@ -88,6 +95,7 @@ class Following:
         return {
             "features": [list(shape) for shape in self.features],
             "others": [list(shape) for shape in self.others],
+            "first": [[list(shape) for shape in side] for side in self.first],
             "parameters": {name: list(shape) for name, shape in self.parameters.items()} if cuts else {},
             "cuts": cuts,
         }
@@ -98,6 +106,7 @@ class Following:
         return Following(
             tuple(tuple(shape) for shape in state["features"]),
             tuple(tuple(shape) for shape in state["others"]),
+            tuple(tuple(tuple(shape) for shape in side) for side in state["first"]),
             {name: tuple(shape) for name, shape in state["parameters"].items()},
             tuple({(c["name"], c["dim"]): c["kept"].cpu().numpy() for c in cut} for cut in state["cuts"]),
         )
@@ -109,13 +118,8 @@ def check_following(what: str, value: Any) -> None:
     def cut(what: str, value: Any) -> None:
         check_parts(value, "Distiller", {"name": text, "dim": whole, "kept": tensor})
 
-    parts = {
-        "features": list_of(counts),
-        "others": list_of(counts),
-        "parameters": mapping_of(counts),
-        "cuts": list_of(list_of(cut)),
-    }
-    check_parts(value, "Distiller", parts)
+    shapes = {"features": list_of(counts), "others": list_of(counts), "first": list_of(list_of(counts))}
+    check_parts(value, "Distiller", {**shapes, "parameters": mapping_of(counts), "cuts": list_of(list_of(cut))})
 
 
 def channel_dim(before: Sequence[int], after: Sequence[int]) -> int | None:

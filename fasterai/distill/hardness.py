@@ -49,7 +49,7 @@ class Greedy(Brief):
 def _check_delta(delta: object) -> None:
     if isinstance(delta, bool) or not isinstance(delta, Real):
         raise TypeError(f"delta must be a number of at least 0, got {delta!r} ({type(delta).__name__})")
-    if not (math.isfinite(delta) and delta >= 0):
+    if not (math.isfinite(delta) and float(delta) >= 0):
         raise ValueError(f"delta must be at least 0 and finite, got {delta!r}")
 
 

@@ -46,7 +46,7 @@ class _Output:
 
     @property
     def is_feature(self) -> bool:
-        """Whether it has places, and its channels, if they can be told, where they should be."""
+        """True if it has places, and its channels, if they can be told, where they should be."""
         _, *rest = self.shape
         channels_last = len(rest) == 3 and rest[0] == rest[1] != rest[2]
         return len(rest) > 1 and max(self.places) > 1 and not channels_last
@@ -79,7 +79,7 @@ def get_module_by_name(module: nn.Module, access_string: str) -> nn.Module:
 
 
 def match_feature_layers(student: nn.Module, teacher: nn.Module, sample_input: Any) -> dict[str, list[str]]:
-    """Propose pairs of layers whose features can be compared, the first ones first; nothing in the models changes.
+    """Pair layers whose features can be compared, the first ones first: a proposal. Nothing in the models changes.
 
     Layers are the last ones before the size of the maps changes, paired where both have the same size. If that gives fewer than
     two pairs, or one of the two has one size throughout and blocks, as a vision transformer has, up to four are paired by their
@@ -91,7 +91,7 @@ def match_feature_layers(student: nn.Module, teacher: nn.Module, sample_input: A
         sample_input: An input of both: a tensor, a tuple of arguments, or a dict of keywords.
 
     Returns:
-        `{"student": names, "teacher": names}`, as `Distiller` takes them.
+        Names under `student` and under `teacher`, as many, as `Distiller` takes them.
 
     Raises:
         ValueError: There is no such pair.

@@ -44,7 +44,7 @@ def begin_alike_(modules: Sequence[nn.Module], group: distributed.ProcessGroup) 
 
 
 def average_(modules: Sequence[nn.Module], group: distributed.ProcessGroup) -> None:
-    """Average the gradients of modules over processes, in one message, and the statistics in their buffers."""
+    """Replace gradients of modules, and statistics in their buffers, by their means over processes, in one message."""
     own = [p for module in modules for p in module.parameters() if p.requires_grad]
     buffers = [b for module in modules for b in module.buffers() if b.is_floating_point()]
     for p in own:

@@ -156,7 +156,7 @@ class Route(Shown):
         """Train a student stage by stage: each stage has an anchor as its teacher, and goes on from the weights of the last.
 
         Each stage calls `train(student, participants)`, which trains once, from its first step to its last, with the
-        participants in the loop: `attach(optimizer, *participants, ..., model=student)`, or `ParticipantCallback(*participants)`.
+        participants in the loop: `attach(optimizer, *participants, ..., model=student)`, or a `ParticipantCallback` of them.
         The teacher's network holds the last anchor at the end. If anything fails, the student is as it was.
 
         Args:
@@ -258,8 +258,8 @@ class RouteTeacher(Teacher):
         """Return the place of the present anchor."""
         return {"anchor": self._place}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the anchor of a saved state.
+    def check_state(self, state: Any) -> None:
+        """Refuse a saved state that does not fit.
 
         Raises:
             ValueError: The route has no such anchor.
@@ -268,6 +268,10 @@ class RouteTeacher(Teacher):
         check_parts(state, "RouteTeacher", {"anchor": whole})
         if state["anchor"] >= len(self.route):
             raise ValueError(f"state's anchor must be one of the route's {len(self.route)}, got {state['anchor'] + 1}")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the anchor of a saved state."""
+        self.check_state(state)
         if self._begun is None:
             self._place = state["anchor"]
         else:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fasterai.display import QUIET, Brief, Shown, Table, counted, dress, legend_above, line_colors, new_axes, styled
+from fasterai.display import QUIET, Brief, Shown, Table, counted, dress, line_colors, new_axes, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,10 +90,8 @@ class RouteResult(Shown):
             axes.plot(places[0], stage.hardness[0], color=color, marker="o", markersize=8.0)
         axes.set(xlabel="anchor of the teacher's route", ylabel="KL(anchor || student), nats")
         axes.set_xticks(range(1, len(self.anchors) + 1))
-        dress(
-            axes, "Hardness of anchors", grid="y", below="after each stage; a large dot is the anchor that it has learned from"
-        )
-        legend_above(axes)
+        dress(axes, "Hardness of anchors after each stage", grid="y")
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.2)
 
     def _draw_scores(self, axes: Axes) -> None:
         places = [stage.anchor + 1 for stage in self.stages if stage.score is not None]

@@ -57,9 +57,7 @@ class StageGuard(Participant):
             ValueError: It is a second one, or it trains another model.
         """
         if self.is_completed:
-            raise ValueError(
-                "train must train once in a stage, got a second run with the same participants; pass them to one fit"
-            )
+            raise ValueError("train must train once in a stage, got a second run with its participants; pass them to one fit")
         check_trains(fit.optimizer, self.student.parameters(), "the student that train was given", "its parameters")
         self._fit = fit
         if self.clears:

@@ -1,4 +1,7 @@
-"""Teachers: who answers for a batch, and what of it is wanted. The average of the student is in `average.py`."""
+"""Teachers: who answers for a batch, and what of it is wanted. The average of the student is in `average.py`.
+
+Over 300 lines, since a network, several of them and what they have in common build on each other.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # Accelerate's words f
 
 @dataclass(frozen=True, repr=False)
 class Answers(Brief):
-    """What a network says of a batch.
+    """Outputs of a network for a batch.
 
     Attributes:
         logits: The outputs as one tensor; None if there is none.

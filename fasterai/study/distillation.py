@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from fasterai.core.participant import Participant
+from fasterai.distill.caching import cache_teacher
 from fasterai.distill.distiller import Distiller
 from fasterai.distill.features import Attention, FitNet
 from fasterai.distill.logits import DIST, DKD, NKD, SoftTarget, Standardised
 from fasterai.distill.loss import Loss
+from fasterai.distill.teachers import Teacher
 from fasterai.study.data import Data
 from fasterai.study.description import SIZES, Settings, Size, Study
 from fasterai.study.workbench import accuracy, make_residual, train
@@ -43,13 +47,17 @@ class Method:
         losses: The losses, which are added up.
         weight: The share of the distillation.
         layers: The layers that losses of features compare.
+        flip: Whether images are mirrored at random; a cached teacher knows no other images than those of the data set.
+        cached: Whether the teacher's answers are worked out once, and read back.
     """
 
     losses: tuple[Loss, ...]
     weight: float = 0.5
     layers: tuple[str, ...] = ()
+    flip: bool = True
+    cached: bool = False
 
-    def distiller(self, teacher: nn.Module) -> Distiller:
+    def distiller(self, teacher: nn.Module | Teacher) -> Distiller:
         """Return the distiller of a run."""
         layers = list(self.layers) or None
         return Distiller(teacher, self.losses, layers, layers, weight=self.weight)
@@ -64,6 +72,8 @@ METHODS: dict[str, Method] = {
     "FitNet": Method((FitNet(scale=100.0),), layers=BLOCKS[-1:]),
     "Attention": Method((Attention(scale=1000.0),), layers=BLOCKS),
     "SoftTarget + Attention": Method((SoftTarget(T=4, scale=0.9), Attention(scale=100.0)), 0.9, BLOCKS),
+    "SoftTarget, unmirrored": Method((SoftTarget(T=4),), 0.9, flip=False),
+    "SoftTarget, unmirrored, cached": Method((SoftTarget(T=4),), 0.9, flip=False, cached=True),
 }
 
 
@@ -97,13 +107,19 @@ def trial(settings: Settings, seed: int, size: Size, data: Data) -> dict[str, fl
     if settings["loss"] == TEACHER:
         return {"accuracy": accuracy(_teacher(seed, size, data), data)}
     method = METHODS.get(settings["loss"])
-    teacher = _teacher(seed, size, data) if method else None
     images, epochs = (data, size.epochs) if settings["images"] == ALL else (_few(data), QUARTER * size.epochs)
     torch.manual_seed(seed)
     network = make_residual(data, STUDENT_WIDTH)
     course = Course(network, data, size.epochs)
-    participants: list[Participant] = [course] if method is None or teacher is None else [method.distiller(teacher), course]
-    train(network, images, participants, epochs=epochs, lr=size.lr, seed=seed, batch_size=size.batch_size)
+    participants: list[Participant] = [course]
+    with tempfile.TemporaryDirectory() as folder:
+        if method is not None:
+            teacher: nn.Module | Teacher = _teacher(seed, size, data)
+            images = replace(images, flip=images.flip and method.flip)
+            if method.cached:
+                teacher = cache_teacher(teacher, images.train, Path(folder, "answers.safetensors"), dtype=torch.float32)
+            participants = [method.distiller(teacher), course]
+        train(network, images, participants, epochs=epochs, lr=size.lr, seed=seed, batch_size=size.batch_size)
     return course.metrics_of()
 
 

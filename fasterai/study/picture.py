@@ -25,10 +25,11 @@ TICKS = 8
 def draw(study: Study, rows: Sequence[Row], conditions: str, *, shown: bool = True) -> Axes:
     """Draw the mean over the study's x, a line for each value of its lines, with the spread around it."""
     rows = [row for row in rows if study.y in row.values]
+    colors = _colors(study, rows)
     panels = list(dict.fromkeys(row.settings.get(study.panels, "") for row in rows)) if study.panels else []
     if len(panels) < 2:
         axes = new_figure(8.0, 4.6, shown=shown, pad=0.1).subplots()
-        _draw_lines(axes, study, rows)
+        _draw_lines(axes, study, rows, colors)
         title = study.about if len(study.about) < LONGEST else study.name
         dress(axes, title[:1].upper() + title[1:], grid="y", below=conditions)
         return axes
@@ -36,7 +37,8 @@ def draw(study: Study, rows: Sequence[Row], conditions: str, *, shown: bool = Tr
     figure = new_figure(9.6, 0.9 + 3.1 * height, shown=shown, pad=0.1)
     grid = figure.subplots(height, 2, squeeze=False).ravel()
     for axes, panel in zip(grid, panels, strict=False):
-        _draw_lines(axes, study, [row for row in rows if row.settings.get(study.panels) == panel], explained=False)
+        found = [row for row in rows if row.settings.get(study.panels) == panel]
+        _draw_lines(axes, study, found, colors, explained=False)
         dress(axes, str(panel), grid="y")
     for axes in grid[len(panels) :]:
         axes.remove()
@@ -47,25 +49,38 @@ def draw(study: Study, rows: Sequence[Row], conditions: str, *, shown: bool = Tr
     return first
 
 
-def _draw_lines(axes: Axes, study: Study, rows: Sequence[Row], explained: bool = True) -> None:
+def _line_of(study: Study, row: Row) -> str:
+    return ", ".join(write_setting(axis, row.settings.get(axis, "")) for axis in study.line_axes)
+
+
+def _is_reference(study: Study, row: Row) -> bool:
+    return bool(study.reference) and all(row.settings.get(axis) == value for axis, value in study.reference.items())
+
+
+def _colors(study: Study, rows: Sequence[Row]) -> dict[str, Any]:
+    """Give each line a colour, the same in all panels."""
+    names = list(dict.fromkeys(_line_of(study, row) for row in rows if not _is_reference(study, row)))
+    return dict(zip(names, SERIES[1:] if len(names) < len(SERIES) else line_colors(len(names)), strict=False))
+
+
+def _draw_lines(axes: Axes, study: Study, rows: Sequence[Row], colors: Mapping[str, Any], explained: bool = True) -> None:
     """Draw the lines of a study, and explain them beside the axes."""
-    reference = [row for row in rows if study.reference and _fits(row.settings, study.reference)]
+    reference = [row for row in rows if _is_reference(study, row)]
     lines: dict[str, list[Row]] = {}
     for row in rows:
         if row not in reference:
-            lines.setdefault(", ".join(write_setting(axis, row.settings.get(axis, "")) for axis in study.line_axes), []).append(
-                row
-            )
+            lines.setdefault(_line_of(study, row), []).append(row)
     for row in reference:
         _draw_level(axes, row, study.y, " ".join(map(str, study.reference.values())))
     courses = any(row.course(study.x, study.y) for row in rows)
     numbers = courses or all(isinstance(_x(row, study.x), int | float) for row in rows if row not in reference)
-    colors = SERIES[1:] if len(lines) < len(SERIES) else line_colors(len(lines))
-    for color, (name, found) in zip(colors, lines.items(), strict=False):
-        _draw_line(axes, name, found, (study.x, study.y), color, joined=numbers)
+    for name, found in lines.items():
+        _draw_line(axes, name, found, (study.x, study.y), colors[name], joined=numbers)
     axes.set(xlabel=study.x.replace("_", " "), ylabel=study.y.replace("_", " "))
     places = sorted({_x(row, study.x) for row in rows if row not in reference}) if numbers and not courses else []
-    if study.x in (rows[0].settings if rows else {}) and 0 < len(places) <= TICKS:
+    if courses:
+        places = sorted({x for row in rows for x, _ in row.course(study.x, study.y)})
+    if (courses or study.x in (rows[0].settings if rows else {})) and 0 < len(places) <= TICKS:
         axes.set_xticks(places)
     if not numbers and sum(len(str(_x(row, study.x))) for row in next(iter(lines.values()), [])) > LONGEST:
         axes.tick_params(axis="x", rotation=25)
@@ -75,10 +90,6 @@ def _draw_lines(axes: Axes, study: Study, rows: Sequence[Row], explained: bool =
         axes.yaxis.set_major_formatter(as_percent)
     if any(lines) and explained:  # one line without a name needs none
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.2)
-
-
-def _fits(settings: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    return all(settings.get(axis) == value for axis, value in wanted.items())
 
 
 def _x(row: Row, name: str) -> Any:

@@ -1,15 +1,16 @@
 """Time of a training step with a cached teacher: `python tests/benchmarks/cached_teacher.py [--quick] [--wall]`.
 
-Three steps take turns on the same batches, in blocks of five, the first of which is left out: the student alone, with the
-teacher in the loop, and with the cache. Images are random numbers, since only times and sizes are measured. One thread;
-processor time unless `--wall` is given. Times are medians of steps; ratios are medians over blocks, in each of which the three
-stand beside each other.
+Steps of the student alone, with the teacher in the loop and with the cache take turns on the same batches, one of each in a
+round, in an order by chance. Images are random numbers, since only times and sizes are measured. One thread; processor time
+unless `--wall` is given. A time is the median of its steps, a ratio the median over the rounds of two steps that stand beside
+each other. What the distiller and the cache add to a step is also measured alone, on outputs without a network.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import random
 import statistics
 import tempfile
 import time
@@ -32,7 +33,6 @@ from fasterai.distill.logits import SoftTarget
 from fasterai.study.data import Data
 from fasterai.study.workbench import make_residual
 
-BLOCK = 5
 Step = Callable[[Tensor, Tensor], None]
 
 
@@ -72,7 +72,7 @@ def step_of(student: nn.Module, teacher: nn.Module | CachedTeacher | None) -> St
     return step
 
 
-def measure(name: str, blocks: int, folder: Path, clock: Callable[[], float]) -> list[list[str]]:
+def measure(name: str, rounds: int, folder: Path, clock: Callable[[], float]) -> list[list[str]]:
     """Return the rows of a case."""
     make_student, make_teacher, side, size = CASES[name]
     torch.manual_seed(0)
@@ -85,32 +85,44 @@ def measure(name: str, blocks: int, folder: Path, clock: Callable[[], float]) ->
     steps = {"student alone": step_of(student, None), "teacher in the loop": step_of(student, teacher)}
     steps["cached, second epoch on"] = step_of(student, cached)
     times: dict[str, list[float]] = {mode: [] for mode in steps}
-    for block in range(blocks):
-        for mode in list(steps)[block % 3 :] + list(steps)[: block % 3]:
-            for i in range(BLOCK):
-                rows = torch.randperm(count)[:size]
-                start = clock()
-                steps[mode](x[rows], y[rows])
-                times[mode] += [clock() - start] * (i > 0)
-    medians = {mode: statistics.median(found) for mode, found in times.items()}
-    base, each = medians["student alone"], BLOCK - 1
-    ratios = {mode: statistics.median(_ratios(found, times["student alone"], each)) for mode, found in times.items()}
-    medians["cached, first epoch"] = medians["cached, second epoch on"] + first
-    ratios["cached, first epoch"] = ratios["cached, second epoch on"] + first / base
+    for _ in range(rounds + 1):
+        rows = torch.randperm(count)[:size]
+        for mode in random.sample(list(steps), len(steps)):
+            times[mode].append(timed(lambda step=steps[mode], rows=rows: step(x[rows], y[rows]), clock))
+    alone = times["student alone"][1:]
+    base = statistics.median(alone)
+    found = {}
+    for mode, taken in times.items():
+        ratio = statistics.median(one / other for one, other in zip(taken[1:], alone, strict=True))
+        found[mode] = statistics.median(taken[1:]), ratio
+    time_of, ratio = found["cached, second epoch on"]
+    found["cached, first epoch"] = time_of + first, ratio + first / base
     keys, batch = SampleKeys(), Batch((x[:size],))
-    alone = []
-    for _ in range(50):
-        start = clock()
-        keys(batch)
-        alone.append(clock() - start)
-    medians["the samples' keys"] = statistics.median(alone)
-    ratios["the samples' keys"] = medians["the samples' keys"] / base
-    return [[name, mode, short_time(value), f"{ratios[mode]:.3f}"] for mode, value in medians.items()]
+    for name_of, call in (("added, alone", added(cached, x[:size], y[:size])), ("the keys of it", lambda: keys(batch))):
+        value = statistics.median(timed(call, clock) for _ in range(100))
+        found[name_of] = value, value / base
+    return [[name, mode, short_time(value), f"{ratio:.3f}"] for mode, (value, ratio) in found.items()]
 
 
-def _ratios(found: list[float], base: list[float], each: int) -> list[float]:
-    """Return the ratio of sums in each block."""
-    return [sum(found[i : i + each]) / sum(base[i : i + each]) for i in range(0, len(base), each)]
+def timed(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    """Return the time of a call."""
+    start = clock()
+    call()
+    return clock() - start
+
+
+def added(cached: CachedTeacher, x: Tensor, y: Tensor) -> Callable[[], None]:
+    """Return what a step has besides with a cache: answer, loss and its gradients."""
+    student = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(student.parameters(), 0.01)
+    handle = attach(optimizer, Distiller(cached, SoftTarget(T=4)), total_steps=1_000_000, model=student)
+    outputs = torch.randn(len(x), *cached.file.form.shape, requires_grad=True)
+    task = torch.zeros(())
+
+    def call() -> None:
+        handle.loss(task, x, y, outputs).backward()
+
+    return call
 
 
 def sizes(folder: Path, count: int = 5000, classes: int = 1000) -> list[list[str]]:
@@ -133,11 +145,12 @@ def main() -> None:
     parser.add_argument("--wall", action="store_true", help="time on the wall, on a machine that does nothing else")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    random.seed(0)
     clock = time.perf_counter if arguments.wall else time.process_time
     with tempfile.TemporaryDirectory() as folder:
         rows = []
-        for name, blocks in zip(CASES, (2, 2) if arguments.quick else (9, 40), strict=True):
-            rows += measure(name, blocks, Path(folder), clock)
+        for name, rounds in zip(CASES, (3, 3) if arguments.quick else (50, 150), strict=True):
+            rows += measure(name, rounds, Path(folder), clock)
         print("\n".join(table(["networks", "step", "time", "of the student alone"], rows, left=2)))
         print()
         print(

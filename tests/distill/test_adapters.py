@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from fasterai.distill.adapters import Projections, pointwise
 from fasterai.distill.distiller import Distiller
 from fasterai.distill.features import MGD, ActivationBoundaries, Attention, Contrastive, FitNet, ReviewKD, Similarity
 from fasterai.distill.loss import Adapter, FeatureLoss
+from fasterai.prune.gradual import GradualPruner
 
 READING = {
     "ActivationBoundaries": ActivationBoundaries(),
@@ -56,7 +58,9 @@ def test_channels_that_differ_are_projected(own, other, layer):
 @pytest.mark.parametrize("loss", [FitNet(), ActivationBoundaries()])
 @pytest.mark.parametrize("shape", [(4, 3), (4, 7, 3), (4, 3, 4, 4)])
 def test_where_channels_fit_nothing_trains(loss, shape):
-    assert made(loss, *([x] for x in random(shape, shape))) is None
+    adapter = made(loss, *([x] for x in random(shape, shape)))
+    assert list(adapter.parameters()) == []
+    assert adapter.state_dict() == {}
 
 
 @pytest.mark.parametrize("loss", [Attention(), Similarity()])
@@ -220,3 +224,34 @@ def test_stopped_and_resumed_is_one_run(name):
         assert torch.equal(resumed["student"][key], saved), key
     flat = [torch.utils._pytree.tree_leaves(one["handle"]) for one in (whole, resumed)]
     assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(*flat, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:the run ends without a step")
+def test_shapes_that_cannot_be_adapted_are_refused_with_the_layers():
+    student = network(3, 1)
+    distiller = Distiller(network(4, 0), FitNet(), ["2", "4"], ["2", "7"])
+    message = r"features of the student's layer 4 and the teacher's 7 must be .* got \(6, 6, 4, 4\) of .* and \(6, 3\) of"
+    with attach(torch.optim.SGD(student.parameters(), 0.1), distiller, total_steps=6, model=student) as handle:
+        outputs = student(X)
+        with pytest.raises(ValueError, match=message):
+            handle.loss(F.cross_entropy(outputs, Y), X, Y, outputs)
+
+
+@pytest.mark.parametrize("name", READING)
+@pytest.mark.parametrize("is_copy", [True, False])
+def test_channels_go_while_a_loss_compares_them(name, is_copy):
+    """Of a student that began as a copy of its teacher, too; the optimizer's state follows, or its step would fail."""
+    student = network(4, 1)
+    teacher = deepcopy(student) if is_copy else network(6, 0)
+    optimizer = torch.optim.Adam(student.parameters(), 0.01)
+    pruner = GradualPruner(student, 0.5, "local", "large_final", "agp", example_inputs=X, round_to=1)
+    distiller = Distiller(teacher, READING[name], ["2", "4"], ["2", "4"])
+    with attach(optimizer, pruner, distiller, total_steps=3, model=student) as handle:
+        for _ in range(3):
+            outputs = student(X)
+            loss = handle.loss(F.cross_entropy(outputs, Y), X, Y, outputs)
+            assert torch.isfinite(loss)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert len(student[0].weight) == 2

@@ -124,12 +124,12 @@ def test_a_file_without_weights_is_refused(content, message, tmp_path):
         fit_tensors(Net(8), as_anchor(path, 1))
     broken = tmp_path / "a.safetensors"
     broken.write_bytes(b"12345")
-    with pytest.raises(ValueError, match="checkpoints must be files of weights, got .*a.safetensors"):
+    with pytest.raises(ValueError, match=r"checkpoints must be files of weights, got .*a.safetensors"):
         fit_tensors(Net(8), as_anchor(broken, 1))
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="checkpoints must be files, got .*none.pt, which does not exist"):
+    with pytest.raises(ValueError, match=r"checkpoints must be files, got .*none.pt, which does not exist"):
         as_anchor(tmp_path / "none.pt", 1)
     with pytest.raises(TypeError, match="checkpoints must be paths, state dicts or networks, got 3"):
         as_anchor(3, 1)

@@ -278,6 +278,11 @@ class Follower(NetworkTeacher):
         pass
 
 
+class Route(NetworkTeacher):
+    def at_position(self, position: float) -> None:
+        pass
+
+
 class Nothing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1) * float("nan")
@@ -294,6 +299,7 @@ class OneRow(nn.Module):
         ({"teacher": 3}, TypeError, "teacher must be a network, got 3"),
         ({"teacher": network}, TypeError, "teacher must be a network, got <function"),
         ({"teacher": Follower(network())}, ValueError, "teacher must stay as it is in training, got a Follower, which follows"),
+        ({"teacher": Route(network())}, ValueError, "teacher must stay as it is in training, got a Route, which follows"),
         ({"teacher": Nothing()}, ValueError, "teacher must return finite logits, got NaN among them"),
         ({"teacher": OneRow()}, ValueError, "teacher must answer with a row for each sample, got 1 for 22"),
         ({"dtype": torch.bfloat16}, ValueError, "dtype must be torch.float16 or torch.float32, got torch.bfloat16"),

@@ -200,7 +200,7 @@ def test_contrast_within_a_batch(labels):
 
 
 def test_contrast_of_one_sample_is_nothing():
-    assert float(value(Contrastive(), *random((1, 3), (1, 5)))) == 0.0
+    assert value(Contrastive(), *random((1, 3), (1, 5))).item() == 0.0
 
 
 def test_masked_generation():
@@ -217,7 +217,7 @@ def test_masked_generation():
     expected = (F.conv2d(hidden, second.weight, second.bias, padding=1) - teacher).square().sum() / teacher.numel()
     torch.testing.assert_close(found, expected)
     torch.manual_seed(4)
-    assert float(loss(student, teacher, None, adapter)) != float(found)
+    assert loss(student, teacher, None, adapter).item() != found.item()
 
 
 @pytest.mark.parametrize(("ratio", "hidden"), [(0.0, 0.0), (0.3, 0.3), (1.0, 1.0)])
@@ -275,8 +275,8 @@ def test_review_fuses_from_the_last_to_the_first():
     for found, layer, x in zip(fused, adapter.outer, (mixed, behind), strict=True):
         expected = normed(F.conv2d(torch.tensor(x), layer[0].weight.double(), padding=1).detach().numpy())
         np.testing.assert_allclose(found.detach().numpy(), expected, atol=1e-4)
-    found = float(loss(students, teachers, None, adapter))
-    assert found == pytest.approx(sum(float(loss.of_maps(0, s, t, None)) for s, t in zip(fused, teachers, strict=True)))
+    found = loss(students, teachers, None, adapter).item()
+    assert found == pytest.approx(sum(loss.of_maps(0, s, t, None).item() for s, t in zip(fused, teachers, strict=True)))
 
 
 def test_review_takes_vectors_as_maps_of_one_place():

@@ -59,7 +59,7 @@ def found(model: nn.Module, x: Tensor, **kept: list[int]):
         p.data.normal_()
     state = following(model, model(x))
     cut = cut_(model, **kept)
-    news = Following(state.features, (), state.parameters, (cut,)).news(model, [model(x)])
+    news = Following(state.features, (), (), state.parameters, (cut,)).news(model, [model(x)])
     return {i: (dim, None if rows is None else rows.tolist()) for i, (dim, rows) in news.items()}
 
 
@@ -87,7 +87,7 @@ def test_a_residual_block_with_dead_channels():
         model.norm.bias[1] = -100.0  # this channel is never above zero
     feature = model(X)
     assert float(feature.detach()[:, 1].abs().max()) == 0
-    news = Following(state.features, (), state.parameters, ({**cut, ("conv.weight", 1): np.array(kept)},)).news(
+    news = Following(state.features, (), (), state.parameters, ({**cut, ("conv.weight", 1): np.array(kept)},)).news(
         model, [feature]
     )
     assert news[0][0] == 1 and news[0][1].tolist() == kept
@@ -173,9 +173,14 @@ def test_an_adapter_begins_afresh():
 
 
 def test_its_state_is_plain_and_comes_back():
-    state = Following(((2, 3),), ((2, 4),), {"w": (3, 1)}, ({("w", 0): np.array([0, 2])},))
+    state = Following(((2, 3),), ((2, 4),), (((2, 5),), ((2, 4),)), {"w": (3, 1)}, ({("w", 0): np.array([0, 2])},))
     again = Following.of_state(state.state_dict())
-    assert again.features == state.features and again.others == state.others and again.parameters == {"w": (3, 1)}
+    assert (
+        again.features == state.features
+        and again.others == state.others
+        and again.first == state.first
+        and again.parameters == {"w": (3, 1)}
+    )
     assert again.cuts[0]["w", 0].tolist() == [0, 2]
 
 

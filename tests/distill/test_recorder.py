@@ -122,7 +122,7 @@ def test_a_new_training_does_not_mix_with_another_route(tmp_path):
     model = student()
     weight = model.first.weight.clone()
     with pytest.raises(
-        ValueError, match="folder must hold no anchors when a training begins, got 2 in .*; pass another folder"
+        ValueError, match=r"folder must hold no anchors when a training begins, got 2 in .*; pass another folder"
     ):
         train(model, [RouteRecorder(tmp_path)])
     assert torch.equal(model.first.weight, weight) and {name: (tmp_path / name).read_bytes() for name in before} == before

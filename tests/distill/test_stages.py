@@ -125,8 +125,8 @@ def test_hardness_after_each_stage_is_that_of_the_student_then():
         # H_ij of the anchors from the stage's own on, by hand.
         ([[1.0, 1.5, 1.7, 2.0], [1.0, 1.9]], 0.8, (0, 2, 3)),
         ([[1.0, 1.0, 1.0, 1.0]], 0.8, (0, 3)),
-        ([[1.0, 2.0, 2.0, 2.0]] + [[1.0, 2.0, 2.0], [1.0, 2.0]], 0.8, (0, 1, 2, 3)),
-        ([[1.0, 2.0, 2.0, 2.0]] + [[1.0, 2.0, 1.2]], 0.8, (0, 1, 3)),
+        ([[1.0, 2.0, 2.0, 2.0], [1.0, 2.0, 2.0], [1.0, 2.0]], 0.8, (0, 1, 2, 3)),
+        ([[1.0, 2.0, 2.0, 2.0], [1.0, 2.0, 1.2]], 0.8, (0, 1, 3)),
         ([[1.0, 1.4, 1.6, 2.0], [1.0, 1.0, 1.0]], 0.5, (0, 1, 3)),
     ],
 )
@@ -224,7 +224,7 @@ def test_a_folder_of_another_call_is_refused(options, message, tmp_path):
 
 def test_other_anchors_are_another_call(tmp_path):
     distilled(tmp_path)
-    with pytest.raises(ValueError, match="folder must be of the same call, got .*anchors was"):
+    with pytest.raises(ValueError, match=r"folder must be of the same call, got .*anchors was"):
         route().every(2).distil(_never, student(), folder=tmp_path)
 
 
@@ -291,7 +291,7 @@ LEFT_OUT = "train must let the participants take part in its training, got one t
         (_distiller_alone, LEFT_OUT),
         (_guard_alone, "participants must hold the Distiller that StageGuard follows, before it, got none"),
         (_another, "optimizer must train the student that train was given, got one that holds none of its parameters"),
-        (_twice, "train must train once in a stage, got a second run with the same participants"),
+        (_twice, "train must train once in a stage, got a second run with its participants"),
     ],
 )
 def test_a_training_without_the_participants_is_refused(once, message):

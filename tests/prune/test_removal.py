@@ -197,7 +197,7 @@ def test_one_channel_of_each_group_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), torch.optim.Adam, torch.optim.AdamW], ids=str
+    "make", [lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), torch.optim.Adam, torch.optim.AdamW], ids=["SGD", "Adam", "AdamW"]
 )
 def test_the_optimizer_goes_on_with_the_very_parameters(make: Any) -> None:
     net = conv_net().train()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -96,3 +98,21 @@ def test_the_course_measures_at_the_end_of_each_part_and_leaves_the_network_in_t
                 network.train()
             assert network[2].training
     assert course.metrics_of() == {"accuracy": expected[2], **{f"epoch_{i}_accuracy": x for i, x in enumerate(expected, 1)}}
+
+
+def test_a_cached_teacher_gives_the_same_students_as_the_live_one(data):
+    asked = []
+    teacher = study._teacher(0, SIZE, data)
+    teacher.register_forward_hook(lambda module, x, out: asked.append(len(out)))
+    live = trial({"images": FEW, "loss": "SoftTarget, unmirrored"}, 0, SIZE, data)
+    count = len(asked)
+    asked.clear()
+    assert trial({"images": FEW, "loss": "SoftTarget, unmirrored, cached"}, 0, SIZE, data) == live
+    assert 0 < len(asked) < count
+    study._teacher.cache_clear()
+
+
+def test_only_unmirrored_students_see_no_mirrored_images(data, trained):
+    for loss in ("SoftTarget", "SoftTarget, unmirrored"):
+        trial({"images": FEW, "loss": loss}, 0, SIZE, replace(data, flip=True))
+    assert [one[1].flip for one in trained if len(one[1].train[1]) == 32] == [True, False]

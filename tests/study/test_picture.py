@@ -94,3 +94,10 @@ def test_a_course_is_a_line_without_bars_and_a_row_without_one_the_level():
     (line,) = (one for one in axes.lines if one.get_label() == "1")
     assert line.get_xdata().tolist() == [1, 2] and line.get_ydata().tolist() == pytest.approx([0.3, 0.6])
     assert [one.get_ydata()[0] for one in axes.lines if list(one.get_xdata()) == [0, 1]] == [0.9]
+
+
+def test_a_line_has_one_colour_in_all_panels():
+    rows = [Row({"a": a, "p": p, "sparsity": 0.5}, {"accuracy": (0.5,)}) for a, p in ((1, "u"), (2, "u"), (2, "v"))]
+    figure = draw(made(panels="p"), rows, "", shown=False).figure
+    first, second = ({c.get_label(): c[0].get_color() for c in axes.containers} for axes in figure.axes)
+    assert first["2"] == second["2"] != first["1"]
