@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.callbacks import distilled
-from tests.callbacks.distilled import BATCHES, FRAMEWORKS, Net, Squares, Way, Widened, by_hand
+from tests.callbacks.distilled import BATCHES, EPOCHS, FRAMEWORKS, Net, Squares, Way, Widened, by_hand
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LOGITS: dict[str, Any] = {"loss": Squares(), "weight": 0.7}
@@ -45,6 +45,7 @@ def test_what_is_trained_is_what_a_loop_by_hand_trains(framework, case, tmp_path
         pytest.skip("fastai's mixed precision is that of a GPU")
     ours, own = Net(), Net()
     distiller = FRAMEWORKS[framework](ours, given, way, tmp_path)
+    assert {*computed} == {torch.bfloat16 if way.bf16 else torch.float32} and len(computed) == EPOCHS * BATCHES
     matrix, values = by_hand(own, given, way, features="activations_student" in given)
     close = {"rtol": 0.02, "atol": 0.01} if way.bf16 else {"rtol": 1e-5, "atol": 1e-6}
     for a, b in zip(ours.parameters(), own.parameters(), strict=True):
