@@ -30,12 +30,12 @@ from fasterai.cli import main
 from fasterai.core.criteria import large_final, variety
 from fasterai.display import INK, SERIES, dress, new_axes, save_figure, styled
 from fasterai.distill.distiller import Distiller
-from fasterai.distill.features import Attention
-from fasterai.distill.hardness import Greedy
-from fasterai.distill.logits import DIST, DKD, NKD, SoftTarget, Standardised
+from fasterai.distill.losses.features import Attention
+from fasterai.distill.losses.logits import DIST, DKD, NKD, SoftTarget, Standardised
 from fasterai.distill.maps import attention_maps, cosines, plot_attention_maps
-from fasterai.distill.recorder import RouteRecorder
-from fasterai.distill.route import Route
+from fasterai.distill.routes.hardness import Greedy
+from fasterai.distill.routes.recorder import RouteRecorder
+from fasterai.distill.routes.route import Route
 from fasterai.prune.features.induce import induce
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.study.data import Data, load_data

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fasterai.callbacks.plain import attach
 from fasterai.core.loop import Participant
-from fasterai.distill.route import Route
-from fasterai.distill.route_result import RouteResult
+from fasterai.distill.routes.result import RouteResult
+from fasterai.distill.routes.route import Route
 
 X, Y = torch.randn(32, 4, generator=torch.Generator().manual_seed(1)), torch.arange(32) % 3
 

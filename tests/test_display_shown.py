@@ -21,11 +21,11 @@ from fasterai.callbacks.plain import attach
 from fasterai.core.contexts import PerTarget
 from fasterai.core.schedules import Custom, Phases, Position
 from fasterai.display import Brief, Shown, Table, brief, one_line, settings
-from fasterai.distill.hardness import Greedy
-from fasterai.distill.losses import known_losses
-from fasterai.distill.recorder import RouteRecorder
-from fasterai.distill.route import Route
-from fasterai.distill.route_result import RouteResult, Stage
+from fasterai.distill.losses.given import known_losses
+from fasterai.distill.routes.hardness import Greedy
+from fasterai.distill.routes.recorder import RouteRecorder
+from fasterai.distill.routes.result import RouteResult, Stage
+from fasterai.distill.routes.route import Route
 from fasterai.graph.inputs import InputCut
 
 STARS = [

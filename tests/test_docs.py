@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fasterai.core import contexts, criteria, granularities, schedules
-from fasterai.distill import features
+from fasterai.distill.losses import features
 
 ROOT = Path(__file__).parents[1]
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from fasterai.core.batch import Batch
 from fasterai.core.saved import mapping_of, tensor
 from fasterai.display import brief
-from fasterai.distill.loss import Adapter, FeatureLoss, Loss
+from fasterai.distill.losses.loss import Adapter, FeatureLoss, Loss
 
 __all__ = [
     "SIDES",

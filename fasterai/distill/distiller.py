@@ -34,10 +34,10 @@ from fasterai.distill.checks import (
     range_of,
 )
 from fasterai.distill.following import Following, check_following, cut_adapter_, renew_adapter_
-from fasterai.distill.loss import Adapter, FeatureLoss, LogitLoss, Loss
-from fasterai.distill.losses import as_loss
+from fasterai.distill.losses.given import as_loss
+from fasterai.distill.losses.loss import Adapter, FeatureLoss, LogitLoss, Loss
+from fasterai.distill.losses.shapes import UnlikeShapesError
 from fasterai.distill.processes import average_, begin_alike_, check_even, processes_of
-from fasterai.distill.shapes import UnlikeShapesError
 from fasterai.distill.teachers import Answers, Teacher, as_teacher
 from fasterai.model.cuts import Cut
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.core.saved import check_parts, counts, list_of, mapping_of, tensor, text, whole
-from fasterai.distill.loss import Adapter
+from fasterai.distill.losses.loss import Adapter
 from fasterai.model.cuts import Cut
 from fasterai.model.names import plain_name, unwrap
 from fasterai.model.optimizers import cut_entry, states_of, strange_keys

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fasterai.display import HEAT, SMALL, dress, new_figure, styled
 from fasterai.distill.capture import find_layers
+from fasterai.distill.losses.shapes import as_one_map, attention_of, grid_of, resize
 from fasterai.distill.matching import outputs_of_layers
-from fasterai.distill.shapes import as_one_map, attention_of, grid_of, resize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fasterai.core.checks import unknown
-from fasterai.distill.shapes import UnlikeShapesError, as_maps, grid_of
+from fasterai.distill.losses.shapes import UnlikeShapesError, as_maps, grid_of
 from fasterai.model.inputs import as_tuple
 from fasterai.model.names import plain_name, unwrap
 from fasterai.model.running import at_rest, copies, device_of

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from fasterai.core.participant import Participant
-from fasterai.distill.caching import cache_teacher
+from fasterai.distill.cache.caching import cache_teacher
 from fasterai.distill.distiller import Distiller
-from fasterai.distill.features import Attention, FitNet
-from fasterai.distill.logits import DIST, DKD, NKD, SoftTarget, Standardised
-from fasterai.distill.loss import Loss
+from fasterai.distill.losses.features import Attention, FitNet
+from fasterai.distill.losses.logits import DIST, DKD, NKD, SoftTarget, Standardised
+from fasterai.distill.losses.loss import Loss
 from fasterai.distill.teachers import Teacher
 from fasterai.study.data import Data
 from fasterai.study.description import SIZES, Settings, Size, Study

@@ -11,7 +11,7 @@ from torch import nn
 
 from fasterai.core.participant import Participant
 from fasterai.distill.distiller import Distiller
-from fasterai.distill.logits import SoftTarget
+from fasterai.distill.losses.logits import SoftTarget
 from fasterai.prune.removal import remove
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.study.data import Data

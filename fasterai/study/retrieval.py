@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fasterai.core.participant import Participant
 from fasterai.distill.distiller import Distiller
-from fasterai.distill.embeddings import (
+from fasterai.distill.losses.embeddings import (
     EmbeddingCosine,
     EmbeddingLoss,
     EmbeddingRegression,

@@ -13,10 +13,10 @@ from torch import nn
 
 from fasterai.core.participant import Participant
 from fasterai.distill.distiller import Distiller
-from fasterai.distill.hardness import Greedy
-from fasterai.distill.logits import SoftTarget
-from fasterai.distill.recorder import RouteRecorder
-from fasterai.distill.route import Route
+from fasterai.distill.losses.logits import SoftTarget
+from fasterai.distill.routes.hardness import Greedy
+from fasterai.distill.routes.recorder import RouteRecorder
+from fasterai.distill.routes.route import Route
 from fasterai.study.data import Data
 from fasterai.study.description import SIZES, Settings, Size, Study
 from fasterai.study.workbench import accuracy, make_residual, train

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fasterai.distill.loss import Adapter, FeatureLoss, LogitLoss, Loss
+from fasterai.distill.losses.loss import Adapter, FeatureLoss, LogitLoss, Loss
 from fasterai.testing.promises import attempt, check_refused, check_value, require, same
 
 __all__ = ["check_distillation_loss"]

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from fasterai.callbacks.plain import attach
 from fasterai.core.batch import Batch
 from fasterai.display import short_bytes, short_time, table
-from fasterai.distill.cache_keys import SampleKeys
-from fasterai.distill.cached import CachedTeacher
-from fasterai.distill.caching import cache_teacher
+from fasterai.distill.cache.cached import CachedTeacher
+from fasterai.distill.cache.caching import cache_teacher
+from fasterai.distill.cache.keys import SampleKeys
 from fasterai.distill.distiller import Distiller
-from fasterai.distill.logits import SoftTarget
+from fasterai.distill.losses.logits import SoftTarget
 from fasterai.study.data import Data
 from fasterai.study.workbench import make_residual
 

@@ -118,8 +118,8 @@ def ours(pair: str, repeats: int) -> dict[str, tuple[float, float]]:
     """Name -> (milliseconds, bytes kept) of each candidate."""
     from fasterai.callbacks.plain import attach
     from fasterai.distill.distiller import Distiller
-    from fasterai.distill.features import Attention, FitNet
-    from fasterai.distill.logits import DKD, SoftTarget
+    from fasterai.distill.losses.features import Attention, FitNet
+    from fasterai.distill.losses.logits import DKD, SoftTarget
 
     teacher, student, x, y, unlike, alike = made(pair)
     teacher.eval()

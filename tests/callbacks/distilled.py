@@ -27,7 +27,7 @@ import fasterai.callbacks.huggingface as for_huggingface
 import fasterai.callbacks.lightning as for_lightning
 from fasterai.callbacks.plain import attach
 from fasterai.distill.distiller import Distiller
-from fasterai.distill.loss import Adapter, FeatureLoss, LogitLoss
+from fasterai.distill.losses.loss import Adapter, FeatureLoss, LogitLoss
 
 EPOCHS, BATCHES, RATE = 2, 4, 0.5
 

@@ -24,7 +24,7 @@ import fasterai.callbacks.huggingface as for_huggingface
 import fasterai.callbacks.lightning as for_lightning
 from fasterai.distill.average import EMATeacher
 from fasterai.distill.distiller import Distiller
-from fasterai.distill.logits import SoftTarget
+from fasterai.distill.losses.logits import SoftTarget
 from tests.callbacks.distilled import InOrder, Module, Net, Squares, Widened, arguments, learner, loader, teacher, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -28,7 +28,7 @@ import fasterai.callbacks.lightning as for_lightning
 from fasterai.core.loop import Participant
 from fasterai.distill.average import EMATeacher
 from fasterai.distill.distiller import Distiller
-from fasterai.distill.loss import LogitLoss
+from fasterai.distill.losses.loss import LogitLoss
 from fasterai.sparse.sparsifier import Sparsifier
 from tests.callbacks import test_own_method as resuming
 from tests.callbacks.distilled import (

@@ -333,7 +333,7 @@ WHOLE = {"write_file", "write_saved", "write_tensors", "write_atomically"}
 #: What looks alike: (file, function) -> the reason.
 ALIKE = {
     ("analyze/cost.py", "_length"): "makes bytes in memory",
-    ("distill/cache_files.py", "_begin"): "writes into the temporary folder that `written_files` gives",
+    ("distill/cache/files.py", "_begin"): "writes into the temporary folder that `written_files` gives",
     ("export/onnx.py", "_write"): "writes into the temporary folder that `written` gives; os.devnull takes what is printed",
     ("export/program.py", "export_program"): "makes bytes in memory",
     ("callbacks/fastai.py", "_restart_trackers"): "fastai's own file, by fastai",

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fasterai.callbacks.plain import Handle, attach
 from fasterai.distill.distiller import Distiller
-from fasterai.distill.features import FitNet
-from fasterai.distill.loss import LogitLoss
+from fasterai.distill.losses.features import FitNet
+from fasterai.distill.losses.loss import LogitLoss
 
 CLASSES = 4
 G = torch.Generator().manual_seed(0)

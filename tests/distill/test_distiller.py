@@ -17,7 +17,7 @@ from fasterai.callbacks.plain import attach
 from fasterai.core.loop import Fit, Loop, Participant
 from fasterai.distill.average import EMATeacher
 from fasterai.distill.distiller import Distiller
-from fasterai.distill.features import Attention, FitNet, Similarity
+from fasterai.distill.losses.features import Attention, FitNet, Similarity
 from fasterai.prune.gradual import GradualPruner
 from fasterai.sparse.sparsifier import Sparsifier
 from tests.distill.nets import CLASSES, FIT, Distance, Labelled, Named, Run, X, Y, equal, fitnet, hooks, net

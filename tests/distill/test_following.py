@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fasterai.distill.adapters import Projections
 from fasterai.distill.following import Following, channel_dim, cut_adapter_, find_kept, joined_cuts, renew_adapter_
+from fasterai.distill.losses.adapters import Projections
 
 
 def cut_(model: nn.Module, **kept: list[int]) -> dict[tuple[str, int], np.ndarray]:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasterai.distill.logits import DIST, DKD, NKD, Logits, SoftTarget, Standardised
-from fasterai.distill.loss import Adapter, FeatureLoss, LogitLoss, Loss
-from fasterai.distill.losses import as_loss, known_losses
-from fasterai.distill.tokens import Tokens
+from fasterai.distill.losses.given import as_loss, known_losses
+from fasterai.distill.losses.logits import DIST, DKD, NKD, Logits, SoftTarget, Standardised
+from fasterai.distill.losses.loss import Adapter, FeatureLoss, LogitLoss, Loss
+from fasterai.distill.losses.tokens import Tokens
 from fasterai.testing import check_distillation_loss
 
 SETTINGS: list[Loss] = [
