@@ -35,10 +35,12 @@ STARS = [
 X, Y = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
 #: Classes that hold functions or stand for several things, and are never made.
 NEVER_MADE = {
+    "DecoupledKD": "a name of DKD",
     "Granularities": "names of values",
     "Normalizer": "names of functions",
     "Reducer": "names of functions",
     "Schedule": "an interface",
+    "Teacher": "an interface",
 }
 
 
@@ -171,6 +173,8 @@ MADE = {
     ),
     "DSD": lambda _: everything.DSD(),
     "DecompositionReport": lambda _: folder_of(nn.Sequential(nn.Linear(8, 8)), everything.FC_Decomposer()).report,
+    "Distiller": lambda _: everything.Distiller(net(), ["SoftTarget", "FitNet"], ["conv"], ["conv"], schedule="cos"),
+    "EMATeacher": lambda _: everything.EMATeacher(0.99),
     "ExpertGraph": lambda _: mixture(),
     "FC_Decomposer": lambda _: folder_of(nn.Sequential(nn.Linear(8, 8)), everything.FC_Decomposer()),
     "Features": lambda _: everything.Features({"x": 1}, keep={"x": [0, 3]}),
@@ -184,11 +188,13 @@ MADE = {
     "InputSelector": lambda _: everything.InputSelector(range(0, 500, 2), 500),
     "Iterative": lambda _: everything.Iterative(),
     "Keep": lambda _: fasterai.Keep("expert", "out", "in", "depth", "height", "width"),
+    "KnowledgeDistillationCallback": lambda _: everything.KnowledgeDistillationCallback(net(), everything.SoftTarget),
     "Latency": lambda _: compared(latency=True).latency.models["again"],
     "LatencyComparison": lambda _: compared(latency=True).latency,
     "Linear": lambda _: importlib.import_module("fasterai.core.all").Linear(),
     "LotteryTicket": lambda _: everything.LotteryTicket(sparsifier(), reset_end=True),
     "NM": lambda _: everything.NM(),
+    "NetworkTeacher": lambda _: everything.NetworkTeacher(net()),
     "ONNXModel": exported,
     "OneCycle": lambda _: everything.OneCycle(),
     "OneShot": lambda _: everything.OneShot(),
@@ -206,6 +212,7 @@ MADE = {
     "Sensitivity": lambda _: sensitivity(),
     "SensitivityAnalyzer": lambda _: by_layers(None),
     "SensitivityResult": lambda _: by_layers("analyze"),
+    "SeveralTeachers": lambda _: everything.SeveralTeachers([net(), net()]),
     "Sparsifier": lambda _: sparsifier(),
     "Ticket": lambda _: ticket(),
     "SparsifyCallback": lambda _: everything.SparsifyCallback({"*": 0.5}, "filter", "local", lambda w: w, "agp"),
@@ -238,6 +245,7 @@ WITH_TABLES = {
         "BN_Folder",
         "Budget",
         "CachedTeacher",
+        "Distiller",
         "ChannelGraph",
         "Comparison",
         "Conv_Decomposer",

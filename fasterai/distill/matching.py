@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +52,6 @@ class _Output:
         return len(rest) > 1 and max(self.places) > 1 and not channels_last
 
 
-@overload
-def get_model_layers(model: nn.Module, get_layer_repr: Literal[False] = False) -> list[str]: ...
-@overload
-def get_model_layers(model: nn.Module, get_layer_repr: Literal[True]) -> dict[str, str]: ...
 def get_model_layers(model: nn.Module, get_layer_repr: bool = False) -> list[str] | dict[str, str]:
     """List the names of a model's layers, each before those inside it; with `get_layer_repr` as name -> description.
 

@@ -38,7 +38,7 @@ BLOCKS = ("3", "4", "5")
 
 @dataclass(frozen=True)
 class Method:
-    """What a student learns from its teacher.
+    """Way in which a student learns from its teacher.
 
     Published sums are `a * task + b * distillation`. Where a + b is 1 they are taken as they are, with the weight b; else the
     weight is a half and the scale b / a, so that the proportion between both is the published one.
