@@ -8,9 +8,11 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     """Give a loss of any catalogue: `from fasterai.distill.losses import SoftTarget`."""
-    from fasterai.distill.losses import given, logits
+    if name[:1].isupper():  # a file has a name in small letters
+        from fasterai.distill.losses.given import known_losses
+        from fasterai.distill.losses.logits import DecoupledKD
 
-    known = {**given.known_losses(), "DecoupledKD": logits.DecoupledKD} if not name.startswith("_") else {}
-    if name in known:
-        return known[name]
+        known = {**known_losses(), "DecoupledKD": DecoupledKD}
+        if name in known:
+            return known[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
