@@ -80,7 +80,9 @@ class FitNet(MapLoss):
     def of_maps(self, index: int, student: Tensor, teacher: Tensor, adapter: Adapter | None) -> Tensor:
         """Return the mean squared difference."""
         own, other = align(index, student, teacher, adapter)
-        return mean_square(own - other)
+        if own is student:  # the graph keeps it anyway
+            return F.mse_loss(own, other)
+        return mean_square(own.sub_(other))
 
     def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
         """Make projections for the pairs whose channels differ; without any, it follows channels of the student that go."""
@@ -333,7 +335,7 @@ class MGD(MapLoss):
         """Return the mean squared difference between what is generated and the teacher's map."""
         if not isinstance(adapter, Generators):
             raise ValueError(f"adapter must be that of MGD, which always has one, got {adapter!r}; {MAKE}")
-        return mean_square(adapter(index, resize(student, teacher.shape[2:]), self.ratio) - teacher)
+        return mean_square(adapter(index, resize(student, teacher.shape[2:]), self.ratio).sub_(teacher))
 
     def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
         """Make the generators of all pairs."""
