@@ -129,9 +129,10 @@ class NetworkTeacher(Teacher):
         """
         assert self._capture is not None
         like = _first_tensor(batch.outputs)
-        given, keywords = self._inputs_of(batch, like)
+        device = device_of(self.model, batch.inputs)
+        given, keywords = self._inputs_of(batch, device)
         self._capture.forget()
-        with torch.no_grad(), in_precision(like, device_of(self.model, given), self._half):
+        with torch.no_grad(), in_precision(like, device, self._half):
             # A copy of a LightningModule is called as the student is, which may be in its network alone.
             called = unwrap(self.model).get_submodule(batch.part) if self._is_alike and batch.part else self.model
             outputs = called(*given, **keywords)
@@ -141,8 +142,7 @@ class NetworkTeacher(Teacher):
             return Answers(logits, features)
         return Answers(None if logits is None else logits.to(like.device), [x.to(like.device) for x in features])
 
-    def _inputs_of(self, batch: Batch, like: Tensor | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        device = device_of(self.model, batch.inputs)
+    def _inputs_of(self, batch: Batch, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         own = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
         # A network in half precision takes no others, but under autocast.
         half = own if own in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(device.type) else None

@@ -70,8 +70,10 @@ def copies(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def device_of(model: nn.Module, inputs: tuple[Any, ...]) -> torch.device:
     """Return the device of the model's first parameter; without one that of the first input, else the CPU."""
-    tensors = [*model.parameters(), *(x for x in tree_leaves(inputs) if isinstance(x, Tensor))]
-    return tensors[0].device if tensors else torch.device("cpu")
+    first: Tensor | None = next(model.parameters(), None)  # the first alone: a large model has many
+    if first is None:
+        first = next((x for x in tree_leaves(inputs) if isinstance(x, Tensor)), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def device_name(model: nn.Module, inputs: tuple[Any, ...]) -> str:

@@ -21,6 +21,7 @@ from fasterai.model.cuts import kept_slices
 __all__ = ["Fusions", "Generators", "Heads", "Projections", "ReadingAdapter", "align", "pointwise"]
 
 CONVOLUTIONS: Mapping[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+FUNCTIONS: Mapping[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 NORMS: Mapping[int, Any] = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 ALIGN = "name layers of as many channels, or pass the adapter that the loss makes, adapter=loss.adapter(student, teacher)"
 Maps = Sequence[Tensor]
@@ -202,13 +203,20 @@ class Fusions(ReadingAdapter):
             own = self.inner[i](student[i])
             if deeper is not None:
                 deeper = F.interpolate(deeper, size=own.shape[2:], mode="nearest")
-                shares = self.weights[i](torch.cat([own, deeper], 1))
+                shares = self._shares(i, own, deeper)
                 own = own * shares[:, :1] + deeper * shares[:, 1:]
             deeper = (
                 own if own.shape[2:] == teacher[i].shape[2:] else F.interpolate(own, size=teacher[i].shape[2:], mode="nearest")
             )
             found.append(self.outer[i](deeper))
         return found[::-1]
+
+    def _shares(self, index: int, own: Tensor, deeper: Tensor) -> Tensor:
+        """Return the shares of two maps at each place: the layer of both side by side, without a copy of them."""
+        layer = self.weights[index][0]  # type: ignore[index]
+        function, channels = FUNCTIONS[own.dim() - 2], own.shape[1]
+        first = function(own, layer.weight[:, :channels], layer.bias)
+        return torch.sigmoid(first + function(deeper, layer.weight[:, channels:]))
 
 
 def align(index: int, student: Tensor, teacher: Tensor, adapter: Adapter | None) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from fasterai.core.checks import check_count, check_fraction, check_number
 from fasterai.distill.losses.adapters import Fusions, Generators, Heads, Projections, align
 from fasterai.distill.losses.loss import Adapter, FeatureLoss
 from fasterai.distill.losses.shapes import UnlikeShapesError, as_maps, as_one_map, attention_of, resize
+from fasterai.distill.losses.squares import mean_square
 
 __all__ = ["MGD", "ActivationBoundaries", "Attention", "Contrastive", "FitNet", "ReviewKD", "Similarity"]
 
@@ -78,7 +79,10 @@ class FitNet(MapLoss):
 
     def of_maps(self, index: int, student: Tensor, teacher: Tensor, adapter: Adapter | None) -> Tensor:
         """Return the mean squared difference."""
-        return F.mse_loss(*align(index, student, teacher, adapter))
+        own, other = align(index, student, teacher, adapter)
+        if own is student:  # the graph keeps it anyway
+            return F.mse_loss(own, other)
+        return mean_square(own.sub_(other))
 
     def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
         """Make projections for the pairs whose channels differ; without any, it follows channels of the student that go."""
@@ -173,7 +177,7 @@ class ActivationBoundaries(MapLoss):
     def of_maps(self, index: int, student: Tensor, teacher: Tensor, adapter: Adapter | None) -> Tensor:
         """Return the mean squared distance."""
         student, teacher = align(index, student, teacher, adapter)
-        return (self.m - torch.where(teacher > 0, student, -student)).clamp(min=0).square().mean()
+        return mean_square(F.relu(self.m - torch.where(teacher > 0, student, -student)))
 
     def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
         """Make projections for the pairs whose channels differ; without any, it follows channels of the student that go."""
@@ -273,12 +277,13 @@ class ReviewKD(MapLoss):
 
     def of_maps(self, index: int, student: Tensor, teacher: Tensor, adapter: Adapter | None) -> Tensor:
         """Return the hierarchical distance (HCL) of two maps of one shape."""
-        found, share, whole = F.mse_loss(student, teacher), 1.0, 1.0
+        apart = student - teacher  # the means of a difference are the differences of the means
+        found, share, whole = mean_square(apart), 1.0, 1.0
         for size in PYRAMID:
             if size < max(student.shape[2:]):
                 smaller = [min(size, n) for n in student.shape[2:]]
                 share /= 2
-                found = found + share * F.mse_loss(resize(student, smaller), resize(teacher, smaller))
+                found = found + share * mean_square(resize(apart, smaller))
                 whole += share
         return found / whole
 
@@ -330,7 +335,7 @@ class MGD(MapLoss):
         """Return the mean squared difference between what is generated and the teacher's map."""
         if not isinstance(adapter, Generators):
             raise ValueError(f"adapter must be that of MGD, which always has one, got {adapter!r}; {MAKE}")
-        return F.mse_loss(adapter(index, resize(student, teacher.shape[2:]), self.ratio), teacher)
+        return mean_square(adapter(index, resize(student, teacher.shape[2:]), self.ratio).sub_(teacher))
 
     def adapter(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Adapter | None:
         """Make the generators of all pairs."""

@@ -113,8 +113,9 @@ class DKD(LogitLoss):
         assert labels is not None
         shares = shares_of(labels, student)
         own, other = student / self.T, teacher / self.T
-        tckd = divergence(_right_or_not(own, shares), _right_or_not(other, shares))
-        nckd = divergence(_the_rest(own, shares), _the_rest(other, shares))
+        logs = _log(shares), _log(1 - shares)
+        tckd = divergence(_right_or_not(own, logs), _right_or_not(other, logs))
+        nckd = divergence(_the_rest(own, logs), _the_rest(other, logs))
         return self.T**2 * (self.alpha * tckd + self.beta * nckd)
 
 
@@ -147,8 +148,9 @@ class NKD(LogitLoss):
         """Return both cross-entropies of each row, added up."""
         assert labels is not None
         shares = shares_of(labels, student)
-        right = -_right_or_not(teacher, shares)[:, 0].exp() * _right_or_not(student, shares)[:, 0]
-        rest = -(_the_rest(teacher / self.T, shares).exp() * _the_rest(student / self.T, shares)).sum(1)
+        logs = _log(shares), _log(1 - shares)
+        right = -_right_or_not(teacher, logs)[:, 0].exp() * _right_or_not(student, logs)[:, 0]
+        rest = -(_the_rest(teacher / self.T, logs).exp() * _the_rest(student / self.T, logs)).sum(1)
         return right + self.gamma * self.T**2 * rest
 
 
@@ -274,15 +276,15 @@ def check_inner(loss: object) -> None:
         raise ValueError(f"loss must be one of single rows, got {loss!r}; put it outside: {name}(Standardised(...)), say")
 
 
-def _right_or_not(logits: Tensor, shares: Tensor) -> Tensor:
-    """Return the logarithms `(N, 2)` of the right class's probability and of the rest's."""
-    logs = torch.log_softmax(logits, 1)
-    return torch.stack([torch.logsumexp(logs + _log(x), 1) for x in (shares, 1 - shares)], 1)
+def _right_or_not(logits: Tensor, logs: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the logarithms `(N, 2)` of the right class's probability and of the rest's; `logs` are those of the shares."""
+    own = torch.log_softmax(logits, 1)
+    return torch.stack([torch.logsumexp(own + x, 1) for x in logs], 1)
 
 
-def _the_rest(logits: Tensor, shares: Tensor) -> Tensor:
+def _the_rest(logits: Tensor, logs: tuple[Tensor, Tensor]) -> Tensor:
     """Return the logarithms `(N, C)` of the softmax without the right class."""
-    return torch.log_softmax(logits + _log(1 - shares), 1)
+    return torch.log_softmax(logits + logs[1], 1)
 
 
 def _log(shares: Tensor) -> Tensor:

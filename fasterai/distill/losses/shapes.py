@@ -12,6 +12,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from fasterai.distill.losses.squares import mean_square
+
 __all__ = ["UnlikeShapesError", "as_maps", "as_one_map", "attention_of", "grid_of", "resize"]
 
 #: How maps of one, two and three dimensions of places are averaged to fewer, and interpolated to more.
@@ -115,4 +117,4 @@ def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 def attention_of(maps: Tensor, p: float = 2.0) -> Tensor:
     """Return where maps `(B, C, *S)` are large: the mean over channels of `|a|^p`, `(B, 1, *S)`."""
-    return maps.abs().pow(p).mean(1, keepdim=True)
+    return mean_square(maps, 1).unsqueeze(1) if p == 2 else maps.abs().pow(p).mean(1, keepdim=True)
