@@ -17,6 +17,8 @@ __all__ = ["draw"]
 
 #: Characters of a title, beyond which it is the study's name.
 LONGEST = 64
+#: Points between two lines at one name of an axis, and points for all of them.
+ASIDE, ROOM = 7.0, 36.0
 #: Values of an axis that are marked one by one along the picture.
 TICKS = 8
 
@@ -74,8 +76,9 @@ def _draw_lines(axes: Axes, study: Study, rows: Sequence[Row], colors: Mapping[s
         _draw_level(axes, row, study.y, " ".join(map(str, study.reference.values())))
     courses = any(row.course(study.x, study.y) for row in rows)
     numbers = courses or all(isinstance(_x(row, study.x), int | float) for row in rows if row not in reference)
-    for name, found in lines.items():
-        _draw_line(axes, name, found, (study.x, study.y), colors[name], joined=numbers)
+    for i, (name, found) in enumerate(lines.items()):
+        aside = 0.0 if numbers else (i - (len(lines) - 1) / 2) * min(ASIDE, ROOM / len(lines))
+        _draw_line(axes, name, found, (study.x, study.y), colors[name], joined=numbers, aside=aside)
     axes.set(xlabel=study.x.replace("_", " "), ylabel=study.y.replace("_", " "))
     places = sorted({_x(row, study.x) for row in rows if row not in reference}) if numbers and not courses else []
     if courses:
@@ -84,6 +87,8 @@ def _draw_lines(axes: Axes, study: Study, rows: Sequence[Row], colors: Mapping[s
         axes.set_xticks(places)
     if not numbers and sum(len(str(_x(row, study.x))) for row in next(iter(lines.values()), [])) > LONGEST:
         axes.tick_params(axis="x", rotation=25)
+        for label in axes.get_xticklabels():
+            label.set(horizontalalignment="right", rotation_mode="anchor")
     if is_share(study.x) and numbers:
         axes.xaxis.set_major_formatter(as_percent)
     if is_share(study.y):
@@ -96,7 +101,12 @@ def _x(row: Row, name: str) -> Any:
     return row.mean(name) if name in row.values else row.settings.get(name, "")
 
 
-def _draw_line(axes: Axes, name: str, rows: list[Row], of: tuple[str, str], color: Any, joined: bool) -> None:
+def _draw_line(
+    axes: Axes, name: str, rows: list[Row], of: tuple[str, str], color: Any, joined: bool, aside: float = 0.0
+) -> None:
+    """Draw a line: its courses, or its means and their spread, as many points aside as is said, so that none hides another."""
+    from matplotlib.transforms import ScaledTranslation  # slow to load
+
     if any(row.course(*of) for row in rows):
         for row in rows:
             axes.plot(*zip(*row.course(*of), strict=True), color=color, label=name, marker="o", markersize=3.0, linewidth=1.5)
@@ -106,7 +116,9 @@ def _draw_line(axes: Axes, name: str, rows: list[Row], of: tuple[str, str], colo
         points.sort()
     x, y, spread = ([point[i] for point in points] for i in range(3))
     style = {"marker": "o", "markersize": 4.5, "capsize": 2.5, "elinewidth": 1.0, "linewidth": 1.8 if joined else 0.0}
-    axes.errorbar(x, y, yerr=spread, color=color, label=name or None, **style)  # type: ignore[arg-type]
+    drawn = axes.errorbar(x, y, yerr=spread, color=color, label=name or None, **style)  # type: ignore[arg-type]
+    for part in drawn.get_children():
+        part.set_transform(axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans))
 
 
 def _draw_level(axes: Axes, row: Row, y: str, name: str) -> None:

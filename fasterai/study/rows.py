@@ -14,7 +14,7 @@ from fasterai.study.description import Settings
 __all__ = ["Row", "by_metric", "is_course", "is_share", "write_cell", "write_setting"]
 
 #: Metrics that are shares, written in percent.
-SHARES = ("accuracy", "share", "sparsity")
+SHARES = ("accuracy", "precision", "recall", "share", "sparsity")
 #: A metric after a part of the run, such as `epoch_3_accuracy`.
 COURSE = re.compile(r"([a-z]+)_(\d+)_(\w+)")
 

@@ -50,7 +50,16 @@ def test_words_along_x_are_points_that_no_line_joins():
 def test_shares_are_explained_in_percent_and_many_words_lean():
     axes = draw(made(x="a", lines="sparsity"), [row(c * 20, 0.5, 0.7) for c in "pqrs"], "", shown=False)
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["50 %"]
-    assert {label.get_rotation() for label in axes.get_xticklabels()} == {25}
+    assert {(label.get_rotation(), label.get_ha()) for label in axes.get_xticklabels()} == {(25, "right")}
+
+
+def test_points_at_one_word_stand_side_by_side_and_inside_the_axes():
+    rows = [row("p", 0.5, 0.6), row("q", 0.5, 0.8), row("p", 0.8, 0.7), row("q", 0.8, 0.9)]
+    axes = draw(made(x="a", lines="sparsity"), rows, "", shown=False)
+    moved = [line[0].get_transform().transform((0, 0.7)) - axes.transData.transform((0, 0.7)) for line in axes.containers]
+    assert [round(float(x) * 72 / axes.figure.dpi, 6) for x, _ in moved] == [-3.5, 3.5]
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    assert left < 0 and right > 1 and low < 0.6 and high > 0.9
 
 
 def test_values_along_x_are_marked_where_they_are_few():

@@ -20,7 +20,7 @@ def test_metrics_are_gathered_by_name_and_some_runs_may_lack_one():
     assert by_metric([{"a": 1.0, "b": 2.0}, {"a": 3.0}]) == {"a": [1.0, 3.0], "b": [2.0]}
 
 
-@pytest.mark.parametrize(("name", "share"), [("accuracy", True), ("weight_sparsity", True), ("macs", False)])
+@pytest.mark.parametrize(("name", "share"), [("accuracy", True), ("weight_sparsity", True), ("recall", True), ("macs", False)])
 def test_shares_are_known_by_their_names(name, share):
     assert is_share(name) is share
 
