@@ -11,7 +11,7 @@ import io
 import pickle
 import random
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,8 @@ from fasterai.distill.losses.loss import FeatureLoss
 from fasterai.prune.gradual import GradualPruner
 from fasterai.sparse.hold import Hold
 from fasterai.sparse.sparsifier import Sparsifier
-from tests.attack import oracles
+from tests.attack import oracles, taught
+from tests.attack.mutations import mutated
 from tests.attack.pairs import Pair, logits_of, random_pair
 from tests.attack.settings import OPTIMIZERS
 from tests.attack.trials import REFUSED, SURVIVED
@@ -270,6 +271,10 @@ class Run:
         assert sorted(own) == sorted(theirs), f"the optimizer has {len(theirs)} parameters, and the student {len(own)}"
         assert set(map(id, self.optimizer.state)) <= own, "the optimizer has states of parameters that are gone"
         assert not self.optimizer._optimizer_step_pre_hooks, "the optimizer has hooks"
+        self.check_teacher()
+
+    def check_teacher(self) -> None:
+        """Fail if one of the networks has hooks, or a teacher is not as it was."""
         assert not (left := hooks_of(self.model)), f"the student has hooks at {left}"
         for one, was in zip(self.networks, self.was, strict=True):
             assert oracles.equal(_state_of(one), was), "the teacher is not as it was"
@@ -321,7 +326,10 @@ class Explosion(Exception):
 def attack(draw: random.Random, folder: Path) -> str:
     """Train by chance."""
     plan = random_plan(draw, folder)
+    alone = replace(plan, company=("nobody", *plan.company[1:]), batches=1)
     try:
+        if draw.random() < 0.06 and len(plan.pair.batch(0)[0]) == 1:
+            return REFUSED if taught.attack(draw, alone, lambda: Run(alone)) else SURVIVED
         return tried(draw, plan)
     except Exception as error:
         raise AssertionError(f"{plan.words()}: {type(error).__name__}: {error}") from error
@@ -336,7 +344,9 @@ def tried(draw: random.Random, plan: Plan) -> str:
     before = whole.values()
     if oracles.refusal(lambda: whole.begin().go(plan.steps, looks=True)):
         whole.end(False)
-        assert oracles.equal(_shapes(before), _shapes(whole.values())), "refused, and other shapes"
+        begun = whole.handle is not None and whole.handle.loop.step > 0
+        for name, _ in [] if begun else whole.model.named_parameters():
+            assert oracles.equal(before[name], whole.values()[name]), f"refused, and {name} has changed"
         return REFUSED
     whole.end()
     assert all(bool(x.isfinite().all()) for x in whole.values().values()), "weights are not finite"
@@ -346,11 +356,8 @@ def tried(draw: random.Random, plan: Plan) -> str:
         for name, x in alone.values().items():
             assert torch.equal(x, whole.values()[name]), f"a share of zero trains {name} otherwise"
     exploded(draw, plan)
+    changed(draw, plan)
     return SURVIVED
-
-
-def _shapes(values: dict[str, Tensor]) -> list[Sequence[int]]:
-    return [tuple(x.shape) for x in values.values()]
 
 
 def resumed(draw: random.Random, plan: Plan, expected: dict[str, Tensor]) -> None:
@@ -389,3 +396,19 @@ def exploded(draw: random.Random, plan: Plan) -> None:
         run.check_left()
     else:
         raise AssertionError(f"nothing was raised in {event}")
+
+
+def changed(draw: random.Random, plan: Plan) -> None:
+    """A state with one change, loaded in the midst of a run or before its first batch."""
+    run = Run(plan).begin()
+    stop = draw.randint(1, plan.steps - 1)
+    state = (run if draw.random() < 0.5 else Run(plan).begin()).go(stop).distiller.state_dict()
+    state, change, words = mutated(draw, state)
+    before = oracles.copied(run.distiller.state_dict())
+    if oracles.refusal(lambda: run.distiller.load_state_dict(state)):
+        assert oracles.equal(before, run.distiller.state_dict()), f"{words}: refused, but not as before"
+    try:
+        oracles.refusal(lambda: run.go(plan.steps))
+    except Exception as error:
+        raise AssertionError(f"{words} ({change}): taken, then {type(error).__name__}: {error}") from error
+    run.end(False)
