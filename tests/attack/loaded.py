@@ -19,5 +19,6 @@ with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
     import tests.attack.ranks
     import tests.attack.settings
     import tests.attack.states
+    import tests.attack.teachers
 
 __all__ = ["fasterai", "tests", "torch", "tqdm"]

@@ -31,6 +31,7 @@ TINY: dict[str, Sequence[int]] = {
     "settings": range(6),
     "loops": range(8),
     "looks": range(6),
+    "teachers": range(8),
 }
 
 

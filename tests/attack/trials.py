@@ -26,7 +26,7 @@ from typing import Any
 
 __all__ = ["FAILED", "KINDS", "REFUSED", "SURVIVED", "Trial", "count_of", "one", "run", "start"]
 
-KINDS = ("kills", "disks", "files", "states", "folders", "ranks", "settings", "loops", "looks")
+KINDS = ("kills", "disks", "files", "states", "folders", "ranks", "settings", "loops", "looks", "teachers")
 SURVIVED, REFUSED, FAILED = "survived", "refused", "failed"
 #: Imported once by the server that all processes are forked from.
 LOADED = "tests.attack.loaded"
