@@ -19,6 +19,7 @@ OTHERS = {
     "callbacks/test_training_on.py": "ends and what comes after them in each of the loops",
     "cli/test_spoiled_folders.py": "a run's folder that is full, read-only or gone, at every point of a resumed run",
     "cli/test_strange_files.py": "what lies in folders of images besides images, in each of the commands",
+    "distill/test_known_defects.py": "defects of distillation elsewhere",
     "graph/rules/test_call_forms.py": "every rule, in each form of a call",
     "prune/test_zoo.py": "networks of other libraries",
     "test_docs.py": "code of the pages",

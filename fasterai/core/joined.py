@@ -10,11 +10,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, MutableSequence, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 __all__ = ["Joined", "innermost"]
+
+#: Optimizers -> what has joined them, in that order: several loops may train with one, such as those of two callbacks.
+_here: WeakKeyDictionary[Any, list[ref[Joined]]] = WeakKeyDictionary()
 
 
 def innermost(optimizer: Any) -> Any:
@@ -58,14 +62,19 @@ class Joined:
             self._optimizer.state_dict, self._optimizer.load_state_dict = self._fastai_without, self._fastai_load
             for p in self.parameters:
                 self._optimizer.state.setdefault(p, {})
+        _here.setdefault(self._optimizer, []).append(ref(self))
 
     def leave(self) -> None:
         """Remove the parameters and their state from the optimizer."""
         for hook in self._hooks:
             hook.remove()
-        for name in ("state_dict", "load_state_dict"):
+        left = [one for one in self._company() if one is not self]
+        _here[self._optimizer] = [ref(one) for one in left]
+        for name in ("state_dict", "load_state_dict") if not left else ():
             vars(self._optimizer).pop(name, None)
-        self._withdraw()
+        if left and not self._hooks:
+            self._optimizer.state_dict, self._optimizer.load_state_dict = left[0]._fastai_without, left[0]._fastai_load
+        self._withdraw(self.parameters)
         for p in self.parameters:
             self._optimizer.state.pop(p, None)
 
@@ -92,19 +101,37 @@ class Joined:
         self._optimizer.state.update({p: own for p, own in zip(self.parameters, kept, strict=True) if own})
         return other
 
-    def _is_mine(self) -> list[list[bool]]:
-        """Tell of each parameter in each group if it is one of these; groups may have been added since."""
-        mine = {id(p) for p in self.parameters}
-        return [[id(p) in mine for p in group] for group in _lists(self._optimizer)]
+    def _company(self) -> list[Joined]:
+        """List what has joined the same optimizer; the first one answers for all where the optimizer is saved or loaded."""
+        return [found for one in _here.get(self._optimizer, ()) if (found := one()) is not None] or [self]
 
-    def _withdraw(self) -> None:
-        for group, mine in zip(_lists(self._optimizer), self._is_mine(), strict=True):
-            group[:] = [p for p, own in zip(group, mine, strict=True) if not own]
+    def _guests(self) -> list[nn.Parameter]:
+        return [p for one in self._company() for p in one.parameters]
+
+    def _is_guest(self) -> list[list[bool]]:
+        """Tell of each parameter in each group if it has joined; groups may have been added since."""
+        guests = {id(p) for p in self._guests()}
+        return [[id(p) in guests for p in group] for group in _lists(self._optimizer)]
+
+    def _withdraw(self, parameters: Sequence[nn.Parameter]) -> None:
+        gone = {id(p) for p in parameters}
+        for group in _lists(self._optimizer):
+            group[:] = [p for p in group if id(p) not in gone]
 
     def clear_gradients(self) -> None:
         """Set the gradients to None, since a loop that clears the model's gradients does not know these parameters."""
         for p in self.parameters:
             p.grad = None
+
+    def clear_left_over(self, _: Tensor) -> None:
+        """Clear the gradients as a backward pass begins, where the optimizer's other parameters have none.
+
+        A GradScaler that skips a step tells nobody. A loop that then clears the model's gradients leaves these, infinite, and
+        no later step would be taken.
+        """
+        guests = {id(p) for p in self._guests()}
+        if not any(p.grad is not None for group in _lists(self._optimizer) for p in group if id(p) not in guests):
+            self.clear_gradients()
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the optimizer's state of each parameter, in order, and their owners."""
@@ -131,10 +158,12 @@ class Joined:
             self._optimizer.state[p] = _copied(saved[owner].pop(0) if owner in saved else {}, p.device)
 
     def _without(self, _: Any, state: dict[str, Any]) -> dict[str, Any]:
-        """Return what the optimizer saves, less these parameters, numbered as if they had never been there."""
+        """Return what the optimizer saves, less what has joined it, numbered as if that had never been there."""
+        if self._company()[0] is not self:
+            return state
         kept = [
             [i for i, own in zip(group["params"], mine, strict=True) if not own]
-            for group, mine in zip(state["param_groups"], self._is_mine(), strict=True)
+            for group, mine in zip(state["param_groups"], self._is_guest(), strict=True)
         ]
         number = {i: n for n, i in enumerate(i for group in kept for i in group)}
         states = {number.get(k, k): v for k, v in state["state"].items() if k in number or not isinstance(k, int)}
@@ -142,16 +171,16 @@ class Joined:
         return {**state, "state": states, "param_groups": groups}
 
     def _fastai_without(self) -> dict[str, Any]:
-        """Return what fastai's optimizer saves, less these parameters."""
+        """Return what fastai's optimizer saves, less what has joined it."""
         state: dict[str, Any] = type(self._optimizer).state_dict(self._optimizer)
-        mine = [own for group in self._is_mine() for own in group]
+        mine = [own for group in self._is_guest() for own in group]
         return {**state, "state": [s for s, own in zip(state["state"], mine, strict=True) if not own]}
 
     def _fastai_load(self, state: Mapping[str, Any]) -> None:
         """Load a state without these parameters into fastai's optimizer; the parameters keep their own state."""
-        own = {p: self._optimizer.state[p] for p in self.parameters}
+        own = {p: self._optimizer.state[p] for p in self._guests()}
         lists, before = _lists(self._optimizer), [list(group) for group in _lists(self._optimizer)]
-        self._withdraw()
+        self._withdraw([*own])
         try:
             type(self._optimizer).load_state_dict(self._optimizer, state)
         finally:
@@ -160,9 +189,11 @@ class Joined:
             self._optimizer.state.update(own)
 
     def _with(self, _: Any, state: dict[str, Any]) -> dict[str, Any] | None:
-        """Return what the optimizer loads, with these parameters as they are now."""
-        mine, saved = self._is_mine(), state["param_groups"]
-        if [len(group["params"]) for group in saved] != [group.count(False) for group in mine]:
+        """Return what the optimizer loads, with what has joined it as that is now."""
+        mine, saved = self._is_guest(), state["param_groups"]
+        if self._company()[0] is not self or [len(group["params"]) for group in saved] != [
+            group.count(False) for group in mine
+        ]:
             return None
         numbers = itertools.count(1 + max((i for group in saved for i in group["params"]), default=-1))
         states, groups = dict(state["state"]), []

@@ -166,6 +166,8 @@ class Loop:
             loss = tell(participant, "after_loss", loss, batch)
             if not isinstance(loss, Tensor):
                 raise TypeError(f"{participant.name}.after_loss must return the loss to go on with, got {loss!r}")
+        if self._joined is not None and loss.requires_grad:
+            loss.register_hook(self._joined.clear_left_over)  # type: ignore[no-untyped-call]
         return note_task(loss, task)
 
     def after_backward(self) -> None:

@@ -102,7 +102,10 @@ def load_adapter_(adapter: Adapter, saved: Mapping[str, Tensor], loss: str) -> N
 
 def doubt_of(x: Tensor) -> Tensor:
     """Return 0 for finite numbers, else NaN, as a scalar on the device."""
-    return x.detach().sum(dtype=torch.float32 if x.dtype != torch.float64 else None) * 0
+    if not x.numel():
+        return x.new_zeros(())
+    low, high = torch.aminmax(x.detach())  # a sum of finite numbers may be infinite, as where logits are masked by the lowest
+    return low * 0 + high * 0
 
 
 def range_of(batch: Batch) -> str:

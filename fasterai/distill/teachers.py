@@ -24,7 +24,7 @@ from fasterai.core.saved import check_parts, list_of, mapping_of
 from fasterai.display import Brief, one_line
 from fasterai.distill.capture import Capture, find_layers
 from fasterai.model.names import unwrap
-from fasterai.model.running import device_of
+from fasterai.model.running import device_of, evaluating
 
 __all__ = ["Answers", "NetworkTeacher", "SeveralTeachers", "Teacher", "as_teacher"]
 
@@ -132,7 +132,8 @@ class NetworkTeacher(Teacher):
         device = device_of(self.model, batch.inputs)
         given, keywords = self._inputs_of(batch, device)
         self._capture.forget()
-        with torch.no_grad(), in_precision(like, device, self._half):
+        calm = evaluating(self.model) if self.model.training else nullcontext()  # others may have called train()
+        with calm, torch.no_grad(), in_precision(like, device, self._half):
             # A copy of a LightningModule is called as the student is, which may be in its network alone.
             called = unwrap(self.model).get_submodule(batch.part) if self._is_alike and batch.part else self.model
             outputs = called(*given, **keywords)
@@ -262,6 +263,8 @@ def as_teacher(teacher: Any) -> Teacher:
     Raises:
         TypeError: It is none of these.
     """
+    if type(teacher) is NetworkTeacher:
+        return NetworkTeacher(teacher.model)  # one for each run, so that several may ask a network for other layers
     if isinstance(teacher, Teacher):
         return teacher
     if isinstance(teacher, nn.Module):

@@ -263,3 +263,42 @@ def test_further_parameters_that_are_there_already_are_refused_and_nothing_chang
     assert len(optimizer.param_groups[0]["params"]) == 3
     assert torch.equal(optimizer.state[extra]["exp_avg"], before["exp_avg"])
     joined.leave()
+
+
+@pytest.mark.parametrize("leaves", [0, 1])
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_what_two_loops_have_joined_is_left_out_of_the_file_and_stays_when_it_is_loaded(make, leaves):
+    """Two callbacks of one training have a loop each."""
+    model, extras = layer(), [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = make(list(model.parameters()))
+    bare = copy.deepcopy(optimizer.state_dict())
+    both = [Joined(optimizer, [extra]) for extra in extras]
+    step(optimizer, model, extras[0] + extras[1])
+    kept = [one.state_dict()["states"][0] for one in both]
+    for left in (both, [both[1 - leaves]]):
+        if left is not both:
+            both[leaves].leave()
+        state = optimizer.state_dict()
+        groups = state.get("param_groups", [])
+        assert [group["params"] for group in groups] == [group["params"] for group in bare.get("param_groups", [])]
+        assert len(state["state"]) <= 2
+        optimizer.load_state_dict(copy.deepcopy(state))
+        for one in left:
+            own, before = one.state_dict()["states"][0], kept[both.index(one)]
+            assert all(torch.equal(torch.as_tensor(own[n]), torch.as_tensor(x)) for n, x in before.items())
+    both[1 - leaves].leave()
+    assert "state_dict" not in vars(innermost(optimizer))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
+
+
+def test_gradients_that_a_skipped_step_has_left_are_cleared_and_those_of_a_batch_before_stay():
+    model, extra = layer(), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    joined = Joined(optimizer, [extra])
+    extra.grad = torch.full((2,), float("inf"))
+    joined.clear_left_over(torch.ones(()))
+    assert extra.grad is None
+    (model(torch.ones(1, 3)).sum() + extra.sum()).backward()
+    joined.clear_left_over(torch.ones(()))
+    assert torch.equal(extra.grad, torch.ones(2))
+    joined.leave()

@@ -151,6 +151,18 @@ def test_a_scaler_scales_the_adapters_gradients_with_the_others():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_a_loop_that_clears_the_models_gradients_goes_on_after_a_skipped_step():
+    """The adapters' infinite gradients stayed, and every later step was skipped as well."""
+    run, scaler = Run(fitnet()), torch.amp.GradScaler("cpu", init_scale=4.0)
+    for i, factor in enumerate((1.0, float("inf"), 1.0, 1.0)):
+        run.student.zero_grad()
+        scaler.scale(run.loss(i) * factor).backward()
+        scaler.step(run.optimizer)
+        scaler.update()
+    assert run.handle.loop.step == 3 and scaler.get_scale() == 2.0
+    run.handle.remove(False)
+
+
 @pytest.mark.parametrize("compiles", ["student", "teacher"])
 def test_compiled_networks_train_as_plain_ones(compiles):
     losses = []
@@ -520,6 +532,14 @@ def test_a_first_batch_that_does_not_fit_is_refused():
         "teacher must give finite numbers, got NaN or infinity for the first batch; check its weights, and"
     )
     assert "got numbers from -" in spoiled
+
+
+def test_a_teacher_that_masks_classes_by_the_lowest_number_is_finite():
+    lowest = torch.finfo(torch.float32).min
+    masked = Named(lambda x: torch.cat([x[:, :2], torch.full_like(x[:, 2:], lowest)], 1))
+    run = Run(Distiller(masked, "SoftTarget")).steps(0)
+    assert 0 < run.handle.metrics()["distill_loss"] < 100
+    run.handle.remove(False)
 
 
 def test_a_teacher_that_says_nan_later_is_told_with_the_figures():

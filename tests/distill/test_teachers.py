@@ -11,7 +11,7 @@ from torch import nn
 
 from fasterai.core.batch import Batch
 from fasterai.distill.teachers import NetworkTeacher, SeveralTeachers, Teacher, as_teacher
-from tests.distill.nets import Named, X, Y, hooks, net
+from tests.distill.nets import CLASSES, Named, X, Y, hooks, net
 
 
 def batch(outputs=None, **keywords) -> Batch:
@@ -180,9 +180,32 @@ def test_one_that_stands_twice_gets_its_modes_back():
     assert model.training and not hooks(model)
 
 
+def test_one_that_two_runs_share_answers_each_with_its_own_layers():
+    shared, student = NetworkTeacher(net(6)), net()
+    first, second = as_teacher(shared), as_teacher(shared)
+    first.begin(student, ["0"])
+    second.begin(student, ["5"])
+    shapes = [tuple(one.answer(batch()).features[0].shape) for one in (first, second)]
+    assert shapes == [(6, 6, 4, 4), (6, CLASSES)]
+    first.end()
+    assert not shared.model.training
+    second.end()
+    assert shared.model.training
+
+
+def test_a_network_that_is_put_into_training_mode_in_between_answers_in_eval_mode():
+    teacher = begun(net(6), [])
+    expected, mean = teacher.answer(batch()).logits, teacher.model[1].running_mean.clone()
+    teacher.model.train()
+    assert torch.equal(teacher.answer(batch()).logits, expected)
+    assert torch.equal(teacher.model[1].running_mean, mean) and teacher.model.training
+
+
 def test_what_can_be_a_teacher():
     one = NetworkTeacher(net())
-    assert as_teacher(one) is one and isinstance(as_teacher(net()), Teacher)
+    several = SeveralTeachers([one])
+    assert as_teacher(several) is several and isinstance(as_teacher(net()), Teacher)
+    assert as_teacher(one).model is one.model
     with pytest.raises(TypeError, match=r"teacher must be a network, a Teacher or a list of such, got 3 \(int\); a learner's"):
         as_teacher(3)
     with pytest.raises(ValueError, match="teacher must be a network or several, got none"):
