@@ -43,6 +43,8 @@ from fasterai.model.cuts import Cut
 
 __all__ = ["Distiller"]
 
+_running: weakref.WeakSet[Distiller] = weakref.WeakSet()
+
 
 class Distiller(Shown, Participant):
     """Adds what a teacher knows to the loss of the task: `(1 - w) * task + w * distillation`.
@@ -124,20 +126,33 @@ class Distiller(Shown, Participant):
         """Put hooks on the layers, and the teacher into eval mode.
 
         Raises:
-            ValueError: There is no model, a layer is unknown, or the teacher shares parameters with the student.
+            ValueError: There is no model, a layer is unknown, the teacher shares parameters with the student, or another
+                distiller of the same training asks it.
         """
         if fit.model is None:
             raise ValueError("model must be given for a Distiller, whose student it is, got None; pass model=")
         self._end()
+        self._check_alone(fit)
         found = find_layers(SIDES[0], fit.model, self.layers[0])
         self.teacher.begin(fit.model, self.layers[1])
         self._capture = Capture(SIDES[0], fit.model, found, graph=True)
         self._release = _release_with(fit.optimizer, self._capture, self.teacher)
         self._student, self._group = fit.model, processes_of(fit.model)
         self._optimizers = [weakref.ref(one) for one in fit.optimizers]
+        _running.add(self)
         self._step, self._total_steps = 0, fit.total_steps
         self._sum = self._doubt = None
         self._count, self._figure = 0, float("nan")
+
+    def _check_alone(self, fit: Fit) -> None:
+        """Refuse a teacher of two distillers of one training: it would answer both for the same layers, and average twice."""
+        for other in _running:
+            of_one = any(one() is optimizer for one in other._optimizers for optimizer in fit.optimizers)
+            if other is not self and other.teacher is self.teacher and of_one:
+                raise ValueError(
+                    f"teacher must be asked by one Distiller of a training, got {self.teacher!r} in two; give one of them all "
+                    "losses, loss=[..., ...], or each a teacher of its own"
+                )
 
     def after_forward(self, batch: Batch) -> None:
         """Let the teacher answer for the batch.
@@ -333,6 +348,7 @@ class Distiller(Shown, Participant):
             release()
         self._capture = self._seen = self._group = self._student = None
         self._optimizers = []
+        _running.discard(self)
 
     # --- a student whose channels go -----------------------------------------------------------------------------------
 

@@ -279,6 +279,19 @@ def test_nothing_of_a_step_is_held_after_it():
     run.handle.remove(False)
 
 
+def test_what_a_further_pass_of_the_student_leaves_is_forgotten_with_the_step():
+    """As one that activation checkpointing runs again in the backward pass."""
+    run, found = Run(fitnet()), []
+    loss = run.loss(0)
+    run.student[1].register_forward_hook(lambda layer, inputs, outputs: found.append(weakref.ref(outputs)))
+    run.student(X[1])
+    assert found[0]() is not None
+    loss.backward()
+    run.optimizer.step()
+    assert found[0]() is None
+    run.handle.remove(False)
+
+
 def test_random_numbers_of_the_loop_are_those_without_it():
     torch.manual_seed(3)
     run = Run(fitnet(), net())
@@ -560,6 +573,18 @@ def test_a_teacher_that_says_nan_later_is_told_with_the_figures():
 def test_a_run_without_a_model_is_refused():
     with pytest.raises(ValueError, match="model must be given for a Distiller, whose student it is, got None; pass model="):
         Loop([Distiller(teacher(), Distance())]).start(Fit(1))
+
+
+def test_a_teacher_of_two_distillers_of_a_training_is_refused_and_of_two_runs_is_not():
+    """The average moved twice in each step, and answered the first for the layers of the second."""
+    average, student = EMATeacher(0.5), net()
+    both = [Distiller(average, [loss]) for loss in (Distance(), "SoftTarget")]
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    with pytest.raises(ValueError, match="teacher must be asked by one Distiller of a training, got <EMATeacher"):
+        attach(optimizer, *both, total_steps=2, model=student)
+    assert hooks(student) == 0 and average.model is None
+    for one in both:
+        Run(one, student).steps(0).handle.remove(False)
 
 
 def test_features_alone_need_no_logits():

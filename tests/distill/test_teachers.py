@@ -201,6 +201,39 @@ def test_a_network_that_is_put_into_training_mode_in_between_answers_in_eval_mod
     assert torch.equal(teacher.model[1].running_mean, mean) and teacher.model.training
 
 
+def test_several_hear_of_each_step_and_of_the_position():
+    heard = []
+
+    class Hears(NetworkTeacher):
+        def after_step(self):
+            heard.append("step")
+
+        def at_position(self, position):
+            heard.append(position)
+
+    several = SeveralTeachers([Hears(net()), Hears(net())])
+    several.after_step()
+    several.at_position(0.5)
+    assert heard == ["step", "step", 0.5, 0.5]
+
+
+def test_what_an_earlier_pass_has_left_is_no_answer():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.runs = nn.Identity(), True
+
+        def forward(self, x):
+            return self.body(x) if self.runs else x
+
+    teacher = begun(Sometimes(), ["body"])
+    with torch.no_grad():
+        teacher.model(X[0])
+    teacher.model.runs = False
+    with pytest.raises(ValueError, match="activations_teacher must be layers that run in each forward pass"):
+        teacher.answer(batch())
+
+
 def test_what_can_be_a_teacher():
     one = NetworkTeacher(net())
     several = SeveralTeachers([one])
