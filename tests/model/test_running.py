@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fasterai.model.inputs import positional
-from fasterai.model.running import at_rest, copies, evaluating, in_mode, undisturbed, without_fast_path
+from fasterai.model.running import at_rest, copies, device_of, evaluating, in_mode, undisturbed, without_fast_path
 from fasterai.model.supported import check_model
 
 
@@ -128,3 +128,14 @@ def test_modes_and_generators_come_back_after_an_error() -> None:
         fail()
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in model.modules()] == [True, True, False]
+
+
+def test_the_device_is_read_off_the_first_parameter_alone():
+    class Many(nn.Module):
+        def parameters(self, recurse=True):
+            yield nn.Parameter(torch.zeros(1, device="meta"))
+            raise AssertionError("a large model has many")
+
+    assert device_of(Many(), ()).type == "meta"
+    assert device_of(nn.Flatten(), ({"x": torch.zeros(1, device="meta")},)).type == "meta"
+    assert device_of(nn.Flatten(), ()).type == "cpu"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fasterai.distill.losses.features import MGD, FitNet
 from fasterai.distill.losses.squares import mean_square
 
 
@@ -49,3 +50,14 @@ def test_the_memory_format_stays():
 def test_it_can_be_mapped():
     x = torch.randn(4, 3)
     torch.testing.assert_close(torch.vmap(mean_square)(x), x.square().mean(1))
+
+
+@pytest.mark.parametrize("loss", [FitNet(), MGD(ratio=0)])
+def test_of_two_maps_only_their_difference_is_kept(loss):
+    """The teacher's map is not kept beside what the adapter has made of the student's."""
+    student, teacher = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 7, 4, 4)
+    before, adapter, kept = teacher.clone(), loss.adapter([student], [teacher]), set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.add(x.data_ptr()) or x, lambda x: x):
+        loss(student, teacher, None, adapter)
+    assert teacher.data_ptr() not in kept
+    assert torch.equal(teacher, before)
