@@ -124,7 +124,7 @@ class Joined:
             p.grad = None
 
     def clear_left_over(self, _: Tensor) -> None:
-        """Clear the gradients as a backward pass begins, where the optimizer's other parameters have none.
+        """Set the gradients to None as a backward pass begins, if the optimizer's other parameters have none.
 
         A GradScaler that skips a step tells nobody. A loop that then clears the model's gradients leaves these, infinite, and
         no later step would be taken.

@@ -172,6 +172,14 @@ def test_an_adapter_begins_afresh():
     optimizer.step()
 
 
+def test_an_adapter_begins_afresh_with_its_statistics():
+    adapter, other = adapted()[0], adapted()[0]
+    for one, size in ((adapter, 5), (other, 3)):
+        one.register_buffer("mean", torch.ones(size))
+    renew_adapter_(adapter, other, torch.optim.SGD(adapter.parameters(), 0.1))
+    assert torch.equal(adapter.mean, torch.ones(3))
+
+
 def test_its_state_is_plain_and_comes_back():
     state = Following(((2, 3),), ((2, 4),), (((2, 5),), ((2, 4),)), {"w": (3, 1)}, ({("w", 0): np.array([0, 2])},))
     again = Following.of_state(state.state_dict())
