@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fasterai.callbacks.settings import PruneSettings, SparsifySettings
+from fasterai.core.checks import names_arguments
 from fasterai.core.contexts import Context
 from fasterai.core.criteria import Criterion
 from fasterai.core.granularities import Granularity
@@ -125,6 +126,7 @@ class SparsifyMethod(Method):
         TypeError: An argument is of the wrong type, or there is no such option.
     """
 
+    @names_arguments
     def __init__(
         self,
         sparsity: Sparsity | None,

@@ -6,16 +6,18 @@ To add one: a function that takes the argument's name and its value, and returns
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import numbers
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
+from fasterai.core.words import ARGUMENTS as WORDS
 from fasterai.core.words import GONE, find_entry, hint_for
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "from_catalogue",
     "instead_of_class",
     "not_one_of",
+    "names_arguments",
     "noted",
     "unknown",
     "warn",
@@ -138,6 +141,22 @@ class NamesReplacements:
             hints = (GONE.get(base.__name__, {}).get(name) for base in type(self).__mro__)
             hint = next((f"; {found}" for found in hints if found), "")
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}", name=name, obj=self)
+
+
+P = ParamSpec("P")
+
+
+def names_arguments(init: Callable[P, None]) -> Callable[P, None]:
+    """Make an `__init__` answer arguments that it lacks, where others' calls have them, with what to write instead."""
+    hints = WORDS[init.__qualname__.partition(".")[0]]
+
+    @functools.wraps(init)
+    def named(*given: P.args, **keywords: P.kwargs) -> None:
+        for name in hints.keys() & keywords.keys():
+            raise TypeError(f"{name} must be left out, got {keywords[name]!r}; {hints[name]}")
+        init(*given, **keywords)
+
+    return named
 
 
 def instead_of_class(value: object) -> str:

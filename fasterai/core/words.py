@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-__all__ = ["GONE", "HINTS", "NAMES", "find_entry", "hint_for"]
+__all__ = ["ARGUMENTS", "GONE", "HINTS", "NAMES", "find_entry", "hint_for"]
 
 #: Catalogue -> further name -> entry.
 NAMES: Mapping[str, Mapping[str, str]] = {
@@ -115,6 +115,12 @@ HINTS: Mapping[str, Mapping[str, str]] = {
         "set": _GROW,
         "static": "did you mean 'nested', with a schedule that has no further steps: OneShot(0)?",
     },
+}
+
+#: Class, of callbacks what the frameworks' ones are made of -> argument of others' calls -> what to write instead.
+ARGUMENTS: Mapping[str, Mapping[str, str]] = {
+    "Pruner": {"importance": "the importance of a weight is criteria=, such as criteria='large_final'"},
+    "SparsifyMethod": {"end_sparsity": "the share at the end of the run is sparsity=, such as sparsity=0.5 for 50 %"},
 }
 
 _FREE = "schedules remember nothing, so there is nothing to do in its place"

@@ -415,6 +415,8 @@ class Distiller(Shown, Participant):
         """
         parts = {"step": whole, "adapters": list_of(adapter_state), "following": check_following, "sum": tensor, "count": whole}
         check_parts(state, "Distiller", {**parts, "teacher": mapping_of(lambda *_: None)})
+        following = Following.of_state(state["following"])
+        following.check_layers(len(self.layers[0]))
         adapters: list[dict[str, Tensor] | None] = list(state["adapters"])
         if adapters and len(adapters) != len(self.losses):
             raise ValueError(f"state must be of {len(self.losses)} losses, got {len(adapters)}")
@@ -423,7 +425,7 @@ class Distiller(Shown, Participant):
             check_fit(one, saved, type(loss).__name__)
         self.teacher.check_state(state["teacher"])
         self.teacher.load_state_dict(state["teacher"])
-        self._step, self._following = state["step"], Following.of_state(state["following"])
+        self._step, self._following = state["step"], following
         self._sum, self._count = state["sum"].clone() if state["count"] else None, state["count"]
         if self._student is not None and not self._following.cuts:
             self._following = self._following.at_present(self._student)

@@ -75,6 +75,17 @@ class Following:
         if self.features and not self.cuts and now != before:
             raise ValueError(f"state must be of adapters for features of {now} channels, got one for {before}")
 
+    def check_layers(self, count: int) -> None:
+        """Refuse a record of another number of pairs of layers.
+
+        Raises:
+            ValueError: It is one.
+        """
+        rows = [*self.first, *(one for one in (self.features, self.others) if one)]
+        odd = next((len(row) for row in rows if len(row) != count), None)
+        if odd is not None or len(self.first) not in (0, 2):
+            raise ValueError(f"state must be of {count} pairs of layers, got one of {len(self.first) if odd is None else odd}")
+
     def at_present(self, student: nn.Module) -> Following:
         """Note parameters as they are now."""
         shapes = {plain_name(name): tuple(p.shape) for name, p in unwrap(student).named_parameters()}

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from fasterai.core import criteria as criterion_catalogue
 from fasterai.core import schedules
-from fasterai.core.checks import NamesReplacements, check_choice, check_count, check_fraction, from_catalogue, warn
+from fasterai.core.checks import (
+    NamesReplacements,
+    check_choice,
+    check_count,
+    check_fraction,
+    from_catalogue,
+    names_arguments,
+    warn,
+)
 from fasterai.core.contexts import Context
 from fasterai.core.criteria import Criterion, as_criterion
 from fasterai.core.granularities import Coupled
@@ -91,6 +99,7 @@ class Pruner(NamesReplacements, ShownChannels):
     _dense_inputs: tuple[Any, ...] | None = None  # before any of them were cut
     _cuts: Mapping[str, InputCut] = MappingProxyType({})
 
+    @names_arguments
     def __init__(
         self,
         model: nn.Module,

@@ -8,16 +8,22 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from fasterai.cli import folders as image_folders
+from fasterai.distill import teachers as distilling
+from fasterai.distill.capture import Capture
+from fasterai.distill.distiller import Distiller
+from fasterai.distill.losses.features import MGD, FitNet
+from fasterai.distill.losses.logits import SoftTarget
 from fasterai.sparse.record import MaskRecord
 from fasterai.sparse.sparsifier import Sparsifier
 from tests.attack import __main__ as command
-from tests.attack import disks, looks, loops, mutations, oracles, settings, states, trials
+from tests.attack import disks, looks, loops, mutations, oracles, pairs, settings, states, teachers, trials
 from tests.attack.trials import FAILED, KINDS, REFUSED, SURVIVED, Trial, count_of, one, run
 
 #: Seeds; those of the command line take longer, and are left to the command.
@@ -82,6 +88,42 @@ def test_an_attribute_that_is_replaced_by_a_look_is_found_out(monkeypatch: pytes
 
     monkeypatch.setattr(looks, "LOOKS", {"graph": look, "onnx": look, "program": look, "latency": look})
     assert any("changed .notes" in why for why in failures("looks", 1))
+
+
+def _attacked(monkeypatch: pytest.MonkeyPatch, **settings: object) -> list[str]:
+    """What a few trials of distillation find that have these settings, whatever else is drawn."""
+    plan = teachers.random_plan
+    monkeypatch.setattr(teachers, "random_plan", lambda draw, folder: replace(plan(draw, folder), **settings))
+    return failures("teachers", 3)
+
+
+FITNET = {"pair": pairs.random_pair(random.Random(8)), "losses": (FitNet(),), "company": ("nobody", "weight", "taylor", 0.5)}
+
+
+def test_hooks_that_stay_are_found_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Capture, "remove", lambda self: None)
+    assert any("has hooks at" in why for why in _attacked(monkeypatch, **FITNET, layers=(["0"], ["0"]), teacher="network"))
+
+
+def test_a_teacher_that_learns_is_found_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(distilling, "_wake", lambda model: None)
+    assert any("teacher is not as it was" in why for why in _attacked(monkeypatch, losses=(SoftTarget(),), teacher="network"))
+
+
+def test_adapters_that_begin_afresh_are_found_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Distiller, "_restored", lambda *_: None)
+    found = _attacked(monkeypatch, **FITNET | {"losses": (MGD(),)}, layers=(["0"], ["0"]), teacher="network", weight=0.9)
+    assert any("ended with other weights" in why for why in found)
+
+
+def test_outputs_that_are_kept_are_found_out(monkeypatch: pytest.MonkeyPatch):
+    kept: list[object] = []
+    answer = distilling.NetworkTeacher.answer
+    monkeypatch.setattr(
+        distilling.NetworkTeacher, "answer", lambda self, batch: kept.append(batch.outputs) or answer(self, batch)
+    )
+    found = _attacked(monkeypatch, losses=(SoftTarget(),), teacher="network")
+    assert any("are kept after the step" in why for why in found)
 
 
 def test_random_numbers_that_are_drawn_by_a_look_are_found_out(monkeypatch: pytest.MonkeyPatch):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+from fasterai.callbacks.fastai import SparsifyCallback
 from fasterai.core import contexts, criteria, granularities, schedules
 from fasterai.core.checks import entry_name, from_catalogue
-from fasterai.core.words import HINTS, NAMES, find_entry, hint_for
+from fasterai.core.words import ARGUMENTS, HINTS, NAMES, find_entry, hint_for
+from fasterai.prune.pruner import Pruner
 from fasterai.units import rules
 
 CATALOGUES = {
@@ -106,3 +111,32 @@ def test_the_entrys_name_is_what_is_noted():
 def test_what_nobody_knows_gets_no_hint():
     assert hint_for("criteria", "zzz") is None
     assert find_entry("nowhere", "zzz") == "zzz"
+
+
+def make_pruner(**keywords):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    return Pruner(model, 0.5, "local", example_inputs=torch.randn(2, 3), **keywords)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: make_pruner(importance="l1"), "importance must be left out, got 'l1'; .* is criteria=, such as criteria="),
+        (lambda: SparsifyCallback(end_sparsity=0.5), "end_sparsity must be left out, got 0.5; .* is sparsity=, such as"),
+        (lambda: SparsifyCallback(0.5, "weight", "local", "magnitude", "agp", end_sparsity=0.5), "is sparsity="),
+    ],
+)
+def test_an_argument_of_others_calls_is_refused_with_the_one_that_is_meant(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_arguments_of_others_calls_are_none_of_ours_and_change_no_signature():
+    homes = {"Pruner": Pruner, "SparsifyMethod": SparsifyCallback}
+    assert homes.keys() == ARGUMENTS.keys()
+    for name, home in homes.items():
+        assert not ARGUMENTS[name].keys() & inspect.signature(home).parameters.keys()
+    assert list(inspect.signature(Pruner).parameters)[:4] == ["model", "pruning_ratio", "context", "criteria"]
+    assert make_pruner(criteria="magnitude").criteria == criteria.large_final
+    with pytest.raises(TypeError, match="unexpected keyword argument 'importances'"):
+        make_pruner(importances="l1")

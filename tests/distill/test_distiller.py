@@ -354,6 +354,20 @@ def test_a_state_may_come_in_the_middle_of_a_run():
     whole.handle.remove()
 
 
+@pytest.mark.parametrize("side", ["features", "others", 0, 1])
+def test_a_state_of_another_number_of_layers_is_refused_before_a_batch_comes(side):
+    first = Run(fitnet()).steps(0)
+    run, state = Run(fitnet()), first.distiller.state_dict()
+    shapes = state["following"]["first"][side] if isinstance(side, int) else state["following"][side]
+    shapes.append(shapes[-1])
+    before = run.distiller.state_dict()
+    with pytest.raises(ValueError, match="state must be of 1 pairs of layers, got one of 2"):
+        run.distiller.load_state_dict(state)
+    assert str(run.distiller.state_dict()) == str(before)
+    run.steps(0).handle.remove(False)
+    first.handle.remove(False)
+
+
 BAD = {
     "step": (-1, ValueError, "state's step must be at least 0, got -1"),
     "adapters": ([None, None, None], ValueError, "state must be of 1 losses, got 3"),
