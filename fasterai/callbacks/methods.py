@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fasterai.callbacks.settings import PruneSettings, SparsifySettings
-from fasterai.core.checks import names_arguments
+from fasterai.core.checks import check_arguments
 from fasterai.core.contexts import Context
 from fasterai.core.criteria import Criterion
 from fasterai.core.granularities import Granularity
@@ -126,7 +126,6 @@ class SparsifyMethod(Method):
         TypeError: An argument is of the wrong type, or there is no such option.
     """
 
-    @names_arguments
     def __init__(
         self,
         sparsity: Sparsity | None,
@@ -144,6 +143,7 @@ class SparsifyMethod(Method):
         layer_type: LayerTypes | None = None,
         **options: Any,
     ) -> None:
+        check_arguments("SparsifyMethod", options)
         super().__init__(self._make)
         self.sparsity, self.part, self.save_tickets = sparsity, model, save_tickets
         self.settings = SparsifySettings(

@@ -12,7 +12,7 @@ import numbers
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ParamSpec
@@ -22,6 +22,7 @@ from fasterai.core.words import GONE, find_entry, hint_for
 
 __all__ = [
     "NamesReplacements",
+    "check_arguments",
     "check_choice",
     "check_count",
     "check_fraction",
@@ -148,15 +149,20 @@ P = ParamSpec("P")
 
 def names_arguments(init: Callable[P, None]) -> Callable[P, None]:
     """Make an `__init__` answer arguments that it lacks, where others' calls have them, with what to write instead."""
-    hints = WORDS[init.__qualname__.partition(".")[0]]
+    owner = init.__qualname__.partition(".")[0]
 
     @functools.wraps(init)
     def named(*given: P.args, **keywords: P.kwargs) -> None:
-        for name in hints.keys() & keywords.keys():
-            raise TypeError(f"{name} must be left out, got {keywords[name]!r}; {hints[name]}")
+        check_arguments(owner, keywords)
         init(*given, **keywords)
 
     return named
+
+
+def check_arguments(owner: str, keywords: Mapping[str, Any]) -> None:
+    """Refuse arguments that a class lacks, where others' calls have them, with what to write instead."""
+    for name in WORDS[owner].keys() & keywords.keys():
+        raise TypeError(f"{name} must be left out, got {keywords[name]!r}; {WORDS[owner][name]}")
 
 
 def instead_of_class(value: object) -> str:

@@ -122,8 +122,10 @@ def make_pruner(**keywords):
     ("call", "message"),
     [
         (lambda: make_pruner(importance="l1"), "importance must be left out, got 'l1'; .* is criteria=, such as criteria="),
-        (lambda: SparsifyCallback(end_sparsity=0.5), "end_sparsity must be left out, got 0.5; .* is sparsity=, such as"),
-        (lambda: SparsifyCallback(0.5, "weight", "local", "magnitude", "agp", end_sparsity=0.5), "is sparsity="),
+        (
+            lambda: SparsifyCallback(None, "weight", "local", "magnitude", "agp", end_sparsity=0.5),
+            "end_sparsity must be left out, got 0.5; .* is sparsity=, such as",
+        ),
     ],
 )
 def test_an_argument_of_others_calls_is_refused_with_the_one_that_is_meant(call, message):
