@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ def checked_layers(losses: Sequence[Loss], *given: Layers | None) -> tuple[list[
     for side, layers in zip(SIDES, given, strict=True):
         if isinstance(layers, str | nn.Module):
             raise TypeError(f"{side} must be a list of layers, got {brief(layers)}; pass [{brief(layers)}]")
+        if not isinstance(layers, Iterable | None):
+            raise TypeError(f"{side} must be a list of layers, got {layers!r}; the weight of the loss is weight={layers!r}")
     student, teacher = (list(layers or ()) for layers in given)
     if len(student) != len(teacher):
         raise ValueError(

@@ -99,6 +99,7 @@ class Distiller(Shown, Participant):
         self._count = 0
         self._doubt: Tensor | None = None  # 0, or NaN as soon as the teacher has said NaN or infinity
         self._figure = float("nan")
+        self._is_first = True
 
     def _line(self) -> str:
         names = " + ".join(type(one).__name__ for one in self.losses)
@@ -249,11 +250,24 @@ class Distiller(Shown, Participant):
             self._follow(own, other)
         with torch.autocast(loss.device.type, enabled=False):
             parts = [self._loss_of(i, one, own, other, one.labels_of(batch)) for i, one in enumerate(self.losses)]
+        self._check_first(parts, own)
         value = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
         self._note(value.detach(), other)
         task = loss if batch.loss is None else batch.loss
         mixed = torch.lerp(task, value.to(task.device, task.dtype), self._weight)
         return mixed if loss is task else mixed + (loss - task)  # what others have added stays whole, in either order
+
+    def _check_first(self, parts: Sequence[Tensor], own: Answers) -> None:
+        """Refuse a loss of finite answers that is not finite; only with a run's first batch, since it waits for a device."""
+        is_first, self._is_first = self._is_first, False
+        if not is_first or any(x is not None and not bool(doubt_of(x) == 0) for x in (own.logits, *own.features)):
+            return
+        for one, part in zip(self.losses, parts, strict=True):
+            if not bool(part.isfinite()):
+                raise ValueError(
+                    f"loss must be finite for finite answers, got {float(part.detach())} from {one!r}; functions get logits, "
+                    "not probabilities or their logarithms"
+                )
 
     def _loss_of(self, index: int, one: Loss, own: Answers, other: Answers, labels: Any) -> Tensor:
         assert self._adapters is not None

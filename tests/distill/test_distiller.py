@@ -518,6 +518,12 @@ def test_a_feature_whose_channels_cannot_be_told_lets_its_adapter_begin_afresh()
             TypeError,
             r"activations_student must be a list of layers, got '0'; pass \['0'\]",
         ),
+        (
+            FitNet,
+            {"activations_student": 0.9},
+            TypeError,
+            r"activations_student must be a list of layers, got 0.9; the weight of the loss is weight=0.9",
+        ),
         (Distance, {"weight": 1.5}, ValueError, r"weight must be in \[0, 1\], got 1.5"),
         (Distance, {"weight": "0.5"}, TypeError, r"weight must be a number in \[0, 1\], got '0.5'"),
         (Distance, {"schedule": "coz"}, ValueError, "schedule must be one of .*got 'coz'"),
@@ -563,6 +569,20 @@ def test_a_first_batch_that_does_not_fit_is_refused():
         "teacher must give finite numbers, got NaN or infinity for the first batch; check its weights, and"
     )
     assert "got numbers from -" in spoiled
+
+
+@pytest.mark.filterwarnings("ignore:the run ends without a step")
+def test_a_loss_that_is_not_finite_is_refused_with_the_first_batch():
+    spoiled = refused(Distiller(teacher(), lambda student, other: (student - 1e9).log().mean()))
+    assert spoiled.startswith("loss must be finite for finite answers, got nan from ")
+    assert "functions get logits, not probabilities" in spoiled
+
+    network = net()
+    with torch.no_grad():
+        network[0].weight.fill_(float("inf"))  # the student's own trouble, which a GradScaler may get over
+    run = Run(Distiller(teacher(), Distance()), network)
+    run.loss(0)
+    run.handle.remove(False)
 
 
 def test_a_teacher_that_masks_classes_by_the_lowest_number_is_finite():
