@@ -16,7 +16,7 @@ from fasterai.core.batch import Batch
 from fasterai.core.checks import not_one_of, warn
 from fasterai.display import Brief
 from fasterai.model.inputs import as_batch
-from fasterai.sparse.tickets.states import keep_random_state, put_random_state_
+from fasterai.model.progress import keep_random_state, put_random_state_
 
 __all__ = ["Source", "source_of", "untouched_generators"]
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.core.batch import Fit
-from fasterai.core.checks import warn
 from fasterai.core.files import write_saved
 from fasterai.core.participant import Participant
 from fasterai.core.saved import check_parts, equal_to, list_of, mapping_of, tensor, text
@@ -21,15 +20,13 @@ from fasterai.distill.distiller import Distiller
 from fasterai.distill.routes.hardness import Greedy, held_out_batches, next_anchor
 from fasterai.distill.routes.result import RouteResult, Stage
 from fasterai.model.cuts import check_trains
+from fasterai.model.progress import check_same_call, keep_random_state, put_random_state_, random_state
 from fasterai.model.snapshots import clear_states_, put_back_, sum_of, take_snapshot
-from fasterai.sparse.tickets.states import keep_random_state, put_random_state_
 
 __all__ = ["Journey", "StageGuard", "Train"]
 
 NAME, STAGES_FORMAT = "stages.pt", "fasterai-stages-1"
 Train = Callable[[nn.Module, list[Participant]], object]
-#: Settings of random generators, as `keep_random_state` returns them.
-GENERATORS = ("torch", "cuda", "numpy", "python")
 
 
 class StageGuard(Participant):
@@ -192,10 +189,10 @@ def read_progress(folder: Path | None, words: Mapping[str, str], start: Mapping[
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         parts = {"format": equal_to(STAGES_FORMAT), "settings": mapping_of(text), "start": text, "weights": mapping_of(tensor)}
-        check_parts(state, "distil", {**parts, "stages": list_of(_stage), "next": _following, "random": _random})
+        check_parts(state, "distil", {**parts, "stages": list_of(_stage), "next": _following, "random": random_state})
     except (ValueError, TypeError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"folder must hold what distil has written, got {path}, which is none: {error}") from error
-    _check_same(folder, state, words, start)
+    check_same_call(folder, state, words, start, ("stages of a student", "the training"))
     stages = tuple(Stage(anchor, score, tuple(hardness)) for anchor, score, hardness in state["stages"])
     return Progress(stages, state["next"], state["weights"], state["random"])
 
@@ -208,21 +205,3 @@ def _stage(what: str, value: Any) -> None:
 def _following(what: str, value: Any) -> None:
     if value is not None and not isinstance(value, int):
         raise TypeError(f"{what} must be a place or None, got {value!r}")
-
-
-def _random(what: str, value: Any) -> None:
-    if not isinstance(value, Mapping) or set(value) != set(GENERATORS):
-        raise TypeError(f"{what} must be states of generators, got {type(value).__name__}")
-
-
-def _check_same(folder: Path, state: Mapping[str, Any], words: Mapping[str, str], start: Mapping[str, Tensor]) -> None:
-    before = state["settings"]
-    differing = [f"{n} was {before.get(n)} and is {words.get(n)}" for n in {**before, **words} if before.get(n) != words.get(n)]
-    shapes = [{name: tuple(x.shape) for name, x in tensors.items()} for tensors in (state["weights"], start)]
-    if shapes[0] != shapes[1]:
-        name = next(n for n in {**shapes[0], **shapes[1]} if shapes[0].get(n) != shapes[1].get(n))
-        differing.append(f"{name} was {shapes[0].get(name, 'missing')} and is {shapes[1].get(name, 'missing')}")
-    if differing:
-        raise ValueError(f"folder must be of the same call, got {folder}, where {'; '.join(differing)}; pass another folder")
-    if state["start"] != sum_of(start):
-        warn(f"{folder} holds stages of a student with other first weights: the training goes on with those, not with its own")

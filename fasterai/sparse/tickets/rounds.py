@@ -20,10 +20,11 @@ from fasterai.core.granularities import Granularity
 from fasterai.core.loop import Participant
 from fasterai.core.saved import settings_in_words
 from fasterai.core.schedules import Schedule
+from fasterai.model.progress import keep_random_state, put_random_state_
 from fasterai.model.snapshots import put_back_, take_snapshot
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.sparse.tickets.point import RewindPoint
-from fasterai.sparse.tickets.states import Progress, keep_random_state, put_random_state_, read_progress, write_progress
+from fasterai.sparse.tickets.states import Progress, read_progress, write_progress
 from fasterai.sparse.tickets.ticket import Ticket
 from fasterai.units.choice import Goal
 

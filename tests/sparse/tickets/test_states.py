@@ -1,18 +1,15 @@
 """Searches for tickets that are interrupted, by a kill as well, go on after the last whole round to equal bytes."""
 
-import random
 import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from fasterai.sparse.tickets.rounds import find_ticket
-from fasterai.sparse.tickets.states import keep_random_state, put_random_state_
 from fasterai.sparse.tickets.ticket import Ticket
 from tests.ticket_nets import equal, net, tensors_of, train
 
@@ -158,19 +155,3 @@ def test_a_spoiled_file_is_refused(content, tmp_path):
     with pytest.raises(ValueError, match=r"folder must hold what find_ticket has written, got .*rounds\.pt, which is none"):
         find_ticket(_never, model, 0.5, rounds=3, folder=tmp_path)
     assert equal(tensors_of(model), before)
-
-
-def test_random_numbers_go_on():
-    for seed in (torch.manual_seed, np.random.seed, random.seed):
-        seed(3)
-    state = keep_random_state()
-
-    def drawn():
-        return torch.rand(2).tolist(), np.random.rand(2).tolist(), np.random.randn(), random.random(), random.gauss(0, 1)
-
-    first = drawn()
-    assert drawn() != first
-    put_random_state_(state)
-    assert drawn() == first
-    put_random_state_({})
-    assert drawn() != first
