@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-__all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
+__all__ = [
+    "HoldCallback",
+    "KnowledgeDistillationCallback",
+    "ParticipantCallback",
+    "PruneCallback",
+    "RegularizeCallback",
+    "SparsifyCallback",
+]
 
 
 class _Missing:
@@ -36,3 +43,7 @@ class ParticipantCallback(_Missing):
 
 class KnowledgeDistillationCallback(_Missing):
     """Stands for `fasterai.callbacks.fastai.KnowledgeDistillationCallback`."""
+
+
+class RegularizeCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.RegularizeCallback`."""

@@ -1,0 +1,1 @@
+"""Penalties on the units of a model, which drive whole units to zero while it trains."""
