@@ -1,4 +1,4 @@
-"""The regulariser: a penalty on units while a model trains, in the loss, in the gradient, or as a step after the optimizer's."""
+"""The regulariser: a penalty on units while a model trains, in the loss, the gradient, or a step after the optimizer's."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Regularizer(Shown, Participant):
         schedule: The share of `weight` at each position of the run, its name, or a function; None for all of it throughout.
         penalty: What a unit costs: `l1`, `group_lasso`, `growing`, `slimming`, or a `Penalty`.
         how: `loss` adds the penalty to the loss, `gradient` its gradient to that of the step, before any clipping; `proximal`
-            takes its proximal step after that of the optimizer, at the learning rate of each parameter, so that zeros are exact.
+            takes its proximal step after the optimizer's, at the learning rate of each parameter, so that zeros are exact.
         targets: Names of parameters, modules or containers, globs, or a predicate (name, parameter); instead of the default.
         layer_type: Module classes whose weights are the targets, instead of the default ones.
         example_inputs: A tensor or tuple that the model runs on. It shows coupled channels, the norms behind units, and the
@@ -174,8 +174,7 @@ class Regularizer(Shown, Participant):
         """
         for term in self.terms:
             term.check_seen()
-        parts = [value for term in self.terms if (value := term.value()) is not None]
-        return torch.stack([part.to(parts[0].device) for part in parts]).sum() if parts else torch.zeros(())
+        return _added([term.value() for term in self.terms])
 
     # --- a run -----------------------------------------------------------------------------------------------------------
 
@@ -239,10 +238,8 @@ class Regularizer(Shown, Participant):
         """Take the proximal step, if that is the place of the penalty, and note the norms at few steps."""
         if self.how == "proximal":
             strength = self.strength
-            with torch.no_grad():
-                self._count_in(self.get_norm())
-            for term in self.terms:
-                term.step_(lambda p: None if (rate := self._rates.get(id(p))) is None else rate * strength)
+            rates = {key: rate * strength for key, rate in self._rates.items()}
+            self._count_in(_added([term.step_(lambda p: rates.get(id(p))) for term in self.terms]))
         self._step = round(position * self._total_steps)
         if int(position * NOTES) > int(self._notes[0][-1][0] * NOTES):
             self._note(position)
@@ -295,7 +292,8 @@ class Regularizer(Shown, Participant):
         drawn = [several] if ax is None and len(shown) == 1 else list(several)
         for axes, term, rows in zip(drawn, shown, self._notes, strict=False):
             draw(rows, axes, "Norms of the units", repr(term))
-        return drawn[0]
+        first: Axes = drawn[0]
+        return first
 
     # --- saving and going on ---------------------------------------------------------------------------------------------
 
@@ -343,3 +341,9 @@ class Regularizer(Shown, Participant):
         self._notes = [notes.tolist() for notes in state["notes"]]
         for term, initial in zip(self.terms, state["initial"], strict=True):
             term.load_initial(initial)
+
+
+def _added(values: Sequence[Tensor | None]) -> Tensor:
+    """Add up scalars, on the device of the first; 0 for none."""
+    parts = [value for value in values if value is not None]
+    return torch.stack([part.to(parts[0].device) for part in parts]).sum() if parts else torch.zeros(())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Units(ABC):
         """Return what a penalty sees."""
         count = self.count
         share = 1 / count if is_mean else torch.ones_like(count)
-        return Sizes(lambda: self.sums(values), lambda: self.sums(squares), count, share)
+        return Sizes(cache(partial(self.sums, values)), cache(partial(self.sums, squares)), count, share)
 
 
 class TargetUnits(Units):
@@ -166,7 +166,8 @@ def scale_units(pools: Sequence[Pool]) -> list[Units]:
     found: list[Units] = []
     seen: set[int] = set()
     for pool in pools:
-        for place in pool.places:
+        places: Sequence[Any] = pool.places  # targets and partners, which hold parameters
+        for place in places:
             if place.attribute != "weight" or place.parameter.dim() != 1 or not _is_norm(place.module):
                 continue
             if isinstance(pool, ChannelPool):

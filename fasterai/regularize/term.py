@@ -126,7 +126,8 @@ class Term:
         if self.penalty.on_scales and not self.units:
             repair = "" if self.record.maker.is_seen else "; pass example_inputs=, which show them"
             raise ValueError(
-                f"penalty must find norms with a scale behind the {units_word(repr(self.granularity))} for 'slimming', got none{repair}"
+                f"penalty must find norms with a scale behind the {units_word(repr(self.granularity))}, got none for 'slimming'"
+                f"{repair}"
             )
 
     @property
@@ -167,31 +168,31 @@ class Term:
 
     def value(self) -> Tensor | None:
         """Return the penalty of all units that train, a scalar with its gradient; None if none does."""
-        parts = [self.penalty(sizes) for sizes in self._sizes(self.training)]
+        return self._added(self._sizes(self.training))
+
+    def _added(self, all_sizes: Sequence[Sizes]) -> Tensor | None:
+        parts = [self.penalty(sizes) for sizes in all_sizes]
         return torch.stack([part.to(parts[0].device) for part in parts]).sum() if parts else None
 
     @torch.no_grad()
-    def step_(self, rates: Rates) -> None:
-        """Take the proximal step of all units at once, from their sizes before it.
+    def step_(self, rates: Rates) -> Tensor | None:
+        """Take the proximal step of all units at once, from their sizes before it; return the penalty before it.
 
         Args:
             rates: Parameter -> its learning rate times the weight of the penalty; None if the optimizer does not have it.
         """
         found = []
         training = self.training
-        for units, sizes in zip(training, self._sizes(training), strict=True):
-            known: dict[float, Tensor] = {}
+        all_sizes = self._sizes(training)
+        for units, sizes in zip(training, all_sizes, strict=True):
             for parameter, view, spread in units.places():
                 rate = rates(parameter)
-                if rate is None:
-                    continue
-                if isinstance(rate, Tensor):
-                    step = self.penalty.step(sizes, rate)
-                else:
-                    step = known[rate] if rate in known else known.setdefault(rate, self.penalty.step(sizes, rate))
-                found.append((view, spread(step, self.penalty.idle).to(view.dtype)))
+                if rate is not None:
+                    found.append((view, spread(self.penalty.step(sizes, rate), self.penalty.idle).to(view.dtype)))
+        value = self._added(all_sizes)
         for view, step in found:
             self.penalty.apply_(view, step)
+        return value
 
     @torch.no_grad()
     def norms(self) -> list[Tensor]:
