@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fasterai.core.granularities import Keep
 from fasterai.core.types import Target
 from fasterai.graph.channels import NORMS
-from fasterai.model.sharded import Place
 from fasterai.regularize.penalties import Sizes
 from fasterai.units.channel_pools import ChannelPool
 from fasterai.units.pool import Pool, WeightScores
@@ -120,7 +119,7 @@ class ChannelUnits(Units):
 class ScaleUnits(Units):
     """The scales of a norm behind the units of a pool, each of them a unit."""
 
-    def __init__(self, pool: Pool, place: Place, where: Tensor | None = None) -> None:
+    def __init__(self, pool: Pool, place: Any, where: Tensor | None = None) -> None:
         super().__init__(pool)
         self.place, self._where = place, where
 
