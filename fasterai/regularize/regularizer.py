@@ -204,7 +204,9 @@ class Regularizer(Shown, Participant):
         self._note(0.0)
 
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
-        """Return the loss plus the penalty; `loss` itself is left as it is."""
+        """Return the loss plus the penalty, if that is its place; `loss` itself is left as it is."""
+        if self.how != "loss":  # others in the loop may hear of the event
+            return loss
         with torch.autocast(loss.device.type, enabled=False):
             value = self.get_norm()
         self._count_in(value)
@@ -212,7 +214,9 @@ class Regularizer(Shown, Participant):
 
     @torch.enable_grad()
     def after_backward(self) -> None:
-        """Add the gradient of the penalty to that of the step."""
+        """Add the gradient of the penalty to that of the step, if that is its place."""
+        if self.how != "gradient":
+            return
         value = self.get_norm()
         self._count_in(value)
         if not value.requires_grad:
