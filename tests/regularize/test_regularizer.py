@@ -106,7 +106,6 @@ def test_the_proximal_step_follows_the_optimizers_with_the_rate_of_each_group(ki
     train(model, [regularizer(model, "filter", weight=0.4, penalty="group_lasso", how="proximal")], 1, optimizer(model))
     for a, b in zip(plain.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a, b)
-    assert 0 < (model[0].weight == 0).float().mean() < 1 and bool((model[3].weight != 0).all())
 
 
 def test_the_rate_is_that_of_the_step_also_where_a_scheduler_comes_before_its_end():
@@ -184,7 +183,10 @@ def test_silent_channels_go_without_any_further_choice():
     assert made.effect[0]["zero"][-1] == pytest.approx(sum(zeros.values()) / 10)
 
 
-@pytest.mark.parametrize("how, penalty, criteria", [("loss", "l1", "movement"), ("proximal", "group_lasso", "large_final")])
+RESUMED = [("loss", "l1", "movement"), ("proximal", "group_lasso", "large_final")]
+
+
+@pytest.mark.parametrize(("how", "penalty", "criteria"), RESUMED)
 def test_a_resumed_run_is_the_same_bit_for_bit(how, penalty, criteria):
     options = {"weight": 0.02, "schedule": "cos", "penalty": penalty, "how": how, "criteria": criteria}
     whole, first, second = network(), network(), network(seed=1)

@@ -43,7 +43,11 @@ BAD = [
     ({"schedule": 3}, TypeError, "schedule must be a schedule"),
     ({"penalty": "l3"}, ValueError, "penalty must be one of group_lasso, growing, l1, slimming, got 'l3'"),
     ({"penalty": GroupLasso}, TypeError, r"penalty must be one of .*; pass one of its values: GroupLasso\(...\)"),
-    ({"penalty": large_final}, TypeError, "penalty must be a penalty or its name, .* which is a criterion; are penalty and crit"),
+    (
+        {"penalty": large_final},
+        TypeError,
+        "penalty must be a penalty or its name, .* which is a criterion; are penalty",
+    ),
     ({"criteria": group_lasso}, TypeError, "criteria must be a criterion or its name, .* which is a penalty"),
     ({"how": "step"}, ValueError, "how must be one of loss, gradient, proximal, got 'step'"),
     ({"how": "proximal", "criteria": "squared_final"}, ValueError, "criteria must be 'large_final' for how='proximal'"),
@@ -51,7 +55,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("changed, kind, message", BAD, ids=[str(i) for i in range(len(BAD))])
+@pytest.mark.parametrize(("changed", "kind", "message"), BAD, ids=[str(i) for i in range(len(BAD))])
 def test_bad_settings_are_refused_with_the_argument_and_its_value(changed, kind, message):
     with pytest.raises(kind, match=message):
         read_settings(**{**GOOD, **changed})
@@ -73,11 +77,11 @@ def test_what_a_model_lacks_is_refused():
         Regularizer("net")
     with pytest.raises(ValueError, match="granularity must be one of column, layer, row, weight, got filter"):
         Regularizer(nn.Sequential(nn.Linear(3, 4)), granularity="filter")
-    with pytest.raises(ValueError, match="targets must be .* got 'head'"):
+    with pytest.raises(ValueError, match=r"targets must be .* got 'head'"):
         Regularizer(model, targets="head")
     with pytest.raises(ValueError, match="layer_type must match a layer of the model, got Linear"):
         Regularizer(model, layer_type=nn.Linear)
-    with pytest.raises(ValueError, match="penalty must find norms with a scale behind the filters, got none for 'slimming'$"):
+    with pytest.raises(ValueError, match=r"penalty must find norms with a scale behind the filters, got none for 'slimming'$"):
         Regularizer(model, granularity="filter", penalty="slimming", example_inputs=x)
     with pytest.raises(ValueError, match="example_inputs must be given for granularity 'coupled'"):
         Regularizer(model, granularity="coupled").get_norm()
