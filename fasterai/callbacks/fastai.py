@@ -28,14 +28,8 @@ except ImportError as error:
 from fasterai.callbacks.fastai_batches import batch_of, plain
 from fasterai.callbacks.fastai_files import begin_saving, end_saving, find_state, skipped_epochs
 
-__all__ = [
-    "HoldCallback",
-    "KnowledgeDistillationCallback",
-    "ParticipantCallback",
-    "PruneCallback",
-    "RegularizeCallback",
-    "SparsifyCallback",
-]
+__all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
+__all__ += ["RegularizeCallback"]
 
 NOT_TRAINING = {"lr_finder", "gather_preds"}  # fastai's names of the callbacks of `lr_find` and of predictions
 LIGHTNING_ASKS_FOR = {"state_key", "setup", "on_exception"}  # what a Trainer wants first, at its making and in a fit

@@ -33,14 +33,8 @@ except ImportError as error:
 
 from fasterai.callbacks.huggingface_trainer import batches_of_step, checkpoint_folder, is_training, returned_loss, unscale
 
-__all__ = [
-    "HoldCallback",
-    "KnowledgeDistillationCallback",
-    "ParticipantCallback",
-    "PruneCallback",
-    "RegularizeCallback",
-    "SparsifyCallback",
-]
+__all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
+__all__ += ["RegularizeCallback"]
 
 #: What the Trainer adds to the batch itself.
 COUNT = "num_items_in_batch"

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-__all__ = [
-    "HoldCallback",
-    "KnowledgeDistillationCallback",
-    "ParticipantCallback",
-    "PruneCallback",
-    "RegularizeCallback",
-    "SparsifyCallback",
-]
+__all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
+__all__ += ["RegularizeCallback"]
 
 
 class _Missing:

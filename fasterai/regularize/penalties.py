@@ -44,10 +44,12 @@ class Penalty(ABC):
     Attributes:
         on_scales: True if its units are the scales of norms, and not weights.
         idle: What `apply_` takes where nothing is to change.
+        silences: True if a step of 0 makes a whole unit zero.
     """
 
     on_scales: ClassVar[bool] = False
     idle: ClassVar[float] = 1.0
+    silences: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, sizes: Sizes) -> Tensor:
@@ -92,11 +94,13 @@ class GroupLasso(Penalty):
     """The norms of the units added up: `sum_g sqrt(G) ||w_g||` (Yuan & Lin 2006, the factor sqrt(G) as there).
 
     The proximal step scales a unit by `max(0, 1 - rate sqrt(G) / ||w_g||)`: units whose norm is at most `rate sqrt(G)` become
-    exactly zero. For units of one weight it is the same as `l1`.
+    exactly zero, and with them their bias and the scale and shift of the norm behind them. For units of one weight it is the same as `l1`.
 
     Attributes:
         scaled: False leaves the factor sqrt(G) out, so that large units are no dearer than small ones of the same norm.
     """
+
+    silences: ClassVar[bool] = True
 
     scaled: bool = True
 
@@ -170,7 +174,7 @@ def _root(squares: Tensor) -> Tensor:
 
 
 def _soften_(weight: Tensor, threshold: Tensor) -> None:
-    """Bring weights nearer to zero by a threshold, at most to zero, in place."""
+    """Move weights towards zero by a threshold, at most to zero, in place."""
     weight.copy_(weight.sign() * (weight.abs() - threshold).clamp_(min=0))
 
 

@@ -1,4 +1,7 @@
-"""The regulariser: a penalty on units while a model trains, in the loss, the gradient, or a step after the optimizer's."""
+"""The regulariser: a penalty on units while a model trains, in the loss, the gradient, or a step after the optimizer's.
+
+Over 300 lines, since one class answers to the events of a run in three ways, shows its effect, and is resumed.
+"""
 
 from __future__ import annotations
 
@@ -204,9 +207,7 @@ class Regularizer(Shown, Participant):
         self._note(0.0)
 
     def after_loss(self, loss: Tensor, batch: Batch) -> Tensor:
-        """Return the loss plus the penalty, if that is its place; `loss` itself is left as it is."""
-        if self.how != "loss":  # others in the loop may hear of the event
-            return loss
+        """Return the loss plus the penalty; `loss` itself is left as it is."""
         with torch.autocast(loss.device.type, enabled=False):
             value = self.get_norm()
         self._count_in(value)
@@ -214,9 +215,7 @@ class Regularizer(Shown, Participant):
 
     @torch.enable_grad()
     def after_backward(self) -> None:
-        """Add the gradient of the penalty to that of the step, if that is its place."""
-        if self.how != "gradient":
-            return
+        """Add the gradient of the penalty to that of the step."""
         value = self.get_norm()
         self._count_in(value)
         if not value.requires_grad:
@@ -277,7 +276,7 @@ class Regularizer(Shown, Participant):
 
     @property
     def effect(self) -> list[dict[str, list[float]]]:
-        """What was noted of the last run, for each term: `position`, `strength`, `zero` and quantiles of the norms."""
+        """Notes of the last run, for each term: `position`, `strength`, `zero` and quantiles of the norms."""
         return [dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True)) for rows in self._notes if rows]
 
     def plot(self, ax: Axes | None = None) -> Axes:

@@ -178,21 +178,40 @@ class Term:
     def step_(self, rates: Rates) -> Tensor | None:
         """Take the proximal step of all units at once, from their sizes before it; return the penalty before it.
 
+        With a unit that becomes zero go its bias, and the scale and shift of the norm behind it.
+
         Args:
             rates: Parameter -> its learning rate times the weight of the penalty; None if the optimizer does not have it.
         """
-        found = []
+        found, alive = [], []
         training = self.training
         all_sizes = self._sizes(training)
         for units, sizes in zip(training, all_sizes, strict=True):
             for parameter, view, spread in units.places():
                 rate = rates(parameter)
                 if rate is not None:
-                    found.append((view, spread(self.penalty.step(sizes, rate), self.penalty.idle).to(view.dtype)))
+                    step = self.penalty.step(sizes, rate)
+                    found.append((view, spread(step, self.penalty.idle).to(view.dtype)))
+                    alive.append((units.pool, step))
         value = self._added(all_sizes)
         for view, step in found:
             self.penalty.apply_(view, step)
+        if self.penalty.silences:
+            self._silence_(alive)
         return value
+
+    def _silence_(self, steps: Sequence[tuple[Pool, Tensor]]) -> None:
+        """Set the bias, and the scale and shift of the norm, of units that a step has made zero to zero, as masks do.
+
+        A norm would put its shift out for a channel of zeros, and what reads it would learn again.
+        """
+        alive: dict[str, tuple[Pool, Tensor]] = {}
+        for pool, step in steps:
+            lives = step != 0
+            alive[pool.name] = pool, alive[pool.name][1] | lives if pool.name in alive else lives
+        for pool, keep in alive.values():
+            for name, kept in pool.vectors(keep):
+                pool.tensor(name).mul_(kept)
 
     @torch.no_grad()
     def norms(self) -> list[Tensor]:
