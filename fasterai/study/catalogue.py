@@ -17,6 +17,7 @@ STUDIES = (
     "features",
     "granularities",
     "pretraining",
+    "regularization",
     "retrieval",
     "routed_experts",
     "routes",
