@@ -172,7 +172,7 @@ class Slimming(Penalty):
 
 
 def behind(norms: Tensor, alpha: float) -> Tensor:
-    """Return `2^(alpha (I_max - I_k) / (I_max - I_min))` for the norms `I` of a pool's units, as constants; 1 if all are equal."""
+    """Return `2^(alpha (I_max - I_k) / (I_max - I_min))` for the norms of a pool's units, as constants; 1 if all are equal."""
     norms = norms.detach()
     gap, spread = norms.max() - norms, norms.max() - norms.min()
     return torch.exp2(alpha * torch.where(spread > 0, gap / spread, torch.zeros_like(norms)))
