@@ -92,37 +92,48 @@ def _flat(x: Tensor) -> Array:
 def _split_flat(weight: Array, hidden: Array, keep: Array, run: int, n: int, m: int) -> None:
     group = run * m
     step = max(1, PIECE // group) * group
-    scratch = np.empty(step, np.float32), np.empty(step, np.bool_), np.empty(step, np.uint8)
-    tables = _tables(min(step, weight.size), run, m)
+    counters: dict[int, _Counter] = {}
     for i in range(0, weight.size, step):
         part, out = weight[i : i + step], hidden[i : i + step]
-        beaten = _count_beaten(part, run, m, scratch, tables)
-        falls = np.less(beaten, m - n, out=scratch[1][: part.size])
-        np.copyto(out, falls)
-        np.multiply(out, part, out=out)
-        np.subtract(part, out, out=part)
-        np.logical_not(falls, out=keep[i : i + step])
+        counter = counters.get(part.size)
+        if counter is None:
+            counter = counters[part.size] = _Counter(part.size, run, m)
+        counter.count(part)
+        np.less(counter.beaten, m - n, counter.falls)
+        np.copyto(counter.sizes, counter.falls)
+        np.multiply(counter.sizes, part, out)
+        np.subtract(part, out, part)
+        np.logical_not(counter.falls, keep[i : i + step])
 
 
-def _count_beaten(part: Array, run: int, m: int, scratch: tuple[Array, Array, Array], tables: tuple[Array, Array]) -> Array:
-    """Count for each number how many of its group it beats.
+class _Counter:
+    """Counts for each number of a piece how many of its group it beats; all views of its memory are made once.
 
     Every number is taken to beat all before it; where an earlier one is larger, it has one more and the later one less. For a
     group (3, 1, 1, 4): 0 1 2 3 at first; 3 beats two later ones, so that it is 2 0 1 3.
     """
-    places, inside = tables
-    sizes, wins, beaten = (x[: part.size] for x in scratch)
-    np.abs(part, out=sizes)
-    np.copyto(beaten, places[: part.size])
-    for k in range(1, m):
-        end = part.size - k * run
-        larger = wins[:end]
-        np.greater(sizes[:end], sizes[k * run :], out=larger)
-        np.logical_and(larger, inside[k - 1, :end], out=larger)
-        flags = larger.view(np.uint8)
-        np.add(beaten[:end], flags, out=beaten[:end])
-        np.subtract(beaten[k * run :], flags, out=beaten[k * run :])
-    return beaten
+
+    def __init__(self, size: int, run: int, m: int) -> None:
+        self.sizes, self.falls = np.empty(size, np.float32), np.empty(size, np.bool_)
+        self.beaten = np.empty(size, np.uint8)
+        self._places, inside = _tables(size, run, m)
+        wins = np.empty(size, np.bool_)
+        self._rounds = []
+        for k in range(1, m):
+            later, end = k * run, size - k * run
+            flags = wins[:end]
+            sizes, beaten = (self.sizes[:end], self.sizes[later:]), (self.beaten[:end], self.beaten[later:])
+            self._rounds.append((*sizes, flags, inside[k - 1, :end], flags.view(np.uint8), *beaten))
+
+    def count(self, part: Array) -> None:
+        """Write the counts into `beaten`."""
+        np.abs(part, self.sizes)
+        np.copyto(self.beaten, self._places)
+        for first, second, wins, inside, flags, one, other in self._rounds:
+            np.greater(first, second, wins)
+            np.logical_and(wins, inside, wins)
+            np.add(one, flags, one)
+            np.subtract(other, flags, other)
 
 
 @lru_cache(maxsize=16)

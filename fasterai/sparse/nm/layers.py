@@ -19,7 +19,9 @@ Skip = bool | str | Iterable[str]
 DEFAULT_KINDS = ("convolution", "linear")
 
 
-def choose_layers(model: nn.Module, m: int, targets: TargetsLike | None, layer_type: LayerTypes | None, skip: Skip) -> Selection:
+def choose_layers(
+    model: nn.Module, m: int, targets: TargetsLike | None, layer_type: LayerTypes | None, skip: Skip
+) -> Selection:
     """Choose the weights whose inputs are to be grouped by m.
 
     By default these are all of Linear layers and convolutions, but those with fewer than m inputs, as a first convolution of
@@ -74,7 +76,9 @@ def _skipped(chosen: Iterable[Target], skip: Skip) -> list[str]:
     known, found = list(chosen), []
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(f"skip must be True, False, or names or globs of layers, got {pattern!r} ({type(pattern).__name__})")
+            raise TypeError(
+                f"skip must be True, False, or names or globs of layers, got {pattern!r} ({type(pattern).__name__})"
+            )
         hits = [t.name for t in known if match(pattern, t)]
         if not hits:
             raise unknown("skip", pattern, (t.name for t in known), "the name of a layer or a glob over them, of")

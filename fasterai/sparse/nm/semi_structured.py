@@ -68,7 +68,8 @@ class SemiStructured(Shown):
 
     def _parts(self) -> Iterator[Table | str]:
         body = [
-            (x.name, *(short_time(t) if t else "" for t in (x.dense, x.sparse)), x.kept_dense or "2:4 kernel") for x in self.layers
+            (x.name, *(short_time(t) if t else "" for t in (x.dense, x.sparse)), x.kept_dense or "2:4 kernel")
+            for x in self.layers
         ]
         yield Table(("layer", "dense", "2:4", "now"), body)
 

@@ -52,9 +52,7 @@ class SRSTE(NMTraining):
         schedule: ScheduleLike = None,
         looks: int = 50,
     ) -> None:
-        super().__init__(
-            model, n, m, decay, targets=targets, skip=skip, layer_type=layer_type, schedule=schedule, looks=looks
-        )
+        super().__init__(model, n, m, decay, targets=targets, skip=skip, layer_type=layer_type, schedule=schedule, looks=looks)
 
     @staticmethod
     def check_settings(n: int, m: int, decay: float, schedule: ScheduleLike, looks: int, **_: Any) -> None:
@@ -97,9 +95,7 @@ class STE(NMTraining):
         schedule: ScheduleLike = None,
         looks: int = 50,
     ) -> None:
-        super().__init__(
-            model, n, m, 0.0, targets=targets, skip=skip, layer_type=layer_type, schedule=schedule, looks=looks
-        )
+        super().__init__(model, n, m, 0.0, targets=targets, skip=skip, layer_type=layer_type, schedule=schedule, looks=looks)
 
     @staticmethod
     def check_settings(n: int, m: int, schedule: ScheduleLike, looks: int, **_: Any) -> None:

@@ -148,8 +148,9 @@ def test_a_step_that_fails_leaves_the_network_sparse():
     model = net()
     training = SRSTE(model, 2, 4)
     whole = model[6].weight.detach().clone()
-    with pytest.raises(RuntimeError, match="out of memory"), attach(
-        optimizer := Failing(model.parameters(), 0.1), training, total_steps=2, model=model
+    with (
+        pytest.raises(RuntimeError, match="out of memory"),
+        attach(optimizer := Failing(model.parameters(), 0.1), training, total_steps=2, model=model),
     ):
         step(model, optimizer, 0)
     assert sparse_everywhere(model)
