@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
+__all__ += ["SRSTECallback", "STECallback"]
 
 
 class _Missing:
@@ -36,3 +37,11 @@ class ParticipantCallback(_Missing):
 
 class KnowledgeDistillationCallback(_Missing):
     """Stands for `fasterai.callbacks.fastai.KnowledgeDistillationCallback`."""
+
+
+class SRSTECallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.SRSTECallback`."""
+
+
+class STECallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.STECallback`."""

@@ -15,8 +15,9 @@ from fasterai.callbacks.methods import Method
 from fasterai.core.loop import Participant
 from fasterai.display import brief
 from fasterai.model.names import unwrap
+from fasterai.sparse.nm.srste import SRSTE, STE
 
-__all__ = ["ParticipantMethod"]
+__all__ = ["ParticipantMethod", "SRSTEMethod", "STEMethod"]
 
 
 class ParticipantMethod(Method):
@@ -77,3 +78,15 @@ class ParticipantMethod(Method):
         """Return the participant's figures; zeros before the first batch."""
         found: dict[str, float] = dict.fromkeys(self.figures, 0.0) if self.participant is None else self.participant.metrics()
         return found
+
+
+class SRSTEMethod(ParticipantMethod):
+    """Trains the model at N:M from the first step: arguments of `SRSTE`, without the model."""
+
+    makes = SRSTE
+
+
+class STEMethod(ParticipantMethod):
+    """Trains the model at N:M without decay: arguments of `STE`, without the model."""
+
+    makes = STE

@@ -16,6 +16,7 @@ STUDIES = (
     "experts",
     "features",
     "granularities",
+    "nm",
     "pretraining",
     "retrieval",
     "routed_experts",
