@@ -1,0 +1,174 @@
+"""Latent weights: the optimizer trains them, and the model shows others that follow from them.
+
+A forward pass, a validation, a checkpoint and a look at the model meet the shown weights alone. From the moment before the
+optimizer's step until the one after it the same parameters hold the latent weights, so that momentum, decay and clipping
+are the optimizer's own. To add a method: a subclass with `show_`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasterai.core.checks import warn
+from fasterai.core.loop import Fit, Participant
+from fasterai.core.saved import check_parts, mapping_of, tensor
+from fasterai.core.types import Target
+from fasterai.model.cuts import Cut, check_trains, note_optimizer, sliced
+from fasterai.model.sharded import check_plain
+
+__all__ = ["LatentWeights"]
+
+
+class LatentWeights(Participant, ABC):
+    """A participant whose targets have latent weights behind those that the model shows.
+
+    A subclass has the attributes `model` and `targets`, calls `super().__init__()`, and says by `show_` how shown weights
+    follow from latent ones. The gradient of a shown weight is taken for that of the latent one (straight through), unless
+    `pull_` changes it.
+    """
+
+    model: nn.Module
+    targets: tuple[Target, ...]
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+        self._opened: dict[str, Target] = {}  # whose parameters hold latent weights at the moment
+
+    # --- what a method says ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def show_(self, target: Target, weight: Tensor, kept: Tensor | None) -> Tensor:
+        """Put the shown weights in the place of the latent ones.
+
+        Args:
+            target: The target.
+            weight: Its latent weights; changed in place.
+            kept: What was kept after the last step, of the weight's shape, to be written over; None the first time.
+
+        Returns:
+            What `restore_` needs to bring the latent weights back, of the weight's shape.
+        """
+
+    def restore_(self, target: Target, weight: Tensor, kept: Tensor) -> None:
+        """Put the latent weights in the place of the shown ones; by default they are what was kept."""
+        weight.copy_(kept)
+
+    def pull_(self, target: Target, gradient: Tensor, kept: Tensor) -> None:
+        """Adjust the gradient of a step in place; all accumulated, unscaled, not clipped yet."""
+
+    # --- a run -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def on_fit_start(self, fit: Fit) -> None:
+        """Begin a run: the model shows from now on what follows from its weights, or from the latent ones of the last run.
+
+        Raises:
+            ValueError: A weight is no plain tensor, or the optimizer trains none of the targets.
+        """
+        check_plain(self.targets)
+        check_trains(fit.optimizer, (t.parameter for t in self.targets), "the targets of the model", self.targets[0].name)
+        note_optimizer(self.model, fit.optimizer)
+        self._opened = {}
+        if self._kept and not self._is_shown():
+            warn(f"the model of {self.name} holds other weights than it showed last: its latent weights are forgotten")
+            self._kept = {}
+        for target in self.targets:
+            if target.name not in self._kept:
+                self._kept[target.name] = self.show_(target, target.parameter.detach(), None)
+
+    def _is_shown(self) -> bool:
+        """Tell if the model shows what follows from the latent weights."""
+        for target in self.targets:
+            kept = self._kept.get(target.name)
+            if kept is None or kept.shape != target.parameter.shape:
+                return False
+            shown = target.parameter.detach().clone()
+            self.restore_(target, shown, kept)
+            self.show_(target, shown, None)
+            if not torch.equal(shown, target.parameter):
+                return False
+        return True
+
+    @torch.no_grad()
+    def after_backward(self) -> None:
+        """Adjust the gradients as the method says."""
+        for target in self.targets:
+            if target.parameter.grad is not None and target.name in self._kept:
+                self.pull_(target, target.parameter.grad, self._kept[target.name])
+
+    @torch.no_grad()
+    def before_step(self, position: float) -> None:
+        """Hand the latent weights to the optimizer."""
+        for target in self.targets:
+            if target.parameter.grad is not None and target.name not in self._opened:
+                self._opened[target.name] = target
+                self.restore_(target, target.parameter.detach(), self._kept[target.name])
+
+    def after_step(self, position: float) -> None:
+        """Show what follows from the latent weights."""
+        self._show_again()
+
+    @torch.no_grad()
+    def _show_again(self) -> None:
+        while self._opened:
+            name, target = self._opened.popitem()
+            self._kept[name] = self.show_(target, target.parameter.detach(), self._kept[name])
+
+    def on_fit_end(self, completed: bool) -> None:
+        """End the run; a step that was interrupted is shown as far as it came."""
+        self._show_again()
+
+    def after_cut(self, cut: Cut) -> None:
+        """Follow the model's parameters, which have got smaller."""
+        self._kept = {name: sliced(kept, cut, name) for name, kept in self._kept.items()}
+
+    # --- the latent weights ------------------------------------------------------------------------------------------
+
+    @property
+    def latent(self) -> dict[str, Tensor]:
+        """Copies of the latent weights: target's name -> tensor of the parameter's shape; empty before the first run."""
+        return {t.name: self._latent_of(t) for t in self.targets if t.name in self._kept}
+
+    @torch.no_grad()
+    def _latent_of(self, target: Target) -> Tensor:
+        weight = target.parameter.detach().clone()
+        if target.name not in self._opened:
+            self.restore_(target, weight, self._kept[target.name])
+        return weight
+
+    def forget_latent(self) -> None:
+        """Drop the latent weights; the model keeps those that it shows."""
+        self._show_again()
+        self._kept = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the latent weights, as copies by parameter name."""
+        return {"latent": self.latent}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over saved latent weights; the model shows from now on what follows from them.
+
+        Raises:
+            ValueError: A name is missing, or a shape differs. Nothing is changed then.
+        """
+        check_parts(state, type(self).__name__, {"latent": mapping_of(tensor)})
+        saved = state["latent"]
+        here = {t.name: tuple(t.parameter.shape) for t in self.targets}
+        there = {name: tuple(x.shape) for name, x in saved.items()}
+        if saved and here != there:
+            name = next(n for n in {**here, **there} if here.get(n) != there.get(n))
+            raise ValueError(
+                f"state must hold the weights of the targets, got {name} of shape {there.get(name, 'missing')}, here "
+                f"{here.get(name, 'missing')}; make {self.name} for the same model with the same arguments"
+            )
+        self._opened = {}
+        for target in self.targets if saved else ():
+            weight = target.parameter.detach()
+            weight.copy_(saved[target.name])
+            self._kept[target.name] = self.show_(target, weight, None)

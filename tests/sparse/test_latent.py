@@ -1,0 +1,155 @@
+"""Latent weights: the optimizer has them during its step, everybody else sees those that follow from them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fasterai.callbacks.plain import attach
+from fasterai.core.loop import Fit
+from fasterai.core.types import Target
+from fasterai.model.targets import all_targets
+from fasterai.sparse.latent import LatentWeights
+
+
+class Rounded(LatentWeights):
+    """Shows weights rounded to whole numbers; gradients of weights that show 0 are doubled."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.targets = model, tuple(all_targets(model))
+
+    def show_(self, target: Target, weight: Tensor, kept: Tensor | None) -> Tensor:
+        latent = weight.clone() if kept is None else kept.copy_(weight)
+        weight.round_()
+        return latent
+
+    def pull_(self, target: Target, gradient: Tensor, kept: Tensor) -> None:
+        gradient[kept.round() == 0] *= 2
+
+
+def layer() -> nn.Linear:
+    model = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.3, 1.2]]))
+    return model
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """One step on the sum of both weights' products with (1, 2), whose gradient is (1, 2)."""
+    optimizer.zero_grad()
+    model(torch.tensor([[1.0, 2.0]])).sum().backward()
+    optimizer.step()
+
+
+def test_two_steps_with_momentum_by_hand():
+    """Shown (0, 1), gradients (2, 2): velocities (2, 2), then 0.5 (2, 2) + (2, 2) = (3, 3); lr 0.25."""
+    model = layer()
+    optimizer = torch.optim.SGD(model.parameters(), 0.25, momentum=0.5)
+    rounded = Rounded(model)
+    handle = attach(optimizer, rounded, total_steps=2, model=model)
+    step(model, optimizer)
+    torch.testing.assert_close(rounded.latent["weight"], torch.tensor([[-0.2, 0.7]]))
+    assert model.weight.tolist() == [[-0.0, 1.0]]
+    step(model, optimizer)  # -0.2 shows 0 still: gradients (2, 2), velocities (3, 3)
+    torch.testing.assert_close(rounded.latent["weight"], torch.tensor([[-0.95, -0.05]]))
+    assert model.weight.tolist() == [[-1.0, -0.0]]
+    handle.remove()
+
+
+def test_the_model_shows_what_follows_between_two_steps_and_holds_latent_weights_within():
+    model = layer()
+    rounded = Rounded(model)
+    rounded.on_fit_start(Fit(total_steps=1, model=model))
+    assert model.weight.tolist() == [[0.0, 1.0]]
+    model.weight.grad = torch.zeros(1, 2)
+    rounded.before_step(1.0)
+    rounded.before_step(1.0)  # asked twice, as by an optimizer with several closures
+    torch.testing.assert_close(model.weight.data, torch.tensor([[0.3, 1.2]]))
+    torch.testing.assert_close(rounded.latent["weight"], model.weight.data)
+    rounded.on_fit_end(completed=False)  # the step has failed
+    assert model.weight.tolist() == [[0.0, 1.0]]
+
+
+def test_a_weight_without_gradient_is_shown_and_left_alone():
+    model = layer()
+    rounded = Rounded(model)
+    rounded.on_fit_start(Fit(total_steps=1, model=model))
+    rounded.before_step(1.0)
+    assert model.weight.tolist() == [[0.0, 1.0]]
+
+
+def test_a_second_run_goes_on_from_the_latent_weights_and_forgets_those_of_other_weights():
+    model = layer()
+    rounded = Rounded(model)
+    for _ in range(2):
+        rounded.on_fit_start(Fit(total_steps=1, model=model))
+        torch.testing.assert_close(rounded.latent["weight"], torch.tensor([[0.3, 1.2]]))
+        rounded.on_fit_end(completed=True)
+    with torch.no_grad():
+        model.weight.fill_(2.4)
+    with pytest.warns(UserWarning, match="other weights than it showed last"):
+        rounded.on_fit_start(Fit(total_steps=1, model=model))
+    torch.testing.assert_close(rounded.latent["weight"], torch.full((1, 2), 2.4))
+    rounded.forget_latent()
+    assert rounded.latent == {} and model.weight.tolist() == [[2.0, 2.0]]
+
+
+def test_a_saved_state_brings_both_back_and_goes_on_bit_for_bit():
+    def run(steps: int, state: dict | None = None) -> tuple[nn.Linear, Rounded, dict]:
+        model = layer()
+        optimizer = torch.optim.Adam(model.parameters(), 0.4)
+        rounded = Rounded(model)
+        handle = attach(optimizer, rounded, total_steps=4, model=model)
+        if state is not None:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            handle.load_state_dict(state["handle"])
+            torch.testing.assert_close(model.weight.data, state["model"]["weight"], rtol=0, atol=0)
+        for _ in range(steps):
+            step(model, optimizer)
+        parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "handle": handle.state_dict()}
+        return model, rounded, copy.deepcopy(parts)
+
+    whole, latent, _ = run(4)
+    _, _, half = run(2)
+    resumed, again, _ = run(2, half)
+    assert torch.equal(whole.weight, resumed.weight)
+    assert torch.equal(latent.latent["weight"], again.latent["weight"])
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({}, "without latent"),
+        ({"latent": {"weight": torch.zeros(1, 3)}}, r"weight of shape \(1, 3\), here \(1, 2\)"),
+        ({"latent": {"other": torch.zeros(1, 2)}}, "weight of shape missing"),
+    ],
+)
+def test_a_state_of_another_model_is_refused_and_changes_nothing(saved: dict, message: str):
+    model = layer()
+    rounded = Rounded(model)
+    rounded.on_fit_start(Fit(total_steps=1, model=model))
+    with pytest.raises(ValueError, match=message):
+        rounded.load_state_dict(saved)
+    torch.testing.assert_close(rounded.latent["weight"], torch.tensor([[0.3, 1.2]]))
+
+
+def test_latent_weights_follow_a_cut():
+    model = nn.Linear(3, 2, bias=False)
+    rounded = Rounded(model)
+    rounded.on_fit_start(Fit(total_steps=1, model=model))
+    latent = rounded.latent["weight"]
+    kept = [0, 2]
+    model.weight.data = model.weight.data[:, kept]
+    rounded.after_cut({("weight", 1): torch.tensor(kept).numpy()})
+    torch.testing.assert_close(rounded.latent["weight"], latent[:, kept])
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    rounded, other = Rounded(layer()), layer()
+    with pytest.raises(ValueError, match="optimizer must train the targets of the model"):
+        rounded.on_fit_start(Fit(total_steps=1, optimizer=torch.optim.SGD(other.parameters(), 0.1)))
