@@ -2,5 +2,6 @@
 
 from fasterai.sparse.dynamic.acdc import ACDC
 from fasterai.sparse.dynamic.regrow import SET, RigL, StaticSparse
+from fasterai.sparse.dynamic.thresholds import STR
 
-__all__ = ["ACDC", "SET", "RigL", "StaticSparse"]
+__all__ = ["ACDC", "SET", "STR", "RigL", "StaticSparse"]

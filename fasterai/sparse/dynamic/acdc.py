@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from fasterai.core.contexts import Context
 from fasterai.core.schedules import Alternating, Schedule, as_schedule
 from fasterai.model.targets import LayerTypes, TargetsLike
 from fasterai.sparse.dynamic.restart import Restarting
-from fasterai.sparse.goal import Sparsity
+from fasterai.sparse.goal import Sparsity, read_context
 
 __all__ = ["ACDC"]
 
@@ -48,9 +49,8 @@ class ACDC(Restarting):
         targets: TargetsLike | None = None,
         layer_type: LayerTypes | None = None,
     ) -> None:
+        self.check_settings(sparsity, context=context, schedule=schedule)
         phases = as_schedule(from_catalogue("schedule", schedule, schedules))
-        if isinstance(sparsity, float | int | None):
-            check_fraction("sparsity", sparsity)
         super().__init__(
             model,
             "weight",
@@ -62,5 +62,24 @@ class ACDC(Restarting):
             layer_type=layer_type,
         )
 
+    @staticmethod
+    def check_settings(
+        sparsity: Sparsity,
+        *,
+        context: Context | str = "global",
+        schedule: Schedule | Callable[[float], float] | str = "alternating",
+        **others: Any,
+    ) -> None:
+        """Refuse settings that are wrong for every model.
+
+        Raises:
+            ValueError: One is out of range or unknown.
+            TypeError: One is of the wrong type.
+        """
+        for share in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]:
+            check_fraction("sparsity", share)
+        read_context(context, nm=False)
+        as_schedule(from_catalogue("schedule", schedule, schedules))
+
     def _how(self) -> str:
-        return f"{entry_or_repr(self.schedule, schedules)}"
+        return entry_or_repr(self.schedule, schedules)

@@ -5,7 +5,9 @@ To add a way to grow: a subclass of `FromRandom` with a rule.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +25,17 @@ from fasterai.units.evidence import Source
 from fasterai.units.rules import DropAndGrow, Falling, Rule, large_gradient, nested
 from fasterai.units.scoring import Scorer
 
-__all__ = ["SET", "DISTRIBUTIONS", "FromRandom", "RigL", "StaticSparse"]
+__all__ = ["DISTRIBUTIONS", "SET", "FromRandom", "Regrowing", "RigL", "StaticSparse"]
 
 #: Distribution of the weights over the layers -> the context that makes it.
 DISTRIBUTIONS = {"erk": "erk", "uniform": "local"}
-Fraction = float | Callable[[float], float]
+Share = float | Callable[[float], float]
 
 
 class FromRandom(Restarting):
     """A sparsifier that begins with random masks; the base of those that train sparse from the first step on.
 
-    A run that finds masks, or weights that are zero, takes these for its first ones, and changes as few of them at random as
+    A run that finds masks, or weights that are zero, takes these for its first masks, and changes at random as few of them as
     the counts ask for: so a saved network goes on with its own.
 
     Args:
@@ -45,6 +47,10 @@ class FromRandom(Restarting):
         seed: Of the random masks, at least 0; the global generator is not used.
         targets: Names of parameters, modules or containers, globs, or a predicate; instead of the default.
         layer_type: Module classes whose weights are the targets, instead of the default ones.
+
+    Raises:
+        ValueError: An argument is out of range or unknown, or no target is found.
+        TypeError: An argument is of the wrong type.
     """
 
     def __init__(
@@ -52,19 +58,14 @@ class FromRandom(Restarting):
         model: nn.Module,
         sparsity: Sparsity,
         *,
-        rule: Rule,
-        distribution: str,
-        seed: int,
-        targets: TargetsLike | None,
-        layer_type: LayerTypes | None,
+        rule: Rule = nested,
+        distribution: str = "erk",
+        seed: int = 0,
+        targets: TargetsLike | None = None,
+        layer_type: LayerTypes | None = None,
     ) -> None:
-        self.distribution = check_choice("distribution", distribution, DISTRIBUTIONS)
-        self.seed = check_count("seed", seed, 0)
-        if isinstance(sparsity, Mapping):
-            if distribution != "uniform":
-                raise ValueError("sparsity must be one number for distribution 'erk', got a dict; pass distribution='uniform'")
-        else:
-            check_fraction("sparsity", sparsity)
+        self.check_settings(sparsity, distribution=distribution, seed=seed)
+        self.distribution, self.seed = distribution, seed
         self._dense: dict[str, Tensor] | None = None  # the weights before the first masks, until there is a step
         super().__init__(
             model,
@@ -76,6 +77,21 @@ class FromRandom(Restarting):
             targets=targets,
             layer_type=layer_type,
         )
+
+    @staticmethod
+    def check_settings(sparsity: Sparsity, *, distribution: str = "erk", seed: int = 0, **others: Any) -> None:
+        """Refuse settings that are wrong for every model.
+
+        Raises:
+            ValueError: One is out of range or unknown.
+            TypeError: One is of the wrong type.
+        """
+        check_choice("distribution", distribution, DISTRIBUTIONS)
+        check_count("seed", seed, 0)
+        if isinstance(sparsity, Mapping) and distribution != "uniform":
+            raise ValueError("sparsity must be one number for distribution 'erk', got a dict; pass distribution='uniform'")
+        for share in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]:
+            check_fraction("sparsity", share)
 
     def on_fit_start(self, fit: Fit) -> None:
         """Begin a run with masks: those that there are, or random ones."""
@@ -144,13 +160,11 @@ class StaticSparse(FromRandom):
         targets: TargetsLike | None = None,
         layer_type: LayerTypes | None = None,
     ) -> None:
-        super().__init__(
-            model, sparsity, rule=nested, distribution=distribution, seed=seed, targets=targets, layer_type=layer_type
-        )
+        super().__init__(model, sparsity, distribution=distribution, seed=seed, targets=targets, layer_type=layer_type)
 
 
 class Regrowing(FromRandom):
-    """Training in which weights are dropped and others grown; what grows is the subclass's.
+    """Training in which the smallest kept weights are dropped and others grown; what grows is the subclass's.
 
     Args:
         model: The model, best with fresh weights: of trained ones a random part is set to zero.
@@ -176,46 +190,69 @@ class Regrowing(FromRandom):
         sparsity: Sparsity,
         *,
         distribution: str = "erk",
-        alpha: Fraction = 0.3,
+        alpha: Share = 0.3,
         dt: int = 100,
         until: float = 0.75,
         seed: int = 0,
         targets: TargetsLike | None = None,
         layer_type: LayerTypes | None = None,
     ) -> None:
-        self.alpha, self.dt = alpha, check_count("dt", dt)
-        self.until = check_fraction("until", until)
-        fraction = alpha if callable(alpha) else Falling(check_fraction("alpha", alpha), until)
-        rule = DropAndGrow(dt, until, fraction, self._growth(check_count("seed", seed, 0)))
+        self.check_settings(sparsity, distribution=distribution, seed=seed, alpha=alpha, dt=dt, until=until)
+        self.alpha, self.dt, self.until = alpha, dt, until
+        rule = DropAndGrow(dt, until, alpha if callable(alpha) else Falling(alpha, until), self._growth(seed))
         super().__init__(
             model, sparsity, rule=rule, distribution=distribution, seed=seed, targets=targets, layer_type=layer_type
         )
 
+    @staticmethod
+    def check_settings(
+        sparsity: Sparsity,
+        *,
+        distribution: str = "erk",
+        seed: int = 0,
+        alpha: Share = 0.3,
+        dt: int = 100,
+        until: float = 0.75,
+        **others: Any,
+    ) -> None:
+        """Refuse settings that are wrong for every model.
+
+        Raises:
+            ValueError: One is out of range or unknown.
+            TypeError: One is of the wrong type.
+        """
+        FromRandom.check_settings(sparsity, distribution=distribution, seed=seed)
+        check_count("dt", dt)
+        check_fraction("until", until)
+        if not callable(alpha):
+            check_fraction("alpha", alpha)
+
+    @abstractmethod
     def _growth(self, seed: int) -> Criterion:
         """Return the criterion that ranks the weights that may grow."""
-        raise NotImplementedError
 
     def _how(self) -> str:
         return f"{self.distribution}, every {self.dt} steps up to {self.until:.0%}"
 
 
 class RigL(Regrowing):
-    __doc__ = f"""Rigged lottery: the smallest kept weights are dropped, and those of the largest gradients grown.
+    """Rigged lottery: the smallest kept weights are dropped, and those of the largest gradients grown.
 
     Evci et al. 2020 (arXiv 1911.11134). The gradient is that of the step at which the masks move, in `parameter.grad`: dense,
     since masks are multiplied into weights, and accumulated over all batches of the step. Between moves nothing is computed.
-    {(Regrowing.__doc__ or "").split("the subclass's.", 1)[1].lstrip()}"""
+    Grown weights start at zero, and what the optimizer keeps for them too. The arguments are those of `Regrowing`.
+    """
 
     def _growth(self, seed: int) -> Criterion:
         return large_gradient
 
 
 class SET(Regrowing):
-    __doc__ = f"""Sparse evolutionary training: the smallest kept weights are dropped, and random ones grown.
+    """Sparse evolutionary training: the smallest kept weights are dropped, and random ones grown.
 
     Mocanu et al. 2018 (arXiv 1707.04780). What grows is drawn anew at each move from the seed, the step and the target's name:
-    the same in all processes, and after a run was resumed.
-    {(Regrowing.__doc__ or "").split("the subclass's.", 1)[1].lstrip()}"""
+    the same in all processes, and after a run was resumed. The arguments are those of `Regrowing`.
+    """
 
     def _growth(self, seed: int) -> Criterion:
         return Random(seed)
