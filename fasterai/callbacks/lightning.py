@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fasterai.callbacks.distillation import DistillMethod
+from fasterai.callbacks.dynamic import ACDCMethod, RigLMethod, SETMethod, StaticMethod, STRMethod
 from fasterai.callbacks.elsewhere import Elsewhere
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
 from fasterai.core.loop import STOPPED, Batch, Fit, Loop
@@ -30,6 +31,7 @@ except ImportError as error:
 from fasterai.callbacks.lightning_wraps import CutFirst, StepWraps, stop_waiting
 
 __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
+__all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
 
 
 class ParticipantCallback(Elsewhere, pl.Callback):
@@ -298,3 +300,23 @@ def _steps_done(trainer: pl.Trainer) -> int:
 
 def _worst(mode: str) -> Tensor:
     return torch.tensor(math.inf if mode == "min" else -math.inf)
+
+
+class ACDCCallback(ACDCMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RigLCallback(RigLMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class SETCallback(SETMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class STRCallback(STRMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class StaticCallback(StaticMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass

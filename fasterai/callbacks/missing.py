@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
+__all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
 
 
 class _Missing:
@@ -36,3 +37,23 @@ class ParticipantCallback(_Missing):
 
 class KnowledgeDistillationCallback(_Missing):
     """Stands for `fasterai.callbacks.fastai.KnowledgeDistillationCallback`."""
+
+
+class ACDCCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.ACDCCallback`."""
+
+
+class RigLCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.RigLCallback`."""
+
+
+class SETCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.SETCallback`."""
+
+
+class STRCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.STRCallback`."""
+
+
+class StaticCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.StaticCallback`."""

@@ -21,7 +21,7 @@ from fasterai.study.workbench import accuracy, make_residual, train
 __all__ = ["STUDY", "trial"]
 
 #: Sparsity to come near to -> the decay of the thresholds' s; the sparsity is what comes of it.
-DECAYS = {0.9: 0.0095, 0.95: 0.013}
+DECAYS = {0.9: 0.016, 0.95: 0.021}
 #: Moves in a training, of which three quarters come before RigL and SET stop.
 MOVES = 20
 
@@ -89,5 +89,5 @@ STUDY = Study(
     x="reached",
     lines="method",
     reference={"method": "dense"},
-    sizes={**SIZES, "small": Size("small", 5_000, 2_000, 16, epochs=7)},
+    sizes={**SIZES, "small": Size("small", 3_000, 2_000, 16, epochs=7)},
 )
