@@ -371,7 +371,7 @@ def test_the_preconditioners_of_a_square_matrix_start_anew() -> None:
         assert torch.equal(side, side.T)
 
 
-# --- single entries are cleared ------------------------------------------------------------------------------------------------
+# --- single entries are cleared ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

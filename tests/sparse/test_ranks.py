@@ -210,7 +210,9 @@ def work(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=200))
     found: dict[str, Any] = {f"bare {name}": trained(rank, criterion_of(name), wrap=False) for name in BARE}
     found |= {f"wrapped {name}": trained(rank, criterion_of(name), wrap=True) for name in WRAPPED}
-    found |= {one.__name__: one(rank) for one in (features, uneven, uneven_by_movement, failing, sharded, regrown, uneven_by_data)}
+    found |= {
+        one.__name__: one(rank) for one in (features, uneven, uneven_by_movement, failing, sharded, regrown, uneven_by_data)
+    }
     torch.save(found, Path(folder) / f"{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()

@@ -61,7 +61,7 @@ def erk(shapes: list[tuple[int, ...]], density: float) -> Any:
 
 
 def test_erk_solves_again_where_a_layer_is_full():
-    """Of 348 weights 187.92 stay, in proportion 11 : 16 : 28. The first takes 37.6 of 36; without it the last takes 96.7 of 96."""
+    """Of 348 weights 187.92 stay, as 11 : 16 : 28. The first layer takes 37.6 of 36; without it the last takes 96.7 of 96."""
     found = erk([(4, 1, 3, 3), (6, 4, 3, 3), (4, 24)], 0.54)
     assert found.tolist() == [1.0, pytest.approx((187.92 - 36 - 96) / 216), 1.0]
     model = net()
@@ -250,7 +250,7 @@ def test_the_share_falls_along_half_a_cosine():
     assert Falling(0.3, until=0.0)(0.5) == 0.0
 
 
-# --- runs that end early, go on, and are copied --------------------------------------------------------------------------------
+# --- runs that end early, go on, and are copied -----------------------------------------------------------------------------
 
 
 class Refusing(Participant):

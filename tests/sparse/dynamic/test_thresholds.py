@@ -48,7 +48,7 @@ def test_training_is_that_of_autograd_through_the_formula(make, clips):
     model, other = net(), net()
     run = STR(model, s_init=-2.5, decay=0.02)
     names = ["0.weight", "2.weight"]
-    latent = {n: p for n, p in other.named_parameters()}
+    latent = dict(other.named_parameters())
     s = {n: nn.Parameter(torch.tensor(-2.5)) for n in names}
     optimizer = make(model.parameters())
     reference = make([*other.parameters(), *s.values()])
