@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fasterai.callbacks.distillation import DistillMethod
+from fasterai.callbacks.dynamic import ACDCMethod, RigLMethod, SETMethod, StaticMethod, STRMethod
 from fasterai.callbacks.elsewhere import ASKED_BY, refuse_elsewhere
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
 from fasterai.callbacks.participants import SRSTEMethod, STEMethod
@@ -30,6 +31,7 @@ from fasterai.callbacks.fastai_files import begin_saving, end_saving, find_state
 
 __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 __all__ += ["SRSTECallback", "STECallback"]
+__all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
 
 NOT_TRAINING = {"lr_finder", "gather_preds"}  # fastai's names of the callbacks of `lr_find` and of predictions
 LIGHTNING_ASKS_FOR = {"state_key", "setup", "on_exception"}  # what a Trainer wants first, at its making and in a fit
@@ -293,4 +295,24 @@ class SRSTECallback(SRSTEMethod, ParticipantCallback):  # noqa: D101 - the metho
 
 
 class STECallback(STEMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class ACDCCallback(ACDCMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RigLCallback(RigLMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class SETCallback(SETMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class STRCallback(STRMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class StaticCallback(StaticMethod, ParticipantCallback):  # noqa: D101 - the method's
     pass

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.callbacks.distillation import DistillMethod
+from fasterai.callbacks.dynamic import ACDCMethod, RigLMethod, SETMethod, StaticMethod, STRMethod
 from fasterai.callbacks.elsewhere import Elsewhere
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
 from fasterai.callbacks.participants import SRSTEMethod, STEMethod
@@ -35,6 +36,7 @@ from fasterai.callbacks.huggingface_trainer import batches_of_step, checkpoint_f
 
 __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 __all__ += ["SRSTECallback", "STECallback"]
+__all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
 
 #: What the Trainer adds to the batch itself.
 COUNT = "num_items_in_batch"
@@ -320,4 +322,24 @@ class SRSTECallback(SRSTEMethod, ParticipantCallback):  # noqa: D101 - the metho
 
 
 class STECallback(STEMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class ACDCCallback(ACDCMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RigLCallback(RigLMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class SETCallback(SETMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class STRCallback(STRMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class StaticCallback(StaticMethod, ParticipantCallback):  # noqa: D101 - the method's
     pass

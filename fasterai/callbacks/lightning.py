@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fasterai.callbacks.distillation import DistillMethod
+from fasterai.callbacks.dynamic import ACDCMethod, RigLMethod, SETMethod, StaticMethod, STRMethod
 from fasterai.callbacks.elsewhere import Elsewhere
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
 from fasterai.callbacks.participants import SRSTEMethod, STEMethod
@@ -32,6 +33,7 @@ from fasterai.callbacks.lightning_wraps import CutFirst, StepWraps, stop_waiting
 
 __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 __all__ += ["SRSTECallback", "STECallback"]
+__all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
 
 
 class ParticipantCallback(Elsewhere, pl.Callback):
@@ -307,4 +309,24 @@ class SRSTECallback(SRSTEMethod, ParticipantCallback):  # noqa: D101 - the metho
 
 
 class STECallback(STEMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class ACDCCallback(ACDCMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RigLCallback(RigLMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class SETCallback(SETMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class STRCallback(STRMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class StaticCallback(StaticMethod, ParticipantCallback):  # noqa: D101 - the method's
     pass

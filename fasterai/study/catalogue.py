@@ -13,6 +13,7 @@ STUDIES = (
     "criteria",
     "distillation",
     "distilled_pruning",
+    "dynamic",
     "experts",
     "features",
     "granularities",
