@@ -34,8 +34,8 @@ def trial(settings: Settings, seed: int, size: Size, data: Data) -> dict[str, fl
     """Train a network of a share of the MACs, with widths found, uniform or random, or prune a trained one and fine-tune it.
 
     `dense_epochs` is the cost of it all, in epochs of the dense network: the search, or the training before the pruning, and
-    the training of the small one. By equal epochs a small network trains as long as the dense one; by equal cost it gets what the
-    dense one and the search take together.
+    the training of the small one. By equal epochs a small network trains as long as the dense one; by equal cost all get what
+    the dense one and the search take together.
     """
     what, share = settings["what"], settings["macs"]
     search = max(1, round(SEARCHED * size.epochs))
@@ -89,9 +89,9 @@ def _shares(structure: Structure, what: str, seed: int) -> tuple[Tensor, Tensor]
     return scores.double(), torch.zeros(len(scores), dtype=torch.float64)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=12)
 def _search(seed: int, size: Size, data: Data, epochs: int, factor: float, share: float) -> nn.Module:
-    per_epoch, batches = draw_batches(data, epochs, seed + 2000, size.batch_size)
+    _, batches = draw_batches(data, epochs, seed + 2000, size.batch_size)
     before = keep_random_state()
     found = search_from_scratch(
         _new(seed, data), list(batches), Budget(macs=share), epochs=1, expand=factor, seed=seed, progress=False
@@ -109,7 +109,7 @@ def _new(seed: int, data: Data) -> nn.Module:
     return make_residual(data)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _dense(seed: int, size: Size, data: Data) -> nn.Module:
     """Train the dense network, which is the reference, and which is pruned."""
     network = _new(seed, data)

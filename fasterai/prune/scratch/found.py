@@ -139,5 +139,3 @@ class FromScratch(Shown):
         """Draw the widths of all groups, dense and small, and beside them their gates."""
         title = f"{self.share:.1%} of the {self.budget.kind}, found on random weights"
         return draw_widths({n: (w.dense, w.searched, w.small) for n, w in self.widths.items()}, self.gates, title)
-
-

@@ -1,9 +1,9 @@
 """Gates of coupled channels: numbers in [0, 1] by which a network's channels are multiplied, without a change of its code.
 
-A channel is multiplied where it is read, in the slices of the weights that read it: behind the norm, the nonlinearity and the sum
-of a residual network, all that makes it. Behind a ReLU that is the number which the published gate gives, behind the norm and
-before the ReLU, as `relu(g x) = g relu(x)`. A gate of 0 is the network without the channel, whatever the nonlinearity; at the
-weight that makes it a norm in training mode would undo the gate, and a product of two such ways would square it.
+A channel is multiplied behind all that makes it (the norm, the nonlinearity, the sum of a residual network), in the slices of
+the weights that read it. Behind a ReLU that is what the published gate gives, which stands between the norm and the ReLU, as
+`relu(g x) = g relu(x)`. A gate of 0 is the network without the channel, whatever the nonlinearity. At the weight that makes the
+channel a norm in training mode would undo the gate, and where two ways are multiplied it would count twice.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Gating:
 
     def split(self, gates: Tensor) -> dict[str, Tensor]:
         """Return group's name -> its gates, `(channels,)`."""
-        return dict(zip(self.names, gates.split(self.counts), strict=True))
+        return dict(zip(self.names, torch.split(gates, list(self.counts)), strict=True))
 
 
 def _gated(group: Group, readers: Iterable[Place]) -> Iterator[tuple[Place, Array]]:

@@ -1,17 +1,20 @@
 """Pruning from scratch: the widths of a small network, found before any weight is trained.
 
-Wang et al. 2020, Pruning from Scratch (AAAI), settings read in the official code: the random weights are fixed, gates on channels
-are learned, the highest gates of the whole network decide the widths, and a network of these widths is trained from new weights.
-The place of the gates (behind all that makes a channel), the groups of the channel graph, the exact budget and the order of equal
-gates are ours.
+Wang et al. 2020, Pruning from Scratch (AAAI), as their official code does it: the random weights are fixed, gates on channels are
+learned, the highest gates of the whole network decide the widths, and a network of these widths is trained from new weights.
+The place of the gates (behind all that makes a channel), the groups of the channel graph, the exact budget and the order of
+equal gates are ours.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 
 from fasterai.analyze.cost import cost
 from fasterai.core.checks import check_count, check_fraction, check_number, not_one_of
+from fasterai.core.saved import settings_in_words
 from fasterai.graph.channels import channel_graph
 from fasterai.model.inputs import arguments, as_batch, few_samples, positional
 from fasterai.model.names import unwrap
@@ -62,6 +66,7 @@ def search_from_scratch(
     exact: bool = True,
     reset: Reset | None = None,
     seed: int = 0,
+    folder: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> FromScratch:
     """Find the widths of a small network on random weights, and make a fresh network of these widths, to be trained as usual.
@@ -83,7 +88,7 @@ def search_from_scratch(
         dense: The network that the budget is a share of, where `model` is a wider one of the same kind; `model` before it is
             expanded, if left out.
         example_inputs: A tensor or tuple that the network runs on; a few samples of the first batch if left out.
-        loss: The loss function `(output, *targets) -> scalar`; cross-entropy, or the loss that the network returns, if left out.
+        loss: The loss function `(output, *targets) -> scalar`; if left out, cross-entropy or the loss that the network returns.
         ignored_layers: Modules, or their names, whose outputs keep their number.
         round_to: A multiple that the kept channels of a group are rounded up to.
         exact: False if channels that a norm averages over may go as well, as those of a `LayerNorm`.
@@ -91,6 +96,8 @@ def search_from_scratch(
             modules, and needed where these leave any weight out.
         seed: All random numbers follow from it: weights, the data's order where it is torch's, numpy's or Python's. The
             generators are put back.
+        folder: A folder that keeps the gates after each epoch. The same call goes on where it was interrupted, bit for bit; one
+            with another budget takes the gates as they are.
         progress: True to show a progress bar.
 
     Returns:
@@ -108,6 +115,8 @@ def search_from_scratch(
     layers = read_layers(check_renews(check_whole(model)), ignored_layers or ())
     batches = read_data(data)
     standard = unwrap(model) if dense is None else unwrap(check_whole(dense))
+    own = {"expand": factor, "exact": exact, "ignored_layers": sorted(layers), "loss": loss, "seed": seed}
+    words = settings_in_words(**asdict(recipe), **own)
     with _seeded(seed):
         inputs = _inputs(model, batches, example_inputs)
         wide = find_structure(renewed(copy.deepcopy(unwrap(model)).train(), reset, seed), inputs, layers, exact)
@@ -119,16 +128,15 @@ def search_from_scratch(
         check_unmet(budget, cost(wide.model, inputs), whole)
         trial = copy.deepcopy(wide.model)
         gating = Gating(trial, wide.graph)
-        learned = learn_gates(trial, gating, batches, recipe, loss, progress=progress)
+        place = None if folder is None else Path(folder)
+        learned = learn_gates(trial, gating, batches, recipe, loss, folder=place, words=words, progress=progress)
         kept = choose_channels(wide, learned.gates, learned.averages, budget, standard, round_to)
         plan, sound = cut_(wide, kept)
         small = renewed(wide.model, reset, seed)
     left = [int(keep.sum()) for keep in sound.kept]
     widths = {name: Width(first.get(name, n), n, m) for (name, n), m in zip(wide.counts.items(), left, strict=True)}
     gates = gating.split(learned.gates)
-    result = FromScratch(
-        small, widths, gates, budget, whole, cost(small, inputs), learned, plan, sound.refused, seed, reset
-    )
+    result = FromScratch(small, widths, gates, budget, whole, cost(small, inputs), learned, plan, sound.refused, seed, reset)
     warn_of_share(budget, result.share, sound.refused)
     return result
 

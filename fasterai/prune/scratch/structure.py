@@ -127,7 +127,7 @@ def choose_channels(
     ranks = _ranks(gates, averages)
     scores = [
         TensorScores(pool.name, part.reshape(pool.shape))
-        for pool, part in zip(of.pools, ranks.split([pool.count for pool in of.pools]), strict=True)
+        for pool, part in zip(of.pools, torch.split(ranks, [pool.count for pool in of.pools]), strict=True)
     ]
     limits = limits_of(of.pools, round_to=round_to)
 
@@ -167,5 +167,5 @@ def warn_of_share(budget: Budget, share: float, refused: Mapping[str, str]) -> N
     """Warn if what is left is above the budget, or more than 1 % of the dense network below it."""
     if budget.share - REACHED <= share <= budget.share:
         return
-    why = f"channels of {', '.join([*refused][:3])} cannot go" if refused else "no choice of whole channels comes nearer"
+    why = f"channels of {', '.join([*refused][:3])} cannot go" if refused else "one channel more would exceed it"
     warn(f"{budget!r} was asked for, {share:.4f} is left: {why}")

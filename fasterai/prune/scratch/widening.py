@@ -1,7 +1,7 @@
 """Wider networks by the channel graph: channels that are added are the reverse of channels that are removed.
 
-Every size is worked out from what the removal of one channel would make of it. A layer of 16 channels that would keep 15 has 16 + 4
-after 4 are added; the sizes of several groups add up, as where two of them are concatenated.
+Every size is worked out from what the removal of one channel would make of it. A layer of 16 channels that would keep 15 has
+16 + 4 after 4 are added; the sizes of several groups add up, as where two of them are concatenated.
 """
 
 from __future__ import annotations
