@@ -124,7 +124,7 @@ GRID: list[dict[str, list[Any]]] = [
 ]
 SIZES = {
     "tiny": Size("tiny", 160, 80, 8, epochs=1, batch_size=32),
-    "small": Size("small", 2_500, 2_000, 16, epochs=8),
+    "small": Size("small", 1_500, 2_000, 16, epochs=8, batch_size=32, lr=0.05),
     "full": Size("full", None, None, 32, epochs=30, batch_size=128),
 }
 STUDY = Study(

@@ -77,8 +77,8 @@ class Gating:
 def _gated(group: Group, readers: Iterable[Place]) -> Iterator[tuple[Place, Array]]:
     """Yield the places at which a group's gates stand.
 
-    They are the weights that read the channels. Where none does, as of queries and keys, which are multiplied with each other,
-    it is the layer after which the group is named, its weight and its bias.
+    They are the weights that read the channels. Where none does, as where their mean is read, they are the weight after which
+    the group is named and its bias.
     """
     reading = [(place, indices) for place, indices in group.places.items() if place in readers]
     yield from reading or _making(group)
@@ -86,6 +86,5 @@ def _gated(group: Group, readers: Iterable[Place]) -> Iterator[tuple[Place, Arra
 
 def _making(group: Group) -> Sequence[tuple[Place, Array]]:
     weight = group.name.partition(" #")[0]
-    layer = weight.rpartition(".")[0]
-    names = (weight, f"{layer}.bias" if layer else "bias", f"{layer}.in_proj_bias" if layer else "in_proj_bias")
+    names = (weight, weight.removesuffix("weight") + "bias")
     return [(place, indices) for place, indices in group.places.items() if place[0] in names]

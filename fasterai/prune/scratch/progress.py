@@ -72,10 +72,8 @@ def read_progress(folder: Path | None, words: Mapping[str, str], start: Mapping[
         parts = {"format": equal_to(GATES_FORMAT), "settings": mapping_of(text), "start": text, "random": random_state}
         figures = {"losses": list_of(_number), "means": list_of(_number), "steps": whole, "tensors": _tensors}
         check_parts(state, "search_from_scratch", {**parts, **figures, "weights": mapping_of(tensor)})
-    except (ValueError, TypeError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"folder must hold what search_from_scratch has written, got {path}, which is none: {error}"
-        ) from error
+    except (ValueError, TypeError, LookupError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"folder must hold what search_from_scratch wrote, got {path}, which is none: {error}") from error
     check_same_call(folder, state, words, start, ("gates of a network", "the search"))
     put_random_state_(state["random"])
     return Progress(state["tensors"], tuple(state["losses"]), tuple(state["means"]), state["steps"], state["weights"])

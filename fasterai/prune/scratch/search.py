@@ -1,7 +1,7 @@
 """Pruning from scratch: the widths of a small network, found before any weight is trained.
 
-Wang et al. 2020, Pruning from Scratch (AAAI), as their official code does it: the random weights are fixed, gates on channels are
-learned, the highest gates of the whole network decide the widths, and a network of these widths is trained from new weights.
+Wang et al. 2020, Pruning from Scratch (AAAI), as their official code does it: the random weights are fixed, gates on channels
+are learned, the highest gates of the whole network decide the widths, a network of these widths is trained from new weights.
 The place of the gates (behind all that makes a channel), the groups of the channel graph, the exact budget and the order of
 equal gates are ours.
 """
@@ -113,11 +113,11 @@ def search_from_scratch(
     round_to = check_count("round_to", round_to)
     _check_budget(budget)
     layers = read_layers(check_renews(check_whole(model)), ignored_layers or ())
-    batches = read_data(data)
     standard = unwrap(model) if dense is None else unwrap(check_whole(dense))
     own = {"expand": factor, "exact": exact, "ignored_layers": sorted(layers), "loss": loss, "seed": seed}
     words = settings_in_words(**asdict(recipe), **own)
     with _seeded(seed):
+        batches = read_data(data)
         inputs = _inputs(model, batches, example_inputs)
         wide = find_structure(renewed(copy.deepcopy(unwrap(model)).train(), reset, seed), inputs, layers, exact)
         first = wide.counts if dense is None else _counts(standard, inputs, exact)
@@ -129,6 +129,7 @@ def search_from_scratch(
         trial = copy.deepcopy(wide.model)
         gating = Gating(trial, wide.graph)
         place = None if folder is None else Path(folder)
+        _seed(seed)
         learned = learn_gates(trial, gating, batches, recipe, loss, folder=place, words=words, progress=progress)
         kept = choose_channels(wide, learned.gates, learned.averages, budget, standard, round_to)
         plan, sound = cut_(wide, kept)
@@ -185,9 +186,13 @@ def _seeded(seed: int) -> Iterator[None]:
     """Seed the global generators of torch, numpy and Python for a while."""
     before = keep_random_state()
     try:
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
+        _seed(seed)
         yield
     finally:
         put_random_state_(before)
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
