@@ -23,6 +23,7 @@ STUDIES = (
     "routed_experts",
     "routes",
     "schedules",
+    "scratch",
     "tickets",
     "variety",
 )
