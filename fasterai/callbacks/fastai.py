@@ -15,6 +15,7 @@ from fasterai.callbacks.dynamic import ACDCMethod, RigLMethod, SETMethod, Static
 from fasterai.callbacks.elsewhere import ASKED_BY, refuse_elsewhere
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
 from fasterai.callbacks.participants import SRSTEMethod, STEMethod
+from fasterai.callbacks.regularization import RegularizeMethod
 from fasterai.core.loop import STOPPED, Fit, Loop
 from fasterai.model.cuts import Cut, follow
 
@@ -32,6 +33,7 @@ from fasterai.callbacks.fastai_files import begin_saving, end_saving, find_state
 __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 __all__ += ["SRSTECallback", "STECallback"]
 __all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
+__all__ += ["RegularizeCallback"]
 
 NOT_TRAINING = {"lr_finder", "gather_preds"}  # fastai's names of the callbacks of `lr_find` and of predictions
 LIGHTNING_ASKS_FOR = {"state_key", "setup", "on_exception"}  # what a Trainer wants first, at its making and in a fit
@@ -315,4 +317,8 @@ class STRCallback(STRMethod, ParticipantCallback):  # noqa: D101 - the method's
 
 
 class StaticCallback(StaticMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RegularizeCallback(RegularizeMethod, ParticipantCallback):  # noqa: D101 - the method's
     pass

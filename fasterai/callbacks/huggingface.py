@@ -20,6 +20,7 @@ from fasterai.callbacks.dynamic import ACDCMethod, RigLMethod, SETMethod, Static
 from fasterai.callbacks.elsewhere import Elsewhere
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
 from fasterai.callbacks.participants import SRSTEMethod, STEMethod
+from fasterai.callbacks.regularization import RegularizeMethod
 from fasterai.core.batch import note_task, task_loss
 from fasterai.core.checks import warn
 from fasterai.core.files import write_saved
@@ -37,6 +38,7 @@ from fasterai.callbacks.huggingface_trainer import batches_of_step, checkpoint_f
 __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 __all__ += ["SRSTECallback", "STECallback"]
 __all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
+__all__ += ["RegularizeCallback"]
 
 #: What the Trainer adds to the batch itself.
 COUNT = "num_items_in_batch"
@@ -342,4 +344,8 @@ class STRCallback(STRMethod, ParticipantCallback):  # noqa: D101 - the method's
 
 
 class StaticCallback(StaticMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RegularizeCallback(RegularizeMethod, ParticipantCallback):  # noqa: D101 - the method's
     pass

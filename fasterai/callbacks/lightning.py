@@ -1,4 +1,7 @@
-"""Lightning: participants in a Trainer's fit, with their figures logged and their states in Lightning's own checkpoints."""
+"""Lightning: participants in a Trainer's fit, with their figures logged and their states in Lightning's own checkpoints.
+
+Over 300 lines, since every method has its class here.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from fasterai.callbacks.dynamic import ACDCMethod, RigLMethod, SETMethod, Static
 from fasterai.callbacks.elsewhere import Elsewhere
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
 from fasterai.callbacks.participants import SRSTEMethod, STEMethod
+from fasterai.callbacks.regularization import RegularizeMethod
 from fasterai.core.loop import STOPPED, Batch, Fit, Loop
 from fasterai.model.cuts import Cut, follow
 from fasterai.model.inputs import as_batch
@@ -34,6 +38,7 @@ from fasterai.callbacks.lightning_wraps import CutFirst, StepWraps, stop_waiting
 __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 __all__ += ["SRSTECallback", "STECallback"]
 __all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
+__all__ += ["RegularizeCallback"]
 
 
 class ParticipantCallback(Elsewhere, pl.Callback):
@@ -329,4 +334,8 @@ class STRCallback(STRMethod, ParticipantCallback):  # noqa: D101 - the method's
 
 
 class StaticCallback(StaticMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RegularizeCallback(RegularizeMethod, ParticipantCallback):  # noqa: D101 - the method's
     pass

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 __all__ += ["SRSTECallback", "STECallback"]
 __all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
+__all__ += ["RegularizeCallback"]
 
 
 class _Missing:
@@ -66,3 +67,7 @@ class STRCallback(_Missing):
 
 class StaticCallback(_Missing):
     """Stands for `fasterai.callbacks.fastai.StaticCallback`."""
+
+
+class RegularizeCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.RegularizeCallback`."""
