@@ -59,7 +59,7 @@ class LatentWeights(Participant, ABC):
         weight.copy_(kept)
 
     def pull_(self, target: Target, gradient: Tensor, kept: Tensor) -> None:
-        """Change the gradient of a step in place; all accumulated, unscaled, not clipped yet."""
+        """Adjust the gradient of a step in place; all accumulated, unscaled, not clipped yet."""
 
     # --- a run -------------------------------------------------------------------------------------------------------
 
@@ -96,7 +96,7 @@ class LatentWeights(Participant, ABC):
 
     @torch.no_grad()
     def after_backward(self) -> None:
-        """Change the gradients as the method says."""
+        """Adjust the gradients as the method says."""
         for target in self.targets:
             if target.parameter.grad is not None and target.name in self._kept:
                 self.pull_(target, target.parameter.grad, self._kept[target.name])
