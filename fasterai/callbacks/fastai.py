@@ -13,6 +13,7 @@ import numpy as np
 from fasterai.callbacks.distillation import DistillMethod
 from fasterai.callbacks.elsewhere import ASKED_BY, refuse_elsewhere
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
+from fasterai.callbacks.participants import TernarizeMethod
 from fasterai.core.loop import STOPPED, Fit, Loop
 from fasterai.model.cuts import Cut, follow
 
@@ -28,6 +29,7 @@ from fasterai.callbacks.fastai_batches import batch_of, plain
 from fasterai.callbacks.fastai_files import begin_saving, end_saving, find_state, skipped_epochs
 
 __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
+__all__ += ["TernarizeCallback"]
 
 NOT_TRAINING = {"lr_finder", "gather_preds"}  # fastai's names of the callbacks of `lr_find` and of predictions
 LIGHTNING_ASKS_FOR = {"state_key", "setup", "on_exception"}  # what a Trainer wants first, at its making and in a fit
@@ -283,4 +285,8 @@ class KnowledgeDistillationCallback(DistillMethod, ParticipantCallback):  # noqa
 
 
 class PruneCallback(PruneMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class TernarizeCallback(TernarizeMethod, ParticipantCallback):  # noqa: D101 - the method's
     pass

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fasterai.callbacks.distillation import DistillMethod
 from fasterai.callbacks.elsewhere import Elsewhere
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
+from fasterai.callbacks.participants import TernarizeMethod
 from fasterai.core.batch import note_task, task_loss
 from fasterai.core.checks import warn
 from fasterai.core.files import write_saved
@@ -33,6 +34,7 @@ except ImportError as error:
 from fasterai.callbacks.huggingface_trainer import batches_of_step, checkpoint_folder, is_training, returned_loss, unscale
 
 __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
+__all__ += ["TernarizeCallback"]
 
 #: What the Trainer adds to the batch itself.
 COUNT = "num_items_in_batch"
@@ -311,3 +313,7 @@ class PruneCallback(PruneMethod, ParticipantCallback):  # noqa: D101 - the metho
         if saved is not None:
             (pruner,) = made(self._given, model)
             pruner.load_state_dict(saved["participants"][pruner.name])
+
+
+class TernarizeCallback(TernarizeMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from fasterai.callbacks.distillation import DistillMethod
 from fasterai.callbacks.elsewhere import Elsewhere
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
+from fasterai.callbacks.participants import TernarizeMethod
 from fasterai.core.loop import STOPPED, Batch, Fit, Loop
 from fasterai.model.cuts import Cut, follow
 from fasterai.model.inputs import as_batch
@@ -30,6 +31,7 @@ except ImportError as error:
 from fasterai.callbacks.lightning_wraps import CutFirst, StepWraps, stop_waiting
 
 __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
+__all__ += ["TernarizeCallback"]
 
 
 class ParticipantCallback(Elsewhere, pl.Callback):
@@ -298,3 +300,7 @@ def _steps_done(trainer: pl.Trainer) -> int:
 
 def _worst(mode: str) -> Tensor:
     return torch.tensor(math.inf if mode == "min" else -math.inf)
+
+
+class TernarizeCallback(TernarizeMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-__all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
+__all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback", "TernarizeCallback"]
 
 
 class _Missing:
@@ -36,3 +36,7 @@ class ParticipantCallback(_Missing):
 
 class KnowledgeDistillationCallback(_Missing):
     """Stands for `fasterai.callbacks.fastai.KnowledgeDistillationCallback`."""
+
+
+class TernarizeCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.TernarizeCallback`."""

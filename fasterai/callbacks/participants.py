@@ -14,9 +14,10 @@ from torch import nn
 from fasterai.callbacks.methods import Method
 from fasterai.core.loop import Participant
 from fasterai.display import brief
+from fasterai.misc.ternary.training import TernaryTraining
 from fasterai.model.names import unwrap
 
-__all__ = ["ParticipantMethod"]
+__all__ = ["ParticipantMethod", "TernarizeMethod"]
 
 
 class ParticipantMethod(Method):
@@ -77,3 +78,10 @@ class ParticipantMethod(Method):
         """Return the participant's figures; zeros before the first batch."""
         found: dict[str, float] = dict.fromkeys(self.figures, 0.0) if self.participant is None else self.participant.metrics()
         return found
+
+
+class TernarizeMethod(ParticipantMethod):
+    """Trains the model with ternary groups, straight through: arguments of `TernaryTraining`, without the model."""
+
+    makes = TernaryTraining
+    figures = ("zeros",)

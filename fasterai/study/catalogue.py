@@ -21,6 +21,7 @@ STUDIES = (
     "routed_experts",
     "routes",
     "schedules",
+    "ternary",
     "tickets",
     "variety",
 )
