@@ -151,6 +151,7 @@ def test_star_imports_give_the_familiar_names(module):
         ("fasterai.prune.all", "channel_graph apply_plan_ Sparsifier SparsifyCallback HoldCallback attach"),
         ("fasterai.analyze.all", "analyze Sparsifier"),
         ("fasterai.misc.all", "BN_Folder FC_Decomposer fold_batchnorms find_folds decompose_linear"),
+        ("fasterai.misc.all", "ternarize find_ternary TernaryTraining TernarizeCallback save_ternary load_ternary"),
         ("fasterai.export.all", "export_onnx ONNXModel verify_onnx export_program"),
     ],
 )

@@ -1,4 +1,9 @@
-"""For notebooks: `from fasterai.misc.all import *`. Re-exports only; the reports that calls return are importable by name."""
+"""For notebooks: `from fasterai.misc.all import *`. Re-exports only; the reports that calls return are importable by name.
+
+The callback is fastai's, where that is installed.
+"""
+
+import importlib.util
 
 from fasterai.misc.batchnorm import BN_Folder, find_folds, fold_batchnorms
 from fasterai.misc.batchnorm import FoldReport as FoldReport
@@ -13,10 +18,16 @@ from fasterai.misc.ternary.report import TernaryReport as TernaryReport
 from fasterai.misc.ternary.ternarize import find_ternary, ternarize
 from fasterai.misc.ternary.training import TernaryTraining
 
+if importlib.util.find_spec("fastai") is not None:
+    from fasterai.callbacks.fastai import TernarizeCallback
+else:
+    from fasterai.callbacks.missing import TernarizeCallback  # type: ignore[assignment]
+
 __all__ = [
     "BN_Folder",
     "Conv_Decomposer",
     "FC_Decomposer",
+    "TernarizeCallback",
     "TernaryTraining",
     "VALID_METHODS",
     "decompose_convolutions",

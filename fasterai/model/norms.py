@@ -103,7 +103,9 @@ def watch(model: nn.Module, inputs: tuple[Any, ...], part: nn.Module | None = No
 def _inputs(steps: Iterable[Step]) -> Iterator[str]:
     """Yield the weights that come first on every way from the inputs."""
     for step in steps:
-        if (weights := _weights(step)) and next(_before(a for a in step.arguments if a is not None and not _held(a)), None) is None:
+        weights = [] if _held(step) else _weights(step)
+        read = [a for a in step.arguments if a is not None and _held(a) is None]
+        if weights and next(_before(read), None) is None:
             yield from filter(None, weights)
 
 

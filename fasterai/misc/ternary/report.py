@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -105,11 +105,24 @@ class TernaryReport(Shown):
         yield self._head()
         if self.layers:
             header = ("weight", "error", "zeros", "weights", "groups", "MACs", "multiplications", "dense", "packed")
-            yield Table(header, [(name, *_figures(layer)) for name, layer in self.layers.items()])
+            yield Table(header, [*((name, *_figures(layer)) for name, layer in self.layers.items()), self._whole()], foot=1)
         if self.left:
             yield ""
-            body = list(self.left.items())
-            yield Table(("weight", "why it stays"), body, left=2, text=[f"{name}: left alone, {why}" for name, why in body])
+            yield Table(("weight", "why it stays"), list(self.left.items()), left=2)
+
+    def _whole(self) -> tuple[str, ...]:
+        """Return the table's last row: the sums over the ternary weights."""
+        layers = self.layers.values()
+        weights, groups = sum(one.weights for one in layers), sum(one.groups for one in layers)
+        zeros = sum(one.zeros * one.weights for one in layers) / weights
+        counted = [(one.macs, one.multiplications) for one in layers if one.macs is not None]
+        sums = [short(sum(column)) for column in zip(*counted, strict=True)] if counted else ["-", "-"]  # type: ignore[arg-type]
+        sizes = (short_bytes(self.dense_bytes), short_bytes(self.packed_bytes))
+        return ("all of these", "", f"{zeros:.1%}", short(weights), short(groups), *sums, *sizes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, ready for JSON."""
+        return asdict(self)
 
     @styled()
     def plot(self, ax: Axes | None = None) -> Axes:
