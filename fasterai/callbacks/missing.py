@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-__all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback", "TernarizeCallback"]
+__all__ = [
+    "HoldCallback",
+    "KnowledgeDistillationCallback",
+    "ParticipantCallback",
+    "PruneCallback",
+    "SparsifyCallback",
+    "TernarizeCallback",
+]
 
 
 class _Missing:

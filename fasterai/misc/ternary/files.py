@@ -119,12 +119,16 @@ def _read_header(
         found = json.loads(metadata["layers"]).items()
         layers = {name: (torch.Size(one["shape"]), _dtype(one["dtype"])) for name, one in found}
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"path must be a file that save_ternary wrote, got {path}, whose header is not one ({error})") from error
+        raise ValueError(
+            f"path must be a file that save_ternary wrote, got {path}, whose header is not one ({error})"
+        ) from error
     return group, layers
 
 
 def _dtype(name: object) -> torch.dtype:
-    known = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+    known = {
+        str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    }
     if name not in known:
         raise ValueError(f"dtype must be one of {', '.join(known)}, got {name!r}")
     return known[str(name)]
@@ -152,9 +156,9 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _differing(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> Iterator[str]:
-    yield from (f"{name} is not in it" for name in saved if name not in own)
-    yield from (f"{name} is not in the file" for name in own if name not in saved)
-    for name in own.keys() & saved.keys():
+    yield from (f"{name} is not in it" for name in sorted(saved.keys() - own.keys()))
+    yield from (f"{name} is not in the file" for name in sorted(own.keys() - saved.keys()))
+    for name in sorted(own.keys() & saved.keys()):
         here, there = tuple(own[name].shape), tuple(saved[name].shape)
         if here != there:
             yield f"{name} is {here} here and {there} in the file"

@@ -11,8 +11,21 @@ from torch import Tensor
 
 from fasterai.analyze.cost import Cost
 from fasterai.core.types import Target
-from fasterai.display import QUIET, SERIES, SMALL, Brief, Shown, Table, as_percent, dress, new_axes, of_batch, short
-from fasterai.display import short_bytes, styled
+from fasterai.display import (
+    QUIET,
+    SERIES,
+    SMALL,
+    Brief,
+    Shown,
+    Table,
+    as_percent,
+    dress,
+    new_axes,
+    of_batch,
+    short,
+    short_bytes,
+    styled,
+)
 from fasterai.misc.ternary.groups import Group, divide
 from fasterai.misc.ternary.packing import packed_bytes, scales_of
 
@@ -149,7 +162,13 @@ class TernaryReport(Shown):
 
 def _figures(layer: TernaryLayer) -> tuple[str, ...]:
     counted = ("-", "-") if layer.macs is None else (short(layer.macs), short(layer.multiplications or 0))
-    sizes = (short(layer.weights), short(layer.groups), *counted, short_bytes(layer.dense_bytes), short_bytes(layer.packed_bytes))
+    sizes = (
+        short(layer.weights),
+        short(layer.groups),
+        *counted,
+        short_bytes(layer.dense_bytes),
+        short_bytes(layer.packed_bytes),
+    )
     return (f"{layer.error:.1%}", f"{layer.zeros:.1%}", *sizes)
 
 

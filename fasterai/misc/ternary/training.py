@@ -59,7 +59,9 @@ class TernaryTraining(LatentWeights):
         self.targets = self._selection.targets
         if not self.targets:
             reasons = "; ".join(f"{name}: {why}" for name, why in self._selection.left_out.items())
-            raise ValueError(f"targets must leave a weight besides the first and the last layer, got none ({reasons}); name some")
+            raise ValueError(
+                f"targets must leave a weight besides the first and the last layer, got none ({reasons}); name some"
+            )
 
     @staticmethod
     def check_settings(group: object, rule: object, **_: Any) -> None:
