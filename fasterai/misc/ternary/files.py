@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fasterai.core.files import write_tensors
 from fasterai.core.types import Target
 from fasterai.misc.ternary.groups import Group, check_group, divide
-from fasterai.misc.ternary.packing import is_ternary, pack, packed_bytes, unpack
+from fasterai.misc.ternary.packing import SCALE_TYPES, is_ternary, pack, packed_bytes, unpack
 from fasterai.misc.ternary.selection import why_not
 from fasterai.model.names import unwrap
 from fasterai.model.supported import check_model
@@ -126,9 +126,7 @@ def _read_header(
 
 
 def _dtype(name: object) -> torch.dtype:
-    known = {
-        str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    }
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in SCALE_TYPES}
     if name not in known:
         raise ValueError(f"dtype must be one of {', '.join(known)}, got {name!r}")
     return known[str(name)]

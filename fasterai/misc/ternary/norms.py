@@ -19,8 +19,8 @@ __all__ = ["measure_norms_"]
 def measure_norms_(model: nn.Module, data: Iterable[Any]) -> None:
     """Measure mean and variance of every batch norm anew: the averages over the batches, each weighing the same.
 
-    All other modules are in eval mode meanwhile, so that nothing is dropped. Modes, momenta, counts and random generators stay as
-    they were. Norms without statistics of their own, and those that no batch reaches, stay as well.
+    All other modules are in eval mode meanwhile, so that nothing is dropped. Modes, momenta, counts and random generators stay
+    as they were. Norms without statistics of their own, and those that no batch reaches, stay as well.
 
     Args:
         model: The model.
@@ -50,12 +50,13 @@ def measure_norms_(model: nn.Module, data: Iterable[Any]) -> None:
 
 
 def _run(model: nn.Module, data: Iterable[Any]) -> None:
-    count = 0
-    for count, item in enumerate(data, 1):
+    is_empty = True
+    for item in data:
+        is_empty = False
         batch = as_batch(item)
         try:
             model(*batch.inputs, **batch.keywords)
         except Exception as error:
             raise ValueError(f"data must hold batches that the model runs on, got an error: {error}") from error
-    if not count:
+    if is_empty:
         raise ValueError("data must hold at least one batch, got none")

@@ -1,10 +1,10 @@
 """Best ternary values of groups of weights, `min ||w - a t||^2` over a >= 0 and t in {-1, 0, 1}^N.
 
-With |w| in falling order and its prefix sums `P_k`, the best number of weights that are not zero is `k* = argmax P_k^2 / k`, and
-`a = P_k* / k*`: for a given set of k the best scale is its mean magnitude, which leaves `sum w^2 - P_k^2 / k`, and of all sets
-of k the k largest have the largest sum. The weights above `a / 2` are these k*. Ternary weights with a scale for each small
-group are Mellempudi et al. 2017 (https://arxiv.org/abs/1705.01462), the formula of the scale for a given threshold Li & Liu
-2016 (https://arxiv.org/abs/1605.04711); that prefix sums give the optimum of all is worked out here.
+With |w| in falling order and its prefix sums `P_k`, the best number of weights that are not zero is `k* = argmax P_k^2 / k`,
+and `a = P_k* / k*`: for a given set of k the best scale is its mean magnitude, which leaves `sum w^2 - P_k^2 / k`, and of all
+sets of k the k largest have the largest sum. The weights above `a / 2` are these k*. Ternary weights with a scale for each
+small group are Mellempudi et al. 2017 (https://arxiv.org/abs/1705.01462), the scale for a given threshold is Li & Liu 2016
+(https://arxiv.org/abs/1605.04711); that prefix sums give the optimum of all is worked out here.
 """
 
 from __future__ import annotations
@@ -49,9 +49,8 @@ def ternary_of(weight: Tensor, division: Division, rule: str = "exact", scale_dt
     counts = division.counts(groups)
     result = torch.empty_like(groups, memory_format=torch.contiguous_format)
     rows = max(1, BLOCK // max(1, groups[:1].numel()))
-    for part, out in zip(groups.split(rows), result.split(rows), strict=True):
-        if part.numel():
-            _put_ternary(part, counts, rule, scale_dtype, out)
+    for start in range(0, len(groups) if groups.numel() else 0, rows):
+        _put_ternary(groups[start : start + rows], counts, rule, scale_dtype, result[start : start + rows])
     return division.join(result, weight.shape)
 
 

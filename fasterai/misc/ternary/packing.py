@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fasterai.misc.ternary.groups import Division
 
-__all__ = ["is_ternary", "pack", "packed_bytes", "scales_of", "unpack"]
+__all__ = ["SCALE_TYPES", "is_ternary", "pack", "packed_bytes", "scales_of", "unpack"]
 
 #: Types that scales are kept in: the first one that holds all of them exactly.
-SCALES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SCALE_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Weights in a byte.
 PER_BYTE = 4
 
@@ -27,7 +27,7 @@ def packed_bytes(weights: int, groups: int, dtype: torch.dtype) -> int:
 def scales_of(ternary: Tensor, division: Division) -> Tensor:
     """Return the scales of ternary weights, `(A, M, B)`, in the narrowest type that holds them exactly."""
     scales = division.split(ternary).abs().amax(2)
-    for dtype in SCALES[:-1]:
+    for dtype in SCALE_TYPES[:-1]:
         if torch.equal(scales.to(dtype).to(scales.dtype), scales):
             return scales.to(dtype)
     return scales
@@ -65,7 +65,7 @@ def unpack(codes: Tensor, scales: Tensor, division: Division, shape: torch.Size)
     if codes.dtype != torch.uint8 or codes.shape != (-(-shape.numel() // PER_BYTE),):
         raise ValueError(f"codes must be {-(-shape.numel() // PER_BYTE)} bytes, got {tuple(codes.shape)} of {codes.dtype}")
     wanted = (division.rows, division.along, division.columns)
-    if scales.shape != wanted or scales.dtype not in SCALES:
+    if scales.shape != wanted or scales.dtype not in SCALE_TYPES:
         raise ValueError(f"scales must be of shape {wanted}, got {tuple(scales.shape)} of {scales.dtype}")
     if not (scales.isfinite().all() and (scales >= 0).all()):
         raise ValueError("scales must be finite and at least 0, got others")

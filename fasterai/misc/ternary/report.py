@@ -26,7 +26,7 @@ from fasterai.display import (
     short_bytes,
     styled,
 )
-from fasterai.misc.ternary.groups import Group, divide
+from fasterai.misc.ternary.groups import Division, Group
 from fasterai.misc.ternary.packing import packed_bytes, scales_of
 
 if TYPE_CHECKING:
@@ -173,17 +173,16 @@ def _figures(layer: TernaryLayer) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def measure_layer(target: Target, before: Tensor, ternary: Tensor, group: Group, macs: int | None) -> TernaryLayer:
+def measure_layer(before: Tensor, ternary: Tensor, division: Division, macs: int | None) -> TernaryLayer:
     """Measure what became of a weight.
 
     Args:
-        target: The weight's name and layout.
         before: The weight as it was.
         ternary: Its ternary values.
-        group: The weights of a group.
+        division: Its groups.
         macs: Multiply-accumulates with it, where counted.
     """
-    division, count = divide(target.layout, group), ternary.numel()
+    count = ternary.numel()
     wide = torch.float64 if before.dtype == torch.float64 else torch.float32
     size = float(torch.linalg.vector_norm(before, dtype=wide))
     distance = float(torch.linalg.vector_norm(before.to(wide) - ternary.to(wide)))

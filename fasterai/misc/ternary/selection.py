@@ -84,5 +84,5 @@ def _ends(targets: list[Target], model: nn.Module, example_inputs: Any) -> dict[
         ends = zip(targets[:1] + targets[-1:], ("first", "last"), strict=bool(targets))
         return {t.name: f"the {which} layer, {by_order}" for t, which in ends}
     flow = watch(model, as_tuple(example_inputs))
-    ends = {"reads the model's input": flow.inputs, "makes the model's output": flow.outputs}
-    return {t.name: f"it {what}" for what, names in ends.items() for t in targets if t.name in names}
+    found = {"reads the model's input": flow.inputs, "makes the model's output": flow.outputs}
+    return {t.name: f"it {what}" for what, names in found.items() for t in targets if t.name in names}

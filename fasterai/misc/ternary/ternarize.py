@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
@@ -104,7 +104,12 @@ def find_ternary(
 
 
 def report_of(
-    model: nn.Module, selection: Selection, group: Group, rule: str, weights: Any, example_inputs: Any
+    model: nn.Module,
+    selection: Selection,
+    group: Group,
+    rule: str,
+    weights: Callable[[Target], tuple[Tensor, Tensor]],
+    example_inputs: Any,
 ) -> TernaryReport:
     """Make a report of a model.
 
@@ -118,7 +123,7 @@ def report_of(
     """
     costs = None if example_inputs is None else cost(model, example_inputs)
     macs = {} if costs is None else macs_of(costs, selection.targets)
-    layers = {t.name: measure_layer(t, *weights(t), group, macs.get(t.name)) for t in selection.targets}
+    layers = {t.name: measure_layer(*weights(t), divide(t.layout, group), macs.get(t.name)) for t in selection.targets}
     whole, samples = (None, None) if costs is None else (costs.macs, costs.batch_size)
     return TernaryReport(group, rule, layers, selection.left_out, whole, samples)
 

@@ -148,5 +148,5 @@ def test_scales_are_rounded_to_a_type():
 
 
 def test_an_unknown_rule_is_refused():
-    with pytest.raises(ValueError, match="rule must be one of exact, threshold, got 'exakt'; did you mean 'exact'?"):
+    with pytest.raises(ValueError, match=r"rule must be one of exact, threshold, got 'exakt'; did you mean 'exact'\?"):
         check_rule("exakt")

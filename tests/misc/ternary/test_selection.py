@@ -86,7 +86,7 @@ def test_weights_that_are_not_finite_are_refused(value):
 def test_models_and_embeddings_that_do_not_fit_are_refused():
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got 3"):
         choose_targets(3, None, None, None)
-    with pytest.raises(ValueError, match="embeddings, whose rows are read one at a time, for 0.weight"):
+    with pytest.raises(ValueError, match=r"embeddings, whose rows are read one at a time, for 0.weight"):
         choose_targets(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4)), "0", None, None)
     with pytest.raises(ValueError, match="example_inputs must be arguments that the model runs on"):
         choose_targets(Net(), None, None, torch.zeros(1, 5))

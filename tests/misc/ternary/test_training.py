@@ -77,7 +77,7 @@ def network() -> nn.Sequential:
 
 def batches(n: int) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    pairs = [(torch.randn(8, 2, 8, 8, generator=generator), torch.randint(3, (8,), generator=generator)) for _ in range(n)]
+    return [(torch.randn(8, 2, 8, 8, generator=generator), torch.randint(3, (8,), generator=generator)) for _ in range(n)]
 
 
 OPTIMIZERS = {
