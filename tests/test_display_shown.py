@@ -92,6 +92,11 @@ def route() -> Any:
     return Route.from_checkpoints([net(), net()])
 
 
+def ternary_report() -> Any:
+    layers = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    return everything.find_ternary(layers, example_inputs=torch.zeros(1, 4))
+
+
 def compared(latency: bool) -> Any:
     from fasterai.analyze.comparison import compare
 
@@ -220,6 +225,10 @@ MADE = {
     "SensitivityResult": lambda _: by_layers("analyze"),
     "SeveralTeachers": lambda _: everything.SeveralTeachers([net(), net()]),
     "Sparsifier": lambda _: sparsifier(),
+    "TernarizeCallback": lambda _: everything.TernarizeCallback(8, rule="threshold"),
+    "TernaryLayer": lambda _: ternary_report().layers["1.weight"],
+    "TernaryReport": lambda _: ternary_report(),
+    "TernaryTraining": lambda _: everything.TernaryTraining(net(), targets="head"),
     "Ticket": lambda _: ticket(),
     "SparsifyCallback": lambda _: everything.SparsifyCallback({"*": 0.5}, "filter", "local", lambda w: w, "agp"),
 }
@@ -278,7 +287,7 @@ WITH_TABLES = {
         "Reached",
     ),
     *("Regularizer", "Removal", "Route", "RouteRecorder", "RouteResult", "Sensitivity", "SensitivityResult", "Sparsifier"),
-    *("SparsityReport", "Ticket"),
+    *("SparsityReport", "TernaryReport", "Ticket"),
 }
 
 

@@ -153,6 +153,7 @@ def test_star_imports_give_the_familiar_names(module):
         ("fasterai.regularize.all", "RegularizeCallback Regularizer attach remove large_final one_cycle Keep Coupled"),
         ("fasterai.regularize.all", "l1 L1 group_lasso GroupLasso growing Growing slimming Slimming"),
         ("fasterai.misc.all", "BN_Folder FC_Decomposer fold_batchnorms find_folds decompose_linear"),
+        ("fasterai.misc.all", "ternarize find_ternary TernaryTraining TernarizeCallback save_ternary load_ternary"),
         ("fasterai.export.all", "export_onnx ONNXModel verify_onnx export_program"),
     ],
 )

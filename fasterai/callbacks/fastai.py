@@ -14,7 +14,7 @@ from fasterai.callbacks.distillation import DistillMethod
 from fasterai.callbacks.dynamic import ACDCMethod, RigLMethod, SETMethod, StaticMethod, STRMethod
 from fasterai.callbacks.elsewhere import ASKED_BY, refuse_elsewhere
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
-from fasterai.callbacks.participants import SRSTEMethod, STEMethod
+from fasterai.callbacks.participants import SRSTEMethod, STEMethod, TernarizeMethod
 from fasterai.callbacks.regularization import RegularizeMethod
 from fasterai.core.loop import STOPPED, Fit, Loop
 from fasterai.model.cuts import Cut, follow
@@ -34,6 +34,7 @@ __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback
 __all__ += ["SRSTECallback", "STECallback"]
 __all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
 __all__ += ["RegularizeCallback"]
+__all__ += ["TernarizeCallback"]
 
 NOT_TRAINING = {"lr_finder", "gather_preds"}  # fastai's names of the callbacks of `lr_find` and of predictions
 LIGHTNING_ASKS_FOR = {"state_key", "setup", "on_exception"}  # what a Trainer wants first, at its making and in a fit
@@ -321,4 +322,8 @@ class StaticCallback(StaticMethod, ParticipantCallback):  # noqa: D101 - the met
 
 
 class RegularizeCallback(RegularizeMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class TernarizeCallback(TernarizeMethod, ParticipantCallback):  # noqa: D101 - the method's
     pass

@@ -21,7 +21,7 @@ from fasterai.callbacks.distillation import DistillMethod
 from fasterai.callbacks.dynamic import ACDCMethod, RigLMethod, SETMethod, StaticMethod, STRMethod
 from fasterai.callbacks.elsewhere import Elsewhere
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
-from fasterai.callbacks.participants import SRSTEMethod, STEMethod
+from fasterai.callbacks.participants import SRSTEMethod, STEMethod, TernarizeMethod
 from fasterai.callbacks.regularization import RegularizeMethod
 from fasterai.core.loop import STOPPED, Batch, Fit, Loop
 from fasterai.model.cuts import Cut, follow
@@ -39,6 +39,7 @@ __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback
 __all__ += ["SRSTECallback", "STECallback"]
 __all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
 __all__ += ["RegularizeCallback"]
+__all__ += ["TernarizeCallback"]
 
 
 class ParticipantCallback(Elsewhere, pl.Callback):
@@ -338,4 +339,8 @@ class StaticCallback(StaticMethod, ParticipantCallback):  # noqa: D101 - the met
 
 
 class RegularizeCallback(RegularizeMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class TernarizeCallback(TernarizeMethod, ParticipantCallback):  # noqa: D101 - the method's
     pass

@@ -8,6 +8,14 @@ __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback
 __all__ += ["SRSTECallback", "STECallback"]
 __all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
 __all__ += ["RegularizeCallback"]
+__all__ = [
+    "HoldCallback",
+    "KnowledgeDistillationCallback",
+    "ParticipantCallback",
+    "PruneCallback",
+    "SparsifyCallback",
+    "TernarizeCallback",
+]
 
 
 class _Missing:
@@ -71,3 +79,7 @@ class StaticCallback(_Missing):
 
 class RegularizeCallback(_Missing):
     """Stands for `fasterai.callbacks.fastai.RegularizeCallback`."""
+
+
+class TernarizeCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.TernarizeCallback`."""

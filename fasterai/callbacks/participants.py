@@ -14,10 +14,11 @@ from torch import nn
 from fasterai.callbacks.methods import Method
 from fasterai.core.loop import Participant
 from fasterai.display import brief
+from fasterai.misc.ternary.training import TernaryTraining
 from fasterai.model.names import unwrap
 from fasterai.sparse.nm.srste import SRSTE, STE
 
-__all__ = ["ParticipantMethod", "SRSTEMethod", "STEMethod"]
+__all__ = ["ParticipantMethod", "SRSTEMethod", "STEMethod", "TernarizeMethod"]
 
 
 class ParticipantMethod(Method):
@@ -90,3 +91,10 @@ class STEMethod(ParticipantMethod):
     """Trains the model at N:M without decay: arguments of `STE`, without the model."""
 
     makes = STE
+
+
+class TernarizeMethod(ParticipantMethod):
+    """Trains the model with ternary groups, straight through: arguments of `TernaryTraining`, without the model."""
+
+    makes = TernaryTraining
+    figures = ("zeros",)

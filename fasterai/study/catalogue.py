@@ -24,6 +24,7 @@ STUDIES = (
     "routes",
     "schedules",
     "scratch",
+    "ternary",
     "tickets",
     "variety",
 )
