@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fasterai.core.checks import unknown
+from fasterai.distill.capture import unknown_layer
 from fasterai.distill.losses.shapes import UnlikeShapesError, as_maps, grid_of
 from fasterai.model.inputs import as_tuple
 from fasterai.model.names import plain_name, unwrap
@@ -70,7 +70,7 @@ def get_module_by_name(module: nn.Module, access_string: str) -> nn.Module:
     """
     found: dict[str, nn.Module] = {plain_name(n): one for n, one in unwrap(module).named_modules(remove_duplicate=False)}
     if access_string not in found:
-        raise unknown("access_string", access_string, [name for name in found if name], "layers of the model")
+        raise unknown_layer("access_string", access_string, found)
     return found[access_string]
 
 
