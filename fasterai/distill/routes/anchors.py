@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasterai.core.checks import not_one_of
 from fasterai.display import Brief
 from fasterai.model.names import plain_name, unwrap
+from fasterai.model.supported import network_in
 
 __all__ = ["Anchor", "find_files", "fit_tensors", "load_anchor_"]
 
@@ -199,4 +201,4 @@ def as_anchor(given: Any, number: int) -> Anchor:
         return Anchor(path.name, path)
     if isinstance(given, Mapping | nn.Module):
         return Anchor(f"anchor {number}", given)
-    raise TypeError(f"checkpoints must be paths, state dicts or networks, got {given!r} ({type(given).__name__})")
+    raise not_one_of("checkpoints", "paths, state dicts or networks", given, network_in(given))
