@@ -14,6 +14,7 @@ from fasterai.callbacks.distillation import DistillMethod
 from fasterai.callbacks.elsewhere import ASKED_BY, refuse_elsewhere
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
 from fasterai.core.loop import STOPPED, Fit, Loop
+from fasterai.display import counted
 from fasterai.model.cuts import Cut, follow
 
 try:
@@ -21,6 +22,7 @@ try:
     from fastai.callback.fp16 import MixedPrecision
     from fastai.callback.tracker import SaveModelCallback, TrackerCallback
     from fastai.callback.training import GradientAccumulation, GradientClip
+    from fastai.learner import Learner
 except ImportError as error:
     raise ImportError("fasterai.callbacks.fastai needs fastai: pip install '.[fastai]' in a checkout of fasterai") from error
 
@@ -177,8 +179,21 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         if self.loop.running:
             self.loop.after_forward(batch_of(self.learn, with_outputs=True))
 
+    def after_loss(self) -> None:
+        """Refuse batches without targets: fastai takes no step with them, and says nothing."""
+        self._check_targets()
+
+    def _check_targets(self) -> None:
+        learn = self.learn
+        if self.loop.running and not len(learn.yb) and type(learn)._do_one_batch is Learner._do_one_batch:
+            raise ValueError(
+                f"dls must give batches of inputs and targets, got {counted(len(learn.xb), 'input')} alone, with which fastai takes "
+                "no step; give the data set labels, or any targets if the loss reads none: (x, x)"
+            )
+
     def _change_loss(self) -> None:
         """Pass the loss on before it is divided for accumulation; what is logged as the loss stays fastai's."""
+        self._check_targets()
         if self.loop.running:
             loss = plain(self.learn.loss_grad)
             self.learn.loss_grad = self.loop.after_loss(loss, batch_of(self.learn, with_outputs=True))
