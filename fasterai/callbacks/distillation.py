@@ -75,7 +75,11 @@ class DistillMethod(Method):
         losses = " + ".join(re.sub(r"scale=1\.0(, )?", "", brief(one)) for one in self.distiller.losses)
         schedule = self.distiller.schedule
         known = entry_or_repr(schedule, schedules)
-        more = "" if schedule is None else f", schedule {known if hasattr(schedules, known) else brief(getattr(schedule, 'function', schedule))}"
+        more = (
+            ""
+            if schedule is None
+            else f", schedule {known if hasattr(schedules, known) else brief(getattr(schedule, 'function', schedule))}"
+        )
         return f"{losses}, weight {brief(self.distiller.weight)}{more}"
 
 

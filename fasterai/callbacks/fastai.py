@@ -190,8 +190,8 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         learn = self.learn
         if self.loop.running and not len(learn.yb) and type(learn)._do_one_batch is Learner._do_one_batch:
             raise ValueError(
-                f"dls must give batches of inputs and targets, got {counted(len(learn.xb), 'input')} alone, with which fastai takes "
-                "no step; give the data set labels, or any targets if the loss reads none: (x, x)"
+                f"dls must give batches of inputs and targets, got {counted(len(learn.xb), 'input')} alone, with which fastai "
+                "takes no step; give the data set labels, or any targets if the loss reads none: (x, x)"
             )
 
     def _change_loss(self) -> None:

@@ -83,7 +83,9 @@ def test_batches_without_targets_are_refused(sort, tmp_path):
         if sort == "distils"
         else SparsifyCallback(0.5, "weight", "local", "large_final", "lin")
     )
-    message = r"dls must give batches of inputs and targets, got 1 input alone, with which fastai takes no step; give the data set"
+    message = (
+        r"dls must give batches of inputs and targets, got 1 input alone, with which fastai takes no step; give the data set"
+    )
     with pytest.raises(ValueError, match=message):
         learn.fit(1, cbs=callback)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

@@ -1,16 +1,15 @@
 """Routes are recorded in every framework; a kill leaves whole files, and a training that is resumed goes on writing."""
 
 import copy
-import functools
 import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import fastai.callback.schedule  # noqa: F401 - gives learners fine_tune
 import pytest
 import torch
-from fastai.callback import schedule as _  # gives learners fine_tune
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -171,8 +170,9 @@ def test_copies_and_states(tmp_path):
 
 def fastai_learner(model, folder):
     data = DataLoader(TensorDataset(X, Y), 8)
-    split = functools.partial(Learner, splitter=lambda m: [[*m.first.parameters()], [*m.norm.parameters(), *m.last.parameters()]])
-    return split(DataLoaders(data, data), model, loss_func=CrossEntropyLossFlat(), path=folder)
+    learn = Learner(DataLoaders(data, data), model, loss_func=CrossEntropyLossFlat(), path=folder)
+    learn.splitter = lambda m: [[*m.first.parameters()], [*m.norm.parameters(), *m.last.parameters()]]
+    return learn
 
 
 def test_fine_tune_is_one_route(tmp_path):
