@@ -106,8 +106,8 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         return Path(self.learn.path, self.learn.model_dir)
 
     def neighbours(self) -> Sequence[object]:
-        """Return the learner's callbacks."""
-        return list(self.learn.cbs)
+        """Return the learner's callbacks; none outside of a fit."""
+        return [] if self.learn is None else list(self.learn.cbs)
 
     def copies(self) -> list[Any]:
         """Return copies of the model that fastai keeps itself: none."""
