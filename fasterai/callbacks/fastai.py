@@ -11,10 +11,18 @@ from typing import Any
 import numpy as np
 
 from fasterai.callbacks.distillation import DistillMethod
-from fasterai.callbacks.dynamic import ACDCMethod, RigLMethod, SETMethod, StaticMethod, STRMethod
 from fasterai.callbacks.elsewhere import ASKED_BY, refuse_elsewhere
+from fasterai.callbacks.from_the_start import (
+    ACDCMethod,
+    RigLMethod,
+    SETMethod,
+    SRSTEMethod,
+    StaticMethod,
+    STEMethod,
+    STRMethod,
+    TernarizeMethod,
+)
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
-from fasterai.callbacks.participants import SRSTEMethod, STEMethod, TernarizeMethod
 from fasterai.callbacks.regularization import RegularizeMethod
 from fasterai.core.loop import STOPPED, Fit, Loop, numbered
 from fasterai.display import counted
@@ -115,8 +123,8 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         return Path(self.learn.path, self.learn.model_dir)
 
     def neighbours(self) -> Sequence[object]:
-        """Return the learner's callbacks."""
-        return list(self.learn.cbs)
+        """Return the learner's callbacks; none outside of a fit."""
+        return [] if self.learn is None else list(self.learn.cbs)
 
     def copies(self) -> list[Any]:
         """Return copies of the model that fastai keeps itself: none."""

@@ -16,16 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.callbacks.distillation import DistillMethod
-from fasterai.callbacks.dynamic import ACDCMethod, RigLMethod, SETMethod, StaticMethod, STRMethod
 from fasterai.callbacks.elsewhere import Elsewhere
+from fasterai.callbacks.from_the_start import (
+    ACDCMethod,
+    RigLMethod,
+    SETMethod,
+    SRSTEMethod,
+    StaticMethod,
+    STEMethod,
+    STRMethod,
+    TernarizeMethod,
+)
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
-from fasterai.callbacks.participants import SRSTEMethod, STEMethod, TernarizeMethod
 from fasterai.callbacks.regularization import RegularizeMethod
 from fasterai.core.batch import note_task, task_loss
 from fasterai.core.checks import warn
 from fasterai.core.files import write_saved
 from fasterai.core.joined import innermost
-from fasterai.core.loop import STOPPED, Batch, Fit, Loop
+from fasterai.core.loop import STOPPED, Batch, Fit, Loop, numbered
 from fasterai.core.saved import check_loop_state
 
 try:
@@ -228,7 +236,7 @@ class ParticipantCallback(Elsewhere, TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Put the figures into the Trainer's log."""
         if self.loop.participants and logs is not None:
-            figures = self.metrics()
+            figures = {numbered(name, "_", logs): value for name, value in self.metrics().items()}
             logs.update(figures)
             if state.log_history:
                 state.log_history[-1].update(figures)

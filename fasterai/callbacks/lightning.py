@@ -18,10 +18,18 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fasterai.callbacks.distillation import DistillMethod
-from fasterai.callbacks.dynamic import ACDCMethod, RigLMethod, SETMethod, StaticMethod, STRMethod
 from fasterai.callbacks.elsewhere import Elsewhere
+from fasterai.callbacks.from_the_start import (
+    ACDCMethod,
+    RigLMethod,
+    SETMethod,
+    SRSTEMethod,
+    StaticMethod,
+    STEMethod,
+    STRMethod,
+    TernarizeMethod,
+)
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
-from fasterai.callbacks.participants import SRSTEMethod, STEMethod, TernarizeMethod
 from fasterai.callbacks.regularization import RegularizeMethod
 from fasterai.core.loop import STOPPED, Batch, Fit, Loop
 from fasterai.model.cuts import Cut, follow
