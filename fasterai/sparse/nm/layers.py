@@ -39,7 +39,7 @@ def choose_layers(
         left_out |= {t.name: f"{t.kind} weights only when named in targets=" for t in chosen if t.kind not in DEFAULT_KINDS}
         few = {t.name: f"its {inputs_of(t)} inputs are fewer than a group of {m}" for t in chosen if inputs_of(t) < m}
         left_out = few | left_out
-    left_out |= {name: "as skip= says" for name in _skipped(chosen, skip)}
+    left_out |= dict.fromkeys(_skipped(chosen, skip), "as skip= says")
     chosen = [t for t in chosen if t.name not in left_out]
     uneven = misfits(chosen, m)
     if uneven and skip is not True:
