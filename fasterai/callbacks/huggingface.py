@@ -17,13 +17,23 @@ from torch import Tensor, nn
 
 from fasterai.callbacks.distillation import DistillMethod
 from fasterai.callbacks.elsewhere import Elsewhere
+from fasterai.callbacks.from_the_start import (
+    ACDCMethod,
+    RigLMethod,
+    SETMethod,
+    SRSTEMethod,
+    StaticMethod,
+    STEMethod,
+    STRMethod,
+    TernarizeMethod,
+)
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
-from fasterai.callbacks.participants import SRSTEMethod, STEMethod
+from fasterai.callbacks.regularization import RegularizeMethod
 from fasterai.core.batch import note_task, task_loss
 from fasterai.core.checks import warn
 from fasterai.core.files import write_saved
 from fasterai.core.joined import innermost
-from fasterai.core.loop import STOPPED, Batch, Fit, Loop
+from fasterai.core.loop import STOPPED, Batch, Fit, Loop, numbered
 from fasterai.core.saved import check_loop_state
 
 try:
@@ -35,6 +45,9 @@ from fasterai.callbacks.huggingface_trainer import batches_of_step, checkpoint_f
 
 __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 __all__ += ["SRSTECallback", "STECallback"]
+__all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
+__all__ += ["RegularizeCallback"]
+__all__ += ["TernarizeCallback"]
 
 #: What the Trainer adds to the batch itself.
 COUNT = "num_items_in_batch"
@@ -223,7 +236,7 @@ class ParticipantCallback(Elsewhere, TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Put the figures into the Trainer's log."""
         if self.loop.participants and logs is not None:
-            figures = self.metrics()
+            figures = {numbered(name, "_", logs): value for name, value in self.metrics().items()}
             logs.update(figures)
             if state.log_history:
                 state.log_history[-1].update(figures)
@@ -320,4 +333,32 @@ class SRSTECallback(SRSTEMethod, ParticipantCallback):  # noqa: D101 - the metho
 
 
 class STECallback(STEMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class ACDCCallback(ACDCMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RigLCallback(RigLMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class SETCallback(SETMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class STRCallback(STRMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class StaticCallback(StaticMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RegularizeCallback(RegularizeMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class TernarizeCallback(TernarizeMethod, ParticipantCallback):  # noqa: D101 - the method's
     pass

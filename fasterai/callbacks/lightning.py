@@ -1,4 +1,7 @@
-"""Lightning: participants in a Trainer's fit, with their figures logged and their states in Lightning's own checkpoints."""
+"""Lightning: participants in a Trainer's fit, with their figures logged and their states in Lightning's own checkpoints.
+
+Over 300 lines, since every method has its class here.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,18 @@ from torch.utils.hooks import RemovableHandle
 
 from fasterai.callbacks.distillation import DistillMethod
 from fasterai.callbacks.elsewhere import Elsewhere
+from fasterai.callbacks.from_the_start import (
+    ACDCMethod,
+    RigLMethod,
+    SETMethod,
+    SRSTEMethod,
+    StaticMethod,
+    STEMethod,
+    STRMethod,
+    TernarizeMethod,
+)
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
-from fasterai.callbacks.participants import SRSTEMethod, STEMethod
+from fasterai.callbacks.regularization import RegularizeMethod
 from fasterai.core.loop import STOPPED, Batch, Fit, Loop
 from fasterai.model.cuts import Cut, follow
 from fasterai.model.inputs import as_batch
@@ -32,6 +45,9 @@ from fasterai.callbacks.lightning_wraps import CutFirst, StepWraps, stop_waiting
 
 __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 __all__ += ["SRSTECallback", "STECallback"]
+__all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
+__all__ += ["RegularizeCallback"]
+__all__ += ["TernarizeCallback"]
 
 
 class ParticipantCallback(Elsewhere, pl.Callback):
@@ -307,4 +323,32 @@ class SRSTECallback(SRSTEMethod, ParticipantCallback):  # noqa: D101 - the metho
 
 
 class STECallback(STEMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class ACDCCallback(ACDCMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RigLCallback(RigLMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class SETCallback(SETMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class STRCallback(STRMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class StaticCallback(StaticMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RegularizeCallback(RegularizeMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class TernarizeCallback(TernarizeMethod, ParticipantCallback):  # noqa: D101 - the method's
     pass

@@ -6,6 +6,16 @@ from typing import Any, NoReturn
 
 __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
 __all__ += ["SRSTECallback", "STECallback"]
+__all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
+__all__ += ["RegularizeCallback"]
+__all__ = [
+    "HoldCallback",
+    "KnowledgeDistillationCallback",
+    "ParticipantCallback",
+    "PruneCallback",
+    "SparsifyCallback",
+    "TernarizeCallback",
+]
 
 
 class _Missing:
@@ -45,3 +55,31 @@ class SRSTECallback(_Missing):
 
 class STECallback(_Missing):
     """Stands for `fasterai.callbacks.fastai.STECallback`."""
+
+
+class ACDCCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.ACDCCallback`."""
+
+
+class RigLCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.RigLCallback`."""
+
+
+class SETCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.SETCallback`."""
+
+
+class STRCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.STRCallback`."""
+
+
+class StaticCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.StaticCallback`."""
+
+
+class RegularizeCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.RegularizeCallback`."""
+
+
+class TernarizeCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.TernarizeCallback`."""

@@ -31,7 +31,7 @@ from fasterai.core.participant import EVENTS, Participant, own_parameters, tell
 from fasterai.core.saved import check_loop_state, warn_of_length
 from fasterai.model.cuts import follow
 
-__all__ = ["EVENTS", "STOPPED", "Batch", "Fit", "Loop", "Participant"]
+__all__ = ["EVENTS", "STOPPED", "Batch", "Fit", "Loop", "Participant", "numbered"]
 
 #: The likely reason for which a framework's run ends short, and the repair.
 STOPPED = (
@@ -77,6 +77,10 @@ class Loop:
     def wants(self, *events: str) -> bool:
         """Tell if a participant hears one of these events."""
         return any(p.hears(event) for p in self.participants for event in events)
+
+    def _hearing(self, event: str) -> list[Participant]:
+        """List the participants that hear of an event."""
+        return [p for p in self.participants if p.hears(event)]
 
     def setup(self, model: nn.Module, optimizer: Any) -> None:
         """Let participants' parameters join the optimizer, until the run ends.
@@ -144,7 +148,7 @@ class Loop:
             ValueError: A parameter is there twice, or the saved state is of other ones.
             TypeError: A participant returns something else than parameters; the next batch counts as the first one then.
         """
-        for participant in self.participants:
+        for participant in self._hearing("after_forward"):
             tell(participant, "after_forward", batch)
         if self._awaits_batch:
             self._join("on_first_batch", batch)
@@ -162,7 +166,7 @@ class Loop:
         """
         task = task_loss(loss)
         batch = replace(batch, loss=task)
-        for participant in self.participants:
+        for participant in self._hearing("after_loss"):
             loss = tell(participant, "after_loss", loss, batch)
             if not isinstance(loss, Tensor):
                 raise TypeError(f"{participant.name}.after_loss must return the loss to go on with, got {loss!r}")
@@ -172,7 +176,7 @@ class Loop:
 
     def after_backward(self) -> None:
         """Pass on that the gradients of a step are complete."""
-        for participant in self.participants:
+        for participant in self._hearing("after_backward"):
             tell(participant, "after_backward")
 
     def before_step(self) -> None:
@@ -182,7 +186,7 @@ class Loop:
             ValueError: The run has had its `total_steps` already.
         """
         self.check_step()
-        for participant in self.participants:
+        for participant in self._hearing("before_step"):
             tell(participant, "before_step", (self.step + 1) / self.total_steps)
 
     def check_step(self) -> None:
@@ -202,7 +206,7 @@ class Loop:
     def after_step(self) -> None:
         """Count a step of the optimizer, and pass it on."""
         self.step += 1
-        for participant in self.participants:
+        for participant in self._hearing("after_step"):
             tell(participant, "after_step", self.step / self.total_steps)
         self.clear_gradients()
 
@@ -216,7 +220,7 @@ class Loop:
         found: dict[str, float] = {}
         for participant in self.participants:
             for name, value in tell(participant, "metrics").items():
-                found[_numbered(name, "_", found)] = value
+                found[numbered(name, "_", found)] = value
         return found
 
     def end(self, completed: bool, why: str = "") -> None:
@@ -269,7 +273,7 @@ class Loop:
     def _named(self) -> dict[str, Participant]:
         named: dict[str, Participant] = {}
         for participant in self.participants:
-            named[_numbered(participant.name, ":", named)] = participant
+            named[numbered(participant.name, ":", named)] = participant
         return named
 
     def state_dict(self) -> dict[str, Any]:
@@ -338,7 +342,7 @@ def tell_of_open_runs() -> None:
         loop.tell_if_open(UNENDED)
 
 
-def _numbered(name: str, sign: str, taken: Container[str]) -> str:
+def numbered(name: str, sign: str, taken: Container[str]) -> str:
     """Return a name, with the next free number if it is taken."""
     count, free = 1, name
     while free in taken:

@@ -13,6 +13,7 @@ STUDIES = (
     "criteria",
     "distillation",
     "distilled_pruning",
+    "dynamic",
     "experts",
     "features",
     "granularities",
@@ -22,6 +23,8 @@ STUDIES = (
     "routed_experts",
     "routes",
     "schedules",
+    "scratch",
+    "ternary",
     "tickets",
     "variety",
 )

@@ -446,3 +446,28 @@ def test_an_error_of_a_participant_says_whose_it_is(event):
     with pytest.raises(KeyError, match="inside") as caught:
         run_through(Loop([Broken(event)]))
     assert caught.value.__notes__ == [f"raised in {event} of the participant Broken"]
+
+
+class Deaf(Diary):
+    """Has an answer to every event of a step, and says that it hears of losses alone."""
+
+    def hears(self, event):
+        return event == "after_loss"
+
+    def after_forward(self, batch):
+        self.heard.append(("forward",))
+
+    def after_backward(self):
+        self.heard.append(("backward",))
+
+
+def test_a_participant_is_told_only_of_events_that_it_says_it_hears():
+    deaf = Deaf(plus=1.0)
+    loop = Loop([deaf])
+    loop.start(Fit(total_steps=1))
+    loop.after_forward(BATCH)
+    assert loop.after_loss(torch.tensor(2.0), BATCH).item() == 3.0
+    loop.after_backward()
+    loop.before_step()
+    loop.after_step()
+    assert deaf.heard == [("start", 1), ("loss", 2.0)]

@@ -173,7 +173,7 @@ def test_accumulated_gradients_have_the_decay_once_and_clipping_reaches_it():
     ],
 )
 def test_bad_settings_are_refused_with_a_model_and_without(arguments, options, kind, words):
-    from fasterai.callbacks.participants import SRSTEMethod
+    from fasterai.callbacks.from_the_start import SRSTEMethod
 
     with pytest.raises(kind, match=words):
         SRSTE(nn.Linear(8, 8), *arguments, **options)
