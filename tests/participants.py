@@ -14,7 +14,13 @@ from torch import nn
 from fasterai.core.loop import Participant
 from fasterai.core.schedules import OneShot
 from fasterai.distill.distiller import Distiller
+from fasterai.misc.ternary.training import TernaryTraining
 from fasterai.prune.gradual import GradualPruner
+from fasterai.regularize.regularizer import Regularizer
+from fasterai.sparse.dynamic.acdc import ACDC
+from fasterai.sparse.dynamic.regrow import SET, RigL, StaticSparse
+from fasterai.sparse.dynamic.thresholds import STR
+from fasterai.sparse.nm.srste import SRSTE, STE
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.sparse.tickets.lottery import LotteryTicket
 from fasterai.units.rules import DropAndGrow, Free
@@ -54,4 +60,17 @@ PARTICIPANTS: dict[str, Make] = {
         model, 0.5, "local", "large_final", "lin", example_inputs=torch.zeros(2, 8), round_to=1, max_updates=2
     ),
     "Distiller": lambda model: Distiller(teacher(), ["SoftTarget", "FitNet"], ["0"], ["0"]),
+    "SRSTE": SRSTE,
+    "SRSTE, falling": lambda model: SRSTE(model, 2, 4, 0.01, schedule="lin"),
+    "STE": STE,
+    "RigL": lambda model: RigL(model, 0.5, dt=2),
+    "SET": lambda model: SET(model, 0.5, dt=2),
+    "StaticSparse": lambda model: StaticSparse(model, 0.5),
+    "ACDC": lambda model: ACDC(model, 0.5),
+    "STR": lambda model: STR(model, s_init=-3.0, decay=0.01),
+    "TernaryTraining": lambda model: TernaryTraining(model, 4),
+    "Regularizer, loss": lambda model: Regularizer(model, "large_final", "row", 0.1),
+    "Regularizer, proximal": lambda model: Regularizer(
+        model, "large_final", "row", 0.1, "lin", penalty="group_lasso", how="proximal"
+    ),
 }

@@ -17,7 +17,18 @@ from torch import Tensor, nn
 
 from fasterai.callbacks.distillation import DistillMethod
 from fasterai.callbacks.elsewhere import Elsewhere
+from fasterai.callbacks.from_the_start import (
+    ACDCMethod,
+    RigLMethod,
+    SETMethod,
+    SRSTEMethod,
+    StaticMethod,
+    STEMethod,
+    STRMethod,
+    TernarizeMethod,
+)
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
+from fasterai.callbacks.regularization import RegularizeMethod
 from fasterai.core.batch import note_task, task_loss
 from fasterai.core.checks import warn
 from fasterai.core.files import write_saved
@@ -33,6 +44,10 @@ except ImportError as error:
 from fasterai.callbacks.huggingface_trainer import batches_of_step, checkpoint_folder, is_training, returned_loss, unscale
 
 __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
+__all__ += ["SRSTECallback", "STECallback"]
+__all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
+__all__ += ["RegularizeCallback"]
+__all__ += ["TernarizeCallback"]
 
 #: What the Trainer adds to the batch itself.
 COUNT = "num_items_in_batch"
@@ -312,3 +327,39 @@ class PruneCallback(PruneMethod, ParticipantCallback):  # noqa: D101 - the metho
         if saved is not None:
             (pruner,) = made(self._given, model)
             pruner.load_state_dict(saved["participants"][pruner.name])
+
+
+class SRSTECallback(SRSTEMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class STECallback(STEMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class ACDCCallback(ACDCMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RigLCallback(RigLMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class SETCallback(SETMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class STRCallback(STRMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class StaticCallback(StaticMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RegularizeCallback(RegularizeMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class TernarizeCallback(TernarizeMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass

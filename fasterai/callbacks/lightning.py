@@ -19,7 +19,18 @@ from torch.utils.hooks import RemovableHandle
 
 from fasterai.callbacks.distillation import DistillMethod
 from fasterai.callbacks.elsewhere import Elsewhere
+from fasterai.callbacks.from_the_start import (
+    ACDCMethod,
+    RigLMethod,
+    SETMethod,
+    SRSTEMethod,
+    StaticMethod,
+    STEMethod,
+    STRMethod,
+    TernarizeMethod,
+)
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
+from fasterai.callbacks.regularization import RegularizeMethod
 from fasterai.core.loop import STOPPED, Batch, Fit, Loop
 from fasterai.model.cuts import Cut, follow
 from fasterai.model.inputs import as_batch
@@ -33,6 +44,10 @@ except ImportError as error:
 from fasterai.callbacks.lightning_wraps import CutFirst, StepWraps, stop_waiting
 
 __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
+__all__ += ["SRSTECallback", "STECallback"]
+__all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
+__all__ += ["RegularizeCallback"]
+__all__ += ["TernarizeCallback"]
 
 
 class ParticipantCallback(Elsewhere, pl.Callback):
@@ -316,3 +331,39 @@ def _steps_done(trainer: pl.Trainer) -> int:
 
 def _worst(mode: str) -> Tensor:
     return torch.tensor(math.inf if mode == "min" else -math.inf)
+
+
+class SRSTECallback(SRSTEMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class STECallback(STEMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class ACDCCallback(ACDCMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RigLCallback(RigLMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class SETCallback(SETMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class STRCallback(STRMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class StaticCallback(StaticMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RegularizeCallback(RegularizeMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class TernarizeCallback(TernarizeMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass

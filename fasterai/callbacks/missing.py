@@ -5,6 +5,17 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 __all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
+__all__ += ["SRSTECallback", "STECallback"]
+__all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
+__all__ += ["RegularizeCallback"]
+__all__ = [
+    "HoldCallback",
+    "KnowledgeDistillationCallback",
+    "ParticipantCallback",
+    "PruneCallback",
+    "SparsifyCallback",
+    "TernarizeCallback",
+]
 
 
 class _Missing:
@@ -36,3 +47,39 @@ class ParticipantCallback(_Missing):
 
 class KnowledgeDistillationCallback(_Missing):
     """Stands for `fasterai.callbacks.fastai.KnowledgeDistillationCallback`."""
+
+
+class SRSTECallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.SRSTECallback`."""
+
+
+class STECallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.STECallback`."""
+
+
+class ACDCCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.ACDCCallback`."""
+
+
+class RigLCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.RigLCallback`."""
+
+
+class SETCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.SETCallback`."""
+
+
+class STRCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.STRCallback`."""
+
+
+class StaticCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.StaticCallback`."""
+
+
+class RegularizeCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.RegularizeCallback`."""
+
+
+class TernarizeCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.TernarizeCallback`."""

@@ -79,6 +79,10 @@ class Loop:
         """Tell if a participant hears one of these events."""
         return any(p.hears(event) for p in self.participants for event in events)
 
+    def _hearing(self, event: str) -> list[Participant]:
+        """List the participants that hear of an event."""
+        return [p for p in self.participants if p.hears(event)]
+
     def setup(self, model: nn.Module, optimizer: Any) -> None:
         """Let participants' parameters join the optimizer, until the run ends.
 
@@ -145,7 +149,7 @@ class Loop:
             ValueError: A parameter is there twice, or the saved state is of other ones.
             TypeError: A participant returns something else than parameters; the next batch counts as the first one then.
         """
-        for participant in self.participants:
+        for participant in self._hearing("after_forward"):
             tell(participant, "after_forward", batch)
         if self._awaits_batch:
             self._join("on_first_batch", batch)
@@ -163,7 +167,7 @@ class Loop:
         """
         task = task_loss(loss)
         batch = replace(batch, loss=task)
-        for participant in self.participants:
+        for participant in self._hearing("after_loss"):
             loss = tell(participant, "after_loss", loss, batch)
             if not isinstance(loss, Tensor):
                 raise TypeError(f"{participant.name}.after_loss must return the loss to go on with, got {loss!r}")
@@ -173,7 +177,7 @@ class Loop:
 
     def after_backward(self) -> None:
         """Pass on that the gradients of a step are complete."""
-        for participant in self.participants:
+        for participant in self._hearing("after_backward"):
             tell(participant, "after_backward")
 
     def before_step(self) -> None:
@@ -184,7 +188,7 @@ class Loop:
         """
         self.check_step()
         self._awaits_step = True
-        for participant in self.participants:
+        for participant in self._hearing("before_step"):
             tell(participant, "before_step", (self.step + 1) / self.total_steps)
 
     def check_step(self) -> None:
@@ -205,7 +209,7 @@ class Loop:
         """Count a step of the optimizer, and pass it on."""
         self.step += 1
         self._awaits_step = False
-        for participant in self.participants:
+        for participant in self._hearing("after_step"):
             tell(participant, "after_step", self.step / self.total_steps)
         self.clear_gradients()
 
@@ -213,7 +217,7 @@ class Loop:
         """Pass on that a step that was announced is not taken, if one was; forget the gradients of participants' parameters."""
         if self.running and self._awaits_step:
             self._awaits_step = False
-            for participant in self.participants:
+            for participant in self._hearing("after_skip"):
                 tell(participant, "after_skip")
         self.clear_gradients()
 

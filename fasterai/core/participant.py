@@ -32,7 +32,7 @@ class Participant:
         return type(self).__name__
 
     def hears(self, event: str) -> bool:
-        """Tell if it answers to an event; loops leave out what nobody hears, and refuse what they cannot give."""
+        """Tell if it answers to an event; loops tell it of no other, and refuse what they cannot give."""
         return getattr(type(self), event) is not getattr(Participant, event)
 
     def relies_on(self) -> Iterable[Participant]:

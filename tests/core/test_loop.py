@@ -474,3 +474,28 @@ def test_a_step_is_skipped_once_and_only_if_it_was_announced():
     loop.after_step()
     loop.settle()
     assert skips.count == 1 and loop.step == 1
+
+
+class Deaf(Diary):
+    """Has an answer to every event of a step, and says that it hears of losses alone."""
+
+    def hears(self, event):
+        return event == "after_loss"
+
+    def after_forward(self, batch):
+        self.heard.append(("forward",))
+
+    def after_backward(self):
+        self.heard.append(("backward",))
+
+
+def test_a_participant_is_told_only_of_events_that_it_says_it_hears():
+    deaf = Deaf(plus=1.0)
+    loop = Loop([deaf])
+    loop.start(Fit(total_steps=1))
+    loop.after_forward(BATCH)
+    assert loop.after_loss(torch.tensor(2.0), BATCH).item() == 3.0
+    loop.after_backward()
+    loop.before_step()
+    loop.after_step()
+    assert deaf.heard == [("start", 1), ("loss", 2.0)]
