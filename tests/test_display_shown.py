@@ -30,7 +30,7 @@ from fasterai.graph.inputs import InputCut
 
 STARS = [
     importlib.import_module(f"fasterai.{name}")
-    for name in ("all", "analyze.all", "core.all", "export.all", "misc.all", "prune.all", "sparse.all")
+    for name in ("all", "analyze.all", "core.all", "export.all", "misc.all", "prune.all", "regularize.all", "sparse.all")
 ]
 X, Y = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
 #: Classes that hold functions or stand for several things, and are never made.
@@ -186,6 +186,12 @@ MADE = {
     "FoldReport": lambda _: everything.find_folds(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()),
     "GradualPruner": lambda _: gradual(),
     "Greedy": lambda _: Greedy(0.8, [X]),
+    "GroupLasso": lambda _: everything.GroupLasso(scaled=False),
+    "Growing": lambda _: everything.Growing(alpha=2),
+    "L1": lambda _: everything.L1(),
+    "Slimming": lambda _: everything.Slimming(),
+    "RegularizeCallback": lambda _: everything.RegularizeCallback(["large_final", "squared_final"], "weight", 1e-3),
+    "Regularizer": lambda _: everything.Regularizer(net(), ["large_final", "squared_final"], ["weight", "filter"]),
     "Group": lambda _: graph().groups[0],
     "HoldCallback": lambda _: everything.HoldCallback(sparsifier()),
     "InputCut": lambda _: InputCut("x", 1, tuple(range(500)), 1000),
@@ -280,7 +286,7 @@ WITH_TABLES = {
         "Pruner",
         "Reached",
     ),
-    *("Removal", "Route", "RouteRecorder", "RouteResult", "Sensitivity", "SensitivityResult", "Sparsifier"),
+    *("Regularizer", "Removal", "Route", "RouteRecorder", "RouteResult", "Sensitivity", "SensitivityResult", "Sparsifier"),
     *("SparsityReport", "TernaryReport", "Ticket"),
 }
 

@@ -131,7 +131,7 @@ def star(module: str) -> dict:
 
 
 WITH_CORE = ["fasterai.core.all", "fasterai.sparse.all", "fasterai.prune.all", "fasterai.analyze.all", "fasterai.all"]
-STARS = [*WITH_CORE, "fasterai.misc.all", "fasterai.export.all", "fasterai"]
+STARS = [*WITH_CORE, "fasterai.regularize.all", "fasterai.misc.all", "fasterai.export.all", "fasterai"]
 
 
 @pytest.mark.parametrize("module", WITH_CORE)
@@ -150,6 +150,8 @@ def test_star_imports_give_the_familiar_names(module):
         ("fasterai.prune.all", "Pruner PruneCallback GradualPruner Budget fit_budget remove save_small load_small"),
         ("fasterai.prune.all", "channel_graph apply_plan_ Sparsifier SparsifyCallback HoldCallback attach"),
         ("fasterai.analyze.all", "analyze Sparsifier"),
+        ("fasterai.regularize.all", "RegularizeCallback Regularizer attach remove large_final one_cycle Keep Coupled"),
+        ("fasterai.regularize.all", "l1 L1 group_lasso GroupLasso growing Growing slimming Slimming"),
         ("fasterai.misc.all", "BN_Folder FC_Decomposer fold_batchnorms find_folds decompose_linear"),
         ("fasterai.misc.all", "ternarize find_ternary TernaryTraining TernarizeCallback save_ternary load_ternary"),
         ("fasterai.export.all", "export_onnx ONNXModel verify_onnx export_program"),
@@ -338,6 +340,7 @@ def test_the_sparse_star_import_has_the_sparsifier_and_fastais_callback(module):
         ("fasterai.core.schedule", "sched_onecycle", "fasterai.core.schedules"),
         ("fasterai.core.granularity", "Granularities", "fasterai.familiar"),
         ("fasterai.sparse.sparsify_callback", "SparsifyCallback", "fasterai.callbacks.fastai"),
+        ("fasterai.regularize.regularize_callback", "RegularizeCallback", "fasterai.callbacks.fastai"),
     ],
 )
 def test_old_homes_go_on_working(old, name, new):

@@ -1,4 +1,7 @@
-"""fastai: participants in a learner's training, with their figures as columns of the epoch table."""
+"""fastai: participants in a learner's training, with their figures as columns of the epoch table.
+
+Over 300 lines, since the events of a run and the ready-made callbacks stand together, as in the other frameworks' files.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,20 @@ import numpy as np
 
 from fasterai.callbacks.distillation import DistillMethod
 from fasterai.callbacks.elsewhere import ASKED_BY, refuse_elsewhere
+from fasterai.callbacks.from_the_start import (
+    ACDCMethod,
+    RigLMethod,
+    SETMethod,
+    SRSTEMethod,
+    StaticMethod,
+    STEMethod,
+    STRMethod,
+    TernarizeMethod,
+)
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
-from fasterai.callbacks.participants import TernarizeMethod
-from fasterai.core.loop import STOPPED, Fit, Loop
+from fasterai.callbacks.regularization import RegularizeMethod
+from fasterai.core.loop import STOPPED, Fit, Loop, numbered
+from fasterai.display import counted
 from fasterai.model.cuts import Cut, follow
 
 try:
@@ -22,14 +36,29 @@ try:
     from fastai.callback.fp16 import MixedPrecision
     from fastai.callback.tracker import SaveModelCallback, TrackerCallback
     from fastai.callback.training import GradientAccumulation, GradientClip
+    from fastai.learner import Learner
 except ImportError as error:
     raise ImportError("fasterai.callbacks.fastai needs fastai: pip install '.[fastai]' in a checkout of fasterai") from error
 
 from fasterai.callbacks.fastai_batches import batch_of, plain
 from fasterai.callbacks.fastai_files import begin_saving, end_saving, find_state, skipped_epochs
 
-__all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
-__all__ += ["TernarizeCallback"]
+__all__ = [
+    "ACDCCallback",
+    "HoldCallback",
+    "KnowledgeDistillationCallback",
+    "ParticipantCallback",
+    "PruneCallback",
+    "RegularizeCallback",
+    "RigLCallback",
+    "SETCallback",
+    "SRSTECallback",
+    "STECallback",
+    "STRCallback",
+    "SparsifyCallback",
+    "StaticCallback",
+    "TernarizeCallback",
+]
 
 NOT_TRAINING = {"lr_finder", "gather_preds"}  # fastai's names of the callbacks of `lr_find` and of predictions
 LIGHTNING_ASKS_FOR = {"state_key", "setup", "on_exception"}  # what a Trainer wants first, at its making and in a fit
@@ -108,8 +137,8 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         return Path(self.learn.path, self.learn.model_dir)
 
     def neighbours(self) -> Sequence[object]:
-        """Return the learner's callbacks."""
-        return list(self.learn.cbs)
+        """Return the learner's callbacks; none outside of a fit."""
+        return [] if self.learn is None else list(self.learn.cbs)
 
     def copies(self) -> list[Any]:
         """Return copies of the model that fastai keeps itself: none."""
@@ -131,7 +160,10 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         if hasattr(self.learn, "recorder"):
             names = self.learn.recorder.metric_names
             at = len(names) - 1 if self.learn.recorder.add_time else len(names)
-            self.learn.recorder.metric_names = names[:at] + list(self.metrics()) + names[at:]
+            own: list[str] = []
+            for name in self.metrics():
+                own.append(numbered(name, "_", [*names, *own]))
+            self.learn.recorder.metric_names = names[:at] + own + names[at:]
 
     def _find_state(self) -> None:
         if self._resumed is None and (self.resume_from is not None or skipped_epochs(self.learn)):
@@ -168,10 +200,10 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
     def _relay(self) -> None:
         """Listen at places among fastai's callbacks that this one does not have, as far as participants hear of it."""
         if self.loop.wants("after_loss"):
-            self._relays.append(_Relay(GradientAccumulation.order - 1, after_loss=self._change_loss))
+            self._relays.append(_relay(self, GradientAccumulation.order - 1, after_loss=self._change_loss))
         if self.loop.wants("after_backward"):
             between = (MixedPrecision.order + GradientClip.order) / 2
-            self._relays.append(_Relay(between, before_step=self.loop.after_backward))
+            self._relays.append(_relay(self, between, before_step=self.loop.after_backward))
         self.learn.add_cbs(self._relays)
 
     def after_pred(self) -> None:
@@ -179,8 +211,21 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         if self.loop.running:
             self.loop.after_forward(batch_of(self.learn, with_outputs=True))
 
+    def after_loss(self) -> None:
+        """Refuse batches without targets: fastai takes no step with them, and says nothing."""
+        self._check_targets()
+
+    def _check_targets(self) -> None:
+        learn = self.learn
+        if self.loop.running and not len(learn.yb) and type(learn)._do_one_batch is Learner._do_one_batch:
+            raise ValueError(
+                f"dls must give batches of inputs and targets, got {counted(len(learn.xb), 'input')} alone, with which fastai "
+                "takes no step; give the data set labels, or any targets if the loss reads none: (x, x)"
+            )
+
     def _change_loss(self) -> None:
         """Pass the loss on before it is divided for accumulation; what is logged as the loss stays fastai's."""
+        self._check_targets()
         if self.loop.running:
             loss = plain(self.learn.loss_grad)
             self.learn.loss_grad = self.loop.after_loss(loss, batch_of(self.learn, with_outputs=True))
@@ -266,10 +311,19 @@ class _Relay(Callback):  # type: ignore[misc]
     """Passes one event on at a place among fastai's own callbacks that the callback itself does not have."""
 
     run_valid = False
+    name = "relay"  # the learner's attribute
 
     def __init__(self, order: float, **events: Callable[[], None]) -> None:
         self.order = order
         self.__dict__.update(events)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Relay, (self.order,), vars(self)
+
+
+def _relay(callback: ParticipantCallback, order: float, **events: Callable[[], None]) -> Callback:
+    """Make a relay of a callback, of whose name it is, since fastai names the class in which an error arose."""
+    return type(type(callback).__name__, (_Relay,), {})(order, **events)
 
 
 class SparsifyCallback(SparsifyMethod, ParticipantCallback):  # noqa: D101 - the method's
@@ -285,6 +339,38 @@ class KnowledgeDistillationCallback(DistillMethod, ParticipantCallback):  # noqa
 
 
 class PruneCallback(PruneMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class SRSTECallback(SRSTEMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class STECallback(STEMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class ACDCCallback(ACDCMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RigLCallback(RigLMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class SETCallback(SETMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class STRCallback(STRMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class StaticCallback(StaticMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RegularizeCallback(RegularizeMethod, ParticipantCallback):  # noqa: D101 - the method's
     pass
 
 

@@ -1,4 +1,7 @@
-"""Lightning: participants in a Trainer's fit, with their figures logged and their states in Lightning's own checkpoints."""
+"""Lightning: participants in a Trainer's fit, with their figures logged and their states in Lightning's own checkpoints.
+
+Over 300 lines, since every method has its class here.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,18 @@ from torch.utils.hooks import RemovableHandle
 
 from fasterai.callbacks.distillation import DistillMethod
 from fasterai.callbacks.elsewhere import Elsewhere
+from fasterai.callbacks.from_the_start import (
+    ACDCMethod,
+    RigLMethod,
+    SETMethod,
+    SRSTEMethod,
+    StaticMethod,
+    STEMethod,
+    STRMethod,
+    TernarizeMethod,
+)
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
-from fasterai.callbacks.participants import TernarizeMethod
+from fasterai.callbacks.regularization import RegularizeMethod
 from fasterai.core.loop import STOPPED, Batch, Fit, Loop
 from fasterai.model.cuts import Cut, follow
 from fasterai.model.inputs import as_batch
@@ -30,8 +43,22 @@ except ImportError as error:
 
 from fasterai.callbacks.lightning_wraps import CutFirst, StepWraps, stop_waiting
 
-__all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
-__all__ += ["TernarizeCallback"]
+__all__ = [
+    "ACDCCallback",
+    "HoldCallback",
+    "KnowledgeDistillationCallback",
+    "ParticipantCallback",
+    "PruneCallback",
+    "RegularizeCallback",
+    "RigLCallback",
+    "SETCallback",
+    "SRSTECallback",
+    "STECallback",
+    "STRCallback",
+    "SparsifyCallback",
+    "StaticCallback",
+    "TernarizeCallback",
+]
 
 
 class ParticipantCallback(Elsewhere, pl.Callback):
@@ -300,6 +327,38 @@ def _steps_done(trainer: pl.Trainer) -> int:
 
 def _worst(mode: str) -> Tensor:
     return torch.tensor(math.inf if mode == "min" else -math.inf)
+
+
+class SRSTECallback(SRSTEMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class STECallback(STEMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class ACDCCallback(ACDCMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RigLCallback(RigLMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class SETCallback(SETMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class STRCallback(STRMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class StaticCallback(StaticMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RegularizeCallback(RegularizeMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
 
 
 class TernarizeCallback(TernarizeMethod, ParticipantCallback):  # noqa: D101 - the method's

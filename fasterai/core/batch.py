@@ -48,7 +48,7 @@ class Batch(Brief):
         elif isinstance(found, tuple | list):
             found = next((x for x in found if isinstance(x, Tensor) and x.dim()), None)  # a loss may come first
         if not isinstance(found, Tensor):
-            raise ValueError(f"outputs must be a tensor, or have one of logits, got {type(self.outputs).__name__}")
+            raise ValueError(f"outputs must be a tensor, or have one of logits, got {_kind(self.outputs)}")
         return found
 
     @property
@@ -86,6 +86,13 @@ class Fit(Brief):
         if isinstance(self.optimizer, list | tuple):
             return list(self.optimizer)
         return [] if self.optimizer is None else [self.optimizer]
+
+
+def _kind(outputs: Any) -> str:
+    kind = type(outputs).__name__
+    if not isinstance(outputs, Mapping):
+        return kind
+    return f"a {kind} of {', '.join(map(str, outputs)) or 'nothing'}; return the logits under 'logits'"
 
 
 def task_loss(loss: Tensor) -> Tensor:

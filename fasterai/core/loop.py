@@ -31,7 +31,7 @@ from fasterai.core.participant import EVENTS, Participant, own_parameters, tell
 from fasterai.core.saved import check_loop_state, warn_of_length
 from fasterai.model.cuts import follow
 
-__all__ = ["EVENTS", "STOPPED", "Batch", "Fit", "Loop", "Participant"]
+__all__ = ["EVENTS", "STOPPED", "Batch", "Fit", "Loop", "Participant", "numbered"]
 
 #: The likely reason for which a framework's run ends short, and the repair.
 STOPPED = (
@@ -220,7 +220,7 @@ class Loop:
         found: dict[str, float] = {}
         for participant in self.participants:
             for name, value in tell(participant, "metrics").items():
-                found[_numbered(name, "_", found)] = value
+                found[numbered(name, "_", found)] = value
         return found
 
     def end(self, completed: bool, why: str = "") -> None:
@@ -273,7 +273,7 @@ class Loop:
     def _named(self) -> dict[str, Participant]:
         named: dict[str, Participant] = {}
         for participant in self.participants:
-            named[_numbered(participant.name, ":", named)] = participant
+            named[numbered(participant.name, ":", named)] = participant
         return named
 
     def state_dict(self) -> dict[str, Any]:
@@ -342,7 +342,7 @@ def tell_of_open_runs() -> None:
         loop.tell_if_open(UNENDED)
 
 
-def _numbered(name: str, sign: str, taken: Container[str]) -> str:
+def numbered(name: str, sign: str, taken: Container[str]) -> str:
     """Return a name, with the next free number if it is taken."""
     count, free = 1, name
     while free in taken:
