@@ -65,6 +65,9 @@ CHECKS = {
     "studies": "assert len(counts) == 20 and len(more.rows) == 10 and not more.failures\n"
     "assert more.rows[0].mean('accuracy') < more.rows[4].mean('accuracy') and small[1].out_features == 32",
     "tabular": SAME + HALVED,
+    "ternary": "assert same and sizes['packed'] < 0.15 * sizes['dense'] and len(losses) == 6\n"
+    "assert all(losses[n, 'exact'] < losses[n, 'threshold'] for n in (4, 16, 64))\n"
+    "assert min(report.scores['accuracy'].values()) > 0.9 and training.report().layers['7.weight'].error > 0",
     "text": SAME + HALVED,
     "timm": SAME + "assert run.sparsity.overall == 0.5 and removal.removed",
     "what-a-mask-brings": SAME + "assert files['weights masked'][0] == files['dense'][0]\n"
