@@ -113,6 +113,10 @@ def induced() -> Any:
     return everything.induce(network, torch.randn(4, 6), 0.5, names=list("abcdef"))
 
 
+def searched() -> Any:
+    return everything.search_from_scratch(net(), [(X, Y)], everything.Budget(macs=0.5), epochs=1)
+
+
 def graph() -> Any:
     return everything.channel_graph(net(), (X,))
 
@@ -187,6 +191,7 @@ MADE = {
     "FC_Decomposer": lambda _: folder_of(nn.Sequential(nn.Linear(8, 8)), everything.FC_Decomposer()),
     "Features": lambda _: everything.Features({"x": 1}, keep={"x": [0, 3]}),
     "FoldReport": lambda _: everything.find_folds(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()),
+    "FromScratch": lambda _: searched(),
     "GradualPruner": lambda _: gradual(),
     "Greedy": lambda _: Greedy(0.8, [X]),
     "GroupLasso": lambda _: everything.GroupLasso(scaled=False),
@@ -282,6 +287,7 @@ WITH_TABLES = {
         "FC_Decomposer",
         "Features",
         "FoldReport",
+        "FromScratch",
     ),
     *(
         "GradualPruner",
