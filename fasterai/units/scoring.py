@@ -217,7 +217,8 @@ class Scorer:
         for need, own in (("initial", self._initial), ("previous", self._previous)):
             if missing := [name for name in own if name not in state[need]]:
                 raise ValueError(
-                    f"state's {need} weights must be those of all targets, which the criterion reads, got them without {missing[0]}"
+                    f"state's {need} weights must be those of all targets, which the criterion reads, got them without "
+                    f"{missing[0]}"
                 )
 
     def load_state_dict(self, state: Mapping[str, Any], targets: Sequence[Target]) -> None:
