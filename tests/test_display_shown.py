@@ -92,6 +92,11 @@ def route() -> Any:
     return Route.from_checkpoints([net(), net()])
 
 
+def ternary_report() -> Any:
+    layers = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    return everything.find_ternary(layers, example_inputs=torch.zeros(1, 4))
+
+
 def compared(latency: bool) -> Any:
     from fasterai.analyze.comparison import compare
 
@@ -106,6 +111,10 @@ def induced() -> Any:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     return everything.induce(network, torch.randn(4, 6), 0.5, names=list("abcdef"))
+
+
+def searched() -> Any:
+    return everything.search_from_scratch(net(), [(X, Y)], everything.Budget(macs=0.5), epochs=1)
 
 
 def graph() -> Any:
@@ -156,7 +165,10 @@ def by_layers(call: str | None) -> Any:
 
 #: Class -> how to make one of it.
 MADE = {
+    "ACDC": lambda _: everything.ACDC(net(), 0.5),
+    "ACDCCallback": lambda _: everything.ACDCCallback(0.5, context="erk"),
     "AGP": lambda _: everything.AGP(),
+    "Alternating": lambda _: everything.Alternating(dense=0.2),
     "BN_Folder": lambda _: folder_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval(), everything.BN_Folder()),
     "Block": lambda _: fasterai.Block(4, 4),
     "Budget": lambda _: everything.Budget(latency=0.5, batch=8),
@@ -179,6 +191,7 @@ MADE = {
     "FC_Decomposer": lambda _: folder_of(nn.Sequential(nn.Linear(8, 8)), everything.FC_Decomposer()),
     "Features": lambda _: everything.Features({"x": 1}, keep={"x": [0, 3]}),
     "FoldReport": lambda _: everything.find_folds(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()),
+    "FromScratch": lambda _: searched(),
     "GradualPruner": lambda _: gradual(),
     "Greedy": lambda _: Greedy(0.8, [X]),
     "GroupLasso": lambda _: everything.GroupLasso(scaled=False),
@@ -212,14 +225,26 @@ MADE = {
     "Pruner": lambda _: everything.Pruner(net(), 0.5, "local", "large_final", example_inputs=X),
     "Removal": lambda _: removal(),
     "LayerSensitivity": lambda _: by_layers("analyze").layers[0],
+    "RigL": lambda _: everything.RigL(net(), 0.5),
+    "RigLCallback": lambda _: everything.RigLCallback(0.5, dt=10, distribution="uniform"),
     "Route": lambda _: route(),
     "RouteRecorder": lambda folder: RouteRecorder(folder, every=2),
     "RouteResult": lambda _: RouteResult((Stage(0, 0.5, (0.1, 0.2)), Stage(1, 0.6, (0.1,))), ("first.pt", "last.pt")),
+    "SET": lambda _: everything.SET(net(), 0.5),
+    "SETCallback": lambda _: everything.SETCallback(0.5),
+    "STR": lambda _: everything.STR(net()),
+    "STRCallback": lambda _: everything.STRCallback(decay=0.01),
     "Sensitivity": lambda _: sensitivity(),
     "SensitivityAnalyzer": lambda _: by_layers(None),
     "SensitivityResult": lambda _: by_layers("analyze"),
     "SeveralTeachers": lambda _: everything.SeveralTeachers([net(), net()]),
     "Sparsifier": lambda _: sparsifier(),
+    "TernarizeCallback": lambda _: everything.TernarizeCallback(8, rule="threshold"),
+    "TernaryLayer": lambda _: ternary_report().layers["1.weight"],
+    "TernaryReport": lambda _: ternary_report(),
+    "TernaryTraining": lambda _: everything.TernaryTraining(net(), targets="head"),
+    "StaticCallback": lambda _: everything.StaticCallback(0.5),
+    "StaticSparse": lambda _: everything.StaticSparse(net(), 0.5),
     "Ticket": lambda _: ticket(),
     "SparsifyCallback": lambda _: everything.SparsifyCallback({"*": 0.5}, "filter", "local", lambda w: w, "agp"),
 }
@@ -262,6 +287,7 @@ WITH_TABLES = {
         "FC_Decomposer",
         "Features",
         "FoldReport",
+        "FromScratch",
     ),
     *(
         "GradualPruner",
@@ -278,7 +304,8 @@ WITH_TABLES = {
         "Reached",
     ),
     *("Regularizer", "Removal", "Route", "RouteRecorder", "RouteResult", "Sensitivity", "SensitivityResult", "Sparsifier"),
-    *("SparsityReport", "Ticket"),
+    *("SparsityReport", "TernaryReport", "Ticket"),
+    *("ACDC", "RigL", "SET", "STR", "StaticSparse"),
 }
 
 

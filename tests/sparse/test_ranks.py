@@ -23,6 +23,7 @@ from fasterai.callbacks.plain import attach
 from fasterai.core import criteria
 from fasterai.core.criteria import Criterion, Random
 from fasterai.core.loop import Fit, Loop
+from fasterai.sparse.dynamic.regrow import SET, RigL
 from fasterai.sparse.ranks import _is_users
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.units.rules import DropAndGrow
@@ -76,6 +77,23 @@ def trained(rank: int, criterion: Any, wrap: bool) -> dict[str, Any]:
             optimizer.step()
     distributed.broadcast = counted.broadcast
     return {"masks": sparsifier.masks, "weights": dict(model.named_parameters()), "broadcasts": counted.calls}
+
+
+def regrown(rank: int) -> dict[str, Any]:
+    """Drop and grow weights on own data, whose gradients DDP averages: what grows by them the processes agree on."""
+    found = {}
+    for method in (RigL, SET):
+        parallel = DistributedDataParallel(net())
+        run = method(parallel, 0.5, alpha=lambda position: 0.4, dt=1, until=1.0)
+        optimizer = torch.optim.SGD(parallel.parameters(), 0.1, momentum=0.9)
+        torch.manual_seed(rank)  # the global generator decides nothing
+        with attach(optimizer, run, total_steps=3):
+            for _ in range(3):
+                optimizer.zero_grad()
+                F.mse_loss(parallel(torch.randn(4, 5)), torch.randn(4, 3)).backward()
+                optimizer.step()
+        found[method.__name__] = {"masks": run.masks, "weights": dict(parallel.named_parameters()), "moves": run.moves}
+    return found
 
 
 BARE = ("taylor", "wanda", "grasp", "synflow", "random", "movement", "updating_movement", "large_final")
@@ -192,7 +210,9 @@ def work(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=200))
     found: dict[str, Any] = {f"bare {name}": trained(rank, criterion_of(name), wrap=False) for name in BARE}
     found |= {f"wrapped {name}": trained(rank, criterion_of(name), wrap=True) for name in WRAPPED}
-    found |= {one.__name__: one(rank) for one in (features, uneven, uneven_by_movement, failing, sharded, uneven_by_data)}
+    found |= {
+        one.__name__: one(rank) for one in (features, uneven, uneven_by_movement, failing, sharded, regrown, uneven_by_data)
+    }
     torch.save(found, Path(folder) / f"{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
@@ -232,6 +252,13 @@ def test_two_processes_end_with_the_same_masks_and_weights(both, run):
 def test_only_what_could_differ_is_sent(both, run):
     sent = run.split()[1] in ("taylor", "wanda", "grasp", "synflow", "drawn")
     assert [found[run]["broadcasts"] for found in both] == ([3, 3] if sent else [0, 0])  # one message for each move
+
+
+@pytest.mark.parametrize("method", ["RigL", "SET"])
+def test_two_processes_grow_the_same_weights(both, method):
+    first, second = (found["regrown"][method] for found in both)
+    assert first["moves"] == second["moves"] == 4
+    assert same(first["masks"], second["masks"]) and same(first["weights"], second["weights"])
 
 
 def test_the_decision_is_that_of_the_first_process(both):
