@@ -1,6 +1,7 @@
 """fastai: participants in a learner's training, with their figures as columns of the epoch table.
 
-Over 300 lines, since the events of a run and the ready-made callbacks stand together, as in the other frameworks' files.
+Over 300 lines, since one class answers to every event of the learner, and each method has its class.
+Over 300 lines, since one class answers to every event of the learner, and each method has its class below it.
 """
 
 from __future__ import annotations
@@ -238,8 +239,17 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         self._is_stepping = True
 
     def after_cancel_step(self) -> None:
-        """Note that the optimizer does not step."""
+        """Pass on that the optimizer does not step."""
         self._is_stepping = False
+        self.loop.settle()
+
+    def after_cancel_batch(self) -> None:
+        """Pass on that the optimizer does not step, if it was about to."""
+        self.after_cancel_step()
+
+    def after_cancel_epoch(self) -> None:
+        """Pass on that the optimizer does not step, if it was about to."""
+        self.after_cancel_step()
 
     def after_step(self) -> None:
         """Pass on that the optimizer has stepped, unless the step was cancelled: fastai calls this all the same."""
@@ -250,6 +260,7 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
 
     def after_train(self) -> None:
         """End the run with its last epoch, so that what is validated and saved then is what remains."""
+        self.after_cancel_step()
         if self.learn.epoch == self.learn.n_epoch - 1:
             self.loop.end(completed=True)
             self._restart_trackers()

@@ -155,6 +155,7 @@ class ParticipantCallback(Elsewhere, TrainerCallback):  # type: ignore[misc]
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
         """Note the batch, and begin the run with the first one that trains."""
+        self.loop.settle()
         if not (model.training and torch.is_grad_enabled()):
             return
         if not is_training(self):
@@ -238,7 +239,7 @@ class ParticipantCallback(Elsewhere, TrainerCallback):  # type: ignore[misc]
         if not self.loop.running:
             return
         if getattr(self._optimizer, "step_was_skipped", False):
-            self.loop.clear_gradients()  # the Trainer clears those of the model alone
+            self.loop.skip_step()  # the Trainer clears those of the model alone
         else:
             self.loop.after_step()
 

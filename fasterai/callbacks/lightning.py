@@ -1,6 +1,7 @@
 """Lightning: participants in a Trainer's fit, with their figures logged and their states in Lightning's own checkpoints.
 
-Over 300 lines, since every method has its class here.
+Over 300 lines, since one class answers to every event of the trainer, and each method has its class.
+Over 300 lines, since one class answers to every event of the Trainer, and each method has its class below it.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class ParticipantCallback(Elsewhere, pl.Callback):
         self._wraps: StepWraps | None = None
         self._batch = Batch()
         self._trainer: pl.Trainer | None = None
+        self._stepping: Any = None
         self._was_cut = False
 
     @property
@@ -159,14 +161,22 @@ class ParticipantCallback(Elsewhere, pl.Callback):
             batch=batch,
             steps_per_epoch=_steps_per_epoch(trainer),
             is_search=partial(_is_search, weakref.ref(trainer), weakref.ref(self)),
+            stepping=partial(_stepping, weakref.ref(self)),
         )
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Pass on that the gradients are complete: unscaled, not clipped yet."""
+        if self._stepping is not None and self._stepping is not optimizer:
+            self.loop.settle()  # another optimizer's step was skipped
+        self._stepping = optimizer if len(trainer.optimizers) > 1 else None
         self._count(trainer)
         self.loop.after_backward()
         if not pl_module.automatic_optimization:  # there Lightning clips nothing
             self.loop.before_step()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Pass on that a step that was announced has been skipped."""
+        self.loop.settle()
 
     def _takes_part(self, trainer: pl.Trainer) -> bool:
         """Tell if steps are those of the run: searches for a rate or a batch size put the trainer's callbacks aside."""
@@ -207,7 +217,7 @@ class ParticipantCallback(Elsewhere, pl.Callback):
             hook.remove()
         if self._wraps is not None:
             self._wraps.remove()
-        self._hooks, self._wraps, self._batch = [], None, Batch()
+        self._hooks, self._wraps, self._batch, self._stepping = [], None, Batch(), None
         self.loop.end(completed, STOPPED)
         self._restart_trackers()
 
@@ -289,6 +299,12 @@ def _is_search(trainer: Callable[[], Any], callback: Callable[[], Any]) -> bool:
     """Tell if a trainer fits without its own callback, both weak references: searches put the callbacks aside."""
     trains, own = trainer(), callback()
     return trains is not None and own is not None and trains.training and not any(one is own for one in trains.callbacks)
+
+
+def _stepping(callback: Callable[[], Any]) -> Any:
+    """Return the optimizer of several whose step is under way in the trainer of a callback, given as a weak reference."""
+    own = callback()
+    return None if own is None else own._stepping
 
 
 def _counts_steps(trainer: pl.Trainer) -> bool:

@@ -53,7 +53,7 @@ class ParticipantMethod(Method):
         """Give a callback the signature and the text of what it makes."""
         super().__init_subclass__(**options)
         if "makes" in vars(cls):
-            cls.__doc__ = _text(vars(cls).get("__doc__"), inspect.getdoc(cls.makes) or "")
+            cls.__doc__ = _text(vars(cls).get("__doc__"), cls.makes)
         is_stated_here = getattr(cls.__init__, "__code__", None) is ParticipantMethod.__init__.__code__
         if is_stated_here and hasattr(cls, "makes"):
             first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
@@ -131,19 +131,20 @@ def _flat(bound: inspect.BoundArguments) -> dict[str, Any]:
     return found
 
 
-def _text(own: str | None, of_participant: str) -> str:
-    """Return a callback's docstring: its own words or the participant's, and the participant's arguments without the model."""
-    head, *rest = SECTION.split(of_participant)
-    sections = dict(zip(rest[::2], rest[1::2], strict=True))
-    words = inspect.cleandoc(own) if own else head.strip()
+def _text(own: str | None, kind: type[Participant]) -> str:
+    """Return a callback's docstring: its own words or the participant's, and the participant's arguments without the model.
+
+    The arguments may stand at a base class.
+    """
+    written = [inspect.cleandoc(base.__doc__) for base in kind.__mro__ if base.__doc__]
+    words = inspect.cleandoc(own) if own else SECTION.split(written[0])[0].strip()
     if SECTION.search(words):
         return words
-    _, *entries = re.split(r"\n(?=    \S)", sections.get("Args", "").rstrip())
-    entries = [*entries[1:], "    model: The part of the model that it is made for; all of it if left out."]
+    _, *rest = SECTION.split(next((text for text in written if "\nArgs:\n" in text), ""))
+    sections = dict(zip(rest[::2], rest[1::2], strict=True))
+    _, _, *entries = [*re.split(r"\n(?=    \S)", sections.get("Args", "").rstrip()), ""]
+    arguments = [*filter(None, entries), "    model: The part of the model that it is made for; all of it if left out."]
+    parts = [words, "\n".join(["Args:", *arguments])]
+    parts.append("Attributes:\n    participant: The participant of the last run, None before.")
     raises = sections.get("Raises", "").strip("\n")
-    parts = [
-        words,
-        "Args:\n" + "\n".join(entries),
-        "Attributes:\n    participant: The participant of the last run, None before.",
-    ]
     return "\n\n".join([*parts, f"Raises:\n{raises}"] if raises else parts)

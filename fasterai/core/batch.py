@@ -70,6 +70,7 @@ class Fit(Brief):
         steps_per_epoch: Optimizer steps in an epoch, if the loop has epochs.
         is_search: A function that tells, after the run as well, if the framework only searches (for a learning rate, say): what
             trains then is put back afterwards.
+        stepping: A function that gives the optimizer whose step is under way, None where the loop has one alone.
     """
 
     total_steps: int
@@ -79,6 +80,7 @@ class Fit(Brief):
     batch: Batch | None = None
     steps_per_epoch: int | None = None
     is_search: Callable[[], bool] = field(default=lambda: False)
+    stepping: Callable[[], Any] = field(default=lambda: None)
 
     @property
     def optimizers(self) -> list[Any]:

@@ -4,7 +4,7 @@ Callbacks translate the events of their framework into calls of a `Loop`; the lo
 Callbacks know no method and methods know no framework, so the two add up instead of multiplying.
 
     on_setup -> on_fit_start
-        -> ( after_forward [-> on_first_batch] -> after_loss -> after_backward -> before_step -> after_step )*
+        -> ( after_forward [-> on_first_batch] -> after_loss -> after_backward -> before_step -> after_step | after_skip )*
     -> on_fit_end
 
 `after_move` and `after_cut` come in between, whenever masks move or parameters get smaller; `metrics` whenever the loop shows
@@ -57,6 +57,7 @@ class Loop:
 
     planned_steps = 0  # copies of earlier versions have none
     counts = ""
+    _awaits_step = False  # whether a step has been announced, and not been taken yet
     _awaits_batch = False  # whether a first batch is still to come, with which further parameters may join
     _joined_later: Mapping[str, Any] | None = None  # a state that is loaded when all parameters are there
 
@@ -126,7 +127,7 @@ class Loop:
                 follow(fit.model, participant)
         self.step, self.total_steps, self.planned_steps = 0, total_steps, total_steps
         self._steps_per_epoch = fit.steps_per_epoch
-        self._is_told = False
+        self._is_told = self._awaits_step = False
         _open.add(self)
 
     def _check_company(self) -> None:
@@ -186,6 +187,7 @@ class Loop:
             ValueError: The run has had its `total_steps` already.
         """
         self.check_step()
+        self._awaits_step = True
         for participant in self._hearing("before_step"):
             tell(participant, "before_step", (self.step + 1) / self.total_steps)
 
@@ -206,9 +208,23 @@ class Loop:
     def after_step(self) -> None:
         """Count a step of the optimizer, and pass it on."""
         self.step += 1
+        self._awaits_step = False
         for participant in self._hearing("after_step"):
             tell(participant, "after_step", self.step / self.total_steps)
         self.clear_gradients()
+
+    def skip_step(self) -> None:
+        """Pass on that a step that was announced is not taken, if one was; forget the gradients of participants' parameters."""
+        if self.running and self._awaits_step:
+            self._awaits_step = False
+            for participant in self._hearing("after_skip"):
+                tell(participant, "after_skip")
+        self.clear_gradients()
+
+    def settle(self) -> None:
+        """Pass on that the announced step did not come, if one was announced: the framework is beyond it."""
+        if self._awaits_step:
+            self.skip_step()
 
     def clear_gradients(self) -> None:
         """Forget the gradients of participants' parameters, after a step or one that was skipped."""

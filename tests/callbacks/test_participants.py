@@ -197,6 +197,16 @@ def test_words_of_its_own_are_left_and_the_participant_s_stand_where_there_are_n
     assert inspect.getdoc(Own) == "Does it.\n\nArgs:\n    amount: Much."
 
 
+def test_arguments_that_a_base_class_describes_are_found():
+    class Slow(Shrink):
+        """Shrinks slowly."""
+
+    class SlowMethod(ParticipantMethod):
+        makes = Slow
+
+    assert (inspect.getdoc(SlowMethod) or "").startswith("Shrinks slowly.\n\nArgs:\n    amount:")
+
+
 def test_a_subclass_with_arguments_of_its_own_has_its_own_signature():
     class Half(InFastai):
         def __init__(self, bias: bool) -> None:
