@@ -37,6 +37,8 @@ from fasterai.distill.routes.hardness import Greedy
 from fasterai.distill.routes.recorder import RouteRecorder
 from fasterai.distill.routes.route import Route
 from fasterai.prune.features.induce import induce
+from fasterai.sparse.nm.sad import sad
+from fasterai.sparse.nm.srste import SRSTE
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.study.data import Data, load_data
 from fasterai.study.sizes import Size
@@ -149,6 +151,16 @@ def draw_route(folder: Path) -> None:
 
 
 @styled()
+def draw_nm(folder: Path) -> None:
+    """Draw how the masks of a network flip that trains at 2:4 on the digits."""
+    data = load_data(None, Size("digits", None, None, None, epochs=6))
+    training = SRSTE(_residual(data, 16), 2, 4)
+    train(training.model, data, [training], epochs=6, lr=0.1, seed=0)
+    figure = sad(training).plot().figure
+    assert isinstance(figure, Figure)
+    _save(figure, folder / "nm-sad.png")
+
+
 def draw_losses(folder: Path) -> None:
     """Draw what losses of logits ask of a student, for one digit: the way down by class."""
     digits = load_digits()
@@ -280,5 +292,6 @@ if __name__ == "__main__":
         draw_variety(IMAGES)
         draw_features(IMAGES)
         draw_losses(IMAGES)
+        draw_nm(IMAGES)
         draw_route(IMAGES)
         draw_demo(IMAGES)

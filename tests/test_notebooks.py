@@ -54,6 +54,8 @@ CHECKS = {
     "mixtures-of-experts": "assert same and after > before and experts.removed == {name: (8, 4)}\n"
     "assert abs(report.scores['explained']['small'] - report.scores['explained']['sparse']) < 1e-4\n"
     "assert set(removal.removed.values()) == {(32, 16)} and mixtral.config.num_local_experts == 5",
+    "nm": "assert groups.unique().tolist() == [2] and same and float(training.sparsity) == 0.5\n"
+    "assert flips.overall > 1000 and sparse_end > dense_end - 0.1 and sparse[4].weight.shape[0] == 2 * small[4].weight.shape[0]",
     "pretraining": SAME
     + "assert len(result.rows) == 8 and not result.failures and 'checkpoint must be of the same' in refused\n"
     "assert channels.sparsity.overall == 0.5 and removal.removed and not removal.refused",
