@@ -55,7 +55,7 @@ CHECKS = {
     "assert abs(report.scores['explained']['small'] - report.scores['explained']['sparse']) < 1e-4\n"
     "assert set(removal.removed.values()) == {(32, 16)} and mixtral.config.num_local_experts == 5",
     "nm": "assert groups.unique().tolist() == [2] and same and float(training.sparsity) == 0.5\n"
-    "assert flips.overall > 1000 and sparse_end > dense_end - 0.1 and sparse[4].weight.shape[0] == 2 * small[4].weight.shape[0]",
+    "assert flips.overall > 1000 and sparse_end > dense_end - 0.1 and len(sparse[4].weight) == 2 * len(small[4].weight)",
     "pretraining": SAME
     + "assert len(result.rows) == 8 and not result.failures and 'checkpoint must be of the same' in refused\n"
     "assert channels.sparsity.overall == 0.5 and removal.removed and not removal.refused",
