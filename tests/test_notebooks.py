@@ -64,6 +64,8 @@ CHECKS = {
     "assert min(report.scores['accuracy'].values()) > 0.8 and result.train_epochs(4) == 8",
     "quickstart": SAME + HALVED + "assert agree == [True, True]\n"
     "assert weights.sparsifier.sparsity.overall == round(0.9 * 56224) / 56224",
+    "regularization": SAME + "assert sum(n - m for n, m in removal.removed.values()) > 10 and not removal.refused\n"
+    "assert costs['l1', 'filter'] == 4 and costs['group_lasso', 'weight'] == 8 and costs['growing', 'filter'] == 20.5",
     "schedules": SAME + "assert abs(reached[-1] - 0.9) < 1e-4 and run.sparsity.overall == 0.5",
     "sensitivity-and-budgets": SAME + "assert run.sparsity.overall == 0.5\n"
     "assert pruner.removal is not None and 0.48 < costs.share('small', 'macs') <= 0.5",
