@@ -1,6 +1,6 @@
 """fastai: participants in a learner's training, with their figures as columns of the epoch table.
 
-Over 300 lines, since one class answers to every event of the learner, and each method has its class.
+Over 300 lines, since the events of a run and the ready-made callbacks stand together, as in the other frameworks' files.
 """
 
 from __future__ import annotations
@@ -43,11 +43,22 @@ except ImportError as error:
 from fasterai.callbacks.fastai_batches import batch_of, plain
 from fasterai.callbacks.fastai_files import begin_saving, end_saving, find_state, skipped_epochs
 
-__all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
-__all__ += ["SRSTECallback", "STECallback"]
-__all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
-__all__ += ["RegularizeCallback"]
-__all__ += ["TernarizeCallback"]
+__all__ = [
+    "ACDCCallback",
+    "HoldCallback",
+    "KnowledgeDistillationCallback",
+    "ParticipantCallback",
+    "PruneCallback",
+    "RegularizeCallback",
+    "RigLCallback",
+    "SETCallback",
+    "SRSTECallback",
+    "STECallback",
+    "STRCallback",
+    "SparsifyCallback",
+    "StaticCallback",
+    "TernarizeCallback",
+]
 
 NOT_TRAINING = {"lr_finder", "gather_preds"}  # fastai's names of the callbacks of `lr_find` and of predictions
 LIGHTNING_ASKS_FOR = {"state_key", "setup", "on_exception"}  # what a Trainer wants first, at its making and in a fit

@@ -43,11 +43,22 @@ except ImportError as error:
 
 from fasterai.callbacks.lightning_wraps import CutFirst, StepWraps, stop_waiting
 
-__all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
-__all__ += ["SRSTECallback", "STECallback"]
-__all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
-__all__ += ["RegularizeCallback"]
-__all__ += ["TernarizeCallback"]
+__all__ = [
+    "ACDCCallback",
+    "HoldCallback",
+    "KnowledgeDistillationCallback",
+    "ParticipantCallback",
+    "PruneCallback",
+    "RegularizeCallback",
+    "RigLCallback",
+    "SETCallback",
+    "SRSTECallback",
+    "STECallback",
+    "STRCallback",
+    "SparsifyCallback",
+    "StaticCallback",
+    "TernarizeCallback",
+]
 
 
 class ParticipantCallback(Elsewhere, pl.Callback):

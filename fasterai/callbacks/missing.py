@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-__all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
-__all__ += ["SRSTECallback", "STECallback"]
-__all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
-__all__ += ["RegularizeCallback"]
 __all__ = [
+    "ACDCCallback",
     "HoldCallback",
     "KnowledgeDistillationCallback",
     "ParticipantCallback",
     "PruneCallback",
+    "RegularizeCallback",
+    "RigLCallback",
+    "SETCallback",
+    "SRSTECallback",
+    "STECallback",
+    "STRCallback",
     "SparsifyCallback",
+    "StaticCallback",
     "TernarizeCallback",
 ]
 
