@@ -36,7 +36,9 @@ from fasterai.distill.maps import attention_maps, cosines, plot_attention_maps
 from fasterai.distill.routes.hardness import Greedy
 from fasterai.distill.routes.recorder import RouteRecorder
 from fasterai.distill.routes.route import Route
+from fasterai.prune.choice.budget import Budget
 from fasterai.prune.features.induce import induce
+from fasterai.prune.scratch.search import search_from_scratch
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.study.data import Data, load_data
 from fasterai.study.sizes import Size
@@ -111,6 +113,16 @@ def draw_features(folder: Path) -> None:
     network, names = _trained(columns.float(), table.target), list(table.feature_names)
     result = induce(network, columns.float(), 0.75, names=names, measure=False)
     _save(result.plot(), folder / "features-table.png")
+
+
+def draw_scratch(folder: Path) -> None:
+    """Draw the widths of a residual network that are found on random weights and the digits."""
+    torch.manual_seed(0)
+    data = load_data(None, Size("small", None, None, None, epochs=1))
+    images, labels = data.train
+    batches = [(images[rows], labels[rows]) for rows in torch.randperm(len(images)).split(64)]
+    result = search_from_scratch(make_residual(data), batches, Budget(macs=0.5), lr=0.02, expand=1.25, progress=False)
+    _save(result.plot(), folder / "pruning-from-scratch.png")
 
 
 def draw_route(folder: Path) -> None:
@@ -279,6 +291,7 @@ if __name__ == "__main__":
         draw_catalogues(IMAGES)
         draw_variety(IMAGES)
         draw_features(IMAGES)
+        draw_scratch(IMAGES)
         draw_losses(IMAGES)
         draw_route(IMAGES)
         draw_demo(IMAGES)

@@ -113,6 +113,10 @@ def induced() -> Any:
     return everything.induce(network, torch.randn(4, 6), 0.5, names=list("abcdef"))
 
 
+def searched() -> Any:
+    return everything.search_from_scratch(net(), [(X, Y)], everything.Budget(macs=0.5), epochs=1)
+
+
 def graph() -> Any:
     return everything.channel_graph(net(), (X,))
 
@@ -161,7 +165,10 @@ def by_layers(call: str | None) -> Any:
 
 #: Class -> how to make one of it.
 MADE = {
+    "ACDC": lambda _: everything.ACDC(net(), 0.5),
+    "ACDCCallback": lambda _: everything.ACDCCallback(0.5, context="erk"),
     "AGP": lambda _: everything.AGP(),
+    "Alternating": lambda _: everything.Alternating(dense=0.2),
     "BN_Folder": lambda _: folder_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval(), everything.BN_Folder()),
     "Block": lambda _: fasterai.Block(4, 4),
     "Budget": lambda _: everything.Budget(latency=0.5, batch=8),
@@ -184,6 +191,7 @@ MADE = {
     "FC_Decomposer": lambda _: folder_of(nn.Sequential(nn.Linear(8, 8)), everything.FC_Decomposer()),
     "Features": lambda _: everything.Features({"x": 1}, keep={"x": [0, 3]}),
     "FoldReport": lambda _: everything.find_folds(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()),
+    "FromScratch": lambda _: searched(),
     "GradualPruner": lambda _: gradual(),
     "Greedy": lambda _: Greedy(0.8, [X]),
     "GroupLasso": lambda _: everything.GroupLasso(scaled=False),
@@ -217,9 +225,15 @@ MADE = {
     "Pruner": lambda _: everything.Pruner(net(), 0.5, "local", "large_final", example_inputs=X),
     "Removal": lambda _: removal(),
     "LayerSensitivity": lambda _: by_layers("analyze").layers[0],
+    "RigL": lambda _: everything.RigL(net(), 0.5),
+    "RigLCallback": lambda _: everything.RigLCallback(0.5, dt=10, distribution="uniform"),
     "Route": lambda _: route(),
     "RouteRecorder": lambda folder: RouteRecorder(folder, every=2),
     "RouteResult": lambda _: RouteResult((Stage(0, 0.5, (0.1, 0.2)), Stage(1, 0.6, (0.1,))), ("first.pt", "last.pt")),
+    "SET": lambda _: everything.SET(net(), 0.5),
+    "SETCallback": lambda _: everything.SETCallback(0.5),
+    "STR": lambda _: everything.STR(net()),
+    "STRCallback": lambda _: everything.STRCallback(decay=0.01),
     "Sensitivity": lambda _: sensitivity(),
     "SensitivityAnalyzer": lambda _: by_layers(None),
     "SensitivityResult": lambda _: by_layers("analyze"),
@@ -229,6 +243,8 @@ MADE = {
     "TernaryLayer": lambda _: ternary_report().layers["1.weight"],
     "TernaryReport": lambda _: ternary_report(),
     "TernaryTraining": lambda _: everything.TernaryTraining(net(), targets="head"),
+    "StaticCallback": lambda _: everything.StaticCallback(0.5),
+    "StaticSparse": lambda _: everything.StaticSparse(net(), 0.5),
     "Ticket": lambda _: ticket(),
     "SparsifyCallback": lambda _: everything.SparsifyCallback({"*": 0.5}, "filter", "local", lambda w: w, "agp"),
 }
@@ -271,6 +287,7 @@ WITH_TABLES = {
         "FC_Decomposer",
         "Features",
         "FoldReport",
+        "FromScratch",
     ),
     *(
         "GradualPruner",
@@ -288,6 +305,7 @@ WITH_TABLES = {
     ),
     *("Regularizer", "Removal", "Route", "RouteRecorder", "RouteResult", "Sensitivity", "SensitivityResult", "Sparsifier"),
     *("SparsityReport", "TernaryReport", "Ticket"),
+    *("ACDC", "RigL", "SET", "STR", "StaticSparse"),
 }
 
 

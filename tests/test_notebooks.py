@@ -57,6 +57,9 @@ CHECKS = {
     "pretraining": SAME
     + "assert len(result.rows) == 8 and not result.failures and 'checkpoint must be of the same' in refused\n"
     "assert channels.sparsity.overall == 0.5 and removal.removed and not removal.refused",
+    "pruning-from-scratch": "assert 0.48 < result.share <= 0.5 and 0.48 < wider.share <= 0.5\n"
+    "assert all(searched == dense * 5 // 4 for dense, searched, _ in widths.values())\n"
+    "assert min(report.scores['accuracy'].values()) > 0.8 and result.train_epochs(4) == 8",
     "quickstart": SAME + HALVED + "assert agree == [True, True]\n"
     "assert weights.sparsifier.sparsity.overall == round(0.9 * 56224) / 56224",
     "schedules": SAME + "assert abs(reached[-1] - 0.9) < 1e-4 and run.sparsity.overall == 0.5",
@@ -65,6 +68,9 @@ CHECKS = {
     "studies": "assert len(counts) == 20 and len(more.rows) == 10 and not more.failures\n"
     "assert more.rows[0].mean('accuracy') < more.rows[4].mean('accuracy') and small[1].out_features == 32",
     "tabular": SAME + HALVED,
+    "ternary": "assert same and sizes['packed'] < 0.15 * sizes['dense'] and len(losses) == 6\n"
+    "assert all(losses[n, 'exact'] < losses[n, 'threshold'] for n in (4, 16, 64))\n"
+    "assert min(report.scores['accuracy'].values()) > 0.9 and training.report().layers['7.weight'].error > 0",
     "text": SAME + HALVED,
     "timm": SAME + "assert run.sparsity.overall == 0.5 and removal.removed",
     "what-a-mask-brings": SAME + "assert files['weights masked'][0] == files['dense'][0]\n"

@@ -1,6 +1,7 @@
 """Lightning: participants in a Trainer's fit, with their figures logged and their states in Lightning's own checkpoints.
 
 Over 300 lines, since one class answers to every event of the trainer, and each method has its class.
+Over 300 lines, since one class answers to every event of the Trainer, and each method has its class below it.
 """
 
 from __future__ import annotations

@@ -94,25 +94,35 @@ class GroupLasso(Penalty):
     """The norms of the units added up: `sum_g sqrt(G) ||w_g||` (Yuan & Lin 2006, the factor sqrt(G) as there).
 
     The proximal step scales a unit by `max(0, 1 - rate sqrt(G) / ||w_g||)`: units whose norm is at most `rate sqrt(G)` become
-    exactly zero, and with them their bias and the scale and shift of the norm behind them. For units of one weight it is the same as `l1`.
+    exactly zero, and with them their bias, and the scale and shift of their norm. For units of one weight it is the same as
+    `l1`.
 
     Attributes:
         scaled: False leaves the factor sqrt(G) out, so that large units are no dearer than small ones of the same norm.
+        alpha: With more than 0 the norm of a unit counts `gamma_k` times, as in `growing`, but for norms: units that fall
+            behind the largest of their pool are drawn to zero up to `2^alpha` times as fast. The two together are ours.
     """
 
     silences: ClassVar[bool] = True
 
     scaled: bool = True
+    alpha: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("alpha", self.alpha, at_least=0.0)
 
     def __call__(self, sizes: Sizes) -> Tensor:
-        return (_root(sizes.squares()) * self._factor(sizes)).sum()
+        norms = _root(sizes.squares())
+        return (norms * self._factor(sizes, norms)).sum()
 
     def step(self, sizes: Sizes, rate: float | Tensor) -> Tensor:
-        norms, threshold = _root(sizes.squares()), self._factor(sizes) * rate
+        norms = _root(sizes.squares())
+        threshold = self._factor(sizes, norms) * rate
         return torch.where(norms > threshold, 1 - threshold / norms, torch.zeros_like(norms))
 
-    def _factor(self, sizes: Sizes) -> Tensor:
-        return sizes.count.sqrt() if self.scaled else torch.ones_like(sizes.count)
+    def _factor(self, sizes: Sizes, norms: Tensor) -> Tensor:
+        factor = sizes.count.sqrt() if self.scaled else torch.ones_like(sizes.count)
+        return factor * behind(norms, self.alpha) if self.alpha else factor
 
 
 @dataclass(frozen=True)
@@ -135,16 +145,10 @@ class Growing(Penalty):
 
     def __call__(self, sizes: Sizes) -> Tensor:
         squares = sizes.squares()
-        return (squares * self.factors(squares)).sum() / 2
+        return (squares * behind(squares.detach().sqrt(), self.alpha)).sum() / 2
 
     def step(self, sizes: Sizes, rate: float | Tensor) -> Tensor:
-        return 1 / (1 + self.factors(sizes.squares()) * rate)
-
-    def factors(self, squares: Tensor) -> Tensor:
-        """Return gamma of each unit."""
-        norms = squares.detach().sqrt()
-        behind, spread = norms.max() - norms, norms.max() - norms.min()
-        return torch.exp2(self.alpha * torch.where(spread > 0, behind / spread, torch.zeros_like(norms)))
+        return 1 / (1 + behind(sizes.squares().sqrt(), self.alpha) * rate)
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,13 @@ class Slimming(Penalty):
 
     def apply_(self, weight: Tensor, found: Tensor) -> None:
         _soften_(weight, found)
+
+
+def behind(norms: Tensor, alpha: float) -> Tensor:
+    """Return `2^(alpha (I_max - I_k) / (I_max - I_min))` for the norms of a pool's units, as constants; 1 if all are equal."""
+    norms = norms.detach()
+    gap, spread = norms.max() - norms, norms.max() - norms.min()
+    return torch.exp2(alpha * torch.where(spread > 0, gap / spread, torch.zeros_like(norms)))
 
 
 def _root(squares: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ STUDIES = (
     "granularities",
     "nm",
     "pretraining",
+    "regularization",
     "retrieval",
     "routed_experts",
     "routes",

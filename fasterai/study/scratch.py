@@ -122,6 +122,7 @@ GRID: list[dict[str, list[Any]]] = [
     {"what": [DENSE], "training": HOW, "macs": [1.0]},
     {"what": [FOUND, WIDER, UNIFORM, RANDOM, PRUNED], "training": HOW, "macs": [0.5, 0.25]},
 ]
+TINY: list[dict[str, list[Any]]] = [GRID[0], {"what": [FOUND, UNIFORM], "training": [ONCE], "macs": [0.5]}]
 SIZES = {
     "tiny": Size("tiny", 160, 80, 8, epochs=1, batch_size=32),
     "small": Size("small", 1_500, 2_000, 16, epochs=8, batch_size=32, lr=0.05),
@@ -131,7 +132,7 @@ STUDY = Study(
     name="scratch",
     about="Pruning from scratch, beside other widths and beside pruning a trained network",
     trial=trial,
-    grids={"small": GRID, "full": GRID},
+    grids={"tiny": TINY, "small": GRID, "full": GRID},
     x="macs",
     lines="what",
     panels="training",

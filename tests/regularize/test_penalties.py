@@ -83,6 +83,10 @@ def test_settings_of_penalties():
     model = two_filters()
     assert of(model, penalty=GroupLasso(scaled=False)).get_norm().item() == pytest.approx(6)
     assert of(model, penalty=Growing(alpha=1)).get_norm().item() == pytest.approx((25 + 2) / 2)
+    growing = of(model, penalty=GroupLasso(alpha=4))
+    assert growing.get_norm().item() == pytest.approx(ROOT(2) * (5 + 16 * 1))
+    growing.terms[0].step_(lambda parameter: 1.0001 / (16 * ROOT(2)))  # thresholds 1/16, and a little above 1
+    assert model[0].weight.view(2, 2).tolist() == [pytest.approx([3 * 79 / 80, 4 * 79 / 80], rel=1e-5), [0, 0]]
     between = nn.Sequential(convolution([[[[5.0]]], [[[3.0]]], [[[1.0]]]]))  # (5 - 3) / (5 - 1) = 1/2, 2^(4/2) = 4
     assert of(between, penalty="growing").get_norm().item() == pytest.approx((25 + 4 * 9 + 16) / 2)
     equal = nn.Sequential(convolution([[[[2.0]]], [[[-2.0]]]]))
@@ -130,5 +134,6 @@ def test_units_at_or_below_the_threshold_are_exactly_zero_and_stay_without_nan()
 
 def test_entries_are_values_and_settings_are_checked():
     assert GroupLasso() == penalties.group_lasso and pickle.loads(pickle.dumps(Growing(3))) == Growing(3)
-    with pytest.raises(ValueError, match=r"alpha must be a number of at least 0, got -1"):
-        Growing(alpha=-1)
+    for kind in (Growing, GroupLasso):
+        with pytest.raises(ValueError, match=r"alpha must be a number of at least 0, got -1"):
+            kind(alpha=-1)

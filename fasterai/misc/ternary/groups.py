@@ -68,8 +68,8 @@ class Division:
         return x.permute([self.order.index(d) for d in range(len(self.order))]).reshape(shape)
 
     def counts(self, like: Tensor) -> Tensor:
-        """Return the numbers of weights in the groups of a row, `(M, 1, 1)`: N, and fewer in the last one if zeros fill it."""
-        counts = like.new_full((self.along, 1, 1), self.size, dtype=torch.float32)
+        """Return the numbers of weights in the groups of a row, `(M, 1)`: N, and fewer in the last one if zeros fill it."""
+        counts = like.new_full((self.along, 1), self.size, dtype=torch.float32)
         counts[-1] = self.length - (self.along - 1) * self.size
         return counts
 

@@ -55,54 +55,60 @@ def ternary_of(weight: Tensor, division: Division, rule: str = "exact", scale_dt
 
 
 def _put_ternary(groups: Tensor, counts: Tensor, rule: str, scale_dtype: torch.dtype | None, out: Tensor) -> None:
-    wide = groups if groups.dtype == torch.float64 else groups.float()
+    place = 0 if groups.shape[2] <= EXCHANGED else -1  # the dimension that runs inside of a group
+    wide = groups.movedim(2, place).contiguous()
+    wide = wide if wide.dtype == torch.float64 else wide.float()
     sizes = wide.abs()
     if rule == "threshold":
-        scale, least = _by_threshold(sizes, counts)
+        scale, least = _by_threshold(sizes, counts, place)
     else:
-        scale = _exact_small(sizes) if sizes.shape[2] <= EXCHANGED else _exact_large(sizes)
+        scale = _exact_small(sizes) if place == 0 else _exact_large(sizes)
         least = scale / 2
     if scale_dtype is not None:
         scale = scale.to(scale_dtype).to(scale.dtype)
-    # Not `where`: a NaN has to stay one, so that a training that has failed says so. Adding 0 leaves no negative zeros.
-    out.copy_(torch.copysign((sizes > least) * scale, wide).add_(0.0))
+    # A NaN stays one, so that a training that has failed says so. Adding 0 leaves no negative zeros.
+    kept = _above(sizes, least).mul_(scale)
+    out.movedim(2, place).copy_(torch.copysign(kept, wide, out=kept).add_(0.0))
 
 
-def _by_threshold(sizes: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    least = SHARE * sizes.sum(2, keepdim=True) / counts.to(sizes.dtype)
-    kept = sizes > least
-    return (sizes * kept).sum(2, keepdim=True) / kept.sum(2, keepdim=True).clamp_min(1), least
+def _above(sizes: Tensor, least: Tensor) -> Tensor:
+    """Return 1.0 where sizes are above a limit, else 0.0: a tenth of the time of `where` with a mask."""
+    return torch.gt(sizes, least, out=torch.empty_like(sizes))
+
+
+def _by_threshold(sizes: Tensor, counts: Tensor, place: int) -> tuple[Tensor, Tensor]:
+    counts = counts.to(sizes.dtype)
+    least = SHARE * sizes.sum(place, keepdim=True) / (counts if place == 0 else counts.unsqueeze(-1))
+    kept = _above(sizes, least)
+    return (sizes * kept).sum(place, keepdim=True) / kept.sum(place, keepdim=True).clamp_min(1), least
 
 
 def _exact_small(sizes: Tensor) -> Tensor:
-    """Return the best scales `(A, M, 1, B)` of small groups `(A, M, N, B)`, which are sorted side by side."""
-    ranked = list(sizes.unbind(2))
+    """Return the best scales of small groups `(N, ...)`, which are sorted side by side."""
+    ranked = list(sizes.unbind(0))
     for i, j in _exchanges(len(ranked)):
         ranked[i], ranked[j] = torch.maximum(ranked[i], ranked[j]), torch.minimum(ranked[i], ranked[j])
     total = best = scale = ranked[0]
     for k, size in enumerate(ranked[1:], 2):
         total = total + size
         gain = total * k**-0.5  # the root of P^2 / k, which neither overflows nor underflows
-        scale = torch.where(gain > best, total / k, scale)
+        scale = torch.lerp(scale, total / k, _above(gain, best))  # exact at both ends
         best = torch.maximum(best, gain)
-    return scale.unsqueeze(2)
+    return scale
 
 
 def _exact_large(sizes: Tensor) -> Tensor:
-    """Return the best scales `(A, M, 1, B)` of groups of any size `(A, M, N, B)`."""
-    rows = sizes.movedim(2, -1).contiguous()
-    if rows.device.type == "cpu":  # numpy's sort of values alone: a tenth of the time of torch's, which has positions too
-        if rows.data_ptr() == sizes.data_ptr():
-            rows = rows.clone()
-        values = rows.neg_().numpy()
-        values.sort(axis=-1)
-        rows.neg_()
+    """Return the best scales `(..., 1)` of groups of any size `(..., N)`."""
+    if sizes.device.type == "cpu":  # numpy's sort of values alone: a tenth of the time of torch's, which has positions too
+        ranked = sizes.neg()
+        ranked.numpy().sort(axis=-1)
+        ranked.neg_()
     else:
-        rows = rows.sort(-1, descending=True).values
-    totals = rows.cumsum(-1)
-    counts = torch.arange(1, rows.shape[-1] + 1, device=rows.device, dtype=rows.dtype)
+        ranked = sizes.sort(-1, descending=True).values
+    totals = ranked.cumsum(-1)
+    counts = torch.arange(1, ranked.shape[-1] + 1, device=ranked.device, dtype=ranked.dtype)
     k = (totals * counts.rsqrt()).argmax(-1, keepdim=True)
-    return (totals.gather(-1, k) / (k + 1)).movedim(-1, 2)
+    return totals.gather(-1, k) / (k + 1)
 
 
 @cache

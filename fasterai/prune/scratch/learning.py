@@ -98,7 +98,7 @@ def learn_gates(
     words: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> Learned:
-    """Learn the gates of a network whose weights are fixed; norms are in training mode.
+    """Find the gates of a network whose weights are fixed; norms are in training mode.
 
     Minimised is `loss + gamma (mean(gates) - level)^2` by Adam. The gates begin at 1, and are clamped to [0, 1] after a step.
 

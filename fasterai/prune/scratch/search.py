@@ -183,7 +183,7 @@ def _counts(model: nn.Module, inputs: tuple[Any, ...], exact: bool) -> dict[str,
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of torch, numpy and Python for a while."""
+    """Set the global generators of torch, numpy and Python to a seed for a while."""
     before = keep_random_state()
     try:
         _seed(seed)

@@ -26,7 +26,7 @@ class Restarting(Sparsifier):
 
     @torch.no_grad()
     def after_move(self, move: Move) -> None:
-        """Clear what the optimizers keep for weights that come back."""
+        """Forget what the optimizers keep for weights that come back."""
         if not self.made(move):
             return
         places = []

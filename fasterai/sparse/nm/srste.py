@@ -1,4 +1,4 @@
-"""`SRSTE` and `STE`: networks that are N:M sparse from the first step, by straight-through gradients, with a decay or without."""
+"""`SRSTE` and `STE`: networks N:M sparse from the first step, by straight-through gradients, with a decay or without."""
 
 from __future__ import annotations
 

@@ -193,8 +193,8 @@ class NMTraining(LatentWeights, Masked, ABC):  # type: ignore[misc]  # both say 
         if uneven:
             name, inputs = next(iter(uneven.items()))
             raise ValueError(
-                f"channels of an {self.n}:{self.m} network must go in multiples of {self.m}, got {inputs} inputs left in {name}; "
-                f"prune with round_to={self.m}, or end N:M before: finalize()"
+                f"channels under {self.name} must go in multiples of {self.m}, got {inputs} inputs left in {name}; prune with "
+                f"round_to={self.m}, or call finalize() before"
             )
         super().after_cut(cut)
         self._is_cut, self._sums = True, {}

@@ -48,10 +48,10 @@ def test_layers_that_do_not_divide_are_refused_by_name():
     )
     with pytest.raises(ValueError, match=words):
         chosen()
-    with pytest.raises(ValueError, match="got tail.weight with 6"):
+    with pytest.raises(ValueError, match=r"got tail.weight with 6"):
         chosen(skip="odd")
     assert [t.name for t in chosen(skip=["odd", "tail*", "up"]).targets] == ["attention.out_proj.weight", "head.weight"]
-    with pytest.raises(ValueError, match="got stem.weight with 3"):
+    with pytest.raises(ValueError, match=r"got stem.weight with 3"):
         chosen(targets=["stem", "head"])
     assert [t.name for t in chosen(targets=["stem", "head"], skip=True).targets] == ["head.weight"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -30,7 +32,7 @@ def trained(looks: int = 50, steps: int = 5) -> tuple[STE, list[dict[str, torch.
 def test_over_a_training_it_is_the_sum_of_differences_of_the_masks():
     training, seen = trained()
     found = sad(training)
-    wanted = {n: [int((b[n] != a[n]).sum()) for a, b in zip(seen, seen[1:], strict=False)] for n in seen[0]}
+    wanted = {n: [int((b[n] != a[n]).sum()) for a, b in itertools.pairwise(seen)] for n in seen[0]}
     assert {n: list(flips) for n, flips in found.flips.items()} == wanted
     assert found.overall == int(found) == sum(map(sum, wanted.values())) > 0
     assert found.over_time == [sum(flips) for flips in zip(*wanted.values(), strict=True)]

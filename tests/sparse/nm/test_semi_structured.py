@@ -74,7 +74,7 @@ def test_without_cuda_it_says_where_and_what_else():
         ValueError, match=r"model must be on a CUDA device of capability 8.0 or more, got cpu: .* masked weights"
     ):
         to_semi_structured(network())
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
         to_semi_structured("net")
     with pytest.raises(ValueError, match="rows must be at least 1"):
         to_semi_structured(network(), rows=0)

@@ -264,7 +264,7 @@ def test_channels_may_go_in_whole_groups():
     train(model, training)
     assert sparse_everywhere(model) and counts(model[6].weight) == {2}
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"must go in multiples of 4, got .* prune with round_to=4, or end N:M before"):
+    with pytest.raises(ValueError, match=r"must go in multiples of 4, got .* prune with round_to=4, or call finalize"):
         Pruner(model, 0.3, "local", large_final, example_inputs=inputs, round_to=1).prune_model()
     assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
 
