@@ -158,7 +158,7 @@ class RouteRecorder(Shown, Participant):
 
 @dataclass(frozen=True)
 class _Before:
-    """What has been trained before a run: steps, and epochs, None where a loop has said none."""
+    """Steps before a run, and epochs, None where a loop has said none."""
 
     steps: int = 0
     epochs: float | None = 0.0
