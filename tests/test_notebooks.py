@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import nbformat
 import pytest
 
 from tests.beside import Beside, waits_for
-from tests.notebooks import FOLDER, clean, joined
+from tests.notebooks import ENVIRONMENT, FOLDER, clean, joined
 
 ROOT = FOLDER.parent
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -92,9 +93,19 @@ def check(path: Path, folder: Path, environment: Mapping[str, str]) -> None:
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(TABLE + CHECKS[path.stem]))
     nbformat.write(notebook, folder / path.name)
-    command = [sys.executable, "-m", "tests.kernels", str(folder / path.name), str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr
+    server = server_of(tuple(environment.items()))
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(f"{folder / path.name}\t{folder}\n")
+    server.stdin.flush()
+    assert server.stdout.readline() == "0\n", (folder / "errors.txt").read_text(encoding="utf-8")
+
+
+@functools.cache
+def server_of(environment: tuple[tuple[str, str], ...]) -> subprocess.Popen[str]:
+    """Begin the process whose forks run the notebooks; it ends with this one, whose pipe it reads."""
+    command = [sys.executable, "-m", "tests.kernels"]
+    variables = dict(environment) | ENVIRONMENT
+    return subprocess.Popen(command, cwd=ROOT, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 RUNS = [pytest.param(path, marks=waits_for(check, path), id=path.stem) for path in NOTEBOOKS]
