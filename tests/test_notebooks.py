@@ -41,6 +41,8 @@ CHECKS = {
     "criteria-and-granularities": SAME + "assert run.sparsity.overall == 0.5 and len(names) == 16",
     "distillation": SAME + "assert sparsifier.sparsity.overall == 0.75 and not teacher._forward_hooks\n"
     "assert all(run[-1] > 0.8 for runs in courses.values() for run in runs)",
+    "dynamic": "assert rigl.sparsity.overall == round(0.8 * 5072) / 5072 and held.sparsity.overall > 0.3\n"
+    "assert rigl.moves > 10 and set(reached) == {0.0, rigl.sparsity.overall} and reached[-1] > 0",
     "filter-variety": SAME + HALVED + "assert sparsifier.sparsity.overall == 0.5\n"
     "assert all(int(kept.sum()) == 24 for kept in masks.values())\n"
     "assert nearest(masks['variety']).max() < nearest(masks['alone']).max()",
