@@ -120,8 +120,17 @@ def draw_scratch(folder: Path) -> None:
     torch.manual_seed(0)
     data = load_data(None, Size("small", None, None, None, epochs=1))
     images, labels = data.train
-    batches = [(images[rows], labels[rows]) for rows in torch.randperm(len(images)).split(64)]
-    result = search_from_scratch(make_residual(data), batches, Budget(macs=0.5), lr=0.02, expand=1.25, progress=False)
+    batches = [
+        (images[rows], labels[rows]) for rows in torch.randperm(len(images)).split(64)
+    ]
+    result = search_from_scratch(
+        make_residual(data),
+        batches,
+        Budget(macs=0.5),
+        lr=0.02,
+        expand=1.25,
+        progress=False,
+    )
     _save(result.plot(), folder / "pruning-from-scratch.png")
 
 

@@ -208,7 +208,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_what_is_refused(case: str) -> None:
     given, error, message = REFUSED[case]
     model, x = mlp()
-    options = {"model": model, "data": batches(x), "budget": HALF, "steps": 1, "progress": False, **given}
+
+    def never(output: Tensor, y: Tensor) -> Tensor:
+        raise AssertionError("it is refused before the search")
+
+    options = {"loss": never, "model": model, "data": batches(x), "budget": HALF, "steps": 1, "progress": False, **given}
     state = torch.get_rng_state()
     with pytest.raises(error, match=message):
         search_from_scratch(**options)
