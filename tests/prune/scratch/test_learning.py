@@ -144,14 +144,14 @@ def test_what_is_no_data(data: Any, error: type[Exception], message: str) -> Non
 
 def test_processes_average_their_gradients(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     alone = learn(network(), batches())
-    other = torch.tensor([9.0, 0, 0, 0, 0, 0])  # what the other process adds: its first gate only costs
+    other = torch.tensor([-9.0, 0, 0, 0, 0, 0])  # the other process: its first gate only helps
     seen: list[Tensor] = []
     two = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2)
     two.all_reduce = lambda g: seen.append(g.clone()) or g.add_(seen[-1] + other)
     monkeypatch.setattr(learning, "distributed", two)
     found = learn(network(), batches())
     assert len(seen) == 6
-    assert found.gates[0] == 0 < alone.gates[0]
+    assert found.gates[0] == 1 > alone.gates[0]
     two.all_reduce = lambda g: g.mul_(2)
     assert torch.equal(learn(network(), batches()).gates, alone.gates)
     with pytest.raises(ValueError, match="folder must be left out where 2 processes search together"):
