@@ -42,6 +42,8 @@ from fasterai.prune.features.induce import induce
 from fasterai.prune.scratch.search import search_from_scratch
 from fasterai.regularize.penalties import GroupLasso
 from fasterai.regularize.regularizer import Regularizer
+from fasterai.sparse.nm.sad import sad
+from fasterai.sparse.nm.srste import SRSTE
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.study.data import Data, load_data
 from fasterai.study.sizes import Size
@@ -201,6 +203,16 @@ def draw_route(folder: Path) -> None:
 
 
 @styled()
+def draw_nm(folder: Path) -> None:
+    """Draw how the masks of a network flip that trains at 2:4 on the digits."""
+    data = load_data(None, Size("digits", None, None, None, epochs=6))
+    training = SRSTE(_residual(data, 16), 2, 4)
+    train(training.model, data, [training], epochs=6, lr=0.1, seed=0)
+    figure = sad(training).plot().figure
+    assert isinstance(figure, Figure)
+    _save(figure, folder / "nm-sad.png")
+
+
 def draw_losses(folder: Path) -> None:
     """Draw what losses of logits ask of a student, for one digit: the way down by class."""
     digits = load_digits()
@@ -334,5 +346,6 @@ if __name__ == "__main__":
         draw_regularization(IMAGES)
         draw_scratch(IMAGES)
         draw_losses(IMAGES)
+        draw_nm(IMAGES)
         draw_route(IMAGES)
         draw_demo(IMAGES)
