@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fasterai.callbacks.fastai import HoldCallback
 from fasterai.callbacks.plain import attach
 from fasterai.core.criteria import large_final
 from fasterai.core.loop import Fit
@@ -208,6 +209,7 @@ def test_the_end_of_the_training_keeps_the_zeros():
     train(model, training)
     training.finalize()
     assert training.latent == {} and sparse_everywhere(model)
+    assert HoldCallback(training).metrics() == {"sparsity": 0.5}
     held = training.hold(optimizer := sgd(model))
     masks = training.masks
     for i in range(2):
@@ -260,7 +262,13 @@ def test_channels_may_go_in_whole_groups():
         warnings.simplefilter("ignore")
         Pruner(model, 0.5, "local", large_final, example_inputs=inputs, round_to=8).prune_model()
     assert model[8].weight.shape == (4, 8) and model[6].weight.shape == (8, 8)
-    assert training.latent["8.weight"].shape == (4, 8)
+    whole = training.latent["8.weight"]
+    assert whole.shape == (4, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        training.on_fit_start(Fit(total_steps=1, model=model))  # new groups, and nothing is forgotten
+    assert torch.equal(training.latent["8.weight"], whole) and counts(model[8].weight) == {2}
+    training.on_fit_end(completed=False)
     train(model, training)
     assert sparse_everywhere(model) and counts(model[6].weight) == {2}
     before = copy.deepcopy(model.state_dict())
