@@ -1,6 +1,5 @@
 """fastai: participants in a learner's training, with their figures as columns of the epoch table.
 
-Over 300 lines, since one class answers to every event of the learner, and each method has its class.
 Over 300 lines, since one class answers to every event of the learner, and each method has its class below it.
 """
 

@@ -131,9 +131,13 @@ class Loop:
         _open.add(self)
 
     def _check_company(self) -> None:
-        """Refuse a participant that relies on one that takes part in no run: it would do nothing, and say nothing."""
-        present = {id(p) for loop in (self, *_open) if loop is self or loop.running for p in loop.participants}
+        """Refuse a participant that relies on one that takes part in no run, or cannot stand beside one that does."""
+        all_here = [p for loop in {self, *_open} if loop is self or loop.running for p in loop.participants]
+        present = {id(p) for p in all_here}
         for participant in self.participants:
+            for other in all_here:
+                if other is not participant:
+                    participant.check_beside(other)
             for other in participant.relies_on():
                 if id(other) not in present:
                     pair = f"{(kind := type(other).__name__).lower()}, {participant.name}({kind.lower()})"

@@ -39,6 +39,9 @@ class Participant:
         """Return the participants without which it has nothing to do; each has to be in this run, or in another one."""
         return ()
 
+    def check_beside(self, other: Participant) -> None:
+        """Refuse a participant that takes part at the same time, in this run or in another one, where both cannot be."""
+
     def on_setup(self, model: nn.Module) -> Iterable[nn.Parameter]:
         """Return parameters of its own that the optimizer is to train; called once, before the run."""
         return ()

@@ -103,6 +103,22 @@ class LatentWeights(Participant, ABC):
             self._undo()
             raise
 
+    def check_beside(self, other: Participant) -> None:
+        """Refuse another method with latent weights of the same parameters.
+
+        Raises:
+            ValueError: It has some.
+        """
+        own = {id(t.parameter) for t in self.targets}
+        both = (
+            next((t.name for t in other.targets if id(t.parameter) in own), None) if isinstance(other, LatentWeights) else None
+        )
+        if both is not None:
+            raise ValueError(
+                f"targets must be others than those of {other.name}, which takes part as well, got {both} in {self.name} too; "
+                "name them with targets=, or end the other run"
+            )
+
     def _check_held(self) -> None:
         """Refuse a model some of whose weights are other objects than those that the participant was made for."""
         held = {id(p) for p in unwrap(self.model).parameters()}

@@ -159,6 +159,22 @@ def close(tensor: Tensor, *rows: list[float]) -> None:
     torch.testing.assert_close(tensor.detach(), torch.tensor(rows))
 
 
+def test_two_methods_with_latent_weights_of_one_parameter_are_refused_before_anything_changes():
+    model = nn.Sequential(layer(), nn.Linear(1, 1))
+    first, second, apart = Rounded(model), Rounded(model), Rounded(model)
+    second.targets, apart.targets = first.targets[:1], first.targets[1:]
+    first.targets = first.targets[:1]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"targets must be others than those of Rounded, .* got 0\.weight in Rounded too"):
+        attach(optimizer, first, second, total_steps=1)
+    close(model[0].weight, [0.3, 1.2])
+    handle = attach(optimizer, first, apart, total_steps=1)
+    with pytest.raises(ValueError, match="or end the other run"):
+        attach(torch.optim.SGD(model.parameters(), 0.1), second, total_steps=1)
+    handle.remove(completed=False)
+    attach(optimizer, second, total_steps=1).remove(completed=False)
+
+
 def test_what_others_write_between_two_steps_is_latent_where_it_changes_something():
     """A second weight that others set to 3.4, and that shows 3 from then on; the first one goes on from 0.3."""
     model = layer()

@@ -19,7 +19,7 @@ STEPS = {"GradualPruner": 3}
 
 @pytest.mark.parametrize("name", PARTICIPANTS)
 def test_every_participant_keeps_the_promises(name: str):
-    check_participant(PARTICIPANTS[name], steps=STEPS.get(name, 6))
+    check_participant(PARTICIPANTS[name], steps=STEPS.get(name, 5))
 
 
 class Drift(Participant):
