@@ -158,6 +158,17 @@ def test_a_step_that_fails_leaves_the_network_sparse():
     torch.testing.assert_close(training.latent["6.weight"], whole - 0.1)
 
 
+def test_a_run_without_a_step_leaves_no_trace():
+    model = net()
+    training = SRSTE(model, 2, 4)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="no batch"), attach(sgd(model), training, total_steps=2, model=model):
+        assert sparse_everywhere(model) and float(training.sparsity) == 0.5
+        raise RuntimeError("no batch")
+    assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
+    assert float(training.sparsity) == 0 and training.latent == {}
+
+
 def test_frozen_layers_stay_dense_until_they_train_and_named_ones_do_not():
     model = net()
     model[6].requires_grad_(False)
@@ -262,7 +273,7 @@ def test_channels_may_go_in_whole_groups():
         warnings.simplefilter("ignore")
         Pruner(model, 0.5, "local", large_final, example_inputs=inputs, round_to=8).prune_model()
     assert model[8].weight.shape == (4, 8) and model[6].weight.shape == (8, 8)
-    whole = training.latent["8.weight"]
+    whole = copy.deepcopy(training).latent["8.weight"]
     assert whole.shape == (4, 8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
