@@ -136,6 +136,17 @@ def a_function(start: float, end: float, pos: float) -> float:
     return pos
 
 
+def flips() -> Any:
+    masks = {"head.weight": torch.tensor([True, False, True, False])}
+    return everything.sad(masks, {name: ~mask for name, mask in masks.items()})
+
+
+def semi_structured() -> Any:
+    from fasterai.sparse.nm.semi_structured import SemiLayer, SemiStructured
+
+    return SemiStructured(net(), (SemiLayer("head", 2e-3, 1e-3), SemiLayer("body", kept_dense="no faster")))
+
+
 def trained(participant: Any) -> Any:
     optimizer = torch.optim.SGD(participant.sparsifier.model.parameters(), 0.1)
     return attach(optimizer, participant.sparsifier, participant, total_steps=10)
@@ -238,6 +249,12 @@ MADE = {
     "SensitivityAnalyzer": lambda _: by_layers(None),
     "SensitivityResult": lambda _: by_layers("analyze"),
     "SeveralTeachers": lambda _: everything.SeveralTeachers([net(), net()]),
+    "SAD": lambda _: flips(),
+    "SRSTE": lambda _: everything.SRSTE(net(), 2, 4, skip=True),
+    "SRSTECallback": lambda _: everything.SRSTECallback(1, 4, schedule="agp"),
+    "STE": lambda _: everything.STE(net(), 2, 4, skip=True),
+    "STECallback": lambda _: everything.STECallback(2, 8),
+    "SemiStructured": lambda _: semi_structured(),
     "Sparsifier": lambda _: sparsifier(),
     "TernarizeCallback": lambda _: everything.TernarizeCallback(8, rule="threshold"),
     "TernaryLayer": lambda _: ternary_report().layers["1.weight"],
@@ -304,7 +321,7 @@ WITH_TABLES = {
         "Reached",
     ),
     *("Regularizer", "Removal", "Route", "RouteRecorder", "RouteResult", "Sensitivity", "SensitivityResult", "Sparsifier"),
-    *("SparsityReport", "TernaryReport", "Ticket"),
+    *("SAD", "SRSTE", "STE", "SemiStructured", "SparsityReport", "TernaryReport", "Ticket"),
     *("ACDC", "RigL", "SET", "STR", "StaticSparse"),
 }
 

@@ -32,11 +32,11 @@ def note(position: float, strength: float, norms: Sequence[Tensor]) -> list[floa
 
 
 @styled()
-def draw(rows: Iterable[Sequence[float]], axes: Axes, title: str, words: str) -> Axes:
+def draw(rows: Iterable[Sequence[float]], axes: Axes, title: str) -> Axes:
     """Draw the norms of the units over the training: the middle, half and nine tenths of them, and the share that is zero."""
     table = torch.tensor([list(row) for row in rows])
     where, zero, levels = table[:, 0].numpy(), table[:, 2].numpy(), table[:, 3:].numpy()
-    axes.fill_between(where, levels[:, 0], levels[:, 4], color=AREA, alpha=0.6, linewidth=0, label="90 % of the units")
+    axes.fill_between(where, levels[:, 0], levels[:, 4], color=AREA, alpha=0.6, linewidth=0, label="90 % of them")
     axes.fill_between(where, levels[:, 1], levels[:, 3], color=SERIES[1], alpha=0.6, linewidth=0, label="50 %")
     axes.plot(where, levels[:, 2], color=SERIES[2], linewidth=2, label="median")
     axes.set(xlabel="position of the training", ylabel="norm of a unit / root of its size", xlim=(0, 1), ylim=(0, None))
@@ -47,7 +47,7 @@ def draw(rows: Iterable[Sequence[float]], axes: Axes, title: str, words: str) ->
     beside.spines[["top", "right", "left"]].set_visible(False)
     beside.tick_params(colors=QUIET, length=0)
     beside.yaxis.label.set_color(QUIET)
-    dress(axes, title, grid="y", below=words)
+    dress(axes, title, grid="y")
     handles = [*axes.get_legend_handles_labels()[0], *beside.get_legend_handles_labels()[0]]
     legend_above(axes, handles, [handle.get_label() for handle in handles])
     return axes

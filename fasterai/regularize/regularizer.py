@@ -294,7 +294,7 @@ class Regularizer(Shown, Participant):
         several: Any = [ax] if ax is not None else new_axes(6.4 * len(shown), 3.6, len(shown))
         drawn = [several] if ax is None and len(shown) == 1 else list(several)
         for axes, term, rows in zip(drawn, shown, self._notes, strict=False):
-            draw(rows, axes, "Norms of the units", repr(term))
+            draw(rows, axes, term.title)
         first: Axes = drawn[0]
         return first
 

@@ -83,6 +83,11 @@ class Term:
         """The criterion and the penalty, in a few words."""
         return f"{type(self.penalty).__name__}({entry_or_repr(self.criterion, criterion_catalogue)})"
 
+    @property
+    def title(self) -> str:
+        """The title of its picture."""
+        return units_word(repr(self.granularity)).capitalize()
+
     def _copies(self) -> dict[str, Tensor]:
         return {t.name: t.parameter.detach().clone() for t in self.record.targets}
 

@@ -262,7 +262,9 @@ def test_its_effect_has_a_picture():
     rows = torch.cat([model[i].weight.detach().flatten(1).square().mean(1).sqrt() for i in (0, 3)])
     assert noted[0]["q0.50"][-1] == pytest.approx(rows.median().item() if len(rows) % 2 else rows.quantile(0.5).item())
     axes = made.plot()
-    assert axes.get_xlabel() == "position of the training" and len(axes.figure.axes) == 4
+    assert (
+        axes.get_title("left") == "Filters" and axes.get_xlabel() == "position of the training" and len(axes.figure.axes) == 4
+    )
     assert "zero" in str(made) and "<table>" in made._repr_html_()
     assert repr(made).startswith("<Regularizer: L1(large_final) of filters + L1(large_final) of channels, weight 0.05, in")
 

@@ -524,4 +524,4 @@ def test_a_function_of_the_users_may_draw_numbers(criterion, users):
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(work, (sys.argv[1],), nprocs=2)
+    torch.multiprocessing.start_processes(work, (sys.argv[1],), nprocs=2, start_method="fork")  # two imports less

@@ -43,7 +43,10 @@ def test_each_stage_shows_what_it_says_and_the_dense_network_stays(data):
 def test_the_figures_are_shares_of_the_dense_network(data):
     assert run(data, "dense", "-", KEPT) == {
         "accuracy": accuracy(ternary._dense(0, SIZE, data), data),
-        **{"error": 0.0, "zeros": 0.0, "multiplications": 1.0, "bytes": 1.0},
+        "error": 0.0,
+        "zeros": 0.0,
+        "multiplications": 1.0,
+        "bytes": 1.0,
     }
     found, half = run(data, "exact", "4", KEPT), run(data, "exact, half scales", "4", KEPT)
     layers = {layer.name: layer.macs for layer in cost(ternary._dense(0, SIZE, data), data.train[0][:1]).layers}

@@ -3,7 +3,7 @@
 With |w| in falling order and its prefix sums `P_k`, the best number of weights that are not zero is `k* = argmax P_k^2 / k`,
 and `a = P_k* / k*`: for a given set of k the best scale is its mean magnitude, which leaves `sum w^2 - P_k^2 / k`, and of all
 sets of k the k largest have the largest sum. The weights above `a / 2` are these k*. Ternary weights with a scale for each
-small group are Mellempudi et al. 2017 (https://arxiv.org/abs/1705.01462), the scale for a given threshold is Li & Liu 2016
+small group are Mellempudi et al. 2017 (https://arxiv.org/abs/1705.01462), the scale for a given threshold is Li et al. 2016
 (https://arxiv.org/abs/1605.04711); that prefix sums give the optimum of all is worked out here.
 """
 
@@ -22,7 +22,7 @@ __all__ = ["RULES", "check_rule", "ternary_of"]
 
 #: The ways to choose which weights of a group are not zero.
 RULES = ("exact", "threshold")
-#: The usual threshold, as a share of the mean magnitude (Li & Liu 2016, equation 6).
+#: The usual threshold, as a share of the mean magnitude (Li et al. 2016).
 SHARE = 0.7
 #: Groups up to this size are sorted by exchanges of whole tensors, larger ones row by row.
 EXCHANGED = 8

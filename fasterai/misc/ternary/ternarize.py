@@ -48,7 +48,7 @@ def ternarize(
         model: The model, wrapped or not; it stays as it is.
         group: Number of weights of a group, along the inputs of each output and kernel position; `filter` for all weights of
             an output together, `tensor` for all of a layer.
-        rule: `exact`, or `threshold` for those above 0.7 of the group's mean magnitude (Li & Liu 2016).
+        rule: `exact`, or `threshold` for those above 0.7 of the group's mean magnitude (Li et al. 2016).
         targets: Names of weights or layers, globs, or a predicate of (name, parameter). Default: all weights with inputs of
             convolutions, linear, attention and recurrent layers, less the first and the last layer.
         ignored_layers: Layers, their names or globs, that stay, too.

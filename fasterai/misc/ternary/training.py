@@ -25,7 +25,7 @@ class TernaryTraining(LatentWeights):
     """A participant that trains a model with ternary groups, straight through.
 
     The gradient of a ternary weight is taken for that of the dense one behind it (Bengio et al. 2013,
-    https://arxiv.org/abs/1308.3432), as in the training of Li & Liu 2016. Forward passes, validation and checkpoints meet the
+    https://arxiv.org/abs/1308.3432). Forward passes, validation and checkpoints meet the
     ternary weights; the dense ones are `latent`, and in the saved state. Batch norms train as usual.
 
     Args:

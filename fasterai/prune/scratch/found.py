@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FromScratch", "Width"]
 
+WORDS = {"macs": "MACs", "params": "parameters"}
+
 
 @dataclass(frozen=True, repr=False)
 class Width(Shown):
@@ -137,5 +139,5 @@ class FromScratch(Shown):
 
     def plot(self) -> Figure:
         """Draw the widths of all groups, dense and small, and beside them their gates."""
-        title = f"{self.share:.1%} of the {self.budget.kind}, found on random weights"
+        title = f"{self.share:.1%} of the {WORDS[self.budget.kind]}"
         return draw_widths({n: (w.dense, w.searched, w.small) for n, w in self.widths.items()}, self.gates, title)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_map
 
 from fasterai.core.batch import Batch
@@ -100,7 +100,8 @@ def learn_gates(
 ) -> Learned:
     """Find the gates of a network whose weights are fixed; norms are in training mode.
 
-    Minimised is `loss + gamma (mean(gates) - level)^2` by Adam. The gates begin at 1, and are clamped to [0, 1] after a step.
+    Minimised is `loss + gamma (mean(gates) - level)^2` by Adam.
+    Processes of a group average their gradients. The gates begin at 1, and are clamped to [0, 1] after a step.
 
     Args:
         model: The network, whose buffers and mode change.
@@ -115,6 +116,8 @@ def learn_gates(
     Raises:
         ValueError: The data hold no labels, the loss is not finite, or the folder is of another call.
     """
+    if folder is not None and _processes() > 1:
+        raise ValueError(f"folder must be left out where {_processes()} processes search together, got {folder}")
     start = take_snapshot(model)
     learner = _Learner(model, gating, recipe, loss)
     learner.go_on(read_progress(folder, words or {}, start))
@@ -163,6 +166,7 @@ class _Learner:
             )
         self.optimizer.zero_grad()
         torch.autograd.backward(task + self.recipe.gamma * (self.gates.mean() - self.recipe.level) ** 2)
+        _average(self.gates.grad)
         self.optimizer.step()
         with torch.no_grad():
             self.gates.clamp_(0, 1)
@@ -193,6 +197,18 @@ class _Learner:
         """Return the gates as they are."""
         gates, averages = (x.detach().double().cpu() for x in (self.gates, self.sums / max(1, self.steps)))
         return Learned(gates, averages, tuple(self.losses), tuple(self.means), self.steps)
+
+
+def _processes() -> int:
+    is_one = not (distributed.is_available() and distributed.is_initialized())
+    return 1 if is_one else distributed.get_world_size()
+
+
+def _average(gradient: Tensor | None) -> None:
+    """Replace a gradient by the mean over all processes, so that their gates stay equal."""
+    if gradient is not None and _processes() > 1:
+        distributed.all_reduce(gradient)
+        gradient /= _processes()
 
 
 @contextmanager

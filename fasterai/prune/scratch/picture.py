@@ -31,13 +31,13 @@ def draw_widths(widths: Mapping[str, tuple[int, int, int]], gates: Mapping[str, 
     figure = new_figure(8.5, max(2.8, 1.4 + 0.26 * len(widths)))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
     _draw_bars(left, widths)
-    dress(left, title, "x")
+    dress(left, title, "x", below="found on random weights")
     legend_above(left)
     shares = [np.histogram(gates[name].numpy(), BINS, (0.0, 1.0))[0] / max(1, len(gates[name])) for name in widths]
     right.imshow(np.stack(shares), cmap=HEAT, vmin=0, vmax=1, aspect="auto", extent=(0, 1, len(widths) - 0.5, -0.5))
     right.set(xlabel="gate at the end")
     right.tick_params(labelleft=False)
-    dress(right, "gates of each group")
+    dress(right, "gates", below="darker: more channels of the group")
     return figure
 
 

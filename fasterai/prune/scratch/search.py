@@ -36,7 +36,7 @@ from fasterai.prune.scratch.gating import Gating
 from fasterai.prune.scratch.learning import Recipe, learn_gates, on_device, read_data
 from fasterai.prune.scratch.renewal import Reset, check_renews, renewed
 from fasterai.prune.scratch.structure import (
-    check_unmet,
+    check_budget,
     choose_channels,
     cut_,
     find_structure,
@@ -111,7 +111,7 @@ def search_from_scratch(
     recipe = _recipe(epochs, steps, gamma, level, lr)
     factor, seed = _factor(expand, dense), check_count("seed", seed, 0)
     round_to = check_count("round_to", round_to)
-    _check_budget(budget)
+    _check_kind(budget)
     layers = read_layers(check_renews(check_whole(model)), ignored_layers or ())
     standard = unwrap(model) if dense is None else unwrap(check_whole(dense))
     own = {"expand": factor, "exact": exact, "ignored_layers": sorted(layers), "loss": loss, "seed": seed}
@@ -119,25 +119,25 @@ def search_from_scratch(
     with _seeded(seed):
         batches = read_data(data)
         inputs = _inputs(model, batches, example_inputs)
-        wide = find_structure(renewed(copy.deepcopy(unwrap(model)).train(), reset, seed), inputs, layers, exact)
-        first = wide.counts if dense is None else _counts(standard, inputs, exact)
-        if factor > 1:
-            wide = widened(wide, factor, layers, exact)
-            renewed(wide.model, reset, seed)
+        fresh = renewed(copy.deepcopy(unwrap(model)).train(), reset, seed)
+        given = find_structure(fresh, inputs, layers, exact)
+        wide = given if factor == 1 else widened(given, factor, layers, exact)
         whole = cost(standard, inputs)
-        check_unmet(budget, cost(wide.model, inputs), whole)
+        check_budget(wide, budget, standard, whole, round_to)
+        renewed(wide.model, reset, seed)
         trial = copy.deepcopy(wide.model)
         gating = Gating(trial, wide.graph)
-        place = None if folder is None else Path(folder)
         _seed(seed)
+        place = None if folder is None else Path(folder)
         learned = learn_gates(trial, gating, batches, recipe, loss, folder=place, words=words, progress=progress)
         kept = choose_channels(wide, learned.gates, learned.averages, budget, standard, round_to)
         plan, sound = cut_(wide, kept)
         small = renewed(wide.model, reset, seed)
-    left = [int(keep.sum()) for keep in sound.kept]
-    widths = {name: Width(first.get(name, n), n, m) for (name, n), m in zip(wide.counts.items(), left, strict=True)}
-    gates = gating.split(learned.gates)
-    result = FromScratch(small, widths, gates, budget, whole, cost(small, inputs), learned, plan, sound.refused, seed, reset)
+    first = given.counts if dense is None else _counts(standard, inputs, exact)
+    left = dict(zip(wide.counts, (int(keep.sum()) for keep in sound.kept), strict=True))
+    widths = {name: Width(first.get(name, n), n, left[name]) for name, n in wide.counts.items()}
+    gates, costs = gating.split(learned.gates), (whole, cost(small, inputs))
+    result = FromScratch(small, widths, gates, budget, *costs, learned, plan, sound.refused, seed, reset)
     warn_of_share(budget, result.share, sound.refused)
     return result
 
@@ -159,7 +159,7 @@ def _factor(expand: float, dense: nn.Module | None) -> float:
     return factor
 
 
-def _check_budget(budget: object) -> None:
+def _check_kind(budget: object) -> None:
     if not isinstance(budget, Budget):
         raise not_one_of("budget", "a Budget, as Budget(macs=0.5)", budget)
     if budget.kind not in ("macs", "params"):

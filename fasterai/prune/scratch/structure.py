@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fasterai.analyze.cost import Cost
+from fasterai.analyze.cost import Cost, cost
 from fasterai.core.checks import warn
 from fasterai.core.contexts import global_
 from fasterai.core.granularities import Coupled
@@ -30,7 +30,7 @@ from fasterai.prune.surgery.plan import Plan, make_plan
 from fasterai.units.channel_pools import ChannelPool, channel_pools
 from fasterai.units.choice import Goal, choose, limits_of
 
-__all__ = ["Structure", "check_unmet", "choose_channels", "cut_", "find_structure", "share_of", "warn_of_share", "widened"]
+__all__ = ["Structure", "check_budget", "choose_channels", "cut_", "find_structure", "share_of", "warn_of_share", "widened"]
 
 Inputs = tuple[Any, ...]
 
@@ -94,15 +94,17 @@ def widened(of: Structure, factor: float, ignored: Iterable[str], exact: bool) -
     return found
 
 
-def check_unmet(budget: Budget, searched: Cost, dense: Cost) -> None:
-    """Refuse a budget that the network meets with all of its channels.
+def check_budget(of: Structure, budget: Budget, dense: nn.Module, whole: Cost, round_to: int) -> None:
+    """Refuse a budget that a network meets with all of its channels, or exceeds with one of each group.
 
     Raises:
         ValueError: It does.
     """
-    share = share_of(budget, searched, dense)
+    share = share_of(budget, cost(of.model, of.inputs), whole)
     if share <= budget.share:
         raise ValueError(f"budget must be below what the searched network has, {share:.3f} of the dense one, got {budget!r}")
+    equal = torch.zeros(sum(of.counts.values()))
+    choose_channels(of, equal, equal, budget, dense, round_to)
 
 
 def share_of(budget: Budget, small: Cost, dense: Cost) -> float:

@@ -61,7 +61,7 @@ def keep_largest(weight: Tensor, dim: int, n: int, m: int) -> Tensor:
     sizes = weight.detach().abs()
     if m > MOST:
         return NM(n, m)._winners(TensorScores("", sizes, None), dim, False)
-    groups = sizes.movedim(dim, -1).unflatten(-1, (-1, m))
+    groups = sizes.movedim(dim, -1).unflatten(-1, (-1, m))  # type: ignore[no-untyped-call]
     beaten = torch.arange(m, dtype=torch.uint8, device=weight.device).expand(groups.shape).clone()
     for k in range(1, m):
         wins = (groups[..., :-k] > groups[..., k:]).view(torch.uint8)

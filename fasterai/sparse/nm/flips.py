@@ -46,9 +46,7 @@ class FlipNotes:
             return
         self._done = due
         for name, mask in masks.items():
-            before = self._before.get(name)
-            same = before is not None and before.shape == mask.shape
-            flips = torch.count_nonzero(before != mask) if same else torch.zeros((), dtype=torch.int64, device=mask.device)
+            flips = _differing(self._before.get(name), mask)
             self._flips.setdefault(name, []).append(flips)
         self.steps.append(step)
         self._before = _copies(masks)
@@ -71,6 +69,12 @@ class FlipNotes:
         self.steps, self._done = list(state["steps"]), state["looks_done"]
         self._flips = {name: list(found.clone().unbind()) for name, found in state["flips"].items()}
         self._before = {n: k.to(like[n].device if n in like else k.device, copy=True) for n, k in state["before"].items()}
+
+
+def _differing(before: Tensor | None, mask: Tensor) -> Tensor:
+    if before is None or before.shape != mask.shape:
+        return torch.zeros((), dtype=torch.int64, device=mask.device)
+    return torch.count_nonzero(torch.ne(before, mask))
 
 
 def _together(found: list[Tensor]) -> Tensor:

@@ -152,7 +152,7 @@ def _misfit(weight: Tensor) -> str:
         return f"{str(weight.dtype).removeprefix('torch.')}, not float16 or bfloat16"
     if weight.shape[0] % least or weight.shape[1] % least:
         return f"{weight.shape[0]} x {weight.shape[1]}, not multiples of {least}"
-    full = int((weight.unflatten(1, (-1, 4)) != 0).sum(-1).max())
+    full = int((weight.reshape(len(weight), -1, 4) != 0).sum(-1).max())
     return f"{full} of four weights are not zero" if full > 2 else ""
 
 

@@ -72,6 +72,9 @@ def test_tied_weights_are_packed_once(tmp_path):
 
     new = ternarize(tied(), targets="*")
     save_ternary(tmp_path / "a", new)
+    with safe_open(str(tmp_path / "a"), "pt") as file:
+        assert {name for name in file.keys() if name.startswith("0.")} == {"0.bias", "0.weight.codes", "0.weight.scales"}  # noqa: SIM118
+        assert {name for name in file.keys() if name.startswith("2.")} == {"2.bias"}  # noqa: SIM118
     assert same(load_ternary(tmp_path / "a", tied()), new)
 
 
@@ -80,6 +83,8 @@ def test_a_model_without_ternary_weights_is_refused(tmp_path):
         save_ternary(tmp_path / "a", make())
     with pytest.raises(ValueError, match="ternary in groups of 16, got none"):
         save_ternary(tmp_path / "a", ternarize(make(), 4), 16)
+    with pytest.raises(ValueError, match="ternary in groups of 1, got none"):  # each is, but with a scale for every weight
+        save_ternary(tmp_path / "a", make(), 1)
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
         save_ternary(tmp_path / "a", {})
     assert list(tmp_path.iterdir()) == []

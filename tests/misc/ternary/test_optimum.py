@@ -71,6 +71,13 @@ def test_values_by_hand(weights, exact, threshold):
     np.testing.assert_allclose(ternary(w, rule="threshold"), [threshold], rtol=1e-6)
 
 
+@pytest.mark.parametrize("group", [4, 16])
+def test_the_threshold_of_a_smaller_last_group_is_that_of_its_own_weights(group):
+    """3 and 1 are left over: 0.7 of their mean is 1.4, above 1; with zeros counted in it would be below."""
+    w = np.array([[2.0] * group + [3.0, 1.0]])
+    assert ternary(w, group, "threshold").tolist() == [[2.0] * group + [3.0, 0.0]]
+
+
 def test_of_equal_gains_the_fewest_weights_are_kept():
     """3 alone gains 9, and so do all four: 6^2 / 4."""
     assert np.count_nonzero(ternary(np.array([[3.0, 1.0, 1.0, 1.0]]))) == 1

@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasterai.graph.channels import channel_graph
+from fasterai.prune.scratch import learning
 from fasterai.prune.scratch.gating import Gating
 from fasterai.prune.scratch.learning import Learned, Recipe, learn_gates, read_data
 
@@ -103,8 +105,6 @@ def test_other_losses() -> None:
             self.body = network()
 
         def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
-            from types import SimpleNamespace
-
             logits = self.body(x)
             return logits if labels is None else SimpleNamespace(loss=F.cross_entropy(logits, labels))
 
@@ -140,3 +140,19 @@ def test_data_that_gates_cannot_be_learned_on(data: Any, message: str) -> None:
 def test_what_is_no_data(data: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         read_data(data)
+
+
+def test_processes_average_their_gradients(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    alone = learn(network(), batches())
+    other = torch.tensor([-9.0, 0, 0, 0, 0, 0])  # the other process: its first gate only helps
+    seen: list[Tensor] = []
+    two = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2)
+    two.all_reduce = lambda g: seen.append(g.clone()) or g.add_(seen[-1] + other)
+    monkeypatch.setattr(learning, "distributed", two)
+    found = learn(network(), batches())
+    assert len(seen) == 6
+    assert found.gates[0] == 1 > alone.gates[0]
+    two.all_reduce = lambda g: g.mul_(2)
+    assert torch.equal(learn(network(), batches()).gates, alone.gates)
+    with pytest.raises(ValueError, match="folder must be left out where 2 processes search together"):
+        learn(network(), batches(), folder=tmp_path)
