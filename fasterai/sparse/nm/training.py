@@ -181,6 +181,11 @@ class NMTraining(LatentWeights, Masked, ABC):  # type: ignore[misc]  # both say 
         self._record.watch.let_go()
         self._record.look_on()
 
+    def _undo(self) -> None:
+        undone = {target.name for target in self._begun or ()}
+        super()._undo()
+        self._record.keep = {name: keep for name, keep in self._record.keep.items() if name not in undone}
+
     def shortfall(self) -> str:
         """Return the pattern reached of the one asked for, if the schedule has not come to its end; empty if it has."""
         return "" if self._count == self.n else f"{self._count}:{self.m} of {self.n}:{self.m}"

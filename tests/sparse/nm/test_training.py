@@ -315,3 +315,12 @@ def test_a_run_with_other_settings_than_the_saved_ones_is_told():
     other = SRSTE(net(), 2, 4, decay=0.5)
     with pytest.warns(UserWarning, match=r"decay was 0.0002 and is 0.5"):
         train(other.model, other, 2, STEPS, saved)
+
+
+def test_a_run_without_a_step_leaves_neither_masks_nor_zeros():
+    model = net()
+    before = [p.detach().clone() for p in model.parameters()]
+    training = SRSTE(model, skip=True)
+    attach(sgd(model), training, total_steps=STEPS).remove(completed=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert training.sparsity.overall == 0 and training.masks["3.weight"].all()
