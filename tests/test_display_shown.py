@@ -30,7 +30,7 @@ from fasterai.graph.inputs import InputCut
 
 STARS = [
     importlib.import_module(f"fasterai.{name}")
-    for name in ("all", "analyze.all", "core.all", "export.all", "misc.all", "prune.all", "sparse.all")
+    for name in ("all", "analyze.all", "core.all", "export.all", "misc.all", "prune.all", "regularize.all", "sparse.all")
 ]
 X, Y = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
 #: Classes that hold functions or stand for several things, and are never made.
@@ -92,6 +92,11 @@ def route() -> Any:
     return Route.from_checkpoints([net(), net()])
 
 
+def ternary_report() -> Any:
+    layers = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    return everything.find_ternary(layers, example_inputs=torch.zeros(1, 4))
+
+
 def compared(latency: bool) -> Any:
     from fasterai.analyze.comparison import compare
 
@@ -131,6 +136,17 @@ def a_function(start: float, end: float, pos: float) -> float:
     return pos
 
 
+def flips() -> Any:
+    masks = {"head.weight": torch.tensor([True, False, True, False])}
+    return everything.sad(masks, {name: ~mask for name, mask in masks.items()})
+
+
+def semi_structured() -> Any:
+    from fasterai.sparse.nm.semi_structured import SemiLayer, SemiStructured
+
+    return SemiStructured(net(), (SemiLayer("head", 2e-3, 1e-3), SemiLayer("body", kept_dense="no faster")))
+
+
 def trained(participant: Any) -> Any:
     optimizer = torch.optim.SGD(participant.sparsifier.model.parameters(), 0.1)
     return attach(optimizer, participant.sparsifier, participant, total_steps=10)
@@ -160,7 +176,10 @@ def by_layers(call: str | None) -> Any:
 
 #: Class -> how to make one of it.
 MADE = {
+    "ACDC": lambda _: everything.ACDC(net(), 0.5),
+    "ACDCCallback": lambda _: everything.ACDCCallback(0.5, context="erk"),
     "AGP": lambda _: everything.AGP(),
+    "Alternating": lambda _: everything.Alternating(dense=0.2),
     "BN_Folder": lambda _: folder_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval(), everything.BN_Folder()),
     "Block": lambda _: fasterai.Block(4, 4),
     "Budget": lambda _: everything.Budget(latency=0.5, batch=8),
@@ -186,6 +205,12 @@ MADE = {
     "FromScratch": lambda _: searched(),
     "GradualPruner": lambda _: gradual(),
     "Greedy": lambda _: Greedy(0.8, [X]),
+    "GroupLasso": lambda _: everything.GroupLasso(scaled=False),
+    "Growing": lambda _: everything.Growing(alpha=2),
+    "L1": lambda _: everything.L1(),
+    "Slimming": lambda _: everything.Slimming(),
+    "RegularizeCallback": lambda _: everything.RegularizeCallback(["large_final", "squared_final"], "weight", 1e-3),
+    "Regularizer": lambda _: everything.Regularizer(net(), ["large_final", "squared_final"], ["weight", "filter"]),
     "Group": lambda _: graph().groups[0],
     "HoldCallback": lambda _: everything.HoldCallback(sparsifier()),
     "InputCut": lambda _: InputCut("x", 1, tuple(range(500)), 1000),
@@ -211,14 +236,32 @@ MADE = {
     "Pruner": lambda _: everything.Pruner(net(), 0.5, "local", "large_final", example_inputs=X),
     "Removal": lambda _: removal(),
     "LayerSensitivity": lambda _: by_layers("analyze").layers[0],
+    "RigL": lambda _: everything.RigL(net(), 0.5),
+    "RigLCallback": lambda _: everything.RigLCallback(0.5, dt=10, distribution="uniform"),
     "Route": lambda _: route(),
     "RouteRecorder": lambda folder: RouteRecorder(folder, every=2),
     "RouteResult": lambda _: RouteResult((Stage(0, 0.5, (0.1, 0.2)), Stage(1, 0.6, (0.1,))), ("first.pt", "last.pt")),
+    "SET": lambda _: everything.SET(net(), 0.5),
+    "SETCallback": lambda _: everything.SETCallback(0.5),
+    "STR": lambda _: everything.STR(net()),
+    "STRCallback": lambda _: everything.STRCallback(decay=0.01),
     "Sensitivity": lambda _: sensitivity(),
     "SensitivityAnalyzer": lambda _: by_layers(None),
     "SensitivityResult": lambda _: by_layers("analyze"),
     "SeveralTeachers": lambda _: everything.SeveralTeachers([net(), net()]),
+    "SAD": lambda _: flips(),
+    "SRSTE": lambda _: everything.SRSTE(net(), 2, 4, skip=True),
+    "SRSTECallback": lambda _: everything.SRSTECallback(1, 4, schedule="agp"),
+    "STE": lambda _: everything.STE(net(), 2, 4, skip=True),
+    "STECallback": lambda _: everything.STECallback(2, 8),
+    "SemiStructured": lambda _: semi_structured(),
     "Sparsifier": lambda _: sparsifier(),
+    "TernarizeCallback": lambda _: everything.TernarizeCallback(8, rule="threshold"),
+    "TernaryLayer": lambda _: ternary_report().layers["1.weight"],
+    "TernaryReport": lambda _: ternary_report(),
+    "TernaryTraining": lambda _: everything.TernaryTraining(net(), targets="head"),
+    "StaticCallback": lambda _: everything.StaticCallback(0.5),
+    "StaticSparse": lambda _: everything.StaticSparse(net(), 0.5),
     "Ticket": lambda _: ticket(),
     "SparsifyCallback": lambda _: everything.SparsifyCallback({"*": 0.5}, "filter", "local", lambda w: w, "agp"),
 }
@@ -277,8 +320,9 @@ WITH_TABLES = {
         "Pruner",
         "Reached",
     ),
-    *("Removal", "Route", "RouteRecorder", "RouteResult", "Sensitivity", "SensitivityResult", "Sparsifier"),
-    *("SparsityReport", "Ticket"),
+    *("Regularizer", "Removal", "Route", "RouteRecorder", "RouteResult", "Sensitivity", "SensitivityResult", "Sparsifier"),
+    *("SAD", "SRSTE", "STE", "SemiStructured", "SparsityReport", "TernaryReport", "Ticket"),
+    *("ACDC", "RigL", "SET", "STR", "StaticSparse"),
 }
 
 

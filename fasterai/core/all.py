@@ -20,6 +20,7 @@ from fasterai.core.schedules import *
 from fasterai.core.schedules import (
     AGP,
     DSD,
+    Alternating,
     Cosine,
     Iterative,
     OneCycle,
@@ -42,6 +43,7 @@ schedules = tuple(_schedules.__all__)
 
 __all__ = [
     "AGP",
+    "Alternating",
     "Cosine",
     "Coupled",
     "Criterion",

@@ -25,7 +25,7 @@ from fasterai.display import SERIES, Brief, as_percent, dress, new_axes, styled
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["agp", "cos", "dsd", "iterative", "lin", "one_cycle", "one_shot"]
+__all__ = ["agp", "alternating", "cos", "dsd", "iterative", "lin", "one_cycle", "one_shot"]
 
 
 class Schedule(NamesReplacements, ABC):
@@ -242,6 +242,54 @@ class DSD(_Windowed):
         return sched_dsd(0.0, 1.0, pos)
 
 
+@dataclass(frozen=True)
+class Alternating(Schedule):
+    """Phases in turn, all of the sparsity and none of it: the first and the last one longer, the last one sparse.
+
+    Dense up to `dense`, then `compressed` and `decompressed` in turn; dense again from `last`, sparse from `final` on. By
+    default the phases of AC/DC in 100 epochs: dense up to epoch 10, five epochs each in turn, dense from 75, sparse from 85 on
+    (Peste et al. 2021, arXiv 2106.12379; of a configuration of the authors' code). A phase begins with its position.
+
+    >>> [alternating(position) for position in (0.05, 0.1, 0.15, 0.2, 0.7, 0.75, 0.8, 0.85)]
+    [0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0]
+
+    Attributes:
+        dense: Where the first sparse phase begins, in [0, 1].
+        compressed: The length of a sparse phase, in (0, 1].
+        decompressed: The length of a dense phase, in (0, 1].
+        last: Where the last dense phase begins, in [0, 1], at least `dense`.
+        final: Where the last sparse phase begins, in [0, 1], at least `last`.
+    """
+
+    dense: float = 0.1
+    compressed: float = 0.05
+    decompressed: float = 0.05
+    last: float = 0.75
+    final: float = 0.85
+
+    def __post_init__(self) -> None:
+        for name in ("dense", "compressed", "decompressed", "last", "final"):
+            check_fraction(name, getattr(self, name))
+        for name in ("compressed", "decompressed"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+        if not self.dense <= self.last <= self.final:
+            given = f"dense={self.dense!r}, last={self.last!r}, final={self.final!r}"
+            raise ValueError(f"last must be at least dense and at most final, got {given}")
+
+    def __call__(self, position: float) -> float:
+        position = check_fraction("position", position) + 1e-9  # 0.15 - 0.1 comes out below 0.05
+        if position < self.dense or self.last <= position < self.final:
+            return 0.0
+        inside = (position - self.dense) % (self.compressed + self.decompressed)
+        return 1.0 if position >= self.final or inside < self.compressed else 0.0
+
+    @property
+    def jumps(self) -> int:
+        """The number of phases after the first, at most."""
+        return 2 * math.ceil((self.last - self.dense) / (self.compressed + self.decompressed)) + 2
+
+
 @dataclass(frozen=True, repr=False)
 class Piecewise(Brief, Schedule):
     """Straight lines between points `(position, share)`.
@@ -353,6 +401,7 @@ def _name(function: Any) -> str:
 one_shot = OneShot()
 iterative = Iterative()
 agp = AGP()
+alternating = Alternating()
 one_cycle = OneCycle()
 cos = Cosine()
 lin = Linear()

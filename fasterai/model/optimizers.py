@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fasterai.core.checks import warn
 from fasterai.model.cuts import check_trains, kept_slices
 
-__all__ = ["averages_of", "check_optimizer", "check_trained", "cut_entry", "states_of", "strange_keys"]
+__all__ = ["averages_of", "check_optimizer", "check_trained", "clear_entries_", "cut_entry", "states_of", "strange_keys"]
 
 #: Where wrappers of optimizers (fastai's, Lightning's, Accelerate's, timm's) hold what they wrap.
 INNER = ("opt", "optimizer", "_optimizer", "optimizers", "_base_optimizer")
+STEP_SIZES = frozenset({"step_size"})  # of each weight (Rprop): no memory of gradients, and never 0
 Kept = Mapping[int, np.ndarray[Any, np.dtype[np.int64]]]  # dimension of a parameter -> the indices that stay
 
 
@@ -65,6 +66,26 @@ def check_trained(model: nn.Module, optimizer: Any) -> None:
         "the model that channels go from",
         f"the parameters of this {type(model).__name__}",
     )
+
+
+@torch.no_grad()
+def clear_entries_(optimizer: Any, places: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Set what an optimizer, or several in a list, keeps for single weights to zero: momentum, moments, slow averages.
+
+    What is kept for many weights at once (counts of steps, factored moments, preconditioners) or in codes is unchanged.
+
+    Args:
+        optimizer: The optimizer, wrapped or not.
+        places: (parameter, bool of its shape: True = clear).
+    """
+    averages = averages_of(optimizer)
+    for state in states_of(optimizer):
+        shared = strange_keys(state) | STEP_SIZES
+        for parameter, where in places:
+            kept = [value for key, value in (state.get(parameter) or {}).items() if key not in shared]
+            for value in (*kept, averages.get(parameter)):
+                if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+                    value.masked_fill_(where, 0.0)
 
 
 def _groups(optimizer: Any) -> Iterable[Mapping[str, Any]]:

@@ -8,6 +8,7 @@ To add one: a frozen class below, its ready-made value if it needs no settings, 
 
 from __future__ import annotations
 
+import math
 from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -112,6 +113,30 @@ def _large_gradient(e: Evidence) -> Tensor:
 
 
 large_gradient = Criterion(_large_gradient, frozenset({"gradient"}), elementwise=True)  # |g|: Evci et al. 2020 (RigL)
+
+
+@dataclass(frozen=True)
+class Falling:
+    """A share that falls to 0 along half a cosine: `first / 2 * (1 + cos(pi * position / until))`, as that of RigL.
+
+    >>> Falling(0.3, until=0.75)(0.375)
+    0.15
+
+    Attributes:
+        first: The share at position 0, in [0, 1].
+        until: The position of the training, in [0, 1], from which on it is 0.
+    """
+
+    first: float = 0.3
+    until: float = 0.75
+
+    def __post_init__(self) -> None:
+        check_fraction("first", self.first)
+        check_fraction("until", self.until)
+
+    def __call__(self, position: float) -> float:
+        """Return the share at a position of the training."""
+        return 0.0 if position >= self.until else self.first / 2 * (1 + math.cos(math.pi * position / self.until))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from fasterai.core import schedules
 from fasterai.core.schedules import (
     AGP,
     DSD,
+    Alternating,
     Cosine,
     Custom,
     Iterative,
@@ -48,6 +49,19 @@ CASES = {
     "cos": {0.0: 0.0, THIRD: 0.25, 0.5: 0.5, 2 * THIRD: 0.75, 1.0: 1.0},
     "lin": {0.0: 0.0, 0.3: 0.3, 0.5: 0.5, 1.0: 1.0},
     # up to the middle and down again: a sixth of the way is a third of half a cosine
+    # phases of 100 epochs: sparse 10-15, 20-25, ... 70-75, and from 85 on
+    "alternating": {
+        0.0: 0.0,
+        0.0999: 0.0,
+        0.1: 1.0,
+        0.1499: 1.0,
+        0.15: 0.0,
+        0.2: 1.0,
+        0.45: 0.0,
+        0.7: 1.0,
+        0.75: 0.0,
+        0.85: 1.0,
+    },
     "dsd": {0.0: 0.0, 1 / 6: 0.25, 0.25: 0.5, 0.5: 1.0, 0.75: 0.5, 5 / 6: 0.25, 1.0: 0.0},
 }
 TENTHS = [i / 10 for i in range(11)]
@@ -111,10 +125,32 @@ def test_the_last_stair_is_the_whole_exactly(n_steps):
     assert Iterative(n_steps=n_steps, start_pct=0.0)(1.0) == 1.0
 
 
-@pytest.mark.parametrize("name", [n for n in schedules.__all__ if n != "dsd"])
-def test_all_rise_but_dense_sparse_dense(name):
+@pytest.mark.parametrize("name", [n for n in schedules.__all__ if n not in {"dsd", "alternating"}])
+def test_all_rise_but_those_that_come_back(name):
     shares = [getattr(schedules, name)(i / 500) for i in range(501)]
     assert shares == sorted(shares)
+
+
+def test_phases_begin_at_their_position_and_are_as_long_as_they_say():
+    phases = Alternating(dense=0.2, compressed=0.1, decompressed=0.2, last=0.7, final=0.9)
+    assert [i for i in range(100) if phases(i / 100)] == [*range(20, 30), *range(50, 60), *range(90, 100)]
+    assert phases.jumps >= 5
+    assert [Alternating(0.0, 1.0, 1.0, 1.0, 1.0)(p) for p in (0.0, 0.5, 0.99, 1.0)] == [1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"compressed": 0.0}, "compressed must be above 0, got 0.0"),
+        ({"decompressed": -0.1}, r"decompressed must be in \[0, 1\], got -0.1"),
+        ({"final": 1.5}, r"final must be in \[0, 1\], got 1.5"),
+        ({"last": 0.9}, "last must be at least dense and at most final, got dense=0.1, last=0.9, final=0.85"),
+        ({"dense": 0.8}, "last must be at least dense and at most final, got dense=0.8, last=0.75"),
+    ],
+)
+def test_phases_out_of_order_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Alternating(**wrong)
 
 
 def test_dense_sparse_dense_goes_up_and_comes_back():

@@ -17,7 +17,7 @@ from fastai.optimizer import Lookahead, OptimWrapper
 from torch import Tensor, nn
 
 from fasterai.graph.channels import channel_graph
-from fasterai.model.optimizers import check_optimizer, cut_entry, states_of, strange_keys
+from fasterai.model.optimizers import check_optimizer, clear_entries_, cut_entry, states_of, strange_keys
 from fasterai.prune.removal import mask_channels_, remove
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.plan import make_plan
@@ -369,3 +369,48 @@ def test_the_preconditioners_of_a_square_matrix_start_anew() -> None:
     optimizer.step()
     for side in optimizer.state[model[2].weight]["sides"]:
         assert torch.equal(side, side.T)
+
+
+# --- single entries are cleared ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "kept"),
+    [
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), ["momentum_buffer"]),
+        (lambda p: torch.optim.AdamW(p, 0.1, amsgrad=True), ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]),
+        (lambda p: torch.optim.Rprop(p, 0.1), ["prev"]),
+        (lambda p: FastaiAdam(p, 0.1), ["grad_avg", "sqr_avg"]),
+        (lambda p: Lookahead(FastaiSGD(p, 0.1, mom=0.9), k=2), ["grad_avg"]),
+    ],
+)
+def test_what_is_kept_for_single_weights_is_cleared_there_alone(make: Any, kept: list[str]) -> None:
+    model = nn.Linear(3, 3)
+    optimizer = make(list(model.parameters()))
+    for _ in range(2):
+        model(torch.ones(2, 3)).square().sum().backward()
+        optimizer.step()
+    (state,) = states_of(optimizer)
+    before = copy.deepcopy({key: value for key, value in state[model.weight].items() if isinstance(value, Tensor)})
+    where = torch.eye(3, dtype=torch.bool)
+    clear_entries_([optimizer], [(model.weight, where)])
+    for key, old in before.items():
+        new = state[model.weight][key]
+        assert torch.equal(new, old * ~where if key in kept else old), key
+        assert key not in kept or bool(old[where].all())
+    slow = getattr(optimizer, "slow_weights", None)
+    if slow is not None:
+        assert not bool(slow[0][0][where].any()) and bool(slow[0][0][~where].all())
+    other = state[model.bias]
+    assert all(bool(other[key].any()) for key in kept)
+
+
+def test_what_is_kept_for_many_weights_at_once_stays() -> None:
+    model = nn.Linear(3, 2)
+    square = {"sides": torch.ones(3, 3), "momentum": torch.ones(2, 3), "codes": torch.ones(2, 3, dtype=torch.uint8)}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer.state[model.weight] = {"step": torch.tensor(3.0), "rows": torch.ones(2, 1), **square}
+    clear_entries_(optimizer, [(model.weight, torch.ones(2, 3, dtype=torch.bool))])
+    state = optimizer.state[model.weight]
+    assert [int(state[key].sum()) for key in ("step", "rows", "sides", "momentum", "codes")] == [3, 2, 9, 0, 6]
+    assert optimizer.state.get(model.bias) is None
