@@ -28,6 +28,7 @@ from fasterai.analyze.filters import plot_filters, plot_similarity
 from fasterai.callbacks.plain import attach
 from fasterai.cli import main
 from fasterai.core.criteria import large_final, variety
+from fasterai.core.schedules import Piecewise
 from fasterai.display import INK, SERIES, dress, new_axes, save_figure, styled
 from fasterai.distill.distiller import Distiller
 from fasterai.distill.losses.features import Attention
@@ -36,7 +37,13 @@ from fasterai.distill.maps import attention_maps, cosines, plot_attention_maps
 from fasterai.distill.routes.hardness import Greedy
 from fasterai.distill.routes.recorder import RouteRecorder
 from fasterai.distill.routes.route import Route
+from fasterai.prune.choice.budget import Budget
 from fasterai.prune.features.induce import induce
+from fasterai.prune.scratch.search import search_from_scratch
+from fasterai.regularize.penalties import GroupLasso
+from fasterai.regularize.regularizer import Regularizer
+from fasterai.sparse.nm.sad import sad
+from fasterai.sparse.nm.srste import SRSTE
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.study.data import Data, load_data
 from fasterai.study.sizes import Size
@@ -100,6 +107,34 @@ def draw_variety(folder: Path) -> None:
         _save(plot_filters(trained, mask), folder / f"filters-{name}.png")
 
 
+def draw_regularization(folder: Path) -> None:
+    """Train a network of the digits with a growing group lasso, and draw the norms."""
+    torch.manual_seed(0)
+    images, y = load_digits(return_X_y=True)
+    x, y = torch.tensor(images / 8 - 1).float().view(-1, 1, 8, 8), torch.tensor(y)
+    parts = [nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()]
+    parts += [nn.MaxPool2d(2), nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32)]
+    parts += [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)]
+    network, schedule = nn.Sequential(*parts), ((0, 0), (0.6, 1), (0.6, 0.1))
+    regularizer = Regularizer(
+        network,
+        granularity="coupled",
+        weight=0.007,
+        schedule=Piecewise(schedule),
+        penalty=GroupLasso(alpha=4),
+        how="proximal",
+        example_inputs=x[:2],
+    )
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
+    with attach(optimizer, regularizer, total_steps=10 * 28, model=network):
+        for _ in range(10):
+            for rows in torch.randperm(len(x)).split(64)[:28]:
+                optimizer.zero_grad()
+                F.cross_entropy(network(x[rows]), y[rows]).backward()
+                optimizer.step()
+    _save(regularizer.plot().figure, folder / "regularization-effect.png")
+
+
 def draw_features(folder: Path) -> None:
     """Draw the pixels that a network of the digits keeps, and the columns of a table."""
     images, labels = load_digits(return_X_y=True)
@@ -111,6 +146,25 @@ def draw_features(folder: Path) -> None:
     network, names = _trained(columns.float(), table.target), list(table.feature_names)
     result = induce(network, columns.float(), 0.75, names=names, measure=False)
     _save(result.plot(), folder / "features-table.png")
+
+
+def draw_scratch(folder: Path) -> None:
+    """Draw the widths of a residual network that are found on random weights and the digits."""
+    torch.manual_seed(0)
+    data = load_data(None, Size("small", None, None, None, epochs=1))
+    images, labels = data.train
+    batches = [
+        (images[rows], labels[rows]) for rows in torch.randperm(len(images)).split(64)
+    ]
+    result = search_from_scratch(
+        make_residual(data),
+        batches,
+        Budget(macs=0.5),
+        lr=0.02,
+        expand=1.25,
+        progress=False,
+    )
+    _save(result.plot(), folder / "pruning-from-scratch.png")
 
 
 def draw_route(folder: Path) -> None:
@@ -149,6 +203,16 @@ def draw_route(folder: Path) -> None:
 
 
 @styled()
+def draw_nm(folder: Path) -> None:
+    """Draw how the masks of a network flip that trains at 2:4 on the digits."""
+    data = load_data(None, Size("digits", None, None, None, epochs=6))
+    training = SRSTE(_residual(data, 16), 2, 4)
+    train(training.model, data, [training], epochs=6, lr=0.1, seed=0)
+    figure = sad(training).plot().figure
+    assert isinstance(figure, Figure)
+    _save(figure, folder / "nm-sad.png")
+
+
 def draw_losses(folder: Path) -> None:
     """Draw what losses of logits ask of a student, for one digit: the way down by class."""
     digits = load_digits()
@@ -279,6 +343,9 @@ if __name__ == "__main__":
         draw_catalogues(IMAGES)
         draw_variety(IMAGES)
         draw_features(IMAGES)
+        draw_regularization(IMAGES)
+        draw_scratch(IMAGES)
         draw_losses(IMAGES)
+        draw_nm(IMAGES)
         draw_route(IMAGES)
         draw_demo(IMAGES)

@@ -10,6 +10,8 @@ from fasterai.misc import all as _misc
 from fasterai.misc.all import *
 from fasterai.prune import all as _prune
 from fasterai.prune.all import *
+from fasterai.regularize import all as _regularize
+from fasterai.regularize.all import *
 from fasterai.sparse import all as _sparse
 from fasterai.sparse.all import *
 
@@ -19,4 +21,5 @@ __all__ += _distill.__all__
 __all__ += _export.__all__
 __all__ += _misc.__all__
 __all__ += _prune.__all__
+__all__ += _regularize.__all__
 __all__ += _sparse.__all__

@@ -10,6 +10,18 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+#: Beginnings of warnings that other libraries give of themselves when they are imported or first used.
+QUIET = (
+    "`torch.jit.script` is deprecated",
+    "`isinstance(treespec",
+    "IProgress not found",
+    "The given NumPy array is not writable",
+)
+ENVIRONMENT = {
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    "OMP_NUM_THREADS": "1",  # networks are small, and a fork has no threads
+    "PYTHONWARNINGS": ",".join(f"ignore:{words}" for words in QUIET),
+}
 FOLDER = Path(__file__).parents[1] / "nbs"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

@@ -30,7 +30,7 @@ from fasterai.graph.inputs import InputCut
 
 STARS = [
     importlib.import_module(f"fasterai.{name}")
-    for name in ("all", "analyze.all", "core.all", "export.all", "misc.all", "prune.all", "sparse.all")
+    for name in ("all", "analyze.all", "core.all", "export.all", "misc.all", "prune.all", "regularize.all", "sparse.all")
 ]
 X, Y = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
 #: Classes that hold functions or stand for several things, and are never made.
@@ -92,6 +92,11 @@ def route() -> Any:
     return Route.from_checkpoints([net(), net()])
 
 
+def ternary_report() -> Any:
+    layers = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    return everything.find_ternary(layers, example_inputs=torch.zeros(1, 4))
+
+
 def compared(latency: bool) -> Any:
     from fasterai.analyze.comparison import compare
 
@@ -106,6 +111,10 @@ def induced() -> Any:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     return everything.induce(network, torch.randn(4, 6), 0.5, names=list("abcdef"))
+
+
+def searched() -> Any:
+    return everything.search_from_scratch(net(), [(X, Y)], everything.Budget(macs=0.5), epochs=1)
 
 
 def graph() -> Any:
@@ -125,6 +134,17 @@ def folder_of(model: nn.Module, folder: Any) -> Any:
 
 def a_function(start: float, end: float, pos: float) -> float:
     return pos
+
+
+def flips() -> Any:
+    masks = {"head.weight": torch.tensor([True, False, True, False])}
+    return everything.sad(masks, {name: ~mask for name, mask in masks.items()})
+
+
+def semi_structured() -> Any:
+    from fasterai.sparse.nm.semi_structured import SemiLayer, SemiStructured
+
+    return SemiStructured(net(), (SemiLayer("head", 2e-3, 1e-3), SemiLayer("body", kept_dense="no faster")))
 
 
 def trained(participant: Any) -> Any:
@@ -182,8 +202,15 @@ MADE = {
     "FC_Decomposer": lambda _: folder_of(nn.Sequential(nn.Linear(8, 8)), everything.FC_Decomposer()),
     "Features": lambda _: everything.Features({"x": 1}, keep={"x": [0, 3]}),
     "FoldReport": lambda _: everything.find_folds(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()),
+    "FromScratch": lambda _: searched(),
     "GradualPruner": lambda _: gradual(),
     "Greedy": lambda _: Greedy(0.8, [X]),
+    "GroupLasso": lambda _: everything.GroupLasso(scaled=False),
+    "Growing": lambda _: everything.Growing(alpha=2),
+    "L1": lambda _: everything.L1(),
+    "Slimming": lambda _: everything.Slimming(),
+    "RegularizeCallback": lambda _: everything.RegularizeCallback(["large_final", "squared_final"], "weight", 1e-3),
+    "Regularizer": lambda _: everything.Regularizer(net(), ["large_final", "squared_final"], ["weight", "filter"]),
     "Group": lambda _: graph().groups[0],
     "HoldCallback": lambda _: everything.HoldCallback(sparsifier()),
     "InputCut": lambda _: InputCut("x", 1, tuple(range(500)), 1000),
@@ -222,7 +249,17 @@ MADE = {
     "SensitivityAnalyzer": lambda _: by_layers(None),
     "SensitivityResult": lambda _: by_layers("analyze"),
     "SeveralTeachers": lambda _: everything.SeveralTeachers([net(), net()]),
+    "SAD": lambda _: flips(),
+    "SRSTE": lambda _: everything.SRSTE(net(), 2, 4, skip=True),
+    "SRSTECallback": lambda _: everything.SRSTECallback(1, 4, schedule="agp"),
+    "STE": lambda _: everything.STE(net(), 2, 4, skip=True),
+    "STECallback": lambda _: everything.STECallback(2, 8),
+    "SemiStructured": lambda _: semi_structured(),
     "Sparsifier": lambda _: sparsifier(),
+    "TernarizeCallback": lambda _: everything.TernarizeCallback(8, rule="threshold"),
+    "TernaryLayer": lambda _: ternary_report().layers["1.weight"],
+    "TernaryReport": lambda _: ternary_report(),
+    "TernaryTraining": lambda _: everything.TernaryTraining(net(), targets="head"),
     "StaticCallback": lambda _: everything.StaticCallback(0.5),
     "StaticSparse": lambda _: everything.StaticSparse(net(), 0.5),
     "Ticket": lambda _: ticket(),
@@ -267,6 +304,7 @@ WITH_TABLES = {
         "FC_Decomposer",
         "Features",
         "FoldReport",
+        "FromScratch",
     ),
     *(
         "GradualPruner",
@@ -282,8 +320,8 @@ WITH_TABLES = {
         "Pruner",
         "Reached",
     ),
-    *("Removal", "Route", "RouteRecorder", "RouteResult", "Sensitivity", "SensitivityResult", "Sparsifier"),
-    *("SparsityReport", "Ticket"),
+    *("Regularizer", "Removal", "Route", "RouteRecorder", "RouteResult", "Sensitivity", "SensitivityResult", "Sparsifier"),
+    *("SAD", "SRSTE", "STE", "SemiStructured", "SparsityReport", "TernaryReport", "Ticket"),
     *("ACDC", "RigL", "SET", "STR", "StaticSparse"),
 }
 

@@ -19,12 +19,13 @@ def _words(*lines: str) -> frozenset[str]:
 QUESTIONS = {"What", "How", "Whether", "Which", "Where", "When", "Who"}
 #: First words of functions' docstrings: verbs in the imperative. A new one is added here knowingly.
 VERBS = _words(
-    "Add Adjust Answer Apply Bake Begin Call Carry Check Choose Collect Combine Compare Compute Copy Count Cut Decide Decode",
-    "Decompose Describe Distribute Divide Draw Drop End Evaluate Explain Export Factorise Find Fix Fold Follow Forget",
-    "Give Go Hand Import Join Keep Lay Let List Listen Load Log Look Make Mask Match Measure Move Multiply Name Note Pair Pass",
-    "Pin Plan Prepare Print Prune Put Rank Rate Read Refuse Register Remember Remove Renumber Repeat Replace Restore",
-    "Resume Return Rewind Round Run Save Say Scale Score Select Set Shift Shorten Show Shrink Skip Split Start Stop Sum",
-    "Summarise Switch Take Tell Time Train Try Turn Undo Wait Walk Warn Work Write Yield",
+    "Add Adjust Answer Apply Bake Begin Call Carry Check Choose Clear Collect Combine Compare Compute Copy Count Cut",
+    "Decide Decode Decompose Describe Distribute Divide Draw Drop End Evaluate Explain Export Factorise Find Fix Fold",
+    "Follow Forget Give Go Hand Import Join Keep Lay Learn Leave Let List Listen Load Log Look Make Mask Match",
+    "Measure Move Multiply Name Note Pair Pass Pin Plan Prepare Print Prune Put Rank Rate Read Refuse Register",
+    "Remember Remove Renumber Repeat Replace Report Restore Resume Return Rewind Round Run Save Say Scale Score Seed",
+    "Select Set Shift Shorten Show Shrink Skip Split Start Stop Sum Summarise Switch Take Tell Time Train Try Turn",
+    "Undo Wait Walk Warn Work Write Yield",
 )
 MOST_LINES_OF_FUNCTION, MOST_LINES_OF_FILE = 40, 300
 #: The line in a long file's head that says why it is long.

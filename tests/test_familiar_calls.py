@@ -1,7 +1,7 @@
 """The calls of the public fasterai's notebooks, in our own words: each runs here, or its error says what to write instead.
 
 By tutorial; what stands behind a call (losses, data, pictures) is left out. `RUNS` is code that runs as it is there, `SAYS`
-code whose error names the replacement. What is not here at all (regularisation, quantisation) is in neither.
+code whose error names the replacement. What is not here at all (quantisation) is in neither.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from fasterai.sparse.all import *
 from fasterai.prune.all import *
 from fasterai.misc.all import *
 from fasterai.distill.all import *
+from fasterai.regularize.all import *
+from fasterai.regularize.regularize_callback import RegularizeCallback
 from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
 from fasterai.distill.losses import ActivationBoundaries, Attention, DecoupledKD, FitNet, Logits, Mutual, Similarity, SoftTarget
 from fasterai.core import criteria
@@ -121,6 +123,12 @@ RUNS = {
         "Pruner(model, 0.3, 'local', large_final, example_inputs=x).print_sparsity()",
         "PruneCallback(pruning_ratio=0.4, context='global', criteria=large_final, schedule=one_cycle)",
         "PruneCallback(0.4, agp, 'local', large_final)",
+    ],
+    "regularisation": [
+        "fit(RegularizeCallback(squared_final, 'weight', 1e-3, schedule=one_cycle))",
+        "cb = RegularizeCallback(large_final, 'filter', 0.01, nn.Conv2d, one_cycle, False); fit(cb); cb.get_norm().item()",
+        "fit(RegularizeCallback([large_final, squared_final], ['weight', 'filter'], weight=0.01, layer_types=[nn.Conv2d]))",
+        "fit(RegularizeCallback(large_final, 'weight', layer_types=[nn.Conv2d, nn.Linear], verbose=True))",
     ],
     "sensitivity": [
         "analyze_sensitivity(model, x, score, compression='sparsity', level=0.5, verbose=False).summary()",
@@ -222,6 +230,10 @@ SAYS = {
     "Conv_Decomposer().decompose(model, percent_removed=1.0)": "percent_removed must be below 1",
     "Conv_Decomposer().decompose(model, method='bad')": "method must be one of",
     "Conv_Decomposer().CP(model[3], energy_threshold=0.9)": "pass ranks=",
+    "RegularizeCallback(large_final, 'filters')": "did you mean 'filter'",
+    "RegularizeCallback(criteria.random, 'weight')": "criteria must have a gradient",
+    "RegularizeCallback(small_final, 'weight')": "criteria must score no weight below 0",
+    "RegularizeCallback(large_final, 'filter').get_norm()": "after the first batch of a run",
     "KnowledgeDistillationCallback(teacher, SoftTarget, weight=90)": "pass 0.9 for 90 %",
     "KnowledgeDistillationCallback(teacher, 'soft_targets')": "did you mean",
     "fit(KnowledgeDistillationCallback(teacher, Attention, ['layer1'], ['3']))": "activations_student must be",

@@ -794,4 +794,4 @@ def test_hugging_faces_linear_layer_registered_by_its_axes():
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(replica, (sys.argv[1],), nprocs=2)
+    torch.multiprocessing.start_processes(replica, (sys.argv[1],), nprocs=2, start_method="fork")  # two imports less

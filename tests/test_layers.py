@@ -145,11 +145,11 @@ def test_the_front_door_imports_no_module_at_run_time():
             "the catalogue core.criteria imports the catalogue core.schedules",
         ),
         ("core.contexts", "def f():\n    import fasterai.callbacks.plain", "core.contexts (L2) imports callbacks.plain (L8)"),
-        ("sparse.report", "from fasterai.testing import LAYOUTS", "sparse.report (L6) imports testing (L8)"),
+        ("sparse.report", "from fasterai.testing import LAYOUTS", "sparse.report (L6) imports testing (L9)"),
         ("sparse.pace", "from fasterai.sparse.sparsifier import Sparsifier", "circle: "),
         ("core.loop", "from fasterai.core.all import agp", "core.loop imports core.all, which only re-exports"),
         ("callbacks.plain", "import fasterai", "callbacks.plain imports fasterai, which only re-exports"),
-        ("testing", "from fasterai.callbacks.plain import attach", "testing (L8) imports callbacks.plain (L8)"),
+        ("callbacks.plain", "from fasterai.testing import promises", "callbacks.plain (L8) imports testing.promises (L9)"),
         ("core.extra", "", "core.extra is in no layer"),
     ],
 )

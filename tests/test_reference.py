@@ -26,7 +26,10 @@ REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.md"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "nbs").glob("*.ipynb"))]
 DIRECTIVE = re.compile(r"^\.\. auto(?:class|function|data):: (\S+)$", re.MULTILINE)
 IMPORT = re.compile(r"from (fasterai[\w.]*) import ([\w, ]+)")
-STARS = ["fasterai.all", *(f"fasterai.{room}.all" for room in ("core", "sparse", "prune", "analyze", "misc", "export"))]
+STARS = [
+    "fasterai.all",
+    *(f"fasterai.{room}.all" for room in ("core", "sparse", "prune", "regularize", "analyze", "misc", "export")),
+]
 WHOLE = [f"fasterai.callbacks.{loop}" for loop in ("fastai", "lightning", "huggingface", "plain")]
 WHOLE += ["fasterai.familiar", "fasterai.testing", "fasterai.units.rules"]
 WHOLE += [f"fasterai.core.{axis}" for axis in ("granularities", "contexts", "criteria", "schedules")]

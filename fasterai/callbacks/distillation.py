@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
 from fasterai.callbacks.methods import Method
+from fasterai.core import schedules
+from fasterai.core.checks import check_fraction, entry_or_repr
 from fasterai.core.schedules import Schedule
 from fasterai.display import brief
 from fasterai.distill.distiller import Distiller
@@ -59,9 +62,25 @@ class DistillMethod(Method):
         self.distiller = Distiller(network, loss, *layers, weight=weight, schedule=schedule, **options)
         super().__init__(self.distiller)
 
+    @property
+    def weight(self) -> float:
+        """The share of the distillation in the loss, in [0, 1]; another one counts from the next batch on."""
+        return self.distiller.weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        self.distiller.weight = check_fraction("weight", value)
+
     def _settings(self) -> str:
-        names = " + ".join(type(one).__name__ for one in self.distiller.losses)
-        return f"{names}, weight {brief(self.distiller.weight)}"
+        losses = " + ".join(re.sub(r"scale=1\.0(, )?", "", brief(one)) for one in self.distiller.losses)
+        schedule = self.distiller.schedule
+        known = entry_or_repr(schedule, schedules)
+        more = (
+            ""
+            if schedule is None
+            else f", schedule {known if hasattr(schedules, known) else brief(getattr(schedule, 'function', schedule))}"
+        )
+        return f"{losses}, weight {brief(self.distiller.weight)}{more}"
 
 
 def _network(teacher: Any) -> Any:

@@ -14,10 +14,21 @@ from typing import Any
 import numpy as np
 
 from fasterai.callbacks.distillation import DistillMethod
-from fasterai.callbacks.dynamic import ACDCMethod, RigLMethod, SETMethod, StaticMethod, STRMethod
 from fasterai.callbacks.elsewhere import ASKED_BY, refuse_elsewhere
+from fasterai.callbacks.from_the_start import (
+    ACDCMethod,
+    RigLMethod,
+    SETMethod,
+    SRSTEMethod,
+    StaticMethod,
+    STEMethod,
+    STRMethod,
+    TernarizeMethod,
+)
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
-from fasterai.core.loop import STOPPED, Fit, Loop
+from fasterai.callbacks.regularization import RegularizeMethod
+from fasterai.core.loop import STOPPED, Fit, Loop, numbered
+from fasterai.display import counted
 from fasterai.model.cuts import Cut, follow
 
 try:
@@ -25,14 +36,29 @@ try:
     from fastai.callback.fp16 import MixedPrecision
     from fastai.callback.tracker import SaveModelCallback, TrackerCallback
     from fastai.callback.training import GradientAccumulation, GradientClip
+    from fastai.learner import Learner
 except ImportError as error:
     raise ImportError("fasterai.callbacks.fastai needs fastai: pip install '.[fastai]' in a checkout of fasterai") from error
 
 from fasterai.callbacks.fastai_batches import batch_of, plain
 from fasterai.callbacks.fastai_files import begin_saving, end_saving, find_state, skipped_epochs
 
-__all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
-__all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
+__all__ = [
+    "ACDCCallback",
+    "HoldCallback",
+    "KnowledgeDistillationCallback",
+    "ParticipantCallback",
+    "PruneCallback",
+    "RegularizeCallback",
+    "RigLCallback",
+    "SETCallback",
+    "SRSTECallback",
+    "STECallback",
+    "STRCallback",
+    "SparsifyCallback",
+    "StaticCallback",
+    "TernarizeCallback",
+]
 
 NOT_TRAINING = {"lr_finder", "gather_preds"}  # fastai's names of the callbacks of `lr_find` and of predictions
 LIGHTNING_ASKS_FOR = {"state_key", "setup", "on_exception"}  # what a Trainer wants first, at its making and in a fit
@@ -111,8 +137,8 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         return Path(self.learn.path, self.learn.model_dir)
 
     def neighbours(self) -> Sequence[object]:
-        """Return the learner's callbacks."""
-        return list(self.learn.cbs)
+        """Return the learner's callbacks; none outside of a fit."""
+        return [] if self.learn is None else list(self.learn.cbs)
 
     def copies(self) -> list[Any]:
         """Return copies of the model that fastai keeps itself: none."""
@@ -134,7 +160,10 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         if hasattr(self.learn, "recorder"):
             names = self.learn.recorder.metric_names
             at = len(names) - 1 if self.learn.recorder.add_time else len(names)
-            self.learn.recorder.metric_names = names[:at] + list(self.metrics()) + names[at:]
+            own: list[str] = []
+            for name in self.metrics():
+                own.append(numbered(name, "_", [*names, *own]))
+            self.learn.recorder.metric_names = names[:at] + own + names[at:]
 
     def _find_state(self) -> None:
         if self._resumed is None and (self.resume_from is not None or skipped_epochs(self.learn)):
@@ -171,10 +200,10 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
     def _relay(self) -> None:
         """Listen at places among fastai's callbacks that this one does not have, as far as participants hear of it."""
         if self.loop.wants("after_loss"):
-            self._relays.append(_Relay(GradientAccumulation.order - 1, after_loss=self._change_loss))
+            self._relays.append(_relay(self, GradientAccumulation.order - 1, after_loss=self._change_loss))
         if self.loop.wants("after_backward"):
             between = (MixedPrecision.order + GradientClip.order) / 2
-            self._relays.append(_Relay(between, before_step=self.loop.after_backward))
+            self._relays.append(_relay(self, between, before_step=self.loop.after_backward))
         self.learn.add_cbs(self._relays)
 
     def after_pred(self) -> None:
@@ -182,8 +211,21 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         if self.loop.running:
             self.loop.after_forward(batch_of(self.learn, with_outputs=True))
 
+    def after_loss(self) -> None:
+        """Refuse batches without targets: fastai takes no step with them, and says nothing."""
+        self._check_targets()
+
+    def _check_targets(self) -> None:
+        learn = self.learn
+        if self.loop.running and not len(learn.yb) and type(learn)._do_one_batch is Learner._do_one_batch:
+            raise ValueError(
+                f"dls must give batches of inputs and targets, got {counted(len(learn.xb), 'input')} alone, with which fastai "
+                "takes no step; give the data set labels, or any targets if the loss reads none: (x, x)"
+            )
+
     def _change_loss(self) -> None:
         """Pass the loss on before it is divided for accumulation; what is logged as the loss stays fastai's."""
+        self._check_targets()
         if self.loop.running:
             loss = plain(self.learn.loss_grad)
             self.learn.loss_grad = self.loop.after_loss(loss, batch_of(self.learn, with_outputs=True))
@@ -196,8 +238,17 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
         self._is_stepping = True
 
     def after_cancel_step(self) -> None:
-        """Note that the optimizer does not step."""
+        """Pass on that the optimizer does not step."""
         self._is_stepping = False
+        self.loop.settle()
+
+    def after_cancel_batch(self) -> None:
+        """Pass on that the optimizer does not step, if it was about to."""
+        self.after_cancel_step()
+
+    def after_cancel_epoch(self) -> None:
+        """Pass on that the optimizer does not step, if it was about to."""
+        self.after_cancel_step()
 
     def after_step(self) -> None:
         """Pass on that the optimizer has stepped, unless the step was cancelled: fastai calls this all the same."""
@@ -208,6 +259,7 @@ class ParticipantCallback(Callback):  # type: ignore[misc]
 
     def after_train(self) -> None:
         """End the run with its last epoch, so that what is validated and saved then is what remains."""
+        self.after_cancel_step()
         if self.learn.epoch == self.learn.n_epoch - 1:
             self.loop.end(completed=True)
             self._restart_trackers()
@@ -269,10 +321,19 @@ class _Relay(Callback):  # type: ignore[misc]
     """Passes one event on at a place among fastai's own callbacks that the callback itself does not have."""
 
     run_valid = False
+    name = "relay"  # the learner's attribute
 
     def __init__(self, order: float, **events: Callable[[], None]) -> None:
         self.order = order
         self.__dict__.update(events)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Relay, (self.order,), vars(self)
+
+
+def _relay(callback: ParticipantCallback, order: float, **events: Callable[[], None]) -> Callback:
+    """Make a relay of a callback, of whose name it is, since fastai names the class in which an error arose."""
+    return type(type(callback).__name__, (_Relay,), {})(order, **events)
 
 
 class SparsifyCallback(SparsifyMethod, ParticipantCallback):  # noqa: D101 - the method's
@@ -288,6 +349,14 @@ class KnowledgeDistillationCallback(DistillMethod, ParticipantCallback):  # noqa
 
 
 class PruneCallback(PruneMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class SRSTECallback(SRSTEMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class STECallback(STEMethod, ParticipantCallback):  # noqa: D101 - the method's
     pass
 
 
@@ -308,4 +377,12 @@ class STRCallback(STRMethod, ParticipantCallback):  # noqa: D101 - the method's
 
 
 class StaticCallback(StaticMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RegularizeCallback(RegularizeMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class TernarizeCallback(TernarizeMethod, ParticipantCallback):  # noqa: D101 - the method's
     pass

@@ -16,14 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.callbacks.distillation import DistillMethod
-from fasterai.callbacks.dynamic import ACDCMethod, RigLMethod, SETMethod, StaticMethod, STRMethod
 from fasterai.callbacks.elsewhere import Elsewhere
+from fasterai.callbacks.from_the_start import (
+    ACDCMethod,
+    RigLMethod,
+    SETMethod,
+    SRSTEMethod,
+    StaticMethod,
+    STEMethod,
+    STRMethod,
+    TernarizeMethod,
+)
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
+from fasterai.callbacks.regularization import RegularizeMethod
 from fasterai.core.batch import note_task, task_loss
 from fasterai.core.checks import warn
 from fasterai.core.files import write_saved
 from fasterai.core.joined import innermost
-from fasterai.core.loop import STOPPED, Batch, Fit, Loop
+from fasterai.core.loop import STOPPED, Batch, Fit, Loop, numbered
 from fasterai.core.saved import check_loop_state
 
 try:
@@ -33,8 +43,22 @@ except ImportError as error:
 
 from fasterai.callbacks.huggingface_trainer import batches_of_step, checkpoint_folder, is_training, returned_loss, unscale
 
-__all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
-__all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
+__all__ = [
+    "ACDCCallback",
+    "HoldCallback",
+    "KnowledgeDistillationCallback",
+    "ParticipantCallback",
+    "PruneCallback",
+    "RegularizeCallback",
+    "RigLCallback",
+    "SETCallback",
+    "SRSTECallback",
+    "STECallback",
+    "STRCallback",
+    "SparsifyCallback",
+    "StaticCallback",
+    "TernarizeCallback",
+]
 
 #: What the Trainer adds to the batch itself.
 COUNT = "num_items_in_batch"
@@ -131,6 +155,7 @@ class ParticipantCallback(Elsewhere, TrainerCallback):  # type: ignore[misc]
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
         """Note the batch, and begin the run with the first one that trains."""
+        self.loop.settle()
         if not (model.training and torch.is_grad_enabled()):
             return
         if not is_training(self):
@@ -214,7 +239,7 @@ class ParticipantCallback(Elsewhere, TrainerCallback):  # type: ignore[misc]
         if not self.loop.running:
             return
         if getattr(self._optimizer, "step_was_skipped", False):
-            self.loop.clear_gradients()  # the Trainer clears those of the model alone
+            self.loop.skip_step()  # the Trainer clears those of the model alone
         else:
             self.loop.after_step()
 
@@ -223,7 +248,7 @@ class ParticipantCallback(Elsewhere, TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Put the figures into the Trainer's log."""
         if self.loop.participants and logs is not None:
-            figures = self.metrics()
+            figures = {numbered(name, "_", logs): value for name, value in self.metrics().items()}
             logs.update(figures)
             if state.log_history:
                 state.log_history[-1].update(figures)
@@ -315,6 +340,14 @@ class PruneCallback(PruneMethod, ParticipantCallback):  # noqa: D101 - the metho
             pruner.load_state_dict(saved["participants"][pruner.name])
 
 
+class SRSTECallback(SRSTEMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class STECallback(STEMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
 class ACDCCallback(ACDCMethod, ParticipantCallback):  # noqa: D101 - the method's
     pass
 
@@ -332,4 +365,12 @@ class STRCallback(STRMethod, ParticipantCallback):  # noqa: D101 - the method's
 
 
 class StaticCallback(StaticMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RegularizeCallback(RegularizeMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class TernarizeCallback(TernarizeMethod, ParticipantCallback):  # noqa: D101 - the method's
     pass

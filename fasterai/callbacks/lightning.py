@@ -1,5 +1,6 @@
 """Lightning: participants in a Trainer's fit, with their figures logged and their states in Lightning's own checkpoints.
 
+Over 300 lines, since one class answers to every event of the trainer, and each method has its class.
 Over 300 lines, since one class answers to every event of the Trainer, and each method has its class below it.
 """
 
@@ -18,9 +19,19 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fasterai.callbacks.distillation import DistillMethod
-from fasterai.callbacks.dynamic import ACDCMethod, RigLMethod, SETMethod, StaticMethod, STRMethod
 from fasterai.callbacks.elsewhere import Elsewhere
+from fasterai.callbacks.from_the_start import (
+    ACDCMethod,
+    RigLMethod,
+    SETMethod,
+    SRSTEMethod,
+    StaticMethod,
+    STEMethod,
+    STRMethod,
+    TernarizeMethod,
+)
 from fasterai.callbacks.methods import HoldMethod, Makes, PruneMethod, SparsifyMethod, key_of, made
+from fasterai.callbacks.regularization import RegularizeMethod
 from fasterai.core.loop import STOPPED, Batch, Fit, Loop
 from fasterai.model.cuts import Cut, follow
 from fasterai.model.inputs import as_batch
@@ -33,8 +44,22 @@ except ImportError as error:
 
 from fasterai.callbacks.lightning_wraps import CutFirst, StepWraps, stop_waiting
 
-__all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
-__all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
+__all__ = [
+    "ACDCCallback",
+    "HoldCallback",
+    "KnowledgeDistillationCallback",
+    "ParticipantCallback",
+    "PruneCallback",
+    "RegularizeCallback",
+    "RigLCallback",
+    "SETCallback",
+    "SRSTECallback",
+    "STECallback",
+    "STRCallback",
+    "SparsifyCallback",
+    "StaticCallback",
+    "TernarizeCallback",
+]
 
 
 class ParticipantCallback(Elsewhere, pl.Callback):
@@ -59,6 +84,7 @@ class ParticipantCallback(Elsewhere, pl.Callback):
         self._wraps: StepWraps | None = None
         self._batch = Batch()
         self._trainer: pl.Trainer | None = None
+        self._stepping: Any = None
         self._was_cut = False
 
     @property
@@ -135,14 +161,22 @@ class ParticipantCallback(Elsewhere, pl.Callback):
             batch=batch,
             steps_per_epoch=_steps_per_epoch(trainer),
             is_search=partial(_is_search, weakref.ref(trainer), weakref.ref(self)),
+            stepping=partial(_stepping, weakref.ref(self)),
         )
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Pass on that the gradients are complete: unscaled, not clipped yet."""
+        if self._stepping is not None and self._stepping is not optimizer:
+            self.loop.settle()  # another optimizer's step was skipped
+        self._stepping = optimizer if len(trainer.optimizers) > 1 else None
         self._count(trainer)
         self.loop.after_backward()
         if not pl_module.automatic_optimization:  # there Lightning clips nothing
             self.loop.before_step()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Pass on that a step that was announced has been skipped."""
+        self.loop.settle()
 
     def _takes_part(self, trainer: pl.Trainer) -> bool:
         """Tell if steps are those of the run: searches for a rate or a batch size put the trainer's callbacks aside."""
@@ -183,7 +217,7 @@ class ParticipantCallback(Elsewhere, pl.Callback):
             hook.remove()
         if self._wraps is not None:
             self._wraps.remove()
-        self._hooks, self._wraps, self._batch = [], None, Batch()
+        self._hooks, self._wraps, self._batch, self._stepping = [], None, Batch(), None
         self.loop.end(completed, STOPPED)
         self._restart_trackers()
 
@@ -267,6 +301,12 @@ def _is_search(trainer: Callable[[], Any], callback: Callable[[], Any]) -> bool:
     return trains is not None and own is not None and trains.training and not any(one is own for one in trains.callbacks)
 
 
+def _stepping(callback: Callable[[], Any]) -> Any:
+    """Return the optimizer of several whose step is under way in the trainer of a callback, given as a weak reference."""
+    own = callback()
+    return None if own is None else own._stepping
+
+
 def _counts_steps(trainer: pl.Trainer) -> bool:
     """Tell if a run is measured in steps; in manual optimization nobody knows how many an epoch will take."""
     return trainer.lightning_module.automatic_optimization or trainer.max_steps != -1
@@ -305,6 +345,14 @@ def _worst(mode: str) -> Tensor:
     return torch.tensor(math.inf if mode == "min" else -math.inf)
 
 
+class SRSTECallback(SRSTEMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class STECallback(STEMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
 class ACDCCallback(ACDCMethod, ParticipantCallback):  # noqa: D101 - the method's
     pass
 
@@ -322,4 +370,12 @@ class STRCallback(STRMethod, ParticipantCallback):  # noqa: D101 - the method's
 
 
 class StaticCallback(StaticMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class RegularizeCallback(RegularizeMethod, ParticipantCallback):  # noqa: D101 - the method's
+    pass
+
+
+class TernarizeCallback(TernarizeMethod, ParticipantCallback):  # noqa: D101 - the method's
     pass

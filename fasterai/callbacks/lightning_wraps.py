@@ -86,8 +86,11 @@ class StepWraps:
                     "training_step runs without torch.compile, because participants look at what it computes inside; "
                     "compile the network in the module, not the module"
                 )
+        elif loop.wants("after_skip") and module.automatic_optimization:
+            self._wrapped.append(Wrapped(module, "training_step", self._bare_step))
         if module.automatic_optimization:
             self._wrapped.append(Wrapped(module, "configure_gradient_clipping", self._clip))
+            self._wrapped.append(Wrapped(module, "optimizer_step", self._optimizer_step))
 
     def remove(self) -> None:
         """Give the module its own methods back."""
@@ -99,6 +102,7 @@ class StepWraps:
         """Run the module's step; what it returns has the loss that the participants give back."""
         if not self.is_active():
             return step(*args, **keywords)
+        self.loop.settle()  # a closure is called again in one step
         watch = _Watch(self.module, self.batch(), self.loop.after_forward)
         with watch, torch.compiler.set_stance("force_eager") if _is_compiled(self.module) else nullcontext():
             result = step(*args, **keywords)
@@ -108,6 +112,16 @@ class StepWraps:
         if isinstance(result, Mapping):
             return {**result, "loss": self.loop.after_loss(result["loss"], batch)} if "loss" in result else result
         return self.loop.after_loss(result, batch)
+
+    def _bare_step(self, step: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+        if self.is_active():
+            self.loop.settle()
+        return step(*args, **keywords)
+
+    def _optimizer_step(self, step: Callable[..., Any], *args: Any, **keywords: Any) -> None:
+        step(*args, **keywords)
+        if self.is_active():
+            self.loop.settle()  # it was skipped
 
     def _clip(self, clip: Callable[..., Any], *args: Any, **keywords: Any) -> None:
         clip(*args, **keywords)

@@ -23,6 +23,7 @@ from fasterai.core.loop import Participant
 from fasterai.core.schedules import Schedule
 from fasterai.display import brief, one_line
 from fasterai.model.targets import LayerTypes
+from fasterai.sparse.masked import Masked
 from fasterai.sparse.sparsifier import Sparsifier, Sparsity
 
 if TYPE_CHECKING:
@@ -183,10 +184,10 @@ class SparsifyMethod(Method):
 
 
 class HoldMethod(Method):
-    """Keeps a sparsifier's masks while the model trains on."""
+    """Keeps the masks of a sparsifier, or of an `SRSTE` or `STE`, while the model trains on."""
 
-    def __init__(self, sparsifier: Sparsifier) -> None:
-        if not isinstance(sparsifier, Sparsifier):
+    def __init__(self, sparsifier: Masked) -> None:
+        if not isinstance(sparsifier, Masked):
             repair = "after a fit pass its callback's `.sparsifier`"
             if sparsifier is None:
                 repair = (

@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-__all__ = ["HoldCallback", "KnowledgeDistillationCallback", "ParticipantCallback", "PruneCallback", "SparsifyCallback"]
-__all__ += ["ACDCCallback", "RigLCallback", "SETCallback", "STRCallback", "StaticCallback"]
+__all__ = [
+    "ACDCCallback",
+    "HoldCallback",
+    "KnowledgeDistillationCallback",
+    "ParticipantCallback",
+    "PruneCallback",
+    "RegularizeCallback",
+    "RigLCallback",
+    "SETCallback",
+    "SRSTECallback",
+    "STECallback",
+    "STRCallback",
+    "SparsifyCallback",
+    "StaticCallback",
+    "TernarizeCallback",
+]
 
 
 class _Missing:
@@ -39,6 +53,14 @@ class KnowledgeDistillationCallback(_Missing):
     """Stands for `fasterai.callbacks.fastai.KnowledgeDistillationCallback`."""
 
 
+class SRSTECallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.SRSTECallback`."""
+
+
+class STECallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.STECallback`."""
+
+
 class ACDCCallback(_Missing):
     """Stands for `fasterai.callbacks.fastai.ACDCCallback`."""
 
@@ -57,3 +79,11 @@ class STRCallback(_Missing):
 
 class StaticCallback(_Missing):
     """Stands for `fasterai.callbacks.fastai.StaticCallback`."""
+
+
+class RegularizeCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.RegularizeCallback`."""
+
+
+class TernarizeCallback(_Missing):
+    """Stands for `fasterai.callbacks.fastai.TernarizeCallback`."""

@@ -82,17 +82,18 @@ class Handle:
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Pass on that the gradients are complete: now, or as often as the optimizer calls a closure that makes them."""
+        self.loop.settle()
         self._is_skipped = bool(getattr(optimizer, "found_inf", None))  # a fused one finds out in its step, and does nothing
         if self._is_skipped:
             return None
         self.loop.check_step()
         self._is_stepping = True
-        closure = keywords.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
+        if (closure := keywords.get("closure", args[1] if len(args) > 1 else None)) is None:
             self._pass_on(optimizer)
             return None
 
         def followed() -> Any:
+            self.loop.settle()  # a second call in one step
             loss = closure()
             self._pass_on(optimizer)
             return loss
@@ -114,12 +115,11 @@ class Handle:
 
     def _after_step(self, *_: Any) -> None:
         if self._is_skipped:
-            self.loop.clear_gradients()
-            return
-        if not self._is_stepping:  # an optimizer that calls its base class's step: torch's hooks have counted that one
-            self.loop.step -= 1
-        self._is_stepping = False
-        self.loop.after_step()
+            self.loop.skip_step()
+        else:  # of an optimizer that calls its base class's step torch's hooks have counted that one
+            self.loop.step -= not self._is_stepping
+            self._is_stepping = False
+            self.loop.after_step()
 
     def remove(self, completed: bool | None = None) -> None:
         """End the run and leave the optimizer as it was.
@@ -220,7 +220,11 @@ def attach(
         raise TypeError(f"participants must be participants in training, such as a Sparsifier, got {brief(participants)}")
     steps, per_epoch = _steps(total_steps, epochs, steps_per_epoch, accumulate)
     _end_earlier_runs(inner, participants)
-    whole = model if model is not None else next((m for p in participants if isinstance(m := _own(p), nn.Module)), None)
+    whole = (
+        model
+        if model is not None
+        else next((m for p in participants if isinstance(m := getattr(p, "model", None), nn.Module)), None)
+    )
     loop = Loop(participants)
     loop.counts = "" if per_epoch is None else f"epochs={epochs}, steps_per_epoch={steps_per_epoch} and accumulate={accumulate}"
     if whole is not None:
@@ -265,10 +269,6 @@ def _unscale(optimizer: torch.optim.Optimizer) -> None:
         for gradient in gradients:
             gradient.div_(scale.to(gradient.device))
         optimizer.grad_scale = None  # type: ignore[attr-defined]
-
-
-def _own(participant: Participant) -> Any:
-    return getattr(participant, "model", None)
 
 
 def _as_tuple(x: Any) -> tuple[Any, ...]:

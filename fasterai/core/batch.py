@@ -48,7 +48,7 @@ class Batch(Brief):
         elif isinstance(found, tuple | list):
             found = next((x for x in found if isinstance(x, Tensor) and x.dim()), None)  # a loss may come first
         if not isinstance(found, Tensor):
-            raise ValueError(f"outputs must be a tensor, or have one of logits, got {type(self.outputs).__name__}")
+            raise ValueError(f"outputs must be a tensor, or have one of logits, got {_kind(self.outputs)}")
         return found
 
     @property
@@ -70,6 +70,7 @@ class Fit(Brief):
         steps_per_epoch: Optimizer steps in an epoch, if the loop has epochs.
         is_search: A function that tells, after the run as well, if the framework only searches (for a learning rate, say): what
             trains then is put back afterwards.
+        stepping: A function that gives the optimizer whose step is under way, None where the loop has one alone.
     """
 
     total_steps: int
@@ -79,6 +80,7 @@ class Fit(Brief):
     batch: Batch | None = None
     steps_per_epoch: int | None = None
     is_search: Callable[[], bool] = field(default=lambda: False)
+    stepping: Callable[[], Any] = field(default=lambda: None)
 
     @property
     def optimizers(self) -> list[Any]:
@@ -86,6 +88,13 @@ class Fit(Brief):
         if isinstance(self.optimizer, list | tuple):
             return list(self.optimizer)
         return [] if self.optimizer is None else [self.optimizer]
+
+
+def _kind(outputs: Any) -> str:
+    kind = type(outputs).__name__
+    if not isinstance(outputs, Mapping):
+        return kind
+    return f"a {kind} of {', '.join(map(str, outputs)) or 'nothing'}; return the logits under 'logits'"
 
 
 def task_loss(loss: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ ARGUMENTS = {
     "fasterai.core.criteria": ("criteria", "criterion"),
     "fasterai.core.granularities": ("granularity", "granularity"),
     "fasterai.core.schedules": ("schedule", "schedule"),
+    "fasterai.regularize.penalties": ("penalty", "penalty"),
     "fasterai.units.rules": ("rule", "rule"),
 }
 #: Packages that call this one on the user's behalf, by hooks and callbacks.

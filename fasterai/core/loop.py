@@ -4,7 +4,7 @@ Callbacks translate the events of their framework into calls of a `Loop`; the lo
 Callbacks know no method and methods know no framework, so the two add up instead of multiplying.
 
     on_setup -> on_fit_start
-        -> ( after_forward [-> on_first_batch] -> after_loss -> after_backward -> before_step -> after_step )*
+        -> ( after_forward [-> on_first_batch] -> after_loss -> after_backward -> before_step -> after_step | after_skip )*
     -> on_fit_end
 
 `after_move` and `after_cut` come in between, whenever masks move or parameters get smaller; `metrics` whenever the loop shows
@@ -31,7 +31,7 @@ from fasterai.core.participant import EVENTS, Participant, own_parameters, tell
 from fasterai.core.saved import check_loop_state, warn_of_length
 from fasterai.model.cuts import follow
 
-__all__ = ["EVENTS", "STOPPED", "Batch", "Fit", "Loop", "Participant"]
+__all__ = ["EVENTS", "STOPPED", "Batch", "Fit", "Loop", "Participant", "numbered"]
 
 #: The likely reason for which a framework's run ends short, and the repair.
 STOPPED = (
@@ -57,6 +57,7 @@ class Loop:
 
     planned_steps = 0  # copies of earlier versions have none
     counts = ""
+    _awaits_step = False  # whether a step has been announced, and not been taken yet
     _awaits_batch = False  # whether a first batch is still to come, with which further parameters may join
     _joined_later: Mapping[str, Any] | None = None  # a state that is loaded when all parameters are there
 
@@ -126,13 +127,17 @@ class Loop:
                 follow(fit.model, participant)
         self.step, self.total_steps, self.planned_steps = 0, total_steps, total_steps
         self._steps_per_epoch = fit.steps_per_epoch
-        self._is_told = False
+        self._is_told = self._awaits_step = False
         _open.add(self)
 
     def _check_company(self) -> None:
-        """Refuse a participant that relies on one that takes part in no run: it would do nothing, and say nothing."""
-        present = {id(p) for loop in (self, *_open) if loop is self or loop.running for p in loop.participants}
+        """Refuse a participant that relies on one that takes part in no run, or cannot stand beside one that does."""
+        all_here = [p for loop in {self, *_open} if loop is self or loop.running for p in loop.participants]
+        present = {id(p) for p in all_here}
         for participant in self.participants:
+            for other in all_here:
+                if other is not participant:
+                    participant.check_beside(other)
             for other in participant.relies_on():
                 if id(other) not in present:
                     pair = f"{(kind := type(other).__name__).lower()}, {participant.name}({kind.lower()})"
@@ -186,6 +191,7 @@ class Loop:
             ValueError: The run has had its `total_steps` already.
         """
         self.check_step()
+        self._awaits_step = True
         for participant in self._hearing("before_step"):
             tell(participant, "before_step", (self.step + 1) / self.total_steps)
 
@@ -206,9 +212,23 @@ class Loop:
     def after_step(self) -> None:
         """Count a step of the optimizer, and pass it on."""
         self.step += 1
+        self._awaits_step = False
         for participant in self._hearing("after_step"):
             tell(participant, "after_step", self.step / self.total_steps)
         self.clear_gradients()
+
+    def skip_step(self) -> None:
+        """Pass on that a step that was announced is not taken, if one was; forget the gradients of participants' parameters."""
+        if self.running and self._awaits_step:
+            self._awaits_step = False
+            for participant in self._hearing("after_skip"):
+                tell(participant, "after_skip")
+        self.clear_gradients()
+
+    def settle(self) -> None:
+        """Pass on that the announced step did not come, if one was announced: the framework is beyond it."""
+        if self._awaits_step:
+            self.skip_step()
 
     def clear_gradients(self) -> None:
         """Forget the gradients of participants' parameters, after a step or one that was skipped."""
@@ -220,7 +240,7 @@ class Loop:
         found: dict[str, float] = {}
         for participant in self.participants:
             for name, value in tell(participant, "metrics").items():
-                found[_numbered(name, "_", found)] = value
+                found[numbered(name, "_", found)] = value
         return found
 
     def end(self, completed: bool, why: str = "") -> None:
@@ -273,7 +293,7 @@ class Loop:
     def _named(self) -> dict[str, Participant]:
         named: dict[str, Participant] = {}
         for participant in self.participants:
-            named[_numbered(participant.name, ":", named)] = participant
+            named[numbered(participant.name, ":", named)] = participant
         return named
 
     def state_dict(self) -> dict[str, Any]:
@@ -342,7 +362,7 @@ def tell_of_open_runs() -> None:
         loop.tell_if_open(UNENDED)
 
 
-def _numbered(name: str, sign: str, taken: Container[str]) -> str:
+def numbered(name: str, sign: str, taken: Container[str]) -> str:
     """Return a name, with the next free number if it is taken."""
     count, free = 1, name
     while free in taken:

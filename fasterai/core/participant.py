@@ -16,7 +16,7 @@ __all__ = ["EVENTS", "Participant", "own_parameters", "tell"]
 #: The events of a participant, in the order in which a run has them.
 EVENTS = (
     *("on_setup", "on_fit_start", "after_forward", "on_first_batch", "after_loss", "after_backward", "before_step"),
-    *("after_step", "after_move", "after_cut", "metrics", "on_fit_end"),
+    *("after_step", "after_skip", "after_move", "after_cut", "metrics", "on_fit_end"),
 )
 
 
@@ -38,6 +38,9 @@ class Participant:
     def relies_on(self) -> Iterable[Participant]:
         """Return the participants without which it has nothing to do; each has to be in this run, or in another one."""
         return ()
+
+    def check_beside(self, other: Participant) -> None:
+        """Refuse a participant that takes part at the same time, in this run or in another one, where both cannot be."""
 
     def on_setup(self, model: nn.Module) -> Iterable[nn.Parameter]:
         """Return parameters of its own that the optimizer is to train; called once, before the run."""
@@ -65,6 +68,9 @@ class Participant:
 
     def after_step(self, position: float) -> None:
         """Go on after the optimizer's step; `position` in (0, 1] is the one after it, 1 after the last."""
+
+    def after_skip(self) -> None:
+        """Go on without the step that `before_step` has announced: it was skipped for an overflow, cancelled, or has failed."""
 
     def after_move(self, move: Move) -> None:
         """Answer to masks of the model that have moved; the weights under them may not be zero yet."""

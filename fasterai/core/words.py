@@ -45,6 +45,16 @@ NAMES: Mapping[str, Mapping[str, str]] = {
         "oneshot": "one_shot",
     },
     "rules": {"sr_ste": "free"},
+    "penalties": {
+        "bn_slimming": "slimming",
+        "depgraph": "growing",
+        "group": "group_lasso",
+        "group_norm": "group_lasso",
+        "grouplasso": "group_lasso",
+        "l21": "group_lasso",
+        "lasso": "l1",
+        "network_slimming": "slimming",
+    },
     # A share of the FLOPs is the same share of the multiply-accumulates, which are half as many.
     "budgets": {"flops": "macs", "mac": "macs", "param": "params", "parameters": "params", "size": "params", "time": "latency"},
 }

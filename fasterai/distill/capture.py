@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import difflib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fasterai.core.checks import unknown
+from fasterai.display import brief
 from fasterai.model.names import plain_name, unwrap
 
-__all__ = ["Capture", "find_layers"]
+__all__ = ["Capture", "check_list", "find_layers", "unknown_layer"]
+
+ALIKE = 0.5  # the least likeness of names that are proposed: of b3 and b1 it is 0.5
+LIST = "get_model_layers(model) lists them"
 
 
 class Capture:
@@ -108,8 +113,9 @@ def find_layers(argument: str, model: nn.Module, layers: Sequence[str | nn.Modul
 
     Raises:
         ValueError: A name is unknown, or several parts have it, or a module is none of the model's.
-        TypeError: An entry is neither a name nor a module.
+        TypeError: It is no list, or an entry is neither a name nor a module.
     """
+    check_list(argument, layers)
     inner = unwrap(model)
     known = {plain_name(name): module for name, module in inner.named_modules(remove_duplicate=False) if name}
     own = {id(module) for module in model.modules()}
@@ -128,8 +134,40 @@ def find_layers(argument: str, model: nn.Module, layers: Sequence[str | nn.Modul
         elif len(inside := {id(m): m for name, m in known.items() if name.partition(".")[2] == one}) == 1:
             found += [unwrap(module) for module in inside.values()]
         else:
-            raise unknown(argument, one, known, "layers of the model")
+            raise unknown_layer(argument, one, known)
     return found
+
+
+def check_list(argument: str, layers: object) -> None:
+    """Refuse a layer, or its name, where a list of them is meant.
+
+    Raises:
+        TypeError: It is one.
+    """
+    if isinstance(layers, str | nn.Module):
+        raise TypeError(f"{argument} must be a list of layers, got {brief(layers)}; pass [{brief(layers)}]")
+
+
+def unknown_layer(argument: str, name: str, known: Iterable[str]) -> ValueError:
+    """Make the error for a layer that is not known; it names the closest ones, whatever modules they are in."""
+    names = [one for one in known if one]
+    inner = next((part for part in _tails(name) if part in names), None)
+    within = [one for one in names if one.endswith(f".{name}")]
+    close = difflib.get_close_matches(name, names, n=3, cutoff=ALIKE)
+    last = [one for one in names if difflib.get_close_matches(name, [one.rpartition(".")[2]], cutoff=ALIKE)]
+    proposed = ([inner] if inner else within or close or last)[:3]
+    return unknown(argument, name, names, "layers of the model:", f"did you mean {_either(proposed)}?" if proposed else LIST)
+
+
+def _tails(name: str) -> list[str]:
+    """Return a name without its first part, its first two and so on: of a.b.c `b.c` and `c`."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(1, len(parts))]
+
+
+def _either(names: Sequence[str]) -> str:
+    *first, last = map(repr, names)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def is_compiled(model: nn.Module, layer: nn.Module) -> bool:

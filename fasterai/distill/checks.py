@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from fasterai.core.batch import Batch
 from fasterai.core.saved import mapping_of, tensor
 from fasterai.display import brief
+from fasterai.distill.capture import check_list
 from fasterai.distill.losses.loss import Adapter, FeatureLoss, Loss
 
 __all__ = [
@@ -40,8 +41,7 @@ def checked_layers(losses: Sequence[Loss], *given: Layers | None) -> tuple[list[
     if not losses:
         raise ValueError("loss must be a distillation loss or several, got none")
     for side, layers in zip(SIDES, given, strict=True):
-        if isinstance(layers, str | nn.Module):
-            raise TypeError(f"{side} must be a list of layers, got {brief(layers)}; pass [{brief(layers)}]")
+        check_list(side, layers)
         if not isinstance(layers, Iterable | None):
             raise TypeError(f"{side} must be a list of layers, got {layers!r}; the weight of the loss is weight={layers!r}")
     student, teacher = (list(layers or ()) for layers in given)

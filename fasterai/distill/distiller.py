@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 
 from fasterai.core import schedules
 from fasterai.core.batch import Batch, Fit
-from fasterai.core.checks import check_fraction, from_catalogue, warn
+from fasterai.core.checks import check_fraction, from_catalogue, noted, warn
 from fasterai.core.joined import innermost
 from fasterai.core.participant import Participant
 from fasterai.core.saved import check_parts, list_of, mapping_of, tensor, whole
@@ -163,7 +163,8 @@ class Distiller(Shown, Participant):
         """
         assert self._capture is not None
         own = Answers(batch.logits if self._reads_logits else None, self._capture.take())
-        other = self.teacher.answer(batch)
+        with noted(f"raised while the teacher answered, {self.teacher!r}"):
+            other = self.teacher.answer(batch)
         if self._reads_logits and other.logits is None:
             raise ValueError(
                 f"teacher must return logits, as a tensor, the first one of a tuple or the `logits` of a dict, for "
@@ -192,8 +193,10 @@ class Distiller(Shown, Participant):
         return [p for one in modules for p in one.parameters()]
 
     def _check_batch(self, batch: Batch, other: Answers) -> None:
+        assert self._student is not None
         for one in self.losses:
             one._check_labels(one.labels_of(batch))
+            one.check_run(self._student, batch)
         for x in (other.logits, *other.features):
             if x is not None and not bool(doubt_of(x) == 0):
                 raise ValueError(

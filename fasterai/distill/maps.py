@@ -14,6 +14,7 @@ from fasterai.display import HEAT, SMALL, dress, new_figure, styled
 from fasterai.distill.capture import find_layers
 from fasterai.distill.losses.shapes import as_one_map, attention_of, grid_of, resize
 from fasterai.distill.matching import outputs_of_layers
+from fasterai.model.supported import check_model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +37,9 @@ def attention_maps(model: nn.Module, x: Any, layers: Sequence[str | nn.Module], 
 
     Raises:
         ValueError: A layer is unknown, did not run, or returns no images.
+        TypeError: The model is no network, or one layer is given instead of a list.
     """
+    check_model(model)
     found = find_layers("layers", model, layers)
     last = dict(outputs_of_layers(model, x, found))
     return [_image_of(last.get(i), name, p) for i, name in enumerate(layers)]

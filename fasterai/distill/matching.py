@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fasterai.core.checks import unknown
+from fasterai.distill.capture import unknown_layer
 from fasterai.distill.losses.shapes import UnlikeShapesError, as_maps, grid_of
 from fasterai.model.inputs import as_tuple
 from fasterai.model.names import plain_name, unwrap
 from fasterai.model.running import at_rest, copies, device_of
+from fasterai.model.supported import check_model
 
 __all__ = ["get_model_layers", "get_module_by_name", "match_feature_layers", "outputs_of_layers"]
 
@@ -70,7 +71,7 @@ def get_module_by_name(module: nn.Module, access_string: str) -> nn.Module:
     """
     found: dict[str, nn.Module] = {plain_name(n): one for n, one in unwrap(module).named_modules(remove_duplicate=False)}
     if access_string not in found:
-        raise unknown("access_string", access_string, [name for name in found if name], "layers of the model")
+        raise unknown_layer("access_string", access_string, found)
     return found[access_string]
 
 
@@ -91,7 +92,10 @@ def match_feature_layers(student: nn.Module, teacher: nn.Module, sample_input: A
 
     Raises:
         ValueError: There is no such pair.
+        TypeError: The student or the teacher is no network.
     """
+    check_model(student, "student")
+    check_model(teacher, "teacher")
     own, other = _stages(_outputs_of(student, sample_input)), _stages(_outputs_of(teacher, sample_input))
     pairs = _by_size(own[0], other[0]) if not own[1] and not other[1] else []
     if len(pairs) < 2:

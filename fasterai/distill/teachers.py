@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fasterai.core.batch import Batch
+from fasterai.core.checks import not_one_of
 from fasterai.core.saved import check_parts, list_of, mapping_of
 from fasterai.display import Brief, one_line
 from fasterai.distill.capture import Capture, find_layers
 from fasterai.model.names import unwrap
 from fasterai.model.running import device_of, evaluating
+from fasterai.model.supported import network_in
 
 __all__ = ["Answers", "NetworkTeacher", "SeveralTeachers", "Teacher", "as_teacher"]
 
@@ -271,10 +274,13 @@ def as_teacher(teacher: Any) -> Teacher:
         return NetworkTeacher(teacher)
     if isinstance(teacher, list | tuple):
         return SeveralTeachers(teacher)
-    raise TypeError(
-        f"teacher must be a network, a Teacher or a list of such, got {teacher!r} ({type(teacher).__name__}); "
-        "a learner's network is learn.model"
-    )
+    raise not_one_of("teacher", "a network, a Teacher or a list of such", teacher, _instead_of(teacher))
+
+
+def _instead_of(teacher: object) -> str:
+    if isinstance(teacher, str | PathLike):
+        return "; load its weights into a network: model.load_state_dict(...); cached logits: load_cached_teacher(path)"
+    return "; pass route.one_stage()" if hasattr(teacher, "one_stage") else network_in(teacher)
 
 
 def check_apart(student: nn.Module, teacher: nn.Module) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -68,10 +68,12 @@ class Flow:
     Attributes:
         norms: Weight name -> (scale, shift) names of the batch norms that read that weight's output and nothing else.
         outputs: Names of the weights that make an output of the model: no other weight comes between.
+        inputs: Names of the weights that read an input of the model: no other weight comes before.
     """
 
     norms: Mapping[str, tuple[tuple[str | None, str | None], ...]]
     outputs: frozenset[str]
+    inputs: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 def watch(model: nn.Module, inputs: tuple[Any, ...], part: nn.Module | None = None) -> Flow:
@@ -95,12 +97,21 @@ def watch(model: nn.Module, inputs: tuple[Any, ...], part: nn.Module | None = No
     for names, (weight, *others) in sources.items():  # a norm that reads anything but one weight's output belongs to none
         if weight is not None and not others and names != (None, None):
             norms[weight] = (*norms.get(weight, ()), names)
-    return Flow(norms, frozenset(_outputs(steps)))
+    return Flow(norms, frozenset(_before(step for step in steps if step.stays)), frozenset(_inputs(steps)))
 
 
-def _outputs(steps: Iterable[Step]) -> Iterator[str]:
-    """Yield the first weight on every way back from the outputs."""
-    stack = [step for step in steps if step.stays]
+def _inputs(steps: Iterable[Step]) -> Iterator[str]:
+    """Yield the weights that come first on every way from the inputs."""
+    for step in steps:
+        weights = [] if _held(step) else _weights(step)
+        read = [a for a in step.arguments if a is not None and _held(a) is None]
+        if weights and next(_before(read), None) is None:
+            yield from filter(None, weights)
+
+
+def _before(steps: Iterable[Step]) -> Iterator[str]:
+    """Yield the first weight on every way back from some steps."""
+    stack = list(steps)
     seen = set(stack)
     while stack:
         step = stack.pop()

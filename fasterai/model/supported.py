@@ -19,6 +19,7 @@ __all__ = [
     "check_model",
     "check_runs",
     "check_whole",
+    "network_in",
     "recomputed",
     "said",
     "shapes_of_inputs",
@@ -51,13 +52,28 @@ def check_model(model: object, name: str = "model", *, holds_values: bool = Fals
         ValueError: A lazy module has not been run yet, or a parameter has no values.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{name} must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
+        kind = type(model).__name__
+        raise TypeError(f"{name} must be a torch.nn.Module, got {model!r} ({kind}){network_in(model)}")
     for key, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"{name} must be initialised, got {key} without a shape; run the lazy module once on its inputs")
         if holds_values and parameter.is_meta:
             raise ValueError(f"{name} must hold its weights, got {key} on the meta device")
     return model
+
+
+def network_in(value: object) -> str:
+    """Return the repair for a learner or trainer given where its network is meant; empty for anything else.
+
+    >>> class Trainer:
+    ...     model = nn.ReLU()
+    >>> network_in(Trainer()), network_in("resnet18")
+    ('; pass trainer.model', '')
+    """
+    if not isinstance(getattr(value, "model", None), nn.Module):
+        return ""
+    kind = type(value).__name__
+    return f"; pass {'learn' if kind.endswith('Learner') else kind.lower()}.model"
 
 
 def check_whole(model: object) -> nn.Module:

@@ -30,6 +30,8 @@ from fasterai.prune.gradual import GradualPruner
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import Removal as Removal
 from fasterai.prune.removal import remove
+from fasterai.prune.scratch.found import FromScratch as FromScratch
+from fasterai.prune.scratch.search import search_from_scratch
 from fasterai.prune.small_files import load_small, save_small
 from fasterai.prune.surgery.operate import apply_plan_
 from fasterai.prune.surgery.plan import Plan as Plan
@@ -71,6 +73,7 @@ __all__ = [
     "remove",
     "remove_experts",
     "save_small",
+    "search_from_scratch",
     "without_experts",
 ]
 __all__ += _core.__all__

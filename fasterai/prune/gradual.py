@@ -270,6 +270,8 @@ class GradualPruner(ShownChannels, Participant):
             ValueError: It is no state of a `GradualPruner`, or of another model. Nothing is changed then.
         """
         plans, shapes = read_state(state)
+        if self._pruner is not None and state["pruner"]:
+            self._pruner.check_state(state["pruner"])
         if self._optimizer is not None:  # in a run, which goes on with what it has
             warn_of_settings(
                 "GradualPruner",

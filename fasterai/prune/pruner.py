@@ -245,6 +245,14 @@ class Pruner(NamesReplacements, ShownChannels):
         alone = [name for name, (_, now) in self.channels.items() if now == 1]
         return {"original": dict(self.original), "alone": alone, **self._scorer.state_dict()}
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse a saved state that lacks weights which the criterion remembers.
+
+        Raises:
+            ValueError: It does.
+        """
+        self._scorer.check_state(state)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state, with a model as small as it was then; the caller's dict is not changed."""
         alone = set(state.get("alone", ()))  # one channel alone makes no group of the small model

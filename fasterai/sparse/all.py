@@ -12,6 +12,11 @@ from fasterai.familiar import *
 from fasterai.sparse.dynamic.acdc import ACDC
 from fasterai.sparse.dynamic.regrow import SET, RigL, StaticSparse
 from fasterai.sparse.dynamic.thresholds import STR
+from fasterai.sparse.nm.sad import SAD as SAD
+from fasterai.sparse.nm.sad import sad
+from fasterai.sparse.nm.semi_structured import SemiStructured as SemiStructured
+from fasterai.sparse.nm.semi_structured import to_semi_structured
+from fasterai.sparse.nm.srste import SRSTE, STE
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.sparse.tickets.lottery import LotteryTicket
 from fasterai.sparse.tickets.rounds import find_ticket
@@ -25,7 +30,9 @@ if importlib.util.find_spec("fastai") is not None:
         RigLCallback,
         SETCallback,
         SparsifyCallback,
+        SRSTECallback,
         StaticCallback,
+        STECallback,
         STRCallback,
     )
 
@@ -37,12 +44,14 @@ else:
         RigLCallback,
         SETCallback,
         SparsifyCallback,
+        SRSTECallback,
         StaticCallback,
+        STECallback,
         STRCallback,
     )
 
 __all__ = ["HoldCallback", "LotteryTicket", "ParticipantCallback", "Sparsifier", "SparsifyCallback", "Ticket", "attach"]
-__all__ += ["find_ticket"]
+__all__ += ["SRSTE", "SRSTECallback", "STE", "STECallback", "find_ticket", "sad", "to_semi_structured"]
 __all__ += ["ACDC", "ACDCCallback", "RigL", "RigLCallback", "SET", "SETCallback", "STR", "STRCallback"]
 __all__ += ["StaticCallback", "StaticSparse"]
 __all__ += _core.__all__

@@ -44,8 +44,10 @@ def draw(study: Study, rows: Sequence[Row], conditions: str, *, shown: bool = Tr
         dress(axes, str(panel), grid="y")
     for axes in grid[len(panels) :]:
         axes.remove()
-    lines = grid[0].get_legend_handles_labels()
-    figure.legend(*lines, loc="outside lower center", ncols=min(3, max(1, len(lines[0]))), handlelength=1.2)
+    pairs = (pair for axes in grid[: len(panels)] for pair in zip(*axes.get_legend_handles_labels(), strict=True))
+    lines = {name: handle for handle, name in pairs}  # panels may have lines of their own
+    names = {"ncols": min(4, max(1, len(lines))), "handlelength": 1.2}
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", **names)
     figure.suptitle(f"{study.about}\n{conditions}", x=0.01, ha="left", fontsize=SMALL, color=QUIET)
     first: Axes = grid[0]
     return first

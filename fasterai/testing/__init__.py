@@ -9,6 +9,7 @@ To add one: a function `check_<axis>(entry)` that is run over the whole catalogu
 
 from fasterai.testing.catalogues import LAYOUTS, check_context, check_criterion, check_granularity, check_schedule
 from fasterai.testing.distillation import check_distillation_loss
+from fasterai.testing.participants import check_participant
 
 __all__ = [
     "LAYOUTS",
@@ -16,5 +17,6 @@ __all__ = [
     "check_criterion",
     "check_distillation_loss",
     "check_granularity",
+    "check_participant",
     "check_schedule",
 ]

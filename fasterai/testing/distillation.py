@@ -97,6 +97,9 @@ class _Case:
             self.with_adapter().value()
         except ValueError:
             return False
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            raise AssertionError(f"{self.where} must have a value, or be refused with a ValueError, got {said}") from error
         return True
 
     def with_adapter(self) -> _Case:

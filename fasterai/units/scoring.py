@@ -208,6 +208,19 @@ class Scorer:
             "previous": {n: w.clone() for n, w in self._previous.items()},
         }
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse a saved state that lacks remembered weights of a target.
+
+        Raises:
+            ValueError: It does; one is named.
+        """
+        for need, own in (("initial", self._initial), ("previous", self._previous)):
+            if missing := [name for name in own if name not in state[need]]:
+                raise ValueError(
+                    f"state's {need} weights must be those of all targets, which the criterion reads, got them without "
+                    f"{missing[0]}"
+                )
+
     def load_state_dict(self, state: Mapping[str, Any], targets: Sequence[Target]) -> None:
         """Load remembered weights, as copies on the targets' devices."""
         devices = {t.name: t.parameter.device for t in targets}

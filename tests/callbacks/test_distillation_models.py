@@ -24,7 +24,7 @@ import fasterai.callbacks.huggingface as for_huggingface
 import fasterai.callbacks.lightning as for_lightning
 from fasterai.distill.average import EMATeacher
 from fasterai.distill.distiller import Distiller
-from fasterai.distill.losses.logits import SoftTarget
+from fasterai.distill.losses.logits import DKD, SoftTarget
 from tests.callbacks.distilled import InOrder, Module, Net, Squares, Widened, arguments, learner, loader, teacher, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -40,10 +40,23 @@ def test_the_arguments_are_those_of_the_public_callback(adapter):
     assert callback.distiller.teacher.model is other
     assert callback.distiller.losses == [SoftTarget()]
     assert callback.distiller.weight == 0.3
-    assert repr(callback) == "<KnowledgeDistillationCallback: SoftTarget, weight 0.3>"
+    assert repr(callback) == "<KnowledgeDistillationCallback: SoftTarget(T=5.0), weight 0.3, schedule cos>"
     warm = adapter.KnowledgeDistillationCallback(other, [partial(SoftTarget, T=30), "logits"])
     assert [type(one).__name__ for one in warm.distiller.losses] == ["SoftTarget", "Logits"]
     assert warm.distiller.losses[0].T == 30 and warm.distiller.weight == 0.5
+    assert repr(warm) == "<KnowledgeDistillationCallback: SoftTarget(T=30) + Logits(), weight 0.5>"
+    own = adapter.KnowledgeDistillationCallback(other, DKD(scale=0.5), schedule=lambda position: position)
+    assert repr(own).endswith(": DKD(scale=0.5, alpha=1.0, beta=8.0, T=4.0), weight 0.5, schedule <lambda>>")
+
+
+@pytest.mark.parametrize("adapter", [for_fastai, for_lightning, for_huggingface])
+def test_another_weight_of_the_callback_is_the_distillers(adapter):
+    callback = adapter.KnowledgeDistillationCallback(teacher(), SoftTarget, weight=0.3)
+    callback.weight = 0.7
+    assert callback.weight == callback.distiller.weight == 0.7
+    with pytest.raises(ValueError, match=r"weight must be in \[0, 1\], got 4"):
+        callback.weight = 4
+    assert callback.distiller.weight == 0.7
 
 
 @pytest.mark.parametrize(

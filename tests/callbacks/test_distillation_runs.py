@@ -179,6 +179,29 @@ def test_fastai_shows_the_losses_of_the_task_and_that_of_the_distillation(tmp_pa
     assert right == pytest.approx(sum(float((student(x).argmax(1) == y).float().mean()) for x, y in loader()) / 4)
 
 
+def test_two_callbacks_have_columns_of_their_own(tmp_path):
+    learn = learner(Net(), tmp_path, lr=0.0)
+    kinds = Squares(), Squares(scale=2.0)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, cbs=[for_fastai.KnowledgeDistillationCallback(teacher(), one) for one in kinds])
+    columns = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1], strict=False))
+    assert list(columns) == ["train_loss", "valid_loss", "distill_loss", "distill_loss_2"]
+    assert columns["distill_loss_2"] == pytest.approx(2 * columns["distill_loss"])
+
+
+class Fails(Squares):
+    def __call__(self, *_: Any) -> Tensor:
+        raise RuntimeError("of a loss of one's own")
+
+
+def test_an_error_of_a_loss_names_the_callback(tmp_path):
+    learn = learner(Net(), tmp_path)
+    callback = for_fastai.KnowledgeDistillationCallback(teacher(), Fails())
+    with pytest.raises(RuntimeError, match="of a loss of one's own") as caught, learn.no_bar(), learn.no_logging():
+        learn.fit(1, cbs=callback)
+    assert "KnowledgeDistillationCallback" in str(caught.value) and "Relay" not in str(caught.value)
+
+
 def test_lightning_logs_the_loss_of_the_task_and_that_of_the_distillation(tmp_path):
     student = Net()
     callback = for_lightning.KnowledgeDistillationCallback(teacher(), Squares(), weight=0.9)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from fastai.callback.mixup import CutMix, MixUp
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
 from fastai.torch_core import TensorBase, TensorImage
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
+from fasterai.callbacks.fastai import KnowledgeDistillationCallback, SparsifyCallback
 from fasterai.callbacks.fastai_batches import batch_of, plain
 
 
@@ -54,3 +59,35 @@ def test_shares_have_the_shape_of_the_logits(shape, dim):
 def test_a_loss_without_class_numbers_has_been_mixed_by_fastai_itself():
     learn = learner(torch.tensor([0.3, 0.7]), torch.zeros(2, 1), mixing(MixUp, [0.75, 0.5], [0, 1], stacks=False))
     assert batch_of(learn, with_outputs=True).labels.tolist() == pytest.approx([0.3, 0.7])
+
+
+class Unlabelled(Dataset):
+    """Rows without labels, as a tuple of one."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return (torch.full((4,), float(i)),)
+
+
+@pytest.mark.parametrize("sort", ["distils", "sparsifies"])
+def test_batches_without_targets_are_refused(sort, tmp_path):
+    """fastai takes no step with them: whatever was asked would not have been done."""
+    data = DataLoader(Unlabelled(), 4)
+    model = nn.Sequential(nn.Linear(4, 3))
+    learn = Learner(DataLoaders(data, data), model, loss_func=nn.CrossEntropyLoss(), path=tmp_path)
+    other = copy.deepcopy(model)
+    callback = (
+        KnowledgeDistillationCallback(other, "SoftTarget")
+        if sort == "distils"
+        else SparsifyCallback(0.5, "weight", "local", "large_final", "lin")
+    )
+    message = (
+        r"dls must give batches of inputs and targets, got 1 input alone, with which fastai takes no step; give the data set"
+    )
+    with pytest.raises(ValueError, match=message):
+        learn.fit(1, cbs=callback)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert not model[0]._forward_hooks and len(learn.opt.all_params()) == 2
+    assert not [one for one in learn.cbs if "Relay" in type(one).__name__]

@@ -2,6 +2,7 @@
 
 import pytest
 
+import fasterai.callbacks.fastai as for_fastai
 from fasterai.callbacks import missing
 
 
@@ -9,3 +10,7 @@ from fasterai.callbacks import missing
 def test_each_callback_names_the_extra(name):
     with pytest.raises(ImportError, match=rf"{name} needs fastai: pip install '\.\[fastai\]' in a checkout"):
         getattr(missing, name)(0.5, "weight")
+
+
+def test_each_callback_of_fastai_has_one():
+    assert sorted(missing.__all__) == sorted(for_fastai.__all__)

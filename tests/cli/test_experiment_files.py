@@ -67,7 +67,7 @@ def test_checkpoints_of_other_content(tmp_path: Path, monkeypatch: pytest.Monkey
     whole = torch.load(path, weights_only=True)
     counts = {"refused": 0, "went on": 0}
     for i, (what, changed) in enumerate(mutants(whole, 3)):
-        if i % 2:  # half of them, for the time that it takes
+        if i % 4:  # a quarter of them, for the time that it takes
             continue
         torch.save(changed, path)
         if told(lambda: compare(make_job(tmp_path)), what):
@@ -75,7 +75,7 @@ def test_checkpoints_of_other_content(tmp_path: Path, monkeypatch: pytest.Monkey
         else:
             (tmp_path / "report.json").unlink()
             counts["went on"] += 1
-    assert counts["refused"] > 100, counts
+    assert counts["refused"] > 60, counts
     assert counts["went on"] < counts["refused"] / 2, counts
 
 

@@ -342,6 +342,7 @@ ALIKE = {
     ("sparse/masked.py", "save_model"): "hands it on",
     ("sparse/tickets/rounds.py", "run"): "hands it on to Ticket.save",
     ("study/engine.py", "run"): "hands it on to Result.save",
+    ("testing/participants.py", "saved"): "makes bytes in memory",
 }
 
 

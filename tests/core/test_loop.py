@@ -423,6 +423,9 @@ class Broken(Participant):
     def metrics(self):
         return self._fail("metrics", {})
 
+    def after_skip(self):
+        self._fail("after_skip")
+
     def on_fit_end(self, completed):
         self._fail("on_fit_end")
 
@@ -436,6 +439,8 @@ def run_through(loop):
     loop.after_loss(torch.ones(()), batch)
     loop.after_backward()
     loop.before_step()
+    loop.skip_step()
+    loop.before_step()
     loop.after_step()
     loop.metrics()
     loop.end(True)
@@ -446,6 +451,29 @@ def test_an_error_of_a_participant_says_whose_it_is(event):
     with pytest.raises(KeyError, match="inside") as caught:
         run_through(Loop([Broken(event)]))
     assert caught.value.__notes__ == [f"raised in {event} of the participant Broken"]
+
+
+def test_a_step_is_skipped_once_and_only_if_it_was_announced():
+    class Skips(Participant):
+        count = 0
+
+        def after_skip(self):
+            self.count += 1
+
+    skips = Skips()
+    loop = Loop([skips])
+    loop.start(Fit(total_steps=2))
+    loop.settle()
+    loop.skip_step()
+    assert skips.count == 0
+    loop.before_step()
+    loop.settle()
+    loop.settle()
+    assert skips.count == 1 and loop.step == 0
+    loop.before_step()
+    loop.after_step()
+    loop.settle()
+    assert skips.count == 1 and loop.step == 1
 
 
 class Deaf(Diary):

@@ -171,6 +171,8 @@ def test_outputs_without_logits_are_refused():
     for outputs in (None, {"loss": torch.ones(1)}, (1, 2)):
         with pytest.raises(ValueError, match="outputs must be a tensor, or have one of logits, got "):
             _ = Batch(outputs=outputs).logits
+    with pytest.raises(ValueError, match="got a dict of scores, loss; return the logits under 'logits'"):
+        _ = Batch(outputs={"scores": torch.ones(1), "loss": torch.ones(1)}).logits
 
 
 def test_labels():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from fasterai.distill.capture import Capture, copied, find_layers, is_compiled, tensor_of
+from fasterai.distill.capture import Capture, copied, find_layers, is_compiled, tensor_of, unknown_layer
 from tests.distill.nets import Named, X, hooks, net
 
 
@@ -37,15 +37,34 @@ def test_a_module_under_two_names_is_found_by_both():
         (
             ["model.O"],
             ValueError,
-            r"activations_student must be layers of the model model, model.0, .*, got 'model.O'; did you mean 'model.",
+            r"activations_student must be layers of the model: model, model.0, .*, got 'model.O'; did you mean 'model.",
         ),
         ([nn.Linear(2, 2)], ValueError, "activations_student must be layers of the model, got a Linear that is none of its; "),
         ([3], TypeError, r"activations_student must be names of layers or modules, got 3 \(int\)"),
+        ("model.0", TypeError, r"activations_student must be a list of layers, got 'model.0'; pass \['model.0'\]"),
+        (nn.ReLU(), TypeError, r"activations_student must be a list of layers, got ReLU\(\); pass \[ReLU\(\)\]"),
     ],
 )
 def test_unknown_layers_are_refused(layers, error, message):
     with pytest.raises(error, match=message):
         find_layers("activations_student", Named(), layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "hint"),
+    [
+        ("b3", ["b1", "b2", "head"], "did you mean 'b2' or 'b1'?"),
+        ("blok2", ["b1", "b2", "head"], "did you mean 'b2'?"),
+        ("model.b2", ["b1", "b2", "head"], "did you mean 'b2'?"),
+        ("net.body.b2", ["body", "body.b2", "b2"], "did you mean 'body.b2'?"),
+        ("conv", ["a", "a.conv", "b", "b.conv"], "did you mean 'a.conv' or 'b.conv'?"),  # several parts have it
+        ("konv2", ["stage.first.conv1", "stage.first.relu"], "did you mean 'stage.first.conv1'?"),
+        ("xyz", ["b1", "head"], "get_model_layers(model) lists them"),
+    ],
+)
+def test_the_closest_layers_are_named(name, known, hint):
+    error = str(unknown_layer("layers", name, ["", *known]))
+    assert error == f"layers must be layers of the model: {', '.join(known)}, got {name!r}; {hint}"
 
 
 def test_outputs_come_in_the_order_of_the_layers_and_one_may_stand_twice():

@@ -103,6 +103,13 @@ def test_the_schedule_is_at_the_position_of_the_step_under_way_for_all_of_its_ba
         Run(Distiller(teacher(), Distance(), schedule=lambda position: 1.5)).loss(0)
 
 
+def test_an_error_of_the_teacher_says_that_it_is_its():
+    run = Run(Distiller(nn.Sequential(nn.Flatten(), nn.Linear(5, CLASSES)), Distance()))
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as caught:
+        run.loss(0)
+    assert "raised while the teacher answered, <NetworkTeacher: Sequential>" in caught.value.__notes__
+
+
 @pytest.mark.parametrize("output", [lambda x: x, lambda x: (x, 1), lambda x: {"logits": x}])
 def test_results_of_any_kind_and_several_inputs(output):
     """D-K5; and D-K4: the student has an attribute called `model`."""

@@ -65,6 +65,11 @@ def test_layers_without_maps_are_refused(layer, message):
         attention_maps(model, X, [layer])
 
 
+def test_one_layer_for_a_list_of_them_is_refused():
+    with pytest.raises(TypeError, match=r"layers must be a list of layers, got '10'; pass \['10'\]"):
+        attention_maps(network(), X, "10")
+
+
 def test_cosines_by_hand():
     ones, half = torch.ones(2, 2, 2), torch.tensor([[[1.0, 0], [0, 0]], [[0, 2], [2, 0]]])
     torch.testing.assert_close(cosines(ones, half), torch.tensor([0.5, 2**-0.5]))

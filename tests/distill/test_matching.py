@@ -205,5 +205,5 @@ def test_names_of_layers():
 
 
 def test_an_unknown_layer_is_answered_with_the_near_one():
-    with pytest.raises(ValueError, match=r"access_string must be layers of the model .*got 'layer3'; did you mean 'layer"):
+    with pytest.raises(ValueError, match=r"access_string must be layers of the model: .*got 'layer3'; did you mean 'layer"):
         get_module_by_name(Residual(4, 0), "layer3")

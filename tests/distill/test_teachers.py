@@ -7,9 +7,16 @@ import pickle
 
 import pytest
 import torch
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from fasterai.core.batch import Batch
+from fasterai.distill.cache.caching import cache_teacher
+from fasterai.distill.maps import attention_maps
+from fasterai.distill.matching import match_feature_layers
+from fasterai.distill.routes.route import Route
 from fasterai.distill.teachers import NetworkTeacher, SeveralTeachers, Teacher, as_teacher
 from tests.distill.nets import CLASSES, Named, X, Y, hooks, net
 
@@ -239,12 +246,43 @@ def test_what_can_be_a_teacher():
     several = SeveralTeachers([one])
     assert as_teacher(several) is several and isinstance(as_teacher(net()), Teacher)
     assert as_teacher(one).model is one.model
-    with pytest.raises(TypeError, match=r"teacher must be a network, a Teacher or a list of such, got 3 \(int\); a learner's"):
+    with pytest.raises(TypeError, match=r"teacher must be a network, a Teacher or a list of such, got 3 \(int\)$"):
         as_teacher(3)
+    with pytest.raises(TypeError, match=r"got 'net.pth' \(str\); load its weights into a network: model.load_state_dict"):
+        as_teacher("net.pth")
+    with pytest.raises(TypeError, match=r"got <Route: 1 anchor, .* \(Route\); pass route.one_stage\(\)"):
+        as_teacher(Route.from_checkpoints([net()]))
     with pytest.raises(ValueError, match="teacher must be a network or several, got none"):
         as_teacher([])
     with pytest.raises(ValueError, match="state must be of 2 teachers, got 1"):
         SeveralTeachers([net(), net()]).check_state({"teachers": [{}]})
+
+
+class Trainer:
+    """As that of Hugging Face."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+
+@pytest.mark.parametrize(("kind", "word"), [(Learner, "learn"), (Trainer, "trainer")])
+def test_a_learner_for_its_network_is_refused_with_the_repair(kind, word, tmp_path):
+    data = DataLoader(TensorDataset(X[0], Y[0]), 6)
+    given = Learner(DataLoaders(data, data), net(), loss_func=nn.CrossEntropyLoss()) if kind is Learner else Trainer(net())
+    state = net().state_dict()
+    for argument, call in {
+        "teacher": lambda: as_teacher(given),
+        "student": lambda: match_feature_layers(given, net(), X[0]),
+        "teacher must be a torch.nn.Module": lambda: match_feature_layers(net(), given, X[0]),
+        "model must be a torch.nn.Module": lambda: attention_maps(given, X[0], ["0"]),
+        "teacher must be a network": lambda: cache_teacher(given, data, tmp_path / "cache.safetensors"),
+        "model must be the teacher's network": lambda: Route.from_checkpoints([state], given),
+        "checkpoints": lambda: Route.from_checkpoints([given]),
+        "student must be": lambda: Route.from_checkpoints([net()]).distil(print, given),
+    }.items():
+        with pytest.raises(TypeError, match=rf"^{argument}.* \({kind.__name__}\); pass {word}\.model$"):
+            call()
+    assert not list(tmp_path.iterdir())
 
 
 def test_it_can_be_copied_in_a_run():

@@ -157,6 +157,27 @@ def test_norms_and_outputs_are_read_off_the_graph(make, flow, training):
     assert seen.outputs == flow.outputs
 
 
+INPUTS = {
+    "registered crosswise": {"c1.weight"},
+    "residual": {"c1.weight"},
+    "one norm after two convolutions": {"c1.weight", "c2.weight"},
+    "a norm before the convolution": {"c1.weight"},
+    "transposed and grouped": {"0.weight"},
+    "two outputs in a dict": {"c1.weight"},
+    "an attention layer": {"1.self_attn.in_proj_weight"},
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_the_weights_that_read_an_input_come_first_on_every_way(name):
+    assert watch(FLOWS[name][0](), (X,)).inputs == INPUTS[name]
+
+
+def test_linear_layers_and_a_second_input_that_joins_later():
+    model = Net(lambda m, x, z: m.c(m.a(x) + m.b(z)), a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 2))
+    assert watch(model, (torch.zeros(1, 4), torch.zeros(1, 4))).inputs == {"a.weight", "b.weight"}
+
+
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
 def test_names_are_those_inside_wrappers(wrap):
     make, flow = FLOWS["registered crosswise"]

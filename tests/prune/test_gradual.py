@@ -659,6 +659,24 @@ def test_another_state_is_refused(spoil, message):
     assert widths(fresh.model) == [10]
 
 
+@pytest.mark.parametrize(("criterion", "part"), [("movement", "initial"), ("updating_movement", "previous")])
+@pytest.mark.parametrize("gone", [1, 2])
+def test_a_state_without_a_remembered_weight_is_refused_before_anything_goes(criterion, part, gone):
+    model = net()
+    pruner = gradual(model, criteria=criterion)
+    with attach(adam(model), pruner, total_steps=4, model=model):
+        state = pruner.state_dict()
+        names = list(state["pruner"][part])[:gone]
+        changed = {
+            **state,
+            "pruner": {**state["pruner"], part: {n: x for n, x in state["pruner"][part].items() if n not in names}},
+        }
+        with pytest.raises(ValueError, match=f"state's {part} weights must be those of all targets, .* without {names[0]}"):
+            pruner.load_state_dict(changed)
+        assert widths(model) == [10]
+        pruner.load_state_dict(state)
+
+
 @pytest.mark.parametrize("other", [net(7), net(4), deep()])
 def test_a_state_of_another_model_is_refused(other):
     model = net()

@@ -28,6 +28,7 @@ from fasterai.sparse.ranks import _is_users
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.units.rules import DropAndGrow
 from tests.beside import Beside, waits_for
+from tests.participants import PARTICIPANTS
 
 ROOT = Path(__file__).parents[2]
 X = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
@@ -203,6 +204,35 @@ def sharded(rank: int) -> dict[str, Any]:
     return found
 
 
+#: Participants that train the model, in the table of all.
+TOGETHER = ("SRSTE", "STE", "RigL", "SET", "StaticSparse", "ACDC", "STR", "TernaryTraining", "Regularizer, proximal")
+
+
+def together(rank: int) -> dict[str, Any]:
+    """Train each participant with own data under DDP; return what the model shows, and the participant's state."""
+    found = {}
+    for name in TOGETHER:
+        torch.manual_seed(0)
+        model = DistributedDataParallel(
+            nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+        )
+        participant = PARTICIPANTS[name](model)
+        torch.manual_seed(10 + rank)
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        with attach(optimizer, participant, total_steps=4, model=model):
+            for _ in range(4):
+                optimizer.zero_grad()
+                F.cross_entropy(model(torch.randn(8, 8)), torch.arange(8) % 4).backward()
+                optimizer.step()
+        state = participant.state_dict()
+        found[name] = {"shown": dict(model.module.named_parameters()), **{n: v for n, v in state.items() if n in PARTS}}
+    return found
+
+
+#: Parts of states that have to be equal in all processes.
+PARTS = ("latent", "keep", "s")
+
+
 def work(rank: int, folder: str) -> None:
     """Run everything as one of two processes, and write down what came of it."""
     torch.set_num_threads(1)
@@ -210,9 +240,8 @@ def work(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=200))
     found: dict[str, Any] = {f"bare {name}": trained(rank, criterion_of(name), wrap=False) for name in BARE}
     found |= {f"wrapped {name}": trained(rank, criterion_of(name), wrap=True) for name in WRAPPED}
-    found |= {
-        one.__name__: one(rank) for one in (features, uneven, uneven_by_movement, failing, sharded, regrown, uneven_by_data)
-    }
+    more = (features, uneven, uneven_by_movement, failing, sharded, regrown, uneven_by_data, together)
+    found |= {one.__name__: one(rank) for one in more}
     torch.save(found, Path(folder) / f"{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
@@ -464,6 +493,15 @@ def test_what_grows_by_data_is_agreed_on_as_well(one_process, monkeypatch):
         groups.clear()
 
 
+@pytest.mark.parametrize("name", TOGETHER)
+def test_participants_show_the_same_and_have_the_same_latent_weights_and_masks(both, name):
+    first, second = both[0]["together"][name], both[1]["together"][name]
+    assert len(first) == (1 if name.startswith("Regularizer") else 2 + (name in ("SRSTE", "STE", "STR")))
+    for part in first:
+        assert first[part].keys() == second[part].keys() and first[part]
+        assert all(torch.equal(first[part][n], second[part][n]) for n in first[part]), part
+
+
 @pytest.mark.parametrize("criterion", [getattr(criteria, name) for name in criteria.__all__])
 def test_the_catalogue_is_alike_where_it_reads_weights_alone(criterion):
     assert not _is_users(criterion)
@@ -486,4 +524,4 @@ def test_a_function_of_the_users_may_draw_numbers(criterion, users):
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(work, (sys.argv[1],), nprocs=2)
+    torch.multiprocessing.start_processes(work, (sys.argv[1],), nprocs=2, start_method="fork")  # two imports less

@@ -158,6 +158,11 @@ def test_features_too() -> None:
         check_distillation_loss(Flat(), [((2, 3, 4, 4), (2, 3, 4, 4))])
 
 
+def test_an_error_of_torch_for_a_shape_is_found() -> None:
+    with pytest.raises(AssertionError, match=r"must have a value, or be refused with a ValueError, got RuntimeError: .*mat1"):
+        check_distillation_loss(broken(lambda _, s, t, y: (s @ t).sum(1)))
+
+
 def test_what_takes_no_shape_is_found() -> None:
     @dataclass(frozen=True)
     class Never(FeatureLoss):

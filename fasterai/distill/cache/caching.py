@@ -23,6 +23,7 @@ from fasterai.distill.cache.rows import DTYPES, RowForm
 from fasterai.distill.teachers import NetworkTeacher, Teacher
 from fasterai.model.names import unwrap
 from fasterai.model.snapshots import sum_of
+from fasterai.model.supported import network_in
 
 __all__ = ["cache_teacher"]
 
@@ -80,7 +81,7 @@ def cache_teacher(
 def _asked(teacher: nn.Module | Teacher, dtype: torch.dtype, top_k: int | None) -> tuple[str, int | None]:
     names = {kind: name for name, kind in DTYPES.items()}
     if not isinstance(teacher, nn.Module | Teacher) or isinstance(teacher, CachedTeacher):
-        raise not_one_of("teacher", "a network", teacher)
+        raise not_one_of("teacher", "a network", teacher, network_in(teacher))
     moves = isinstance(teacher, Teacher) and any(getattr(type(teacher), n) is not getattr(Teacher, n) for n in MOVES)
     if moves:
         raise ValueError(f"teacher must stay as it is in training, got a {type(teacher).__name__}, which follows the run")

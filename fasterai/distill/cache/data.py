@@ -61,11 +61,27 @@ def source_of(data: Any, batch_size: int) -> Source:
     if isinstance(data, Dataset) or type(data).__module__.partition(".")[0] == "datasets":
         data = DataLoader(data, batch_size=batch_size)
     if isinstance(data, DataLoader):
-        return _of_loader(data, as_batch)
+        return _of_loader(data, _batch)
     if not isinstance(data, Iterable) or isinstance(data, str) or type(data).__module__.startswith("fastai."):
         raise not_one_of("data", "a loader, a data set, an iterable of batches or tensors", data)
     count = len(data) if isinstance(data, Sized) else None
-    return Source(lambda: map(as_batch, data), None, count, repeats=iter(data) is not data)
+    return Source(lambda: map(_batch, data), None, count, repeats=iter(data) is not data)
+
+
+def _batch(item: Any) -> Batch:
+    """Return a batch, or refuse a row of a data set of texts, or rows that nobody has padded.
+
+    Raises:
+        TypeError: It is one: a list stands where a tensor is meant.
+    """
+    batch = as_batch(item)
+    bare = next((name for name, x in batch.keywords.items() if isinstance(x, list)), None)
+    if bare is not None:
+        raise TypeError(
+            f"data must give batches of tensors, got a list under {bare}; pass DataLoader(data, batch_size=64, collate_fn=...) "
+            "with what pads and stacks rows, such as DataCollatorWithPadding(tokenizer)"
+        )
+    return batch
 
 
 def _of_tensors(whole: Batch, batch_size: int) -> Source:

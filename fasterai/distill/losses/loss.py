@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.core.batch import Batch
-from fasterai.core.checks import check_number
+from fasterai.core.checks import check_number, warn
 
 __all__ = ["Adapter", "FeatureLoss", "LogitLoss", "Loss", "as_rows", "labels_as_rows"]
 
+#: The label of what torch's cross-entropy leaves out.
+PADDING = -100
 #: What the functions of the public fasterai are called with: the logits, the features, the labels.
 TENSORS = ("pred", "teacher_pred", "fm_s", "fm_t", "target")
 
@@ -84,6 +86,13 @@ class Loss(ABC):
         """Return the labels that the loss is called with."""
         return batch.labels
 
+    def check_run(self, student: nn.Module, batch: Batch) -> None:
+        """Look at the student and the first batch of a run, which may say that the loss is not meant for them.
+
+        Raises:
+            ValueError: It is not.
+        """
+
     def _check_labels(self, labels: object) -> None:
         if self.needs_labels and labels is None:
             repair = "batches must have targets; in a loop of your own, pass them to handle.loss"
@@ -101,6 +110,14 @@ class LogitLoss(Loss):
 
     least_classes: ClassVar[int] = 2
     is_outermost: ClassVar[bool] = False
+
+    def check_run(self, student: nn.Module, batch: Batch) -> None:
+        """Warn of labels that leave tokens out, which the mean over rows counts all the same."""
+        labels, shape = batch.labels, batch.logits.shape
+        are_of_tokens = isinstance(labels, Tensor) and len(shape) == 3 and labels.shape == shape[:2]
+        if are_of_tokens and not self.is_outermost and bool((labels == PADDING).any()):
+            name = type(self).__name__
+            warn(f"{name} counts the tokens whose label is {PADDING}, too, such as padding; Tokens({name}(...)) does not")
 
     def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the loss, a scalar in float32: the mean over rows, which are samples, tokens or places.

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasterai.core.batch import Batch
 from fasterai.core.checks import check_count
@@ -25,6 +25,9 @@ from fasterai.distill.losses.logits import SoftTarget, check_inner
 from fasterai.distill.losses.loss import LogitLoss, as_rows, check_shapes, labels_as_rows
 
 __all__ = ["Tokens"]
+
+#: Ends of the names of Transformers' classes whose logits stand at their labels.
+AT_LABELS = ("ForMaskedLM", "ForTokenClassification")
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,19 @@ class Tokens(LogitLoss):
             out = torch.cat([out[:, :1], out[:, 1:] | out[:, :-1]], 1)
         return labels.masked_fill(out, self.ignore)
 
+    def check_run(self, student: nn.Module, batch: Batch) -> None:
+        """Refuse a shift for a student of Transformers whose logits stand at their labels.
+
+        Raises:
+            ValueError: It is one.
+        """
+        kind = next((type(one).__name__ for one in student.modules() if self.shift and _stands_at_labels(one)), None)
+        if kind is not None:
+            raise ValueError(
+                f"shift must be False for a {kind}, whose logits stand at their labels, got {self!r}; pass "
+                "Tokens(..., shift=False)"
+            )
+
     def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the loss, a scalar in float32: the mean over the tokens that count, 0 if there are none.
 
@@ -139,6 +155,12 @@ class Tokens(LogitLoss):
             return found
         others = logits.scatter(1, there, -torch.inf).logsumexp(1, keepdim=True)
         return torch.cat([found, others], 1)
+
+
+def _stands_at_labels(model: nn.Module) -> bool:
+    """Tell if a model of Transformers has a decoder beside its encoder, or says masked words or a class of each token."""
+    config = getattr(model, "config", None)
+    return getattr(config, "is_encoder_decoder", False) is True or type(model).__name__.endswith(AT_LABELS)
 
 
 def _only(logits: Tensor, counts: Tensor) -> Tensor:

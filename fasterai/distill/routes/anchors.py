@@ -6,6 +6,7 @@ import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasterai.core.checks import not_one_of
 from fasterai.display import Brief
 from fasterai.model.names import plain_name, unwrap
+from fasterai.model.supported import network_in
 
 __all__ = ["Anchor", "find_files", "fit_tensors", "load_anchor_"]
 
@@ -65,7 +68,8 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"checkpoints must be files of weights, got {path} ({error})") from error
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with _fastai_lists():
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError:
         raise
     except Exception as error:  # a broken or foreign file can fail in any of zip, pickle and torch
@@ -74,6 +78,15 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
             f"({type(error).__name__}); write them by torch.save(model.state_dict(), path)"
         ) from error
     return _inside(found, str(path))
+
+
+def _fastai_lists() -> AbstractContextManager[object]:
+    """Let `torch.load` read the plain list of fastcore in which fastai's `learn.save` writes the optimizer."""
+    try:
+        from fastcore.foundation import L
+    except ImportError:
+        return nullcontext()
+    return torch.serialization.safe_globals([L])
 
 
 def _inside(found: Any, what: str) -> Mapping[str, Tensor]:
@@ -188,4 +201,4 @@ def as_anchor(given: Any, number: int) -> Anchor:
         return Anchor(path.name, path)
     if isinstance(given, Mapping | nn.Module):
         return Anchor(f"anchor {number}", given)
-    raise TypeError(f"checkpoints must be paths, state dicts or networks, got {given!r} ({type(given).__name__})")
+    raise not_one_of("checkpoints", "paths, state dicts or networks", given, network_in(given))

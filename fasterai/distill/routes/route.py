@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fasterai.core.batch import Batch
-from fasterai.core.checks import check_count, check_fraction
+from fasterai.core.checks import check_count, check_fraction, not_one_of
 from fasterai.core.saved import check_parts, settings_in_words, whole
 from fasterai.display import Shown, Table, counted, one_line
 from fasterai.distill.distiller import Distiller
@@ -21,6 +21,7 @@ from fasterai.distill.routes.hardness import Greedy, check_data, held_out_batche
 from fasterai.distill.routes.result import RouteResult
 from fasterai.distill.routes.stages import Journey, Train
 from fasterai.distill.teachers import Answers, NetworkTeacher, Teacher
+from fasterai.model.supported import network_in
 
 __all__ = ["Route", "RouteTeacher"]
 
@@ -49,7 +50,7 @@ class Route(Shown):
         if model is None and not all(isinstance(one.source, nn.Module) for one in anchors):
             raise TypeError("model must be the teacher's network, for checkpoints that are no networks themselves, got None")
         if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"model must be the teacher's network, got {model!r} ({type(model).__name__})")
+            raise not_one_of("model", "the teacher's network", model, network_in(model))
         if model is not None:
             check_anchors(anchors, model)
         self.anchors, self.model = tuple(anchors), model
@@ -180,7 +181,7 @@ class Route(Shown):
         if not callable(train):
             raise TypeError(f"train must be a function (student, participants), got {train!r} ({type(train).__name__})")
         if not isinstance(student, nn.Module):
-            raise TypeError(f"student must be a torch.nn.Module, got {student!r} ({type(student).__name__})")
+            raise not_one_of("student", "a torch.nn.Module", student, network_in(student))
         if choose is not None and not isinstance(choose, Greedy):
             raise TypeError(f"choose must be Greedy(delta, data) or None, got {choose!r} ({type(choose).__name__})")
         for name in options:

@@ -148,9 +148,9 @@ def fit_budget(
             names; or the budget is of MACs, and the model does not multiply anything.
     """
     everything = _everything(graph)
-    if budget.share == 1:
-        return everything
     dense = model if dense is None else dense
+    if budget.share == 1 and not _is_larger(model, dense):
+        return everything
     macs = _remembered(macs_left(model, graph, inputs, dense, dense_inputs))
     if budget.macs is not None and not macs(everything):
         raise ValueError(f"macs must be left out for a model without multiplications, got {budget.macs}; pass params")
@@ -189,6 +189,10 @@ def least_left(
     macs = _remembered(macs_left(model, graph, inputs, dense, dense_inputs))
     fixed = _indispensable(macs, everything, least)
     return _counted(model, graph, inputs, budget, dense, macs, dense_inputs)(_but(fixed, everything, least))
+
+
+def _is_larger(model: nn.Module, dense: nn.Module) -> bool:
+    return sum(p.numel() for p in model.parameters()) > sum(p.numel() for p in dense.parameters())
 
 
 def _everything(graph: ChannelGraph) -> Kept:

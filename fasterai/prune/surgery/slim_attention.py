@@ -37,6 +37,15 @@ class SlimMultiheadAttention(nn.Module):
         self.in_proj_weight: nn.Parameter | None
         self.in_proj_bias: nn.Parameter | None
 
+    def reset_parameters(self) -> None:
+        """Draw the projections anew, as `nn.MultiheadAttention` does."""
+        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            if (weight := self._parameters.get(name)) is not None:
+                nn.init.xavier_uniform_(weight)
+        for bias in (self.in_proj_bias, self.out_proj.bias):
+            if isinstance(bias, Tensor):
+                nn.init.zeros_(bias)
+
     def forward(
         self,
         query: Tensor,

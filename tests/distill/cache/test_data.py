@@ -128,3 +128,13 @@ def test_random_generators_are_as_before():
     assert torch.equal(generator.get_state(), before[1])
     assert random.getstate() == before[2]
     assert (np.random.get_state()[1] == before[3]).all()
+
+
+@pytest.mark.parametrize("kind", ["rows", "loader"])
+def test_rows_of_lists_that_nobody_has_stacked_are_refused(kind: str):
+    rows: Any = [{"input_ids": [1, 2, 3], "labels": 0}, {"input_ids": [4, 5, 6], "labels": 1}]
+    source = source_of(rows if kind == "rows" else DataLoader(rows, batch_size=2), 2)
+    with pytest.raises(
+        TypeError, match=r"data must give batches of tensors, got a list under input_ids; pass DataLoader\(data, "
+    ):
+        next(source.batches())

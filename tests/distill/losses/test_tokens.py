@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -216,6 +217,19 @@ def test_gpt_by_hand_over_the_tokens_that_are_predicted(gpts: tuple[nn.Module, n
     assert float(value) == pytest.approx(wanted, rel=1e-4)
 
 
+def test_gpt_a_loss_that_counts_padding_warns(gpts: tuple[nn.Module, nn.Module]) -> None:
+    labels = torch.full((2, 5), 3)
+    batch = {"input_ids": labels, "labels": labels}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distilled(gpts, Mutual(), batch)
+        distilled(gpts, Tokens(Mutual()), {**batch, "labels": labels.index_fill(1, torch.tensor([4]), -100)})
+    with pytest.warns(
+        UserWarning, match=r"Mutual counts the tokens whose label is -100, too, .*; Tokens\(Mutual\(...\)\) does not"
+    ):
+        distilled(gpts, Mutual(), {**batch, "labels": labels.index_fill(1, torch.tensor([4]), -100)})
+
+
 def test_gpt_the_mask_stands_in_for_labels_that_leave_nothing_out(gpts: tuple[nn.Module, nn.Module]) -> None:
     batch = sentences(3)
     wanted, _ = distilled(gpts, Tokens(DKD()), batch)
@@ -244,6 +258,10 @@ def test_t5_labels_stand_at_their_logits() -> None:
         batch.pop(name, None)
         value, _ = distilled((made[0], made[1]), Tokens(Mutual(), shift=False), batch)
         assert float(value) == pytest.approx(wanted, rel=1e-4)
+    with pytest.raises(
+        ValueError, match=r"shift must be False for a T5For\w+, whose logits stand at their labels, got Tokens\("
+    ):
+        distilled((made[0], made[1]), Tokens(), batch)
 
 
 def test_bert_learns_at_its_masked_words_alone() -> None:
@@ -262,6 +280,8 @@ def test_bert_learns_at_its_masked_words_alone() -> None:
     wanted = (kl(student[0, 1], teacher[0, 1]) + kl(student[1, 4], teacher[1, 4])) / 2
     value, _ = distilled((made[0], made[1]), Tokens(Mutual(), shift=False), batch)
     assert float(value) == pytest.approx(wanted, rel=1e-3)
+    with pytest.raises(ValueError, match=r"shift must be False for a BertForMaskedLM, .* pass Tokens\(..., shift=False\)"):
+        distilled((made[0], made[1]), Tokens(), batch)
     # without labels, all words that the mask leaves count
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     loss = Tokens(Mutual(), shift=False)

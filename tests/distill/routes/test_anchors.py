@@ -2,11 +2,16 @@
 
 import pytest
 import torch
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from fasterai.distill.routes.anchors import Anchor, as_anchor, find_files, fit_tensors, load_anchor_
-from tests.route_nets import Net, anchors, teacher
+from fasterai.distill.routes.route import Route
+from tests.route_nets import Net, X, Y, anchors, teacher
 
 STATE = anchors(1)[0]
 
@@ -35,6 +40,18 @@ def test_files_of_trainers_are_read(name, zipped, tmp_path):
     tolerance = 1e-3 if name == "half.pt" else 0.0
     for key, x in model.state_dict().items():
         assert torch.allclose(x, STATE[key], atol=tolerance, rtol=0), key
+
+
+@pytest.mark.parametrize("with_opt", [True, False])
+def test_what_a_learner_saves_is_read(with_opt, tmp_path):
+    data, trained = DataLoader(TensorDataset(X, Y), 16), teacher(3)
+    learn = Learner(DataLoaders(data, data), trained, loss_func=CrossEntropyLossFlat(), path=tmp_path)
+    learn.logger = lambda row: None
+    learn.fit(1)
+    path = learn.save("anchor", with_opt=with_opt)
+    found = Route.from_checkpoints([path], Net(8)).load(0).state_dict()
+    assert all(torch.equal(x, found[name]) for name, x in trained.state_dict().items())
+    assert not [one for one in torch.serialization.get_safe_globals() if "fastcore" in str(one)], "as before"
 
 
 def test_safetensors_and_folders_of_hugging_face_are_read(tmp_path):

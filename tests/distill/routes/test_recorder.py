@@ -7,16 +7,22 @@ import sys
 import textwrap
 from pathlib import Path
 
+import fastai.callback.schedule  # noqa: F401 - gives learners fine_tune
 import pytest
 import torch
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from torch.utils.data import DataLoader, TensorDataset
 
+from fasterai.callbacks.fastai import ParticipantCallback
 from fasterai.callbacks.plain import attach
 from fasterai.core.loop import Participant
 from fasterai.distill.routes.recorder import RouteRecorder
 from fasterai.distill.routes.route import Route
 from tests.callbacks.test_own_method import BATCHES, EPOCHS, FRAMEWORKS
 from tests.callbacks.test_own_method import Net as FrameworkNet
-from tests.route_nets import Net, student, train
+from tests.route_nets import Net, X, Y, student, train
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -151,7 +157,61 @@ def test_copies_and_states(tmp_path):
     recorder = RouteRecorder(tmp_path, every=2)
     assert repr(copy.deepcopy(recorder)) == repr(recorder)
     assert repr(recorder) == f"<RouteRecorder: every 2 epochs, 0 anchors in {tmp_path.name}/>"
-    assert recorder.state_dict() == {}
+    recorder.load_state_dict({})  # of earlier versions
+    assert recorder.state_dict() == {"steps": 0, "epochs": 0.0}
+    for state, error, message in [
+        ({"steps": -1}, ValueError, "state's steps must be at least 0, got -1"),
+        ({"epochs": "2"}, TypeError, "state's epochs must be a number"),
+    ]:
+        with pytest.raises(error, match=message):
+            recorder.load_state_dict(state)
+    assert recorder.state_dict() == {"steps": 0, "epochs": 0.0}
+
+
+def fastai_learner(model, folder):
+    data = DataLoader(TensorDataset(X, Y), 8)
+    learn = Learner(DataLoaders(data, data), model, loss_func=CrossEntropyLossFlat(), path=folder)
+    learn.splitter = lambda m: [[*m.first.parameters()], [*m.norm.parameters(), *m.last.parameters()]]
+    return learn
+
+
+def test_fine_tune_is_one_route(tmp_path):
+    model, recorder = student(), RouteRecorder(tmp_path / "route")
+    with fastai_learner(model, tmp_path).no_bar() as learn, learn.no_logging():
+        learn.fine_tune(2, freeze_epochs=1, cbs=ParticipantCallback(recorder))  # two fits, of 1 and of 2 epochs
+    found = [torch.load(path, weights_only=True) for path in recorder.files]
+    assert names(recorder.folder) == [f"step_{step:08}.pt" for step in (4, 8, 12)]
+    assert [(one["step"], one["epochs"], one["total_steps"]) for one in found] == [(4, 1.0, 4), (8, 2.0, 12), (12, 3.0, 12)]
+    assert torch.equal(found[-1]["state_dict"]["first.weight"], model.first.weight)
+    assert not torch.equal(found[0]["state_dict"]["first.weight"], found[1]["state_dict"]["first.weight"])
+    with pytest.raises(ValueError, match="folder must hold no anchors when a training begins, got 3"):
+        train(student(), [recorder])  # of another network
+    with pytest.raises(ValueError, match="folder must hold no anchors when a training begins, got 3"):
+        train(model, [copy.deepcopy(recorder)])
+
+
+def test_a_second_fit_that_was_stopped_is_resumed_at_its_place(tmp_path):
+    model, recorder = student(), RouteRecorder(tmp_path / "route", steps=2)
+    train(model, [recorder])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    handle = attach(optimizer, recorder, epochs=3, steps_per_epoch=2, model=model)
+    for _ in range(3):
+        optimizer.step()
+    state = handle.state_dict()
+    handle.remove(completed=False)
+    assert names(recorder.folder) == [f"step_{step:08}.pt" for step in (2, 4, 6)]
+    with pytest.raises(ValueError, match="folder must hold no anchors when a training begins, got 1"):
+        train(model, [recorder])  # the fit before this one was not completed
+
+    optimizer, other = torch.optim.SGD(model.parameters(), 0.1), RouteRecorder(recorder.folder, steps=2)
+    handle = attach(optimizer, other, epochs=3, steps_per_epoch=2, model=model)
+    handle.load_state_dict(state)
+    for _ in range(3):
+        optimizer.step()
+    handle.remove()
+    assert names(recorder.folder) == [f"step_{step:08}.pt" for step in (2, 4, 6, 8, 10)]
+    last = torch.load(other.files[-1], weights_only=True)
+    assert (last["step"], last["epochs"], last["total_steps"]) == (10, 5.0, 10)
 
 
 @pytest.mark.parametrize(

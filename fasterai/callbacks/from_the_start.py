@@ -1,13 +1,27 @@
-"""Dynamic sparse training as callbacks: the arguments are the participants', without the model."""
+"""Methods that are sparse, or ternary, from the first step on, as callbacks.
+
+The arguments are the participants', without the model.
+"""
 
 from __future__ import annotations
 
 from fasterai.callbacks.participants import ParticipantMethod
+from fasterai.misc.ternary.training import TernaryTraining
 from fasterai.sparse.dynamic.acdc import ACDC
 from fasterai.sparse.dynamic.regrow import SET, RigL, StaticSparse
 from fasterai.sparse.dynamic.thresholds import STR
+from fasterai.sparse.nm.srste import SRSTE, STE
 
-__all__ = ["ACDCMethod", "RigLMethod", "SETMethod", "STRMethod", "StaticMethod"]
+__all__ = [
+    "ACDCMethod",
+    "RigLMethod",
+    "SETMethod",
+    "SRSTEMethod",
+    "STEMethod",
+    "STRMethod",
+    "StaticMethod",
+    "TernarizeMethod",
+]
 
 
 class RigLMethod(ParticipantMethod):
@@ -38,3 +52,22 @@ class STRMethod(ParticipantMethod):
     """Trains the model with learned thresholds: arguments of `STR`."""
 
     makes = STR
+
+
+class SRSTEMethod(ParticipantMethod):
+    """Trains the model at N:M from the first step: arguments of `SRSTE`, without the model."""
+
+    makes = SRSTE
+
+
+class STEMethod(ParticipantMethod):
+    """Trains the model at N:M without decay: arguments of `STE`, without the model."""
+
+    makes = STE
+
+
+class TernarizeMethod(ParticipantMethod):
+    """Trains the model with ternary groups, straight through: arguments of `TernaryTraining`, without the model."""
+
+    makes = TernaryTraining
+    figures = ("zeros",)
