@@ -79,7 +79,7 @@ GRID: list[dict[str, Sequence[Any]]] = [
     {"method": ["dense"], "sparsity": [0.0]},
     {"method": list(METHODS), "sparsity": list(DECAYS)},
 ]
-#: What moves, beside what does not, in a training three times as long.
+#: What moves, beside what does not, in a training of three times as many steps.
 LONG: dict[str, Sequence[Any]] = {"method": ["static", "SET", "RigL"], "sparsity": [0.95]}
 STUDY = Study(
     name="dynamic",
