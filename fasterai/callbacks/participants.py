@@ -48,6 +48,7 @@ class ParticipantMethod(Method):
 
     makes: ClassVar[type[Participant]]
     figures: ClassVar[tuple[str, ...]] = ("sparsity",)
+    __signature__: ClassVar[inspect.Signature | None]
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Give a callback the signature and the text of what it makes."""
@@ -55,10 +56,7 @@ class ParticipantMethod(Method):
         if "makes" in vars(cls):
             cls.__doc__ = _text(vars(cls).get("__doc__"), cls.makes)
         is_stated_here = getattr(cls.__init__, "__code__", None) is ParticipantMethod.__init__.__code__
-        if is_stated_here and hasattr(cls, "makes"):
-            first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-            own = list(cls._signature().parameters.values())
-            cls.__init__.__signature__ = inspect.Signature([first, *own])  # type: ignore[attr-defined]
+        cls.__signature__ = cls._signature() if is_stated_here and hasattr(cls, "makes") else None
 
     def __init__(self, *arguments: Any, model: nn.Module | None = None, **options: Any) -> None:
         super().__init__(self._make)

@@ -79,14 +79,20 @@ GRID: list[dict[str, Sequence[Any]]] = [
     {"method": ["dense"], "sparsity": [0.0]},
     {"method": list(METHODS), "sparsity": list(DECAYS)},
 ]
+#: What moves, beside what does not, in a training of three times as many steps.
+LONG: dict[str, Sequence[Any]] = {"method": ["static", "SET", "RigL"], "sparsity": [0.95]}
 STUDY = Study(
     name="dynamic",
     about="Dynamic sparse training beside schedules, at 90 and 95 % of the weights",
     trial=trial,
-    grids={"small": GRID, "full": GRID},
+    grids={"small": GRID, "long": LONG, "full": GRID},
     seeds={"full": range(5)},
     x="reached",
     lines="method",
     reference={"method": "dense"},
-    sizes={**SIZES, "small": Size("small", 3_000, 2_000, 16, epochs=5)},
+    sizes={
+        **SIZES,
+        "small": Size("small", 3_000, 2_000, 16, epochs=5),
+        "long": Size("long", 3_000, 2_000, 16, epochs=15),
+    },
 )

@@ -74,7 +74,7 @@ def _small(method: str, amount: float, seed: int, size: Size, data: Data) -> dic
     before = cost(network.eval(), inputs).macs
     participants: list[Participant] = []
     if method == LASSO:
-        options: dict[str, Any] = {"penalty": GroupLasso(alpha=4), "how": "proximal", "example_inputs": inputs}
+        options: dict[str, Any] = {"penalty": GroupLasso(alpha=6), "how": "proximal", "example_inputs": inputs}
         participants.append(Regularizer(network, "large_final", "coupled", amount, GROWING, **options))
     elif method == MAGNITUDE and amount < 1:
         options = {"example_inputs": inputs, "max_updates": 5}
@@ -88,15 +88,19 @@ def _small(method: str, amount: float, seed: int, size: Size, data: Data) -> dic
 
 
 GRID: list[dict[str, list[Any]]] = [
-    {"part": [REMOVAL], "method": [LASSO, MAGNITUDE], "strength": ["0.002", "0.004"]},
+    {"part": [REMOVAL], "method": [LASSO, MAGNITUDE], "strength": ["0.001", "0.002"]},
     {"part": [REMOVAL, LOSS], "method": [DENSE], "strength": ["0"]},
     {"part": [LOSS], "method": ["weight", "filter"], "strength": ["1e-3", "1e-1"]},
+]
+TINY: list[dict[str, list[Any]]] = [
+    {"part": [REMOVAL], "method": [LASSO, MAGNITUDE], "strength": ["0.002"]},
+    {"part": [LOSS], "method": ["filter"], "strength": ["1e-3"]},
 ]
 STUDY = Study(
     name="regularization",
     about="Penalties on weights and filters, and group lasso with exact removal beside magnitude",
     trial=trial,
-    grids={"small": GRID, "full": GRID},
+    grids={"tiny": TINY, "small": GRID, "full": GRID},
     seeds={"full": range(5)},
     x="strength",
     lines="method",

@@ -147,6 +147,7 @@ class DropAndGrow(_Periodic):
     zero. A dropped unit does not grow at the same change. If fewer units are pruned than are to be exchanged, only as many are.
     With `grow="random"`, drawn anew at each change, this is SET (Mocanu et al. 2018, arXiv 1707.04780). With the gradient it is
     RigL (Evci et al. 2020, arXiv 1911.11134), except that RigL may grow a unit again that it has just dropped.
+    The participants of these names begin with random masks, and clear what an optimizer keeps for grown units.
 
     Attributes:
         every: The number of optimizer steps from one change to the next.

@@ -137,3 +137,19 @@ def test_entries_are_values_and_settings_are_checked():
     for kind in (Growing, GroupLasso):
         with pytest.raises(ValueError, match=r"alpha must be a number of at least 0, got -1"):
             kind(alpha=-1)
+
+
+@pytest.mark.parametrize("granularity", ["filter", "coupled"])
+def test_a_unit_that_becomes_zero_takes_its_bias_and_its_norm_with_it(granularity):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 1, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([1.0, 0.01, 1.0]).view(3, 1, 1, 1))
+        model[3].weight.fill_(0.01)
+        model[1].bias.fill_(1.0)
+        model[0].bias.fill_(1.0)
+    made = Regularizer(model, granularity=granularity, penalty="group_lasso", example_inputs=torch.ones(2, 1, 2, 2))
+    made.terms[0].step_(lambda parameter: 0.1)
+    for vector in (model[0].bias, model[1].weight, model[1].bias):
+        assert vector.tolist() == [1.0, 0.0, 1.0]
+    assert model[0].weight.view(-1)[1] == 0 and (model[3].weight.view(-1)[1] == 0) == (granularity == "coupled")

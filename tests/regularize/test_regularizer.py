@@ -110,7 +110,7 @@ def test_the_proximal_step_follows_the_optimizers_with_the_rate_of_each_group(ki
 
 def test_the_rate_is_that_of_the_step_also_where_a_scheduler_comes_before_its_end():
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), torch.tensor(0.5))
+    optimizer = torch.optim.SGD(model.parameters(), torch.tensor(0.05))
     made = regularizer(model, "weight", weight=1.0, how="proximal")
     loop = Loop([made])
     loop.start(Fit(total_steps=1, model=model, optimizer=optimizer))
@@ -118,7 +118,7 @@ def test_the_rate_is_that_of_the_step_also_where_a_scheduler_comes_before_its_en
     loop.before_step()
     optimizer.param_groups[0]["lr"].fill_(7.0)
     loop.after_step()
-    torch.testing.assert_close(model[0].weight.detach(), F.softshrink(before, 0.5))
+    torch.testing.assert_close(model[0].weight.detach(), F.softshrink(before, 0.05))
 
 
 def test_the_loss_itself_is_left_as_it_is():

@@ -73,7 +73,7 @@ def ternarize(
         warn(f"no weight became ternary: {'; '.join(f'{n}: {why}' for n, why in selection.left_out.items())}")
     with torch.no_grad():
         for target in selection.targets:
-            target.parameter.copy_(ternary_of(target.parameter, divide(target.layout, group), rule, scale_dtype))
+            target.parameter.copy_(_ternary(target, group, rule, scale_dtype))
     if data is not None:
         measure_norms_(new, data)
     return new
@@ -97,10 +97,19 @@ def find_ternary(
     selection = choose_targets(model, targets, ignored_layers, example_inputs)
 
     def found(target: Target) -> tuple[Tensor, Tensor]:
-        weight = target.parameter.detach()
-        return weight, ternary_of(weight, divide(target.layout, group), rule, scale_dtype)
+        return target.parameter.detach(), _ternary(target, group, rule, scale_dtype)
 
     return report_of(unwrap(model), selection, group, rule, found, example_inputs)
+
+
+def _ternary(target: Target, group: Group, rule: str, scale_dtype: torch.dtype | None) -> Tensor:
+    """Return the ternary values of a weight, or refuse a type that does not hold its scales."""
+    found = ternary_of(target.parameter, divide(target.layout, group), rule, scale_dtype)
+    if scale_dtype is not None and not found.isfinite().all():
+        raise ValueError(
+            f"scale_dtype must hold the scales, got {scale_dtype} for {target.name}, where one is too large for it"
+        )
+    return found
 
 
 def report_of(

@@ -74,7 +74,7 @@ class FlipNotes:
 def _differing(before: Tensor | None, mask: Tensor) -> Tensor:
     if before is None or before.shape != mask.shape:
         return torch.zeros((), dtype=torch.int64, device=mask.device)
-    return torch.count_nonzero(torch.ne(before, mask))
+    return torch.count_nonzero(torch.ne(before.to(mask.device), mask))
 
 
 def _together(found: list[Tensor]) -> Tensor:

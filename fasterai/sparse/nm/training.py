@@ -163,20 +163,28 @@ class NMTraining(LatentWeights, Masked, ABC):  # type: ignore[misc]  # both say 
 
     @torch.no_grad()
     def _open_all(self) -> None:
+        self._take_changes()
         for target in self.targets:
             if target.name in self._kept and target.name not in self._opened:
                 self._opened[target.name] = target
                 self.restore_(target, target.parameter.detach(), self._kept[target.name])
 
     def on_fit_end(self, completed: bool) -> None:
-        """End the run; a step that was interrupted is shown as far as it came."""
+        """End the run; a step that was interrupted is shown as far as it came, and a run without one leaves no trace."""
         if completed:
             self._fall_to(self.n)
+        undone = set() if completed else {t.name for t in self._begun or ()}
         super().on_fit_end(completed)
         self._sums = {t.name: _sum(t) for t in self.targets}
-        self._record.keep = dict(self._record.keep)  # masks that were written over are looked at as others
+        # Another dict, since masks that were written over are looked at as others.
+        self._record.keep = {name: keep for name, keep in self._record.keep.items() if name not in undone}
         self._record.watch.let_go()
         self._record.look_on()
+
+    def _undo(self) -> None:
+        undone = {target.name for target in self._begun or ()}
+        super()._undo()
+        self._record.keep = {name: keep for name, keep in self._record.keep.items() if name not in undone}
 
     def shortfall(self) -> str:
         """Return the pattern reached of the one asked for, if the schedule has not come to its end; empty if it has."""

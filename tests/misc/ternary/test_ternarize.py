@@ -89,6 +89,14 @@ def test_scales_in_half_precision():
     assert report.layers["short.weight"].packed_bytes == 16 + 32
 
 
+def test_a_type_that_does_not_hold_the_scales_is_refused():
+    model = Net()
+    model.short.weight.data[0] = 1e5
+    for call in (ternarize, find_ternary):
+        with pytest.raises(ValueError, match=r"scale_dtype must hold the scales, got torch.float16 for short.weight"):
+            call(model, targets="short", scale_dtype=torch.float16)
+
+
 def test_recurrent_and_attention_layers():
     model = nn.Sequential(nn.LSTM(8, 4, batch_first=True))
     report = find_ternary(model, 4, targets="0", example_inputs=torch.zeros(2, 5, 8))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fasterai.callbacks.fastai import HoldCallback
 from fasterai.callbacks.plain import attach
 from fasterai.core.criteria import large_final
 from fasterai.core.loop import Fit
@@ -157,6 +158,17 @@ def test_a_step_that_fails_leaves_the_network_sparse():
     torch.testing.assert_close(training.latent["6.weight"], whole - 0.1)
 
 
+def test_a_run_without_a_step_leaves_no_trace():
+    model = net()
+    training = SRSTE(model, 2, 4)
+    before = copy.deepcopy(model.state_dict())
+    handle = attach(sgd(model), training, total_steps=2, model=model)
+    assert sparse_everywhere(model) and float(training.sparsity) == 0.5
+    handle.remove(completed=False)
+    assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
+    assert float(training.sparsity) == 0 and training.latent == {}
+
+
 def test_frozen_layers_stay_dense_until_they_train_and_named_ones_do_not():
     model = net()
     model[6].requires_grad_(False)
@@ -208,6 +220,7 @@ def test_the_end_of_the_training_keeps_the_zeros():
     train(model, training)
     training.finalize()
     assert training.latent == {} and sparse_everywhere(model)
+    assert HoldCallback(training).metrics() == {"sparsity": 0.5}
     held = training.hold(optimizer := sgd(model))
     masks = training.masks
     for i in range(2):
@@ -260,7 +273,13 @@ def test_channels_may_go_in_whole_groups():
         warnings.simplefilter("ignore")
         Pruner(model, 0.5, "local", large_final, example_inputs=inputs, round_to=8).prune_model()
     assert model[8].weight.shape == (4, 8) and model[6].weight.shape == (8, 8)
-    assert training.latent["8.weight"].shape == (4, 8)
+    whole = copy.deepcopy(training).latent["8.weight"]
+    assert whole.shape == (4, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        training.on_fit_start(Fit(total_steps=1, model=model))  # new groups, and nothing is forgotten
+    assert torch.equal(training.latent["8.weight"], whole) and counts(model[8].weight) == {2}
+    training.on_fit_end(completed=False)
     train(model, training)
     assert sparse_everywhere(model) and counts(model[6].weight) == {2}
     before = copy.deepcopy(model.state_dict())
@@ -296,3 +315,12 @@ def test_a_run_with_other_settings_than_the_saved_ones_is_told():
     other = SRSTE(net(), 2, 4, decay=0.5)
     with pytest.warns(UserWarning, match=r"decay was 0.0002 and is 0.5"):
         train(other.model, other, 2, STEPS, saved)
+
+
+def test_a_run_without_a_step_leaves_neither_masks_nor_zeros():
+    model = net()
+    before = [p.detach().clone() for p in model.parameters()]
+    training = SRSTE(model, skip=True)
+    attach(sgd(model), training, total_steps=STEPS).remove(completed=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert training.sparsity.overall == 0 and training.masks["3.weight"].all()
