@@ -66,26 +66,29 @@ class Interrupted:
     """Batches in an order of torch's generator; reading ends with an error after so many."""
 
     def __init__(self, most: int) -> None:
-        self.left = most
+        self.left, self.data = most, batches(8)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        data = batches()
-        for i in torch.randperm(3).tolist():
+        for i in torch.randperm(8).tolist()[:3]:
             if not self.left:
                 raise KeyboardInterrupt
             self.left -= 1
-            yield data[i]
+            yield self.data[i]
 
 
 def test_a_search_goes_on_where_it_was_interrupted_bit_for_bit(tmp_path: Path) -> None:
     recipe = Recipe(4, None, 0.5, 0.2, 0.1)
-    torch.manual_seed(7)
-    whole = learn(network(), Interrupted(99), recipe)
-    for most in (4, 5):  # in the second epoch, then in the third
-        torch.manual_seed(7)
+
+    def begin(most: int, seed: int, **options: Any) -> Learned:
+        model, data = network(), Interrupted(most)
+        torch.manual_seed(seed)
+        return learn(model, data, recipe, **options)
+
+    whole = begin(99, 7)
+    for most, seed in ((4, 7), (5, 8)):  # in the second epoch, then in the third
         with pytest.raises(KeyboardInterrupt):
-            learn(network(), Interrupted(most), recipe, folder=tmp_path, words={"seed": "0"})
-    found = learn(network(), Interrupted(99), recipe, folder=tmp_path, words={"seed": "0"})
+            begin(most, seed, folder=tmp_path, words={"seed": "0"})
+    found = begin(99, 9, folder=tmp_path, words={"seed": "0"})
     assert torch.equal(found.gates, whole.gates)
     assert torch.equal(found.averages, whole.averages)
     assert (found.losses, found.means, found.steps) == (whole.losses, whole.means, whole.steps)
