@@ -323,7 +323,7 @@ def test_lists_of_names():
     assert (
         set(available_schedules())
         == set(schedules.__all__)
-        == {"one_shot", "iterative", "agp", "one_cycle", "cos", "lin", "dsd"}
+        == {"one_shot", "iterative", "agp", "one_cycle", "cos", "lin", "dsd", "alternating"}
     )
     available_criterias().clear()
     assert available_criterias()

@@ -395,7 +395,7 @@ def test_channels_last_weights_are_masked_alike(granularity):
 # --- rising, falling ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", [n for n in schedules.__all__ if n != "dsd"])
+@pytest.mark.parametrize("schedule", [n for n in schedules.__all__ if n not in {"dsd", "alternating"}])  # those fall
 @pytest.mark.parametrize("criterion", ["large_final", "random", "updating_movement", "taylor", "small_final"])
 def test_once_pruned_stays_pruned_while_the_sparsity_rises(schedule, criterion):
     model = cnn()
@@ -694,6 +694,9 @@ def test_a_second_run_does_not_fall_back_to_dense(schedule):
     if schedule == "dsd":
         assert seen[:3] == [0.5, 0.5, 0.5]
         assert seen[-1] == 0.0
+    elif schedule == "alternating":  # its last phase is compressed
+        assert seen[:3] == [0.5, 0.5, 0.5]
+        assert seen[-1] == 0.5
     else:
         assert seen == [0.5] * 6
         assert all(torch.equal(m, first[n]) for n, m in sparsifier.masks.items())

@@ -108,6 +108,7 @@ def sad(of: NMTraining | Mapping[str, Tensor], then: Mapping[str, Tensor] | None
         TypeError: `of` is neither, or masks are missing.
         ValueError: The masks are of other names or shapes, or the training was without looks.
 
+    >>> import torch
     >>> sad({"fc": torch.tensor([True, True, False])}, {"fc": torch.tensor([True, False, True])}).overall
     2
     """
