@@ -120,7 +120,8 @@ class GroupLasso(Penalty):
     def step(self, sizes: Sizes, rate: float | Tensor) -> Tensor:
         norms = _root(sizes.squares())
         threshold = self._factor(sizes, norms) * rate
-        return torch.where(norms > threshold, 1 - threshold / norms, torch.zeros_like(norms))
+        found = torch.where(norms > threshold, 1 - threshold / norms, torch.zeros_like(norms))
+        return found.masked_fill(threshold <= 0, self.idle)  # without a penalty units of zeros are no silent ones
 
     def _factor(self, sizes: Sizes, norms: Tensor) -> Tensor:
         factor = sizes.count.sqrt() if self.scaled else torch.ones_like(sizes.count)

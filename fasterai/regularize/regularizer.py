@@ -100,6 +100,7 @@ class Regularizer(Shown, Participant):
         self._step, self._total_steps = 0, 1
         self._rates: dict[int, float | Tensor] = {}
         self._optimizers: list[Any] = []
+        self._stepping: Callable[[], Any] = _one
         self._sum: Tensor | None = None  # of the penalties since the last figure, on the device
         self._count = 0
         self._figure = float("nan")
@@ -132,7 +133,7 @@ class Regularizer(Shown, Participant):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a file has: all but the run."""
-        return {**vars(self), "_rates": {}, "_optimizers": []}
+        return {**vars(self), "_rates": {}, "_optimizers": [], "_stepping": _one}
 
     # --- what it is ------------------------------------------------------------------------------------------------------
 
@@ -200,7 +201,7 @@ class Regularizer(Shown, Participant):
         parameters = [t.parameter for term in self.terms for t in term.record.targets]
         check_trains(fit.optimizer, parameters, "the regularizer's model", "its targets")
         note_optimizer(self.model, fit.optimizer)
-        self._optimizers = fit.optimizers
+        self._optimizers, self._stepping = fit.optimizers, fit.stepping
         self._step, self._total_steps = 0, fit.total_steps
         self._sum, self._count, self._figure, self._has_acted = None, 0, float("nan"), False
         self._notes = [[] for _ in self.terms]
@@ -221,6 +222,10 @@ class Regularizer(Shown, Participant):
         if not value.requires_grad:
             return
         parameters = {id(p): p for term in self.terms for units in term.training for p, _, _ in units.places()}
+        if self._stepping() is not None:  # the others have their own steps
+            parameters = {id(p): p for p, _ in self._stepped() if id(p) in parameters}
+        if not parameters:
+            return
         found = torch.autograd.grad(value * self.strength, list(parameters.values()), allow_unused=True)
         for parameter, gradient in zip(parameters.values(), found, strict=True):
             if gradient is not None and parameter.grad is not None:
@@ -230,12 +235,16 @@ class Regularizer(Shown, Participant):
 
     def before_step(self, position: float) -> None:
         """Note the learning rates of the step: a scheduler may have changed them when it is over."""
-        self._rates = {}
-        for optimizer in self._optimizers:
+        self._rates = {id(parameter): rate for parameter, rate in self._stepped()}
+
+    def _stepped(self) -> Iterator[tuple[nn.Parameter, float | Tensor]]:
+        """Yield (parameter, learning rate) for all that the step under way is of."""
+        one = self._stepping()
+        for optimizer in self._optimizers if one is None else [one]:
             for group in optimizer.param_groups:
                 rate = group["lr"]
                 rate = rate.detach().clone() if isinstance(rate, Tensor) else float(rate)
-                self._rates.update((id(p), rate) for p in group["params"])
+                yield from ((parameter, rate) for parameter in group["params"])
 
     def after_step(self, position: float) -> None:
         """Take the proximal step, if that is the place of the penalty, and note the norms at few steps."""
@@ -267,7 +276,7 @@ class Regularizer(Shown, Participant):
 
     def on_fit_end(self, completed: bool) -> None:
         """End a run, with a warning if nothing of its targets has trained."""
-        self._rates, self._optimizers = {}, []
+        self._rates, self._optimizers, self._stepping = {}, [], _one
         if completed and not self._has_acted:
             name = self.terms[0].record.targets[0].name
             warn(f"nothing was regularised in this run: every target was frozen ({name}, ...); let them train")
@@ -344,6 +353,10 @@ class Regularizer(Shown, Participant):
         self._notes = [notes.tolist() for notes in state["notes"]]
         for term, initial in zip(self.terms, state["initial"], strict=True):
             term.load_initial(initial)
+
+
+def _one() -> None:
+    """Tell nothing: there is one optimizer."""
 
 
 def _added(values: Sequence[Tensor | None]) -> Tensor:

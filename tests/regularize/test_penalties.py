@@ -153,3 +153,15 @@ def test_a_unit_that_becomes_zero_takes_its_bias_and_its_norm_with_it(granularit
     for vector in (model[0].bias, model[1].weight, model[1].bias):
         assert vector.tolist() == [1.0, 0.0, 1.0]
     assert model[0].weight.view(-1)[1] == 0 and (model[3].weight.view(-1)[1] == 0) == (granularity == "coupled")
+
+
+def test_without_strength_a_unit_of_zeros_keeps_its_bias():
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(), nn.Conv2d(3, 1, 1))
+    nn.init.zeros_(model[0].weight)
+    nn.init.ones_(model[0].bias)
+    term = Regularizer(model, granularity="filter", penalty="group_lasso", targets="0").terms[0]
+    for rate in (0.0, torch.tensor(0.0)):
+        term.step_(lambda parameter, rate=rate: rate)
+        assert model[0].bias.tolist() == [1, 1, 1] and not model[0].weight.any()
+    term.step_(lambda parameter: 1e-6)
+    assert not model[0].bias.any()

@@ -121,6 +121,29 @@ def test_the_rate_is_that_of_the_step_also_where_a_scheduler_comes_before_its_en
     torch.testing.assert_close(model[0].weight.detach(), F.softshrink(before, 0.05))
 
 
+@pytest.mark.parametrize("how", ["gradient", "proximal"])
+def test_of_several_optimizers_only_the_one_under_way_is_regularised(how):
+    model = network()
+    optimizers = [torch.optim.SGD(part.parameters(), 0.1) for part in (model[:3], model[3:])]
+    turn = [optimizers[0]]
+    loop = Loop([regularizer(model, "weight", weight=1.0, how=how)])
+    loop.start(Fit(total_steps=2, model=model, optimizer=optimizers, stepping=lambda: turn[-1]))
+    before = [model[i].weight.detach().clone() for i in (0, 3)]
+
+    def step() -> None:
+        loop.after_backward()
+        loop.before_step()
+        turn[-1].step()
+        loop.after_step()
+
+    step()
+    assert torch.equal(model[3].weight, before[1]) and model[3].weight.grad is None
+    turn.append(optimizers[1])
+    step()
+    wanted = [F.softshrink(x, 0.1) if how == "proximal" else x - 0.1 * x.sign() for x in before]
+    torch.testing.assert_close([model[0].weight.detach(), model[3].weight.detach()], wanted)
+
+
 def test_the_loss_itself_is_left_as_it_is():
     model = network()
     made = regularizer(model, "weight", weight=0.5)
