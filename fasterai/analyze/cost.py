@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.analyze.counting import Tally, count
+from fasterai.core.files import untied
 from fasterai.display import (
     QUIET,
     SERIES,
@@ -182,7 +183,7 @@ def cost(model: nn.Module, example_inputs: Any) -> Cost:
             tallies, peak, uncounted = count(model, inputs)
         except Exception as error:
             raise ValueError(f"example_inputs must be arguments that the model runs on, got an error: {error}") from error
-    tensors = _stored(model)
+    tensors = untied(model.state_dict())
     layers = _layers(model, tallies, tensors)
     parameters, buffers = list(model.parameters()), list(model.buffers())
     return Cost(
@@ -220,44 +221,13 @@ def _layers(model: nn.Module, tallies: Mapping[str, Tally], tensors: Mapping[str
 
 def file_size(model: nn.Module) -> int:
     """Return the size in bytes of the model's state dict as a safetensors file; a tensor under two names is stored once."""
-    return _length(_stored(unwrap(model)))
+    return _length(untied(unwrap(model).state_dict()))
 
 
 def _length(tensors: dict[str, Tensor]) -> int:
     from safetensors.torch import save
 
     return len(save(tensors))
-
-
-def _stored(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that a safetensors file of the model holds, by name; a tensor under two names comes once."""
-    tensors: dict[str, Tensor] = {}
-    seen: set[Any] = set()
-    used: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor):
-            continue
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and key in seen:
-            continue
-        seen.add(key)
-        tensors[name] = _alone(tensor, used)
-    return tensors
-
-
-def _alone(tensor: Tensor, used: set[int]) -> Tensor:
-    """Return the tensor as contiguous memory that no other tensor shares, which safetensors asks for.
-
-    Args:
-        tensor: The tensor; not changed.
-        used: Addresses of memory that earlier tensors of the file use; this tensor's is added. Memory in use is copied.
-    """
-    tensor, storage = tensor.detach(), tensor.untyped_storage()
-    part = storage.nbytes() != tensor.numel() * tensor.element_size()
-    if part or storage.data_ptr() in used:
-        return tensor.clone(memory_format=torch.contiguous_format)
-    used.add(storage.data_ptr())
-    return tensor.contiguous()
 
 
 def _share(part: int, whole: int) -> float:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PART", "write_file", "write_saved", "write_tensors", "written_files"]
+__all__ = ["PART", "untied", "write_file", "write_saved", "write_tensors", "written_files"]
 
 #: End of the names of temporary files, which are hidden.
 PART = ".part"
@@ -109,6 +109,41 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
         file.write(content[end:])
 
     write_file(path, write)
+
+
+def untied(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return a model's tensors as a file of safetensors holds them: tied ones once, under their first name.
+
+    Args:
+        state: Its `state_dict()`; not changed. What is no tensor is left out.
+
+    Returns:
+        Name -> contiguous memory that no other of the tensors shares; a copy where one is a part of another.
+    """
+    import torch
+
+    tensors: dict[str, Tensor] = {}
+    seen: set[Any] = set()
+    used: set[int] = set()
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        tensors[name] = _alone(tensor.detach(), used)
+    return tensors
+
+
+def _alone(tensor: Tensor, used: set[int]) -> Tensor:
+    """Return the tensor as contiguous memory; a copy if its memory is in use already, else that is noted."""
+    storage = tensor.untyped_storage()
+    part = storage.nbytes() != tensor.numel() * tensor.element_size()
+    if part or storage.data_ptr() in used:
+        return tensor.clone().contiguous()
+    used.add(storage.data_ptr())
+    return tensor.contiguous()
 
 
 def _part_of(target: Path) -> Path:

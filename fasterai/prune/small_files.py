@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasterai.core.files import write_tensors
+from fasterai.core.files import untied, write_tensors
 from fasterai.graph.inputs import input_cuts, put_inputs
 from fasterai.model.names import unwrap
 from fasterai.model.supported import check_model, check_whole
@@ -50,7 +50,7 @@ def save_small(
     inner = unwrap(check_model(model))
     if empty := [name for name, parameter in inner.named_parameters() if parameter.is_meta]:
         raise ValueError(f"model must hold its weights, got {empty[0]} on the meta device")
-    tensors = _untied({n: t.detach().contiguous() for n, t in inner.state_dict().items()})
+    tensors = untied(inner.state_dict())
     entries: dict[str, Any] = {
         "sizes": {name: own for name, m in inner.named_modules() if (own := sizes_of(m))},
         "slim": _slim(inner),
@@ -138,17 +138,6 @@ def _slim(model: nn.Module) -> dict[str, int]:
     return {n: m.num_heads for n, m in model.named_modules() if isinstance(m, SlimMultiheadAttention)}
 
 
-def _untied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Keep each tied tensor once, under its first name."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        if tensor.numel() == 0 or tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            result[name] = tensor
-    return result
-
-
 def _traits(model: nn.Module) -> dict[str, tuple[str, dict[str, Any]]]:
     """Collect each module's class and settings without its sizes; of the model itself only if it is one of torch's.
 
@@ -176,7 +165,7 @@ def _is_plain(value: Any) -> bool:
 def _differing_tensors(model: nn.Module, tensors: Mapping[str, Tensor], dense: Shapes, own_dense: Shapes) -> Iterator[str]:
     own = model.state_dict()
     yield from (f"{n} is not in it" for n in tensors if n not in own)
-    yield from (f"{n} is not in the file" for n in _untied(dict(own)) if n not in tensors)
+    yield from (f"{n} is not in the file" for n in untied(own) if n not in tensors)
     for n, small in tensors.items():
         if n not in own or own[n].shape == small.shape:
             continue

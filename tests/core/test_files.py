@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fasterai.core.files import PART, write_file, write_saved, write_tensors, written_files
+from fasterai.core.files import PART, untied, write_file, write_saved, write_tensors, written_files
 
 PACKAGE = Path(__file__).resolve().parents[2] / "fasterai"
 SETUP = """
@@ -322,6 +322,16 @@ def test_the_order_of_tensors_and_metadata_makes_no_difference(tmp_path: Path):
     write_tensors(tmp_path / "two", dict(reversed(tensors.items())), dict(reversed(metadata.items())))
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     assert load_file(tmp_path / "one").keys() == {"a", "b"}
+
+
+def test_tied_tensors_come_once_and_a_part_of_one_is_a_copy(tmp_path: Path):
+    whole = torch.arange(6.0).view(2, 3)
+    state = {"row": whole[0], "whole": whole, "again": whole, "turned": whole.t(), "extra": 3, "empty": torch.ones(0)}
+    found = untied(state)
+    assert list(found) == ["row", "whole", "turned", "empty"]
+    assert all(torch.equal(x, state[name]) and x.is_contiguous() for name, x in found.items())
+    write_tensors(tmp_path / "a", found, {})
+    assert torch.equal(load_file(tmp_path / "a")["turned"], whole.t())
 
 
 # --- nothing else writes ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasterai.core.files import write_tensors
+from fasterai.core.files import untied, write_tensors
 from fasterai.core.types import Target
 from fasterai.misc.ternary.groups import Group, check_group, divide
 from fasterai.misc.ternary.packing import SCALE_TYPES, is_ternary, pack, packed_bytes, unpack
@@ -42,7 +42,7 @@ def save_ternary(path: str | os.PathLike[str], model: nn.Module, group: Group = 
         ValueError: No weight is ternary in such groups, or a parameter holds no values.
     """
     inner, group = unwrap(check_model(model, holds_values=True)), check_group(group)
-    tensors = _untied(inner)
+    tensors = untied(inner.state_dict())
     packed = [t for t in all_targets(inner) if t.name in tensors and _is_packed(t, group)]
     if not packed:
         raise ValueError(
@@ -88,17 +88,6 @@ def load_ternary(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     return model
 
 
-def _untied(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a model's state, tied ones once, under their first name."""
-    seen: set[int] = set()
-    result: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor) and (not tensor.numel() or tensor.data_ptr() not in seen):
-            seen.add(tensor.data_ptr())
-            result[name] = tensor.detach().contiguous()
-    return result
-
-
 def _is_packed(target: Target, group: Group) -> bool:
     """Tell if a weight is ternary, and smaller for it."""
     weight = target.parameter.detach()
@@ -118,7 +107,9 @@ def _read_header(
         group = check_group(json.loads(metadata["group"]))
         found = json.loads(metadata["layers"]).items()
         layers = {name: (torch.Size(one["shape"]), _dtype(one["dtype"])) for name, one in found}
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        for shape, _ in layers.values():
+            torch.empty(shape, device="meta")  # an error where there can be none of it
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError) as error:
         raise ValueError(
             f"path must be a file that save_ternary wrote, got {path}, whose header is not one ({error})"
         ) from error
@@ -144,7 +135,7 @@ def _unpacked(
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    own = _untied(model)
+    own = untied(model.state_dict())
     if problems := list(_differing(own, tensors)):
         raise ValueError(f"model must be built as the saved one was, got one where {'; '.join(problems[:5])}")
     held = model.state_dict()  # detached tensors of the same memory

@@ -78,6 +78,18 @@ def test_tied_weights_are_packed_once(tmp_path):
     assert same(load_ternary(tmp_path / "a", tied()), new)
 
 
+def test_a_buffer_that_is_a_view_of_a_weight_does_not_hide_it(tmp_path):
+    def viewed() -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+        model.register_buffer("rows", model[1].weight.detach()[:2])  # comes first in the state
+        return model
+
+    model = viewed()
+    model[1].weight.detach().copy_(ternarize(model)[1].weight)
+    save_ternary(tmp_path / "a", model)
+    assert same(load_ternary(tmp_path / "a", viewed()), model)
+
+
 def test_a_model_without_ternary_weights_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"ternary in groups of 4, got none; ternarize\(model, 4\) makes them"):
         save_ternary(tmp_path / "a", make())
@@ -134,6 +146,7 @@ def rewrite(path: Path, tensors=None, **metadata: str) -> None:
         ({}, {"group": "-1"}, r"whose header is not one \(group must be at least 1"),
         ({}, {"layers": "[]"}, "whose header is not one"),
         ({}, {"layers": '{"1.weight": {"shape": [16], "dtype": "int8"}}'}, "dtype must be one of float16"),
+        ({}, {"layers": '{"1.weight": {"shape": [-1, 16], "dtype": "float32"}}'}, "whose header is not one"),
         ({"1.weight.codes": None}, {}, "which lacks 1.weight"),
         ({"1.weight.codes": torch.full((576,), 255, dtype=torch.uint8)}, {}, "1.weight: codes must be 0, 1 or 2, got 3"),
         ({"1.weight.scales": torch.full((16, 4, 9), -1.0)}, {}, "1.weight: scales must be finite and at least 0"),
