@@ -58,7 +58,7 @@ def save_ternary(path: str | os.PathLike[str], model: nn.Module, group: Group = 
 
 
 def load_ternary(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
-    """Load a file of `save_ternary` into a model built as the saved one was.
+    """Load a file of `save_ternary` into a model built as the saved one was; values are cast to the types of its own.
 
     Args:
         path: The file.
@@ -91,7 +91,7 @@ def load_ternary(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 def _is_packed(target: Target, group: Group) -> bool:
     """Tell if a weight is ternary, and smaller for it."""
     weight = target.parameter.detach()
-    if why_not(target) or not weight.numel() or not weight.isfinite().all():
+    if why_not(target) or not weight.isfinite().all():
         return False
     division = divide(target.layout, group)
     saves = packed_bytes(weight.numel(), division.groups, weight.dtype) < weight.numel() * weight.element_size()

@@ -63,7 +63,7 @@ class Division:
 
     def join(self, groups: Tensor, shape: torch.Size) -> Tensor:
         """Return groups `(A, M, N, B)` as a weight of a shape; `split` taken back."""
-        x = groups.reshape(self.rows, -1, self.columns)[:, : self.length]
+        x = groups.reshape(self.rows, self.along * self.size, self.columns)[:, : self.length]
         x = x.reshape([self.view[d] for d in self.order])
         return x.permute([self.order.index(d) for d in range(len(self.order))]).reshape(shape)
 

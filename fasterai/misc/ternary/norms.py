@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fasterai.model.inputs import as_batch
 from fasterai.model.running import evaluating, undisturbed
 
-__all__ = ["measure_norms_"]
+__all__ = ["check_batches", "measure_norms_"]
 
 
 @torch.no_grad()
@@ -27,8 +27,10 @@ def measure_norms_(model: nn.Module, data: Iterable[Any]) -> None:
         data: Batches, each `x`, `(x, y)`, `((x1, x2), y)` or a dict of keywords, on the model's device.
 
     Raises:
+        TypeError: `data` is no iterable of batches.
         ValueError: There is no batch, or the model does not run on one. The statistics are as before then.
     """
+    data = check_batches(data)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     before = [(norm, norm.momentum, {n: b.clone() for n, b in norm.named_buffers()}) for norm in norms]
     is_done = False
@@ -47,6 +49,18 @@ def measure_norms_(model: nn.Module, data: Iterable[Any]) -> None:
             for name, buffer in norm.named_buffers():
                 if not is_measured or name == "num_batches_tracked":
                     buffer.copy_(buffers[name])
+
+
+def check_batches(data: Any) -> Iterable[Any]:
+    """Return batches that can be read, or refuse them.
+
+    Raises:
+        TypeError: They are no iterable, or a batch of keywords alone.
+    """
+    if isinstance(data, str | Mapping) or not hasattr(data, "__iter__"):
+        raise TypeError(f"data must be batches, got {type(data).__name__}; pass a DataLoader or a list of batches")
+    found: Iterable[Any] = data
+    return found
 
 
 def _run(model: nn.Module, data: Iterable[Any]) -> None:

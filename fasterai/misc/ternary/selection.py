@@ -31,6 +31,8 @@ def why_not(target: Target) -> str | None:
         return "targets must have inputs"
     if inputs[-1] < 2:
         return "targets must have two inputs at least: a group of one has a scale for each weight"
+    if not target.parameter.numel():
+        return "targets must hold weights, got none"
     if not target.parameter.is_floating_point():
         return f"targets must hold floating-point numbers, got {target.parameter.dtype}"
     return None

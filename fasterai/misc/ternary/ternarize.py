@@ -14,12 +14,13 @@ from fasterai.analyze.cost import cost
 from fasterai.core.checks import warn
 from fasterai.core.types import Target
 from fasterai.misc.ternary.groups import Group, check_group, divide
-from fasterai.misc.ternary.norms import measure_norms_
+from fasterai.misc.ternary.norms import check_batches, measure_norms_
 from fasterai.misc.ternary.optimum import check_rule, ternary_of
 from fasterai.misc.ternary.report import TernaryReport, macs_of, measure_layer
 from fasterai.misc.ternary.selection import Ignored, choose_targets
 from fasterai.model.inputs import arguments, as_batch
 from fasterai.model.names import unwrap
+from fasterai.model.supported import check_model
 from fasterai.model.targets import Selection, TargetsLike
 
 __all__ = ["find_ternary", "report_of", "ternarize"]
@@ -66,8 +67,9 @@ def ternarize(
             inputs or data.
     """
     group, rule, scale_dtype = check_group(group), check_rule(rule), _check_scales(scale_dtype)
-    example_inputs, data = _first_of(model, example_inputs, data)
-    new = copy.deepcopy(unwrap(model))
+    inner = unwrap(check_model(model, holds_values=True))
+    example_inputs, data = _first_of(inner, example_inputs, data)
+    new = copy.deepcopy(inner)
     selection = choose_targets(new, targets, ignored_layers, example_inputs)
     if not selection.targets:
         warn(f"no weight became ternary: {'; '.join(f'{n}: {why}' for n, why in selection.left_out.items())}")
@@ -94,12 +96,13 @@ def find_ternary(
     The arguments, and the errors, are those of `ternarize`; multiplications are counted where there are example inputs.
     """
     group, rule, scale_dtype = check_group(group), check_rule(rule), _check_scales(scale_dtype)
-    selection = choose_targets(model, targets, ignored_layers, example_inputs)
+    inner = unwrap(check_model(model, holds_values=True))
+    selection = choose_targets(inner, targets, ignored_layers, example_inputs)
 
     def found(target: Target) -> tuple[Tensor, Tensor]:
         return target.parameter.detach(), _ternary(target, group, rule, scale_dtype)
 
-    return report_of(unwrap(model), selection, group, rule, found, example_inputs)
+    return report_of(inner, selection, group, rule, found, example_inputs)
 
 
 def _ternary(target: Target, group: Group, rule: str, scale_dtype: torch.dtype | None) -> Tensor:
@@ -145,9 +148,11 @@ def _check_scales(dtype: torch.dtype | None) -> torch.dtype | None:
 
 def _first_of(model: nn.Module, example_inputs: Any, data: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
     """Take the first batch for example inputs, where there are none, and put it back."""
-    if example_inputs is not None or data is None:
+    if data is None:
         return example_inputs, data
-    batches = iter(data)
+    batches = iter(check_batches(data))
+    if example_inputs is not None:
+        return example_inputs, batches
     first = next(batches, None)
     if first is None:
         raise ValueError("data must hold at least one batch, got none")

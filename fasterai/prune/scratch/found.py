@@ -88,12 +88,12 @@ class FromScratch(Shown):
         return max(check_count("epochs", epochs), int(epochs / max(left, 1e-9) + 1e-9))
 
     def fresh(self, seed: int) -> nn.Module:
-        """Return a copy of the small network with other new weights.
+        """Return a copy of the small network with other new weights, in training mode.
 
         Args:
             seed: The seed that they follow from; no generator is changed.
         """
-        return renewed(copy.deepcopy(self.model), self.reset, check_count("seed", seed, 0))
+        return renewed(copy.deepcopy(self.model).train(), self.reset, check_count("seed", seed, 0))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON; the model is left out."""

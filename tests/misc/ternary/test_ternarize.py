@@ -124,12 +124,27 @@ def test_a_model_of_two_layers_has_none_left_and_that_is_said():
         ({"rule": 0.7}, TypeError, "rule must be one of exact, threshold, got 0.7"),
         ({"scale_dtype": torch.int8}, ValueError, r"scale_dtype must be one of torch.float16, .*, got torch.int8"),
         ({"data": []}, ValueError, "data must hold at least one batch, got none"),
+        (
+            {"data": {"x": torch.zeros(3, 2)}},
+            TypeError,
+            "data must be batches, got dict; pass a DataLoader or a list of batches",
+        ),
+        ({"data": 3, "example_inputs": torch.zeros(1, 2)}, TypeError, "data must be batches, got int"),
         ({"data": [torch.zeros(1, 2)]}, ValueError, "example_inputs must be arguments that the model runs on"),
     ],
 )
 def test_bad_settings_are_refused(options, error, message):
     with pytest.raises(error, match=message):
         ternarize(Net(), **options)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_what_is_no_model_is_refused_and_a_layer_without_outputs_stays():
+    for function in (ternarize, find_ternary):
+        with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
+            function("net", data=[torch.zeros(1, 2)]) if function is ternarize else function("net")
+    empty = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 0), nn.Linear(0, 4), nn.Linear(4, 4))
+    assert find_ternary(empty).left["1.weight"] == "targets must hold weights, got none"
 
 
 def test_it_can_be_copied_and_trained():

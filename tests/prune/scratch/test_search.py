@@ -124,8 +124,10 @@ def test_twice_is_equal_bit_for_bit_and_generators_stay() -> None:
         assert not torch.equal(gates, other.gates[name])
     weights = first.model.state_dict()
     assert all(torch.equal(t, weights[name]) for name, t in again.model.state_dict().items())
+    first.model.eval()
     assert all(torch.equal(t, weights[name]) for name, t in first.fresh(3).state_dict().items())
     assert not torch.equal(first.fresh(5)[0].weight, weights["0.weight"])
+    assert all(module.training for module in first.fresh(5).modules())
 
 
 def test_expanded_networks_meet_the_budget_of_the_one_that_was_given() -> None:
