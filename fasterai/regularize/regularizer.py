@@ -34,7 +34,7 @@ from fasterai.model.targets import LayerTypes, TargetsLike
 from fasterai.regularize.effect import COLUMNS, NOTES, draw, note
 from fasterai.regularize.penalties import Penalty
 from fasterai.regularize.settings import read_settings
-from fasterai.regularize.term import Term
+from fasterai.regularize.term import Term, added
 from fasterai.sparse.goal import check_sources
 
 if TYPE_CHECKING:
@@ -360,6 +360,6 @@ def _one() -> None:
 
 
 def _added(values: Sequence[Tensor | None]) -> Tensor:
-    """Add up scalars, on the device of the first; 0 for none."""
-    parts = [value for value in values if value is not None]
-    return torch.stack([part.to(parts[0].device) for part in parts]).sum() if parts else torch.zeros(())
+    """Add up the penalties of terms; 0 if none of them trains."""
+    found = added([value for value in values if value is not None])
+    return torch.zeros(()) if found is None else found

@@ -25,7 +25,7 @@ from fasterai.sparse.goal import find_misfit
 from fasterai.sparse.record import MaskRecord
 from fasterai.units.pool import Pool, WeightScores
 
-__all__ = ["Term"]
+__all__ = ["Term", "added"]
 
 Rates = Callable[[nn.Parameter], "float | Tensor | None"]
 
@@ -173,11 +173,7 @@ class Term:
 
     def value(self) -> Tensor | None:
         """Return the penalty of all units that train, a scalar with its gradient; None if none does."""
-        return self._added(self._sizes(self.training))
-
-    def _added(self, all_sizes: Sequence[Sizes]) -> Tensor | None:
-        parts = [self.penalty(sizes) for sizes in all_sizes]
-        return torch.stack([part.to(parts[0].device) for part in parts]).sum() if parts else None
+        return added([self.penalty(sizes) for sizes in self._sizes(self.training)])
 
     @torch.no_grad()
     def step_(self, rates: Rates) -> Tensor | None:
@@ -198,7 +194,7 @@ class Term:
                     step = self.penalty.step(sizes, rate)
                     found.append((view, spread(step, self.penalty.idle).to(view.dtype)))
                     alive.append((units.pool, step))
-        value = self._added(all_sizes)
+        value = added([self.penalty(sizes) for sizes in all_sizes])
         for view, step in found:
             self.penalty.apply_(view, step)
         if self.penalty.silences:
@@ -239,3 +235,8 @@ class Term:
     def load_initial(self, initial: Mapping[str, Tensor]) -> None:
         """Take remembered weights over, as copies on the parameters' devices."""
         self.initial = {name: initial[name].to(weight.device, copy=True) for name, weight in self.initial.items()}
+
+
+def added(parts: Sequence[Tensor]) -> Tensor | None:
+    """Return the sum of scalars, on the device of the first; None if there are none."""
+    return torch.stack([part.to(parts[0].device) for part in parts]).sum() if parts else None

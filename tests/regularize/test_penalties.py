@@ -119,6 +119,15 @@ def test_slimming_penalises_the_scales_of_norms(granularity):
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items() if name != "1.weight")
 
 
+@pytest.mark.parametrize("granularity", ["filter", "coupled"])
+def test_a_scale_that_two_norms_share_is_penalised_once(granularity):
+    one, other = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    other.weight = one.weight
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), one, nn.ReLU(), nn.Conv2d(3, 3, 1), other, nn.ReLU(), nn.Conv2d(3, 1, 1))
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert Regularizer(model, granularity=granularity, penalty="slimming", example_inputs=x).get_norm().item() == 3
+
+
 def test_units_at_or_below_the_threshold_are_exactly_zero_and_stay_without_nan():
     model = two_filters()
     regularizer = of(model, penalty="group_lasso")
