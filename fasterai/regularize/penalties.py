@@ -93,7 +93,7 @@ class L1(Penalty):
 
 @dataclass(frozen=True)
 class GroupLasso(Penalty):
-    """The norms of the units added up: `sum_g sqrt(G) ||w_g||` (Yuan & Lin 2006, the factor sqrt(G) as there).
+    """The norms of the units added up: `sum_g sqrt(G) ||w_g||` (Yuan & Lin 2006, the factor sqrt(G) as there, from memory).
 
     The proximal step scales a unit by `max(0, 1 - rate sqrt(G) / ||w_g||)`: units whose norm is at most `rate sqrt(G)` become
     exactly zero, and with them their bias, and the scale and shift of their norm. For units of one weight it is the same as
