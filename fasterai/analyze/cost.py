@@ -183,7 +183,7 @@ def cost(model: nn.Module, example_inputs: Any) -> Cost:
             tallies, peak, uncounted = count(model, inputs)
         except Exception as error:
             raise ValueError(f"example_inputs must be arguments that the model runs on, got an error: {error}") from error
-    tensors = untied(model.state_dict())
+    tensors = _stored(model)
     layers = _layers(model, tallies, tensors)
     parameters, buffers = list(model.parameters()), list(model.buffers())
     return Cost(
@@ -221,13 +221,18 @@ def _layers(model: nn.Module, tallies: Mapping[str, Tally], tensors: Mapping[str
 
 def file_size(model: nn.Module) -> int:
     """Return the size in bytes of the model's state dict as a safetensors file; a tensor under two names is stored once."""
-    return _length(untied(unwrap(model).state_dict()))
+    return _length(_stored(unwrap(model)))
 
 
 def _length(tensors: dict[str, Tensor]) -> int:
     from safetensors.torch import save
 
     return len(save(tensors))
+
+
+def _stored(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that a safetensors file of the model holds, by name."""
+    return untied({name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)})
 
 
 def _share(part: int, whole: int) -> float:

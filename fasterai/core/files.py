@@ -115,10 +115,13 @@ def untied(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return a model's tensors as a file of safetensors holds them: tied ones once, under their first name.
 
     Args:
-        state: Its `state_dict()`; not changed. What is no tensor is left out.
+        state: Its `state_dict()`; not changed.
 
     Returns:
         Name -> contiguous memory that no other of the tensors shares; a copy where one is a part of another.
+
+    Raises:
+        ValueError: Something is no tensor, which such a file does not hold.
     """
     import torch
 
@@ -127,7 +130,7 @@ def untied(state: Mapping[str, Any]) -> dict[str, Tensor]:
     used: set[int] = set()
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
-            continue
+            raise ValueError(f"model must have tensors alone in its state, got {name} ({type(tensor).__name__})")
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and key in seen:
             continue

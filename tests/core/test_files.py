@@ -326,12 +326,14 @@ def test_the_order_of_tensors_and_metadata_makes_no_difference(tmp_path: Path):
 
 def test_tied_tensors_come_once_and_a_part_of_one_is_a_copy(tmp_path: Path):
     whole = torch.arange(6.0).view(2, 3)
-    state = {"row": whole[0], "whole": whole, "again": whole, "turned": whole.t(), "extra": 3, "empty": torch.ones(0)}
+    state = {"row": whole[0], "whole": whole, "again": whole, "turned": whole.t(), "empty": torch.ones(0)}
     found = untied(state)
     assert list(found) == ["row", "whole", "turned", "empty"]
     assert all(torch.equal(x, state[name]) and x.is_contiguous() for name, x in found.items())
     write_tensors(tmp_path / "a", found, {})
     assert torch.equal(load_file(tmp_path / "a")["turned"], whole.t())
+    with pytest.raises(ValueError, match=r"model must have tensors alone in its state, got a._extra_state \(int\)"):
+        untied({"a._extra_state": 3})
 
 
 # --- nothing else writes ---------------------------------------------------------------------------------------------

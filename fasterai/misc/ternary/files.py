@@ -39,7 +39,7 @@ def save_ternary(path: str | os.PathLike[str], model: nn.Module, group: Group = 
 
     Raises:
         TypeError: The model is no module, or the group no number.
-        ValueError: No weight is ternary in such groups, or a parameter holds no values.
+        ValueError: No weight is ternary in such groups, a parameter holds none, or the state is not of tensors alone.
     """
     inner, group = unwrap(check_model(model, holds_values=True)), check_group(group)
     tensors = untied(inner.state_dict())
