@@ -199,6 +199,10 @@ class LatentWeights(Participant, ABC):
                 self._opened[target.name] = target
                 self.restore_(target, target.parameter.detach(), self._kept[target.name])
 
+    def close_step(self) -> None:
+        """Show what follows from the latent weights, before another participant looks at the model."""
+        self._show_again()
+
     def after_step(self, position: float) -> None:
         """Show what follows from the latent weights."""
         self._show_again()
