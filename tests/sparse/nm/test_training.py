@@ -130,8 +130,11 @@ def test_the_number_of_kept_weights_falls_to_n_and_rises_no_more():
     assert seen == [(4, 4), (3, 3), (2, 2), (2, 2), (2, 2), (1, 1)]  # 4 - round(3 x position), and 0.5 of 3 to the even 2
     assert float(training.sparsity) == 0.75
     assert training.shortfall() == ""
-    train(model, training)
-    assert training.count == 1
+    optimizer = sgd(model)
+    with attach(optimizer, training, total_steps=STEPS, model=model):
+        for i in range(STEPS):  # the schedule begins anew
+            step(model, optimizer, i)
+            assert training.count == 1 and counts(model[6].weight) == {1}
     stopped = SRSTE(net(), 1, 4, schedule=lambda position: 0.0)
     train(stopped.model, stopped)
     assert stopped.count == 1 and counts(stopped.model[6].weight) == {1}  # the run's end is the schedule's
