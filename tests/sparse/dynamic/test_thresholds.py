@@ -174,7 +174,10 @@ def test_a_state_of_another_network_is_refused_and_changes_nothing():
     cases = (
         ({"latent": own["latent"]}, "without s"),
         ({**own, "s": {"0.weight": own["s"]["0.weight"]}}, "another set of targets: 2.weight"),
-        ({**own, "s": {n: x + 1 for n, x in own["s"].items()}, "latent": {**own["latent"], "0.weight": torch.zeros(3)}}, "of shape"),
+        (
+            {**own, "s": {n: x + 1 for n, x in own["s"].items()}, "latent": {**own["latent"], "0.weight": torch.zeros(3)}},
+            "of shape",
+        ),
     )
     for wrong, message in cases:
         with pytest.raises(ValueError, match=f"state must .*{message}"):
