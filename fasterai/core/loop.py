@@ -213,6 +213,9 @@ class Loop:
         """Count a step of the optimizer, and pass it on."""
         self.step += 1
         self._awaits_step = False
+        for loop in {self, *_open}:  # participants of other loops may stand in the same model
+            for participant in loop.participants:
+                tell(participant, "close_step")
         for participant in self._hearing("after_step"):
             tell(participant, "after_step", self.step / self.total_steps)
         self.clear_gradients()

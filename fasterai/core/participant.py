@@ -66,6 +66,9 @@ class Participant:
     def before_step(self, position: float) -> None:
         """Prepare for the optimizer's step, after clipping; `position` in (0, 1] is the one after it."""
 
+    def close_step(self) -> None:
+        """Take away what stands in the model for the time of the optimizer's step alone, before anybody hears `after_step`."""
+
     def after_step(self, position: float) -> None:
         """Go on after the optimizer's step; `position` in (0, 1] is the one after it, 1 after the last."""
 

@@ -95,10 +95,12 @@ class LatentWeights(Participant, ABC):
         self._begun = []
         try:
             for target in self.targets:
-                if target.name not in self._kept:
-                    self._show(target, None)
+                kept = self._kept.get(target.name)
+                if kept is not None:
+                    self.restore_(target, target.parameter.detach(), kept)  # what was frozen in the last run may train now
+                self._show(target, kept)
+                if kept is None:
                     self._begun.append(target)
-                self._versions[target.name] = target.parameter._version
         except BaseException:
             self._undo()
             raise
@@ -137,6 +139,8 @@ class LatentWeights(Participant, ABC):
                 return False
             latent = target.parameter.detach().clone()
             self.restore_(target, latent, kept)
+            if torch.equal(latent, target.parameter):
+                continue  # nothing is behind it that could be of other weights
             self.show_(target, latent, None)
             if not torch.equal(latent, target.parameter):
                 return False
@@ -198,6 +202,10 @@ class LatentWeights(Participant, ABC):
             if target.parameter.grad is not None:
                 self._opened[target.name] = target
                 self.restore_(target, target.parameter.detach(), self._kept[target.name])
+
+    def close_step(self) -> None:
+        """Show what follows from the latent weights, before another participant looks at the model."""
+        self._show_again()
 
     def after_step(self, position: float) -> None:
         """Show what follows from the latent weights."""

@@ -256,6 +256,8 @@ def test_a_second_fit_goes_on_and_another_model_gets_a_participant_of_its_own(tm
     first = callback.participant
     fastai(model, [callback], tmp_path)
     assert callback.participant is first and first.steps == 2 * STEPS
+    wrapper = nn.DataParallel(model)
+    assert callback._make(wrapper) == [first] and first.model is wrapper
     fastai(Net(), [callback], tmp_path)
     assert callback.participant is not first and callback.participant.steps == STEPS
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fasterai.callbacks.plain import attach
-from fasterai.core.loop import Fit, Participant
+from fasterai.core.loop import Fit, Loop, Participant
 from fasterai.core.types import Target
 from fasterai.model.targets import all_targets
 from fasterai.sparse.latent import LatentWeights
@@ -173,6 +174,35 @@ def test_two_methods_with_latent_weights_of_one_parameter_are_refused_before_any
         attach(torch.optim.SGD(model.parameters(), 0.1), second, total_steps=1)
     handle.remove(completed=False)
     attach(optimizer, second, total_steps=1).remove(completed=False)
+
+
+@pytest.mark.parametrize("order", ["before", "behind", "in another loop"])
+def test_after_a_step_every_participant_sees_the_shown_weights(order):
+    """The gradient is (2, 2) and the rate 0.25: latent (-0.2, 0.7), shown (0, 1)."""
+
+    class Looks(Participant):
+        seen: Any = None
+
+        def after_step(self, position: float) -> None:
+            self.seen = model.weight.tolist()
+
+    model = layer()
+    optimizer, looks, rounded = torch.optim.SGD(model.parameters(), 0.25), Looks(), Rounded(model)
+    first = Loop([looks] if order == "in another loop" else [looks, rounded] if order == "before" else [rounded, looks])
+    loops = [first, *([Loop([rounded])] if order == "in another loop" else [])]
+    for loop in loops:
+        loop.start(Fit(total_steps=1, model=model, optimizer=optimizer))
+    model(torch.tensor([[1.0, 2.0]])).sum().backward()
+    for event in ("after_backward", "before_step"):
+        for loop in loops:
+            getattr(loop, event)()
+    optimizer.step()
+    for loop in loops:
+        loop.after_step()
+    assert looks.seen == [[-0.0, 1.0]]
+    close(rounded.latent["weight"], [-0.2, 0.7])
+    for loop in loops:
+        loop.end(completed=True)
 
 
 def test_what_others_write_between_two_steps_is_latent_where_it_changes_something():

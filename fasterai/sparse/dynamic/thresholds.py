@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.core.checks import check_number
-from fasterai.core.saved import check_parts, mapping_of, tensor
+from fasterai.core.saved import check_parts, mapping_of, tensor, texts
 from fasterai.core.types import Target
 from fasterai.display import Shown, Table, counted
 from fasterai.model.targets import LayerTypes, TargetsLike, find_targets
@@ -26,7 +26,9 @@ class STR(Shown, LatentWeights):
     Kusupati et al. 2020 (arXiv 2002.03231). W and s train with the loop's optimizer. The gradient g of a shown weight goes to
     its W where `|W| > sigmoid(s)`, and to s goes the sum of `-sigmoid'(s) sign(W) g` over these. Both are there before the
     gradients are clipped. The sparsity is not asked for: weight decay pulls s up to 0, where the threshold is one half, and
-    how far it comes depends on the decay, the learning rate and the length of the training. It is in `sparsity`.
+    how far it comes depends on the decay, the learning rate and the length of the training. It is in `sparsity`. The decay is
+    that of the optimizer's last group, which s joins: where this has none, pass `decay`. Frozen layers stay as they are until
+    they train, unless they are named.
 
     Args:
         model: The model.
@@ -54,7 +56,8 @@ class STR(Shown, LatentWeights):
         self.check_settings(s_init=s_init, decay=decay)
         check_sources(model, None, None)
         self.model, self.s_init, self.decay = model, s_init, decay
-        self.targets = find_targets(model, fits=lambda t: None, coarse=False, targets=targets, layer_type=layer_type).targets
+        found = find_targets(model, fits=lambda t: None, coarse=False, targets=targets, layer_type=layer_type)
+        self.targets, self._trained = found.targets, set(found.named)  # frozen layers are left as they are until they train
         self._s = {t.name: nn.Parameter(torch.full((), float(s_init), device=t.parameter.device)) for t in self.targets}
 
     @staticmethod
@@ -82,7 +85,10 @@ class STR(Shown, LatentWeights):
 
     def show_(self, target: Target, weight: Tensor, kept: Tensor | None) -> Tensor:
         latent = weight.clone() if kept is None else kept.copy_(weight)
-        weight.copy_(latent.sign() * (latent.abs() - self._threshold(target)).relu())
+        if target.parameter.requires_grad:
+            self._trained.add(target.name)
+        if target.name in self._trained:
+            weight.copy_(latent.sign() * (latent.abs() - self._threshold(target)).relu())
         return latent
 
     def pull_(self, target: Target, gradient: Tensor, kept: Tensor) -> None:
@@ -121,8 +127,9 @@ class STR(Shown, LatentWeights):
     # --- saving and going on -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the latent weights and s of each layer, as copies by parameter name."""
-        return {**super().state_dict(), "s": {name: s.detach().clone() for name, s in self._s.items()}}
+        """Return the latent weights and s of each layer, as copies by parameter name, and which have trained."""
+        own = {"s": {name: s.detach().clone() for name, s in self._s.items()}, "trained": sorted(self._trained)}
+        return {**super().state_dict(), **own}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -131,11 +138,12 @@ class STR(Shown, LatentWeights):
         Raises:
             ValueError: A name is missing, or a shape differs. Nothing is changed then.
         """
-        check_parts(state, "STR", {"s": mapping_of(tensor)})
+        check_parts(state, "STR", {"s": mapping_of(tensor), "trained": texts})
         if set(state["s"]) != set(self._s):
             name = sorted(set(state["s"]) ^ set(self._s))[0]
             raise ValueError(f"state must hold the s of each target, got another set of targets: {name}")
-        before = {name: s.detach().clone() for name, s in self._s.items()}
+        before, trained = {name: s.detach().clone() for name, s in self._s.items()}, self._trained
+        self._trained = trained | set(state["trained"])
         for name, s in self._s.items():
             s.copy_(state["s"][name])
         try:
@@ -143,4 +151,5 @@ class STR(Shown, LatentWeights):
         except Exception:
             for name, s in self._s.items():
                 s.copy_(before[name])
+            self._trained = trained
             raise

@@ -65,7 +65,7 @@ class NMTraining(LatentWeights, Masked, ABC):  # type: ignore[misc]  # both say 
         self._holds = []
         self._count = self._count_at(0.0)
         self._is_cut = False
-        self._sums: dict[str, Tensor] = {}  # of the weights shown when the last run ended
+        self._sums: dict[str, tuple[torch.dtype, int]] = {}  # of the weights shown when the last run ended
         self.notes = FlipNotes(looks)
         follow(model, self)
 
@@ -144,7 +144,8 @@ class NMTraining(LatentWeights, Masked, ABC):  # type: ignore[misc]  # both say 
         self.notes.begin(self._record.keep)
 
     def _is_shown(self) -> bool:
-        same = all(torch.equal(total, _sum(t)) for t in self.targets if (total := self._sums.get(t.name)) is not None)
+        sums = ((self._sums.get(t.name), _sum(t)) for t in self.targets)
+        same = all(before == now for before, now in sums if before is not None and before[0] is now[0])
         return same and super()._is_shown()
 
     def after_step(self, position: float) -> None:
@@ -263,5 +264,8 @@ def _mapping(what: str, value: Any) -> None:
         raise TypeError(f"{what} must be a dict, got {value!r} ({type(value).__name__})")
 
 
-def _sum(target: Target) -> Tensor:
-    return target.parameter.detach().sum(dtype=torch.float64)
+def _sum(target: Target) -> tuple[torch.dtype, int]:
+    """Return the type of a weight and the sum of its bits, which is the same on every device and of NaN too."""
+    weight = target.parameter.detach()
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return weight.dtype, int(weight.view(bits).sum())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fasterai.callbacks.plain import attach
 from fasterai.core.loop import Fit, Loop, Participant
+from fasterai.core.types import Move
 from fasterai.sparse.dynamic.regrow import SET, RigL, StaticSparse
 from fasterai.sparse.sparsifier import Sparsifier
 from fasterai.units.rules import Falling
@@ -349,3 +350,30 @@ def test_static_masks_take_no_settings_of_moves():
         StaticSparse(net(), 0.9, dt=3)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="distribution must be one of erk, uniform"):
         StaticSparse(net(), 0.9, distribution="even")
+
+
+@pytest.mark.filterwarnings("ignore:rule DropAndGrow")  # too few weights for one to be exchanged
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_further_run_that_is_refused_leaves_the_masks(kind):
+    model = net()
+    run = made(kind, model)
+    with attach(optimizer := sgd(model), run, total_steps=3):
+        for _ in range(3):
+            step(model, optimizer)
+    before, masks = copy.deepcopy(model.state_dict()), run.masks
+    with pytest.raises(ValueError, match="something else"):
+        Loop([run, Refusing()]).start(Fit(4, model, optimizer))
+    assert same(before, model.state_dict()) and same(masks, run.masks) and run.sparsity.overall > 0
+
+
+def test_masks_that_another_one_moves_leave_the_optimizer_s_state():
+    model = net()
+    run, optimizer = made(RigL, model), sgd(model)
+    with attach(optimizer, run, total_steps=2) as handle:
+        step(model, optimizer)
+        name, weight = run.targets[0].name, run.targets[0].parameter
+        momentum = optimizer.state[weight]["momentum_buffer"].clone()
+        all_back = torch.ones_like(weight, dtype=torch.bool)
+        run.after_move(Move({name: ~all_back}, {name: all_back}))
+        assert torch.equal(optimizer.state[weight]["momentum_buffer"], momentum) and bool(momentum.any())
+        handle.remove(completed=False)

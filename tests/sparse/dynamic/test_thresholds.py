@@ -96,6 +96,49 @@ def test_decay_drives_the_sparsity_which_is_counted_from_the_weights():
     assert held.sparsity.overall == reached[2]
 
 
+@pytest.mark.parametrize("decays", ["first", "last"])
+def test_s_has_the_weight_decay_of_the_last_group(decays):
+    """One step of a rate of 0.5 at a decay of 0.2: without gradients of its own s would go from -4 to -3.6."""
+    model = net()
+    groups = [{"params": [p for n, p in model.named_parameters() if n.endswith(end)]} for end in ("weight", "bias")]
+    groups[("first", "last").index(decays)]["weight_decay"] = 0.2
+    optimizer = torch.optim.SGD(groups, 0.5)
+    run = STR(model, s_init=-4.0)
+    with attach(optimizer, run, total_steps=1):
+        step(model, optimizer)
+    s = torch.tensor([run.thresholds[n] for n in ("0.weight", "2.weight")]).logit()
+    assert bool(((s + (4.0 if decays == "first" else 3.6)).abs() < 0.02).all())
+
+
+def test_frozen_layers_stay_as_they_are_until_they_train_and_named_ones_do_not():
+    model = net()
+    model[0].weight.requires_grad_(False)
+    before = model[0].weight.clone()
+    run = STR(model, s_init=-2.5)
+    optimizer = torch.optim.SGD(model.parameters(), **SGD)
+    with attach(optimizer, run, total_steps=3):
+        step(model, optimizer)
+        assert torch.equal(model[0].weight, before) and bool((model[2].weight == 0).any())
+        model[0].weight.requires_grad_(True)
+        step(model, optimizer)
+        assert bool((model[0].weight == 0).any())
+        model[0].weight.requires_grad_(False)
+        sparse = model[0].weight.clone()
+        step(model, optimizer)
+        assert torch.equal(model[0].weight, sparse)
+    other = net()
+    other[0].weight.requires_grad_(False)
+    later = STR(other, s_init=-2.5)
+    later.load_state_dict(run.state_dict())
+    assert torch.equal(other[0].weight, sparse)
+    named = net()
+    named[0].weight.requires_grad_(False)
+    run = STR(named, s_init=-2.5, targets=["0", "2"])
+    with attach(torch.optim.SGD(named.parameters(), 0.1), run, total_steps=1) as handle:
+        assert bool((named[0].weight == 0).any())
+        handle.remove(completed=False)
+
+
 def session(until: int, state: Any = None) -> tuple[nn.Module, STR, Any]:
     model = net()
     if state is not None:
@@ -131,7 +174,10 @@ def test_a_state_of_another_network_is_refused_and_changes_nothing():
     cases = (
         ({"latent": own["latent"]}, "without s"),
         ({**own, "s": {"0.weight": own["s"]["0.weight"]}}, "another set of targets: 2.weight"),
-        ({"s": {n: x + 1 for n, x in own["s"].items()}, "latent": {**own["latent"], "0.weight": torch.zeros(3)}}, "of shape"),
+        (
+            {**own, "s": {n: x + 1 for n, x in own["s"].items()}, "latent": {**own["latent"], "0.weight": torch.zeros(3)}},
+            "of shape",
+        ),
     )
     for wrong, message in cases:
         with pytest.raises(ValueError, match=f"state must .*{message}"):

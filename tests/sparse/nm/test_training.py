@@ -130,8 +130,11 @@ def test_the_number_of_kept_weights_falls_to_n_and_rises_no_more():
     assert seen == [(4, 4), (3, 3), (2, 2), (2, 2), (2, 2), (1, 1)]  # 4 - round(3 x position), and 0.5 of 3 to the even 2
     assert float(training.sparsity) == 0.75
     assert training.shortfall() == ""
-    train(model, training)
-    assert training.count == 1
+    optimizer = sgd(model)
+    with attach(optimizer, training, total_steps=STEPS, model=model):
+        for i in range(STEPS):  # the schedule begins anew
+            step(model, optimizer, i)
+            assert training.count == 1 and counts(model[6].weight) == {1}
     stopped = SRSTE(net(), 1, 4, schedule=lambda position: 0.0)
     train(stopped.model, stopped)
     assert stopped.count == 1 and counts(stopped.model[6].weight) == {1}  # the run's end is the schedule's
@@ -324,3 +327,30 @@ def test_a_run_without_a_step_leaves_neither_masks_nor_zeros():
     attach(sgd(model), training, total_steps=STEPS).remove(completed=False)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert training.sparsity.overall == 0 and training.masks["3.weight"].all()
+
+
+def test_a_layer_that_is_unfrozen_between_two_runs_takes_part_and_the_others_keep_their_latent_weights():
+    model = net()
+    model[6].requires_grad_(False)
+    training, optimizer = SRSTE(model, 2, 4), sgd(model)
+    with attach(optimizer, training, total_steps=1, model=model):
+        step(model, optimizer, 0)
+    latent = training.latent
+    assert not torch.equal(latent["3.weight"], model[3].weight)
+    model[6].requires_grad_(True)
+    handle = attach(sgd(model), training, total_steps=1, model=model)
+    assert counts(model[6].weight) == {2}
+    assert all(torch.equal(w, latent[n]) for n, w in training.latent.items())
+    handle.remove(completed=False)
+    assert set(training.latent) == set(latent) and training.latent["6.weight"].count_nonzero() == latent["6.weight"].numel()
+
+
+def test_latent_weights_go_along_to_another_precision():
+    model = net()
+    training = SRSTE(model, 2, 4)
+    train(model, training)
+    latent = training.latent["6.weight"]
+    model.bfloat16()  # other sums, of the same weights
+    attach(sgd(model), training, total_steps=1, model=model).remove(completed=False)
+    hidden = latent - latent * training.masks["6.weight"]
+    assert torch.equal(training.latent["6.weight"] - model[6].weight, hidden.bfloat16())
