@@ -99,8 +99,10 @@ def gradients(model: nn.Module, targets: Sequence[Target], source: Source) -> di
         return {name: square.sqrt() for name, square in squares.items()}
     missing = [t for t in targets if t.parameter.grad is None]
     if missing:
-        # What is frozen may be so for a moment: networks of a GAN take turns.
-        error = ValueError if any(t.parameter.requires_grad for t in missing) else NotYetError
+        # What is frozen may be so for a moment: networks of a GAN take turns. What others have and one lacks, such as an
+        # expert that no sample was sent to, may be there at the next step.
+        none = len(missing) == len(targets) and any(t.parameter.requires_grad for t in missing)
+        error = ValueError if none else NotYetError
         raise error(f"criteria needs gradients, and {missing[0].name} has none: {WHERE_GRADIENTS_ARE}")
     found = {t.name: t.parameter.grad.detach() for t in targets if t.parameter.grad is not None}
     if not any(bool(g.any()) for g in found.values()):

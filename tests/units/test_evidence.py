@@ -380,6 +380,13 @@ def test_gradients_that_are_missing_of_a_weight_that_trains_will_not_come_with_t
     assert not isinstance(missing.value, NotYetError)
 
 
+def test_gradients_that_one_weight_lacks_and_others_have_may_come_later():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0](torch.ones(1, 2)).sum().backward()
+    with pytest.raises(NotYetError, match=r"1\.weight has none"):
+        gather("gradient", model, Source(), "0.weight", "1.weight")
+
+
 @pytest.mark.parametrize(("name", "expected"), [("activation_max", [3.0, 4.0]), ("activation_mean", [2.0, 2.0])])
 def test_other_statistics_of_the_inputs_are_of_the_magnitude(name, expected):
     model = nn.Linear(2, 1)

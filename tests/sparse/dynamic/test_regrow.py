@@ -231,6 +231,20 @@ def test_what_grows_has_the_largest_gradient_of_all_batches_of_the_step():
         handle.remove(completed=False)
 
 
+def test_a_layer_that_a_step_does_not_use_puts_the_move_off():
+    model = nn.ModuleList([line([5, -1, 2, 0, 0, 0]), line([5, -1, 2, 0, 0, 0])])  # two experts
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    run = RigL(model, 0.5, alpha=a_third, dt=1, until=0.9, distribution="uniform")
+    first, moved = [[True] * 3 + [False] * 3], [[True, False, True, False, True, False]]
+    with attach(optimizer, run, total_steps=3, model=model) as handle:
+        for used, expected in (((0,), first), ((0, 1), moved)):
+            optimizer.zero_grad()
+            sum(model[i](torch.tensor([[0.0, 0, 0, 0, 9, 5]])).sum() for i in used).backward()
+            optimizer.step()
+            assert all(mask.tolist() == expected for mask in run.masks.values())
+        handle.remove(completed=False)
+
+
 def test_set_draws_anew_at_each_move_and_asks_for_no_gradient():
     model = line([5, -1, 2, 0, 0, 0] * 20)
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
