@@ -19,9 +19,10 @@ class Pace:
         share: The share of the asked sparsity at the last change of the masks, in [0, 1].
         asked: The counts of units that were asked for last; while they are the same, the masks stay.
         finished: True if the run has reached its end.
+        total_steps: The steps of the run.
     """
 
-    _total_steps = 0  # pickles of earlier versions have none
+    total_steps = 0  # pickles of earlier versions have none
 
     def __init__(self, schedule: Schedule, max_updates: int) -> None:
         self.schedule = schedule
@@ -34,7 +35,7 @@ class Pace:
     def start(self, total_steps: int, sparsity: float) -> None:
         """Begin a run of so many steps to a sparsity in [0, 1)."""
         self.share, self.asked, self.finished = 0.0, (), False
-        self._total_steps = total_steps
+        self.total_steps = total_steps
         self._updates = plan_updates(self.schedule, sparsity, total_steps, self.max_updates)
 
     def finish(self) -> None:
@@ -51,7 +52,7 @@ class Pace:
 
     def moment(self, position: float) -> Moment:
         """Return the moment of the run at a position."""
-        return Moment(round(position * self._total_steps), position)
+        return Moment(round(position * self.total_steps), position)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the progress of the run: numbers only."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasterai.core.checks import check_choice, check_count, check_fraction
+from fasterai.core.checks import check_choice, check_count, check_fraction, warn
 from fasterai.core.criteria import Criterion, Random
 from fasterai.core.loop import Fit
 from fasterai.core.schedules import OneShot
@@ -226,6 +226,23 @@ class Regrowing(FromRandom):
         check_fraction("until", until)
         if not callable(alpha):
             check_fraction("alpha", alpha)
+
+    def on_fit_start(self, fit: Fit) -> None:
+        """Begin a run; a warning says so if it is too short for a move."""
+        super().on_fit_start(fit)
+        if self._is_short(fit.total_steps):
+            warn(
+                f"no weight of {self.name} moves in this run: dt is {self.dt} steps, and masks move up to step "
+                f"{int(self.until * fit.total_steps)} of {fit.total_steps}; pass a smaller dt"
+            )
+
+    def _is_short(self, total_steps: int) -> bool:
+        """Tell if no move falls into a run."""
+        return int(self.until * total_steps) < self.dt
+
+    def _warn_of_idleness(self) -> None:
+        if not self._is_short(self._pace.total_steps):
+            super()._warn_of_idleness()
 
     @abstractmethod
     def _growth(self, seed: int) -> Criterion:

@@ -128,6 +128,7 @@ def sad(of: NMTraining | Mapping[str, Tensor], then: Mapping[str, Tensor] | None
 def _over_training(training: NMTraining) -> SAD:
     notes = training.notes
     if not notes.steps:
-        raise ValueError(f"{training.name} must have trained with looks of at least 1, got {notes.looks} looks and no run")
+        got = "no run" if notes.looks else "looks=0"
+        raise ValueError(f"{training.name} must have trained with looks of at least 1, got {got}")
     weights = {t.name: t.parameter.numel() for t in training.targets}
     return SAD(tuple(notes.steps), {name: tuple(found) for name, found in notes.read().items()}, weights)

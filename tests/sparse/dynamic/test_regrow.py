@@ -391,3 +391,17 @@ def test_masks_that_another_one_moves_leave_the_optimizer_s_state():
         run.after_move(Move({name: ~all_back}, {name: all_back}))
         assert torch.equal(optimizer.state[weight]["momentum_buffer"], momentum) and bool(momentum.any())
         handle.remove(completed=False)
+
+
+@pytest.mark.parametrize(("steps", "is_short"), [(13, True), (30, False)])  # 0.75 of 13 is 9.75
+def test_a_run_that_is_too_short_for_a_move_says_so_once(steps, is_short, recwarn):
+    model = net()
+    run, optimizer = RigL(model, 0.5, dt=10), sgd(model)
+    with attach(optimizer, run, total_steps=steps, model=model):
+        for _ in range(steps):
+            step(model, optimizer)
+    said = [str(w.message) for w in recwarn if "moves in this run" in str(w.message) or "brought no" in str(w.message)]
+    assert len(said) == is_short
+    assert not said or said[0].startswith(
+        "no weight of RigL moves in this run: dt is 10 steps, and masks move up to step 9 of 13"
+    )

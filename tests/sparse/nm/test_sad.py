@@ -60,7 +60,7 @@ def test_the_picture_has_a_line_for_each_target_and_one_for_all():
 @pytest.mark.parametrize(
     ("given", "kind", "words"),
     [
-        (lambda: (trained(looks=0)[0],), ValueError, "must have trained with looks of at least 1, got 0 looks"),
+        (lambda: (trained(looks=0)[0],), ValueError, "must have trained with looks of at least 1, got looks=0"),
         (lambda: (trained()[0], {}), TypeError, "then must be left out"),
         (lambda: ({"w": torch.ones(2)},), TypeError, "the masks of two moments"),
         (lambda: (3,), TypeError, "sad must be given an SRSTE or STE"),
