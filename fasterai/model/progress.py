@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,10 @@ from torch import Tensor
 from fasterai.core.checks import warn
 from fasterai.model.snapshots import sum_of
 
-__all__ = ["check_same_call", "keep_random_state", "put_random_state_", "random_state"]
+__all__ = ["UNREADABLE", "check_same_call", "keep_random_state", "put_random_state_", "random_state"]
+
+#: The errors of `torch.load` and of checks for a file that is torn, or is none of ours.
+UNREADABLE = (ValueError, TypeError, LookupError, EOFError, RuntimeError, pickle.UnpicklingError)
 
 
 def keep_random_state() -> dict[str, Any]:

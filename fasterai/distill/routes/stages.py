@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -20,7 +19,7 @@ from fasterai.distill.distiller import Distiller
 from fasterai.distill.routes.hardness import Greedy, held_out_batches, next_anchor
 from fasterai.distill.routes.result import RouteResult, Stage
 from fasterai.model.cuts import check_trains
-from fasterai.model.progress import check_same_call, keep_random_state, put_random_state_, random_state
+from fasterai.model.progress import UNREADABLE, check_same_call, keep_random_state, put_random_state_, random_state
 from fasterai.model.snapshots import clear_states_, put_back_, sum_of, take_snapshot
 
 __all__ = ["Journey", "StageGuard", "Train"]
@@ -190,7 +189,7 @@ def read_progress(folder: Path | None, words: Mapping[str, str], start: Mapping[
         state = torch.load(path, weights_only=True, map_location="cpu")
         parts = {"format": equal_to(STAGES_FORMAT), "settings": mapping_of(text), "start": text, "weights": mapping_of(tensor)}
         check_parts(state, "distil", {**parts, "stages": list_of(_stage), "next": _following, "random": random_state})
-    except (ValueError, TypeError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"folder must hold what distil has written, got {path}, which is none: {error}") from error
     check_same_call(folder, state, words, start, ("stages of a student", "the training"))
     stages = tuple(Stage(anchor, score, tuple(hardness)) for anchor, score, hardness in state["stages"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from fasterai.core.checks import check_number
 from fasterai.core.files import write_saved
 from fasterai.core.saved import check_parts, equal_to, finite_tensors, list_of, mapping_of, tensor, text, whole
 from fasterai.display import Brief
-from fasterai.model.progress import check_same_call, keep_random_state, put_random_state_, random_state
+from fasterai.model.progress import UNREADABLE, check_same_call, keep_random_state, put_random_state_, random_state
 from fasterai.model.snapshots import sum_of
 
 __all__ = ["TENSORS", "Progress", "read_progress", "write_progress"]
@@ -72,7 +71,7 @@ def read_progress(folder: Path | None, words: Mapping[str, str], start: Mapping[
         parts = {"format": equal_to(GATES_FORMAT), "settings": mapping_of(text), "start": text, "random": random_state}
         figures = {"losses": list_of(_number), "means": list_of(_number), "steps": whole, "tensors": _tensors}
         check_parts(state, "search_from_scratch", {**parts, **figures, "weights": mapping_of(tensor)})
-    except (ValueError, TypeError, LookupError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"folder must hold what search_from_scratch wrote, got {path}, which is none: {error}") from error
     check_same_call(folder, state, words, start, ("gates of a network", "the search"))
     put_random_state_(state["random"])

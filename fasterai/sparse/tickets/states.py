@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from fasterai.core.files import write_saved
 from fasterai.core.saved import check_parts, equal_to, mapping_of, tensor, text
-from fasterai.model.progress import check_same_call, random_state
+from fasterai.model.progress import UNREADABLE, check_same_call, random_state
 from fasterai.model.snapshots import sum_of
 from fasterai.sparse.states import check_state
 
@@ -65,7 +64,7 @@ def read_progress(folder: Path | None, words: Mapping[str, str], start: Mapping[
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         _check(state)
-    except (ValueError, TypeError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"folder must hold what find_ticket has written, got {path}, which is none: {error}") from error
     check_same_call(folder, state, words, start, ("rounds of a model", "the search"))
     return Progress(state["weights"], state["masks"], tuple(state["results"]), state["random"])

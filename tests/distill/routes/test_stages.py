@@ -236,7 +236,7 @@ def test_other_first_weights_are_said(whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"nothing", {"format": "other"}, {"next": "x"}, {"stages": [3]}, {"random": 1}], ids=str
+    "content", [b"", b"nothing", b"torn", {"format": "other"}, {"next": "x"}, {"stages": [3]}, {"random": 1}], ids=str
 )
 def test_a_spoiled_file_is_refused(content, tmp_path):
     path = tmp_path / "stages.pt"

@@ -141,7 +141,7 @@ def test_other_first_weights_are_said(tmp_path):
     assert equal(ticket.weights, tensors_of(net()))
 
 
-@pytest.mark.parametrize("content", [b"", b"nothing", "list", "format", "random", "results"], ids=str)
+@pytest.mark.parametrize("content", [b"", b"nothing", b"torn", "list", "format", "random", "results"], ids=str)
 def test_a_spoiled_file_is_refused(content, tmp_path):
     path = tmp_path / "rounds.pt"
     if isinstance(content, bytes):
