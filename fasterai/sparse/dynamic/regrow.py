@@ -241,7 +241,7 @@ class Regrowing(FromRandom):
         return int(self.until * total_steps) < self.dt
 
     def _warn_of_idleness(self) -> None:
-        if not self._is_short(self._pace.total_steps):
+        if not (self._record.active and self._is_short(self._pace.total_steps)):  # of a short run it was said at its start
             super()._warn_of_idleness()
 
     @abstractmethod

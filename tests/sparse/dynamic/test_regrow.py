@@ -405,3 +405,14 @@ def test_a_run_that_is_too_short_for_a_move_says_so_once(steps, is_short, recwar
     assert not said or said[0].startswith(
         "no weight of RigL moves in this run: dt is 10 steps, and masks move up to step 9 of 13"
     )
+
+
+def test_a_short_run_of_frozen_layers_says_that_nothing_was_pruned(recwarn):
+    model = net()
+    run, trained = RigL(model, 0.5, dt=100), nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([*model.parameters(), trained], 0.1)
+    model.requires_grad_(False)
+    with attach(optimizer, run, total_steps=1, model=model):
+        trained.sum().backward()
+        optimizer.step()
+    assert any("nothing was pruned in this run: every target was frozen" in str(w.message) for w in recwarn)
