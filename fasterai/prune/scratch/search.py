@@ -2,7 +2,7 @@
 
 Wang et al. 2020, Pruning from Scratch (AAAI), as their official code does it: the random weights are fixed, gates on channels
 are learned, the highest gates of the whole network decide the widths, a network of these widths is trained from new weights.
-The place of the gates (behind all that makes a channel), the groups of the channel graph, the exact budget and the order of
+The place of the gates (in the weights that read a channel), the groups of the channel graph, the exact budget and the order of
 equal gates are ours.
 """
 
