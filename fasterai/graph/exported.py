@@ -44,8 +44,13 @@ class Exported:
         return Counter(self.names[node.name] for node in nodes for _ in node.users)
 
     def shared(self) -> frozenset[str]:
-        """Return the names of parameters and buffers that several operations read."""
-        return frozenset(name for name, count in self.uses().items() if count > 1)
+        """Return the names of parameters and buffers that several operations read, as they stand or views of them."""
+        roots, readers = self.roots(), Counter[Any]()
+        for node in roots:
+            if roots[node] is node:
+                readers.update({roots[one] for one in node.all_input_nodes})
+        twice = {self.names[n.name] for n, count in readers.items() if count > 1 and n.name in self.names}
+        return frozenset(twice | {name for name, count in self.uses().items() if count > 1})
 
     def unread(self) -> list[str]:
         """List the parameters that no operation reads."""
@@ -59,7 +64,7 @@ class Exported:
         result is returned in training alone, run in the model all the same: their weights have to fit what they read. A change
         in place is used if the tensor that it changes, or a view of it, is read later.
         """
-        roots = self._roots()
+        roots = self.roots()
         idle, unused, read = set[Any](), set[Any](), set[Any]()
         for node in reversed(self.program.graph.nodes):
             if node.op == "call_function" and not _is_used(node, read, roots):
@@ -70,7 +75,7 @@ class Exported:
             read.update(node.all_input_nodes, [roots[n] for n in node.all_input_nodes])
         return idle, unused
 
-    def _roots(self) -> dict[Any, Any]:
+    def roots(self) -> dict[Any, Any]:
         """Return for each result the tensor that holds its memory: itself, or the one that it is a view of."""
         roots: dict[Any, Any] = {}
         for node in self.program.graph.nodes:
