@@ -1,4 +1,7 @@
-"""Parts that rules share: the values that operations pass on, and the notes of one pass over the operations."""
+"""Parts that rules share: the values that operations pass on, and the notes of one pass over the operations.
+
+Over 300 lines, since every rule is written with these few words.
+"""
 
 from __future__ import annotations
 
