@@ -20,7 +20,7 @@ def recurrent(
 ) -> Any:  # fmt: skip
     labels, name = trace.labels, node.name
     directions, per_cell = 2 if bidirectional else 1, 4 if has_biases else 2
-    is_single = not is_labelled(weights[1].dims[1])  # one hidden unit
+    is_single = not all(is_labelled(w.dims[1]) for w in weights[1::per_cell])  # one hidden unit
     if batch_first is None or is_single or len(weights) != layers * directions * per_cell:  # packed sequences, projections
         return unknown(trace, node, x, states, weights, has_biases)
     given = states if isinstance(states, list | tuple) else [states]
