@@ -129,7 +129,7 @@ def _hessian(peer: Any, network: nn.Module, read: list[tuple[Tensor, Tensor]]) -
     """Return the importance with squared gradients of single images, as its documentation shows."""
     importance = peer.importance.GroupHessianImportance()
     for x, y in read[:1]:
-        for image, label in zip(x.split(1), y.split(1), strict=True):
+        for image, label in zip(torch.split(x, 1), torch.split(y, 1), strict=True):
             network.zero_grad()
             torch.autograd.backward(F.cross_entropy(network(image), label))
             importance.accumulate_grad(network)
@@ -155,11 +155,9 @@ def _grid(shares: list[float], local: list[str], all_together: list[str], peers:
     return [dense, *ours, *theirs]
 
 
-LOCAL, GLOBAL = (
-    ["random", "large_final", "taylor", "fisher", "fpgm"],
-    ["large_final", "taylor", "fisher", "hessian", "fpgm", "wanda"],
-)
-THEIRS = {"local": ["magnitude", "taylor", "fpgm"], "global": ["magnitude", "taylor", "hessian"]}
+LOCAL, GLOBAL = ["random", "large_final", "taylor", "fpgm"], ["large_final", "taylor", "fisher", "hessian"]
+THEIRS = {"local": ["magnitude"], "global": ["magnitude", "taylor", "hessian"]}
+FURTHER = {"local": ["magnitude", "taylor", "fpgm"], "global": ["magnitude", "taylor", "hessian"]}
 STUDY = Study(
     name="channel_criteria",
     about="Criteria for channels at 60, 40 and 25 % of the MACs, beside torch-pruning",
@@ -167,7 +165,7 @@ STUDY = Study(
     grids={
         "tiny": _grid([0.5], ["large_final"], ["taylor"], {}),
         "small": _grid([0.6, 0.4, 0.25], LOCAL, GLOBAL, THEIRS),
-        "full": _grid([0.6, 0.4, 0.25, 0.15], LOCAL, GLOBAL, THEIRS),
+        "full": _grid([0.6, 0.4, 0.25, 0.15], [*LOCAL, "fisher"], [*GLOBAL, "fpgm", "wanda"], FURTHER),
     },
     x="macs",
     lines=("by", "criterion", "context"),
