@@ -241,10 +241,15 @@ def _components(trace: Trace, weights: Mapping[str, Value]) -> Components:
 def _follow(settings: _Settings, choices: dict[str, int]) -> tuple[Trace, dict[str, Value]]:
     """Run over the operations once, and return the labels and the values of the parameters and buffers."""
     asked = {one.argument: one for one in settings.asked}
-    trace = Trace(choices, settings.exact, asked, settings.experts, settings.slim)
-    weights: dict[str, Value] = {}
-    for program in settings.programs:
-        _follow_one(trace, program, weights)
+    written: set[Any] = set()
+    while True:
+        trace = Trace(choices, settings.exact, asked, settings.experts, settings.slim, frozenset(written))
+        weights: dict[str, Value] = {}
+        for program in settings.programs:
+            _follow_one(trace, program, weights)
+        if trace.written <= written:
+            break
+        written |= trace.written  # such tensors get labels from the start, so that all views of them learn what is written
     for name in weights.keys() - {name for program in settings.programs for name in program.uses()}:
         trace.labels.pin_all(weights[name].dims, "no operation reads it")
     for name in weights.keys() & settings.stay:
@@ -256,7 +261,7 @@ def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value]) -> N
     names, parameters = program.names, program.program.graph_signature.inputs_to_parameters
     given = program.inputs
     values: dict[Any, Any] = {}
-    trace.made, trace.roots = values, program.roots()
+    trace.made, trace.roots = values, program.roots
     idle, unused = program.idle_and_unused()
     for node in program.program.graph.nodes:
         if node in idle:
@@ -295,9 +300,9 @@ def _apply(trace: Trace, node: Any, values: dict[Any, Any]) -> Any:
         return arguments[0][arguments[1]]
     name = str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
     found: Callable[..., Any] | None = RULES.get(name)
-    result = _ruled(trace, found or unknown, node, arguments, keywords)
+    result = trace.fitted(node, _ruled(trace, found or unknown, node, arguments, keywords))
     if name.endswith("_") and not name.endswith("__") and isinstance(result, Value) and isinstance(arguments[0], Value):
-        _written(trace, node, arguments[0], result)
+        _written(trace, node, arguments[0], result, trace.roots[node.args[0]])
         values[node.args[0]] = result
         _forget(trace, node, arguments[0], result, values)
     if found is None or (isinstance(result, Value) and result.is_blend and not any(result is a for a in arguments)):
@@ -322,12 +327,16 @@ def _ruled(trace: Trace, rule: Callable[..., Any], node: Any, arguments: Any, ke
         return unknown(trace, node, *arguments, **keywords)
 
 
-def _written(trace: Trace, node: Any, before: Value, after: Value) -> None:
-    """Pin the labels that are written in place into a tensor of unlabelled size, since its other views do not learn of them."""
+def _written(trace: Trace, node: Any, before: Value, after: Value, root: Any) -> None:
+    """Note labels that are written in place into a tensor of unlabelled size, whose other views have to learn of them.
+
+    The next pass gives that tensor labels; where it cannot, what is written is pinned.
+    """
     if len(before.shape) != len(after.shape):  # `unsqueeze_` and the like give the tensor another shape, and write nothing
         return
     for size, was, now in zip(before.shape, before.dims, after.dims, strict=True):
-        if size > 1 and was is FREE:
+        if size > 1 and was is FREE and isinstance(now, np.ndarray):
+            trace.written.add(root)
             trace.labels.pin(now, f"{node.name} writes it into another tensor")
 
 
@@ -337,7 +346,7 @@ def _forget(trace: Trace, node: Any, before: Value, after: Value, values: dict[A
     if same and all((is_zeroed(b) <= is_zeroed(a)).all() for b, a in zip(before.dims, after.dims, strict=True)):
         return
     for other, value in values.items():
-        if trace.roots.get(other) is trace.roots.get(node.args[0]) and isinstance(value, Value | list):
+        if trace.roots[other] is trace.roots[node.args[0]] and isinstance(value, Value | list):
             values[other] = unmarked(value) if isinstance(value, Value) else [unmarked(v) for v in values_in(value)]
 
 

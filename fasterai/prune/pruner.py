@@ -206,7 +206,7 @@ class Pruner(NamesReplacements, ShownChannels):
         except BaseException:
             _restore(before)
             raise
-        self._scorer.note_move(self._pools)
+        self._scorer.note_move(self.model, self._pools)
         refused |= removal.refused
         if share == 1:
             self._warn_of_a_miss(kept, refused)
@@ -240,6 +240,10 @@ class Pruner(NamesReplacements, ShownChannels):
         """Forget the batch and loss of the training."""
         self._scorer.end()
 
+    def look_as(self, other: Pruner) -> None:
+        """Take over what another pruner of the model remembers of its first looks at groups."""
+        self._scorer.looks = other._scorer.looks
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next choice depends on besides the weights: plain numbers, and copies of earlier weights."""
         alone = [name for name, (_, now) in self.channels.items() if now == 1]
@@ -267,6 +271,7 @@ class Pruner(NamesReplacements, ShownChannels):
     def after_cut(self, cut: Cut) -> None:
         """Follow the model's parameters, which have got smaller."""
         fresh = {t.name: t for t in all_targets(unwrap(self.model))}
+        self._scorer.cut_choice([p for p in self._pools if p.is_left(fresh)], cut)
         self._pools = tuple(p.cut(cut, fresh) for p in self._pools if p.is_left(fresh))
         self._graph = replace(self._graph, normed=cut_normed(self._graph.normed, cut))
         self._cut_inputs(cut)

@@ -189,7 +189,7 @@ def _missing_modules(model: nn.Module, slim: Mapping[str, int], sizes: Mapping[s
         if can_be_slim(modules.get(name)):
             continue
         if not name or not isinstance(modules.get(name), nn.MultiheadAttention | SlimMultiheadAttention):
-            yield f"{name} is no nn.MultiheadAttention, and no norm"
+            yield f"{name} is no nn.MultiheadAttention"
         elif _has_more(modules[name]):
             yield f"{name} has bias_k or add_zero_attn, with which no heads are removed"
     for name, found in sizes.items():

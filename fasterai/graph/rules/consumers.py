@@ -65,7 +65,7 @@ def _adds_zeros(trace: Trace, node: Any, arguments: Sequence[Any], keywords: Any
     """Tell if an operation gives the same without entries that are zero, as a sum does; a norm of no negative order too."""
     order = argument_of(node, "ord", arguments, keywords) or argument_of(node, "p", arguments, keywords)
     is_norm = called(node) in ("linalg_vector_norm", "norm") and (order is None or order > 0)
-    return called(node) == "sum" or (called(node) == "any" or is_norm) and trace.exact and not trace.experts
+    return called(node) == "sum" or ((called(node) == "any" or is_norm) and trace.exact and not trace.experts)
 
 
 def _summed(trace: Trace, x: Value, dims: Sequence[int], shape: tuple[int, ...]) -> Value:
@@ -99,7 +99,8 @@ def extremes(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any
         pass
     elif trace.exact or not _is_average(node):
         trace.labels.pin_all([x.dims[d] for d in gone], f"{node.name} picks entries of it by their values")
-    fixed = [FIXED if i in gone else d for i, d in enumerate(unmarked(x).dims)]
+    x = unmarked(x)  # numbers of entries are among the results
+    fixed = [FIXED if i in gone else d for i, d in enumerate(x.dims)]
     return [Value(s, tuple(fixed) if len(s) == len(fixed) else without(x.dims, gone, len(s))) for s in shapes_of(node)]
 
 

@@ -1,4 +1,7 @@
-"""Parts that rules share: the values that operations pass on, and the notes of one pass over the operations."""
+"""Parts that rules share: the values that operations pass on, and the notes of one pass over the operations.
+
+Over 300 lines, since every rule is written with these few words.
+"""
 
 from __future__ import annotations
 
@@ -93,6 +96,7 @@ class Trace:
         gates: The dimensions that are gated so.
         routes: Node of a choice of the highest -> the dimension that it is made from, and how many are chosen.
         layers: The places, as (name, dimension), of outputs of linear layers.
+        written: Nodes of tensors that were made to fit, as `zeros(...)` are, and into which labelled ones are written in place.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class Trace:
         asked: Mapping[str, Asked] | None = None,
         experts: bool = False,
         slim: Collection[str] = (),
+        labelled: frozenset[Any] = frozenset(),
     ) -> None:
         self.labels = Labels()
         self.choices = choices
@@ -123,6 +128,8 @@ class Trace:
         self.gates: list[Dim] = []
         self.routes: dict[Any, tuple[Dim, int]] = {}
         self.layers: set[tuple[str, int]] = set()
+        self.written: set[Any] = set()
+        self._labelled = labelled
 
     def input(self, argument: str, shape: tuple[int, ...]) -> Value:
         """Return an input's value, with labels on the dimension that was asked for, the same in each of several programs."""
@@ -167,7 +174,9 @@ class Trace:
         there, start = np.unique(plain(labels)), node
         while True:
             given = [(one, v) for one in node.all_input_nodes for v in values_in(self.made.get(one))]
-            carry = [(one, [d for d in v.dims if isinstance(d, np.ndarray) and np.isin(plain(d), there).any()]) for one, v in given]
+            carry = [
+                (one, [d for d in v.dims if isinstance(d, np.ndarray) and np.isin(plain(d), there).any()]) for one, v in given
+            ]
             other = [one for one, dims in carry if dims and not any(is_zeroed(d).any() for d in dims)]
             if not other:
                 is_told = node.name.startswith("b_") if node.op == "placeholder" else node is not start
@@ -208,6 +217,13 @@ class Trace:
             level = [n for n in dict.fromkeys(n for one in level for n in one.all_input_nodes) if n not in seen]
             seen.update(level)
         return FIXED
+
+    def fitted(self, node: Any, made: Any) -> Any:
+        """Return what a node makes, with labels instead of `FREE` where something labelled is known to be written into it."""
+        if node not in self._labelled or not isinstance(made, Value):
+            return made
+        dims = zip(made.shape, made.dims, strict=True)
+        return replace(made, dims=tuple(self.labels.new(n) if d is FREE and n > 1 else d for n, d in dims))
 
     def sums(self, node: Any, dim: Dim, reason: str, *, is_product: bool = False) -> None:
         """Note that an operation sums over a dimension without a weight; what is not known to be zero where it is silent stays.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fasterai.graph.labels import FIXED, FREE, Dim, is_zeroed, zeroed
+from fasterai.graph.labels import FIXED, Dim, is_zeroed, zeroed
 from fasterai.graph.rules.trace import (
     Trace,
     Value,
@@ -22,7 +22,7 @@ from fasterai.graph.rules.trace import (
     zero_in_either,
 )
 
-__all__: list[str] = []
+__all__ = ["read_by"]
 
 
 @rule("linear")
@@ -44,7 +44,7 @@ def _read(trace: Trace, a: Value, i: int, b: Value, j: int, node: Any) -> None:
     A blend is what a weight reads, where it meets one; where it meets what is none, it is the weight.
     """
     trace.labels.join(a.dims[i], b.dims[j], f"{node.name} reads a dimension of fixed size")
-    reading = _reading([a, b])
+    reading = read_by([a, b])
     if not any(reading):
         trace.sums(node, zero_in_either(a.dims[i], b.dims[j]), f"{node.name} sums over it without a weight", is_product=True)
     for value, dim, reads in zip((a, b), (i, j), reading, strict=True):
@@ -52,7 +52,7 @@ def _read(trace: Trace, a: Value, i: int, b: Value, j: int, node: Any) -> None:
             trace.reads(value, dim)
 
 
-def _reading(factors: Sequence[Value]) -> list[bool]:
+def read_by(factors: Sequence[Value]) -> list[bool]:
     """Tell which factors of a product read the others: the weights, else a blend that is alone among them."""
     weights = [f.is_weight and not f.is_blend for f in factors]
     blends = [f.is_blend for f in factors]
@@ -187,32 +187,6 @@ def grouped_matmul(trace: Trace, node: Any, x: Value, weight: Value, ends: Any =
 def addmm(trace: Trace, node: Any, bias: Value, a: Value, b: Value, **keywords: Any) -> Value:
     product = matmul(trace, node, a, b)
     return broadcast(trace, node.name, [product, bias], product.shape)
-
-
-@rule("einsum")
-def einsum(trace: Trace, node: Any, equation: str, operands: Sequence[Value], **keywords: Any) -> Value:
-    inputs, _, output = equation.replace(" ", "").partition("->")
-    if "." in equation or not output:
-        return unknown_tensor(trace, node, *operands)
-    terms = list(zip(inputs.split(","), operands, strict=True))
-    sizes = {pair for letters, value in terms for pair in zip(letters, value.shape, strict=True)}
-    if len(sizes) > len(dict(sizes)) or any(len(set(letters)) < len(letters) for letters, _ in terms):
-        return unknown_tensor(trace, node, *operands)  # may repeat a dimension, or take a diagonal
-    carried: dict[str, Dim] = {}
-    weighed: dict[str, bool] = {}
-    for (letters, value), reads in zip(terms, _reading(operands), strict=True):
-        for d, (letter, dim) in enumerate(zip(letters, value.dims, strict=True)):
-            either = zero_in_either(carried.get(letter, FREE), dim)
-            joined = trace.labels.join(carried.get(letter, FREE), dim, f"{node.name} meets a dimension of fixed size")
-            carried[letter] = either if isinstance(joined, np.ndarray) else joined
-            weighed[letter] = weighed.get(letter, False) or reads
-            if reads and letter not in output:
-                trace.reads(value, d)
-    for letter, dim in carried.items():
-        if letter not in output and not weighed[letter]:
-            trace.sums(node, dim, f"{node.name} sums over it without a weight", is_product=True)
-    origins = [[letters.find(letter) if letter in letters else None for letter in output] for letters, _ in terms]
-    return blend(operands, origins, Value(shape_of(node), tuple(carried[letter] for letter in output)))
 
 
 @rule("tensordot")

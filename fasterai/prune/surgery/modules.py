@@ -99,3 +99,8 @@ def _(module: nn.PReLU, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
 @new_sizes.register(nn.RNNBase)
 def _(module: nn.RNNBase, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
     return {"input_size": new["weight_ih_l0"][1], "hidden_size": new["weight_hh_l0"][1]}
+
+
+@new_sizes.register(nn.RNNCellBase)
+def _(module: nn.RNNCellBase, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
+    return {"input_size": new["weight_ih"][1], "hidden_size": new["weight_hh"][1]}

@@ -194,7 +194,7 @@ def _misfits(model: nn.Module, plan: Plan) -> Iterator[str]:
         if not name and not can_be_slim(model):
             yield "that takes heads from the model itself; put the attention into an nn.Sequential"
         elif not (can_be_slim(m := modules.get(name)) or isinstance(m, nn.MultiheadAttention | SlimMultiheadAttention)):
-            yield f"that takes channels from {name}, which is no nn.MultiheadAttention and no norm here"
+            yield f"that takes heads from {name}, which is no nn.MultiheadAttention here"
 
 
 def _has(module: nn.Module, attribute: str) -> bool:

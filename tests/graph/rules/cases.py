@@ -111,8 +111,8 @@ def over_channels(op: str, f: Callable[[Tensor], Tensor], back: int = 8) -> Case
 
 
 def over_zeros(op: str, f: Callable[[Tensor], Tensor], stays: str = "") -> Case:
-    """An operation that runs over channels which are zero where they are silent: they go, unless something makes more of them."""
-    run, why = lambda m, x: m.b(f(m.a(x))), {("a.weight", 0): stays} if stays else {}  # noqa: E731
+    """An operation that runs over channels which are zero where they are silent: they go, if nothing makes more of them."""
+    run, why = lambda m, x: m.b(f(m.a(x))), {("a.weight", 0): stays} if stays else {}
     return Case((op,), run, linears(), (4, 6), {} if stays else both, why, f"{op} over {'others' if stays else 'zeros'}")
 
 

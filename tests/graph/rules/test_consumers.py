@@ -3,7 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.graph.rules.cases import Case, around, aten, beside, goes_as_it_says, over_channels, over_zeros, stands_in_the_program
+from tests.graph.rules.cases import (
+    Case,
+    around,
+    aten,
+    beside,
+    goes_as_it_says,
+    over_channels,
+    over_zeros,
+    stands_in_the_program,
+)
 
 CASES = [
     over_channels("softmax", lambda x: x.softmax(-1)),
