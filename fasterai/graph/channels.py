@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from fasterai.display import Shown, Table, counted
-from fasterai.graph.exported import Exported, exported
+from fasterai.graph.exported import Exported, exported, how_recorded, unmet
 from fasterai.graph.features import Asked, FeaturesLike, kept_inputs, read_features
 from fasterai.graph.inputs import input_tensors
 from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim, plain, zeroed
@@ -98,6 +98,7 @@ class ChannelGraph(Shown):
         shared: Names of parameters that several operations use: one may make channels that another reads.
         inputs: Input and dimension -> why it stays, where all of it does; inputs are named by their arguments.
         input_sizes: Input and dimension -> its size, where it may lose indices.
+        recorded: Where `torch.export` refuses the model: that its operations were recorded from runs, and why.
     """
 
     groups: tuple[Group, ...]
@@ -110,10 +111,12 @@ class ChannelGraph(Shown):
     inputs: Mapping[Place, str] = field(default_factory=dict)
     input_sizes: Mapping[Place, int] = field(default_factory=dict)
     counted: frozenset[str] = frozenset()
+    recorded: str = ""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or pickle; those of earlier versions know of no inputs."""
-        vars(self).update({"inputs": {}, "input_sizes": {}, "counted": frozenset(), **state})
+        later = {"inputs": {}, "input_sizes": {}, "counted": frozenset(), "recorded": ""}
+        vars(self).update({**later, **state})
 
     def _line(self) -> str:
         channels = counted(sum(group.channels for group in self.groups), "channel")
@@ -124,6 +127,7 @@ class ChannelGraph(Shown):
         body = [(g.name, str(g.channels), str(len({name for name, _ in g.places}))) for g in self.groups]
         yield Table(("group", "channels", "tensors"), body) if body else "no channel may go"
         yield from summed_reasons([why for why in self.pinned.values() if not why.endswith("kernel size")])
+        yield from [self.recorded] if self.recorded else []
 
 
 def channel_graph(
@@ -162,11 +166,17 @@ def followed(
     trace, weights = _follow(settings, choices)
     components = _components(trace, weights)
     graph = _graph(inner, trace, weights, components)
-    norms = tuple(norms_behind(programs[0]))
     may_go = {place for group in graph.groups for place in group.inputs}
     whole = kept_inputs(input_tensors(inner, inputs), may_go, graph.inputs)
     shared: frozenset[str] = frozenset().union(*(p.shared() for p in programs))
-    return replace(graph, norms=norms, shared=shared, inputs=whole), trace, components, weights
+    graph = replace(graph, norms=_norms(programs), shared=shared, inputs=whole, recorded=how_recorded(programs))
+    return graph, trace, components, weights
+
+
+def _norms(programs: Sequence[Exported]) -> tuple[Norm, ...]:
+    """Find the norms that alone read the output of a layer, on each way through the code that was seen."""
+    first, *others = [list(norms_behind(one)) for one in programs if one is programs[0] or one.refused]
+    return tuple(norm for norm in first if all(norm in other for other in others))
 
 
 @dataclass(frozen=True)
@@ -235,11 +245,12 @@ def _follow(settings: _Settings, choices: dict[str, int]) -> tuple[Trace, dict[s
     """Run over the operations once, and return the labels and the values of the parameters and buffers."""
     asked = {one.argument: one for one in settings.asked}
     written: set[Any] = set()
+    sizes = unmet(settings.programs)
     while True:
         trace = Trace(choices, settings.exact, asked, settings.experts, settings.slim, frozenset(written))
         weights: dict[str, Value] = {}
         for program in settings.programs:
-            _follow_one(trace, program, weights)
+            _follow_one(trace, program, weights, sizes)
         if trace.written <= written:
             break
         written |= trace.written  # such tensors get labels from the start, so that all views of them learn what is written
@@ -250,7 +261,7 @@ def _follow(settings: _Settings, choices: dict[str, int]) -> tuple[Trace, dict[s
     return trace, weights
 
 
-def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value]) -> None:
+def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value], sizes: Mapping[int, str]) -> None:
     names, parameters = program.names, program.program.graph_signature.inputs_to_parameters
     given = program.inputs
     values: dict[Any, Any] = {}
@@ -266,8 +277,17 @@ def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value]) -> N
                 trace.labels.pin_all(value.dims, "it is an output of the network")
         else:
             values[node] = _apply(trace, node, values, program.roots)
+        for value in values_in(values.get(node)) if sizes else ():
+            _keep_fit(trace, value, sizes)
         for value in values_in(values[node]) if node in unused else ():
             trace.labels.pin_all(value.dims, f"{node.name} is returned in training alone, or not at all")
+
+
+def _keep_fit(trace: Trace, value: Value, sizes: Mapping[int, str]) -> None:
+    """Pin the dimensions that a parameter fits which no recorded run has met: on other values it may read them."""
+    for n, dim in zip(value.shape, value.dims, strict=True):
+        if n in sizes:
+            trace.labels.pin(dim, f"{sizes[n]}, which no recorded run has met, may read it on other values")
 
 
 def _placeholder(
@@ -290,7 +310,7 @@ def _apply(trace: Trace, node: Any, values: dict[Any, Any], roots: Mapping[Any, 
     arguments, keywords = tree_map(lambda a: values.get(a, a) if isinstance(a, torch.fx.Node) else a, (node.args, node.kwargs))
     if node.target is operator.getitem:
         return arguments[0][arguments[1]]
-    name = str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
+    name = getattr(node.target, "__name__", "").partition(".")[0]
     found: Callable[..., Any] | None = RULES.get(name)
     result = trace.fitted(node, _ruled(trace, found or unknown, node, arguments, keywords))
     if name.endswith("_") and not name.endswith("__") and isinstance(result, Value) and isinstance(arguments[0], Value):

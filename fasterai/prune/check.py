@@ -20,9 +20,10 @@ import copy
 import heapq
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from fasterai.model.names import unwrap
 from fasterai.model.outputs import movement, tolerance
 from fasterai.model.running import at_rest, copies, without_fast_path
 from fasterai.model.supported import check_inputs, said
+from fasterai.prune.decisions import Decisions
 from fasterai.prune.probes import probes
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.plan import make_plan
@@ -253,11 +255,11 @@ class _Trials:
         self.graph = graph
         self.streams = self.asks_float64 = False
         self._model, self._inputs, self._exact = model, inputs, exact
-        runs = [(probe, outputs_of(model, probe)) for probe in probes(inputs)]
-        self._probes = [(probe, found) for probe, found in runs if not isinstance(found, Exception) and not _has_nan(found)]
-        self._probes = self._probes or [(probe, found) for probe, found in runs[:1] if not isinstance(found, Exception)]
-        self.is_blank = not any(bool(x.any()) for _, outputs in self._probes for x in outputs)
-        dtypes = [x.dtype for x in self._probes[0][1] if x.is_floating_point()] if self._probes else []
+        runs = [_run(model, probe, Decisions() if graph.recorded else None) for probe in probes(inputs, bool(graph.recorded))]
+        self._probes = [one for one in runs if not isinstance(one.outputs, Exception) and not _has_nan(one.outputs)]
+        self._probes = self._probes or [one for one in runs[:1] if not isinstance(one.outputs, Exception)]
+        self.is_blank = not any(bool(x.any()) for one in self._probes for x in one.outputs)
+        dtypes = [x.dtype for x in self._probes[0].outputs if x.is_floating_point()] if self._probes else []
         self._limit = tolerance("removal", dtypes[0]) if dtypes else 0.0
         self.rounding = tolerance("doubtful", dtypes[0]) if dtypes else 0.0
         self.is_float64 = bool(dtypes) and all(dtype is torch.float64 for dtype in dtypes)
@@ -295,12 +297,14 @@ class _Trials:
 
     def _compare(self, cuts: Sequence[InputCut]) -> _Verdict:
         worst = 0.0
-        for probe, wanted in self._probes:
+        for before in self._probes:
             try:
-                given = cut_inputs(self._model, probe, cuts)
+                given = cut_inputs(self._model, before.inputs, cuts)
             except ValueError:  # a probe of another size along what is cut; the inputs themselves are not
                 continue
-            found = outputs_of(self._model, given)
+            after = _run(self._model, given, before.decisions and Decisions(before.decisions))
+            found, wanted = after.outputs, before.outputs
+            worst = max(worst, after.decisions.moved) if after.decisions else worst
             if isinstance(found, Exception):
                 return _Verdict(0.0, f"the model fails without them: {said(found)}", True)
             if [x.shape for x in found] != [x.shape for x in wanted]:
@@ -311,6 +315,19 @@ class _Trials:
         if worst == math.inf:
             return _Verdict(worst, "an output would be NaN or infinite: it is not silent")
         return _Verdict(worst, f"the outputs would move by {worst:.1e} of their scale: it is not silent")
+
+
+class _Run(NamedTuple):
+    """A model's inputs, its outputs or the error that it raised, and the decisions that it took, where they are held."""
+
+    inputs: tuple[Any, ...]
+    outputs: Any
+    decisions: Decisions | None
+
+
+def _run(model: nn.Module, inputs: tuple[Any, ...], decisions: Decisions | None) -> _Run:
+    with decisions or nullcontext():
+        return _Run(inputs, outputs_of(model, inputs), decisions)
 
 
 def outputs_of(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor] | Exception:

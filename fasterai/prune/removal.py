@@ -195,6 +195,7 @@ def take_out(
         measurement=measurement,
         is_blank=sound.is_blank,
         inputs=input_cuts(model),
+        recorded=graph.recorded,
     )
 
 

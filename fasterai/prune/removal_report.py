@@ -45,6 +45,7 @@ class Removal(Shown):
         units: What was counted and removed: `channels`, or `experts`.
         inputs: Argument -> what the small model takes of that input, where it takes less than the dense one did at first;
             what earlier removals have taken is counted in.
+        recorded: Where `torch.export` refuses the model: that its operations were recorded from runs, and why.
     """
 
     plan: Plan
@@ -60,6 +61,7 @@ class Removal(Shown):
     is_blank: bool = False
     inputs: Mapping[str, InputCut] = field(default_factory=dict)
     units: str = "channels"
+    recorded: str = ""
 
     @property
     def comparison(self) -> Comparison | None:
@@ -91,7 +93,10 @@ class Removal(Shown):
             "inputs": self.measurement.inputs,
             "measured": None if self.comparison is None else self.comparison.to_dict(),
             "not_measured": self.measurement.why_not,
-        } | ({"cut_inputs": [cut.to_dict() for cut in self.inputs.values()]} if self.inputs else {})
+        } | ({"cut_inputs": [cut.to_dict() for cut in self.inputs.values()]} if self.inputs else {}) | self._how()
+
+    def _how(self) -> dict[str, str]:
+        return {"recorded": self.recorded} if self.recorded else {}
 
     def _line(self) -> str:
         before, after = self.parameters
@@ -108,6 +113,7 @@ class Removal(Shown):
         yield from summed_reasons([why for why in self.pinned.values() if not why.endswith("kernel size")])
         if not self.removed:
             yield "nothing was removed: " + ("see above" if self.refused else "no removable channel is silent")
+        yield from [self.recorded] if self.recorded else []
         yield f"parameters: {before:,} -> {after:,} ({after / max(1, before):.1%})"
         yield self._moved()
         yield from self._figures()
