@@ -77,7 +77,7 @@ def _is_float(x: object) -> bool:
 
 def line(name: str, found: Row) -> str:
     """A row in Markdown."""
-    why = " ".join(found.why.split()).replace("|", "/")[:200]
+    why = " ".join("; ".join(filter(None, (found.why, found.stays))).split()).replace("|", "/")[:240]
     if not found.groups:
         return f"| {name} | {found.verdict} | | | | | | | {why} |"
     return (
@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("names", nargs="*")
     parser.add_argument("--zoo", choices=tuple(ZOOS))
-    parser.add_argument("--limit", type=int, default=0, help="seconds after which a network counts as failed; 0 for none")
+    parser.add_argument("--limit", type=int, default=0, help="seconds of the processor after which a network counts as failed; 0 for none")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -108,17 +108,17 @@ class _Late(BaseException):  # no code under test takes it for an error of its o
 
 @contextmanager
 def _within(seconds: int) -> Iterator[None]:
-    """Raise `_Late` after some seconds."""
+    """Raise `_Late` after some seconds of the processor."""
 
     def late(*_: object) -> None:
         raise _Late
 
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
+    signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def limited(zoo: str, name: str, dtype: torch.dtype, seconds: int) -> Row:
@@ -134,7 +134,7 @@ def table(zoo: str, names: list[str], dtype: torch.dtype, limit: int = 0) -> Non
     """Print one zoo's table, and how many passed."""
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in dict.fromkeys(("torch", ZOOS[zoo][0])))
     print(f"\n{zoo}: {versions}, {str(dtype).removeprefix('torch.')}, one thread, seconds of the processor\n")
-    print("| network | removal | outputs moved by | parameters left | groups | stayed | graph | all | why |")
+    print("| network | removal | outputs moved by | parameters left | groups | stayed | graph | all | stays, and why |")
     print("|---|---|--:|--:|--:|--:|--:|--:|---|")
     verdicts = []
     for name in names:

@@ -43,6 +43,7 @@ class Row:
         stayed: How many of them stayed.
         graph: Seconds of the processor for the channel graph.
         seconds: Seconds of the processor for all.
+        stays: What share of the parameters cannot shrink, and why.
         why: What it says where not all went well.
     """
 
@@ -53,6 +54,7 @@ class Row:
     stayed: int = 0
     graph: float = 0.0
     seconds: float = 0.0
+    stays: str = ""
     why: str = ""
 
 
@@ -84,23 +86,21 @@ def check(model: nn.Module, inputs: Inputs) -> Row:
     seconds = traced + time.process_time() - removed
     dtype = next(model.parameters()).dtype
     left = removal.parameters[1] / removal.parameters[0]
-    row = Row(
-        "pass", moved, left, len(graph.groups), len(removal.refused), traced, seconds, "; ".join(_reasons(removal.refused))
-    )
+    row = Row("pass", moved, left, len(graph.groups), len(removal.refused), traced, seconds, _stays(removal.kept_because))
     if trains and (problem := _training(model, inputs)):
         return Row(**{**vars(row), "verdict": "failed", "why": problem})
     if not moved <= TOLERANCE[dtype]:
         return Row(**{**vars(row), "verdict": "failed", "why": "the outputs moved"})
     if not removal.removed:
-        return Row(**{**vars(row), "verdict": "refused", "why": row.why or next(iter(graph.pinned.values()), "nothing may go")})
-    if difference(dense, masked) < POWER:
-        return Row(**{**vars(row), "verdict": "blind", "why": "the outputs do not depend on the masks"})
+        row = Row(**{**vars(row), "verdict": "refused", "why": "" if row.stays else "nothing may go"})
+    elif difference(dense, masked) < POWER:
+        row = Row(**{**vars(row), "verdict": "blind", "why": "the outputs do not depend on the masks"})
     return row
 
 
-def _reasons(refused: Mapping[str, str]) -> list[str]:
-    hard_coded = "a size written into its code"
-    return sorted({hard_coded if "model fails without them" in why else why.split(" (")[0][:90] for why in refused.values()})
+def _stays(kept_because: Mapping[str, float], least: float = 0.02) -> str:
+    """The reasons that keep at least two in a hundred of the parameters, the largest first."""
+    return "; ".join(f"{share:.0%} {why}" for why, share in kept_because.items() if share >= least).replace("%", " %")
 
 
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:

@@ -113,7 +113,8 @@ TABLE: dict[str, Callable[[Any], Built]] = {
     ),
     "UNet3D": lambda d: (
         d.UNet3DConditionModel(
-            **UNET, down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+            **UNET, down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D",
+            "CrossAttnUpBlock3D"),
             cross_attention_dim=16, attention_head_dim=4,
         ),
         (_image(2, 3, 4, 16, 16), _times(), _image(2, 6, 16)),
@@ -158,7 +159,8 @@ TABLE: dict[str, Callable[[Any], Built]] = {
     "AutoencoderDC": lambda d: (
         d.AutoencoderDC(
             latent_channels=4, attention_head_dim=8, encoder_block_out_channels=(16, 32), decoder_block_out_channels=(16, 32),
-            encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), encoder_block_types=("ResBlock", "EfficientViTBlock"),
+            encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
+            encoder_block_types=("ResBlock", "EfficientViTBlock"),
             decoder_block_types=("ResBlock", "EfficientViTBlock"), encoder_qkv_multiscales=((), (5,)),
             decoder_qkv_multiscales=((), (5,)),
         ),
@@ -221,13 +223,15 @@ TABLE: dict[str, Callable[[Any], Built]] = {
         (_image(2, 4, 8, 8), _image(2, 6, 16), _times()),
     ),
     "Transformer2D": lambda d: (
-        d.Transformer2DModel(num_attention_heads=4, attention_head_dim=8, in_channels=16, norm_num_groups=4, cross_attention_dim=16),
+        d.Transformer2DModel(num_attention_heads=4, attention_head_dim=8, in_channels=16, norm_num_groups=4,
+        cross_attention_dim=16),
         (_image(2, 16, 8, 8), _image(2, 6, 16)),
     ),
     "CogVideoX": lambda d: (
         Called(
             d.CogVideoXTransformer3DModel(
-                **ATTENTION, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16, sample_width=8, sample_height=8,
+                **ATTENTION, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16,
+                sample_width=8, sample_height=8,
                 sample_frames=9, patch_size=2, max_text_seq_length=6,
             ),
             "hidden_states encoder_hidden_states timestep",
@@ -247,7 +251,8 @@ TABLE: dict[str, Callable[[Any], Built]] = {
     "Wan": lambda d: (
         Called(
             d.WanTransformer3DModel(
-                num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32,
+                num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+                freq_dim=16, ffn_dim=32,
                 num_layers=1,
             ),
             "hidden_states timestep encoder_hidden_states",
@@ -257,7 +262,8 @@ TABLE: dict[str, Callable[[Any], Built]] = {
     "StableAudioDiT": lambda d: (
         Called(
             d.StableAudioDiTModel(
-                **ATTENTION, sample_size=8, in_channels=4, out_channels=4, num_key_value_attention_heads=2, cross_attention_dim=16,
+                **ATTENTION, sample_size=8, in_channels=4, out_channels=4, num_key_value_attention_heads=2,
+                cross_attention_dim=16,
                 cross_attention_input_dim=16, time_proj_dim=16, global_states_input_dim=16,
             ),
             "hidden_states timestep encoder_hidden_states global_hidden_states",

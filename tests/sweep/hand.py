@@ -5,6 +5,7 @@ Each is a function that gives a network and its inputs, listed in `TABLE`. Over 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,7 @@ def head(a: int) -> nn.Sequential:
 
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear layers with ReLUs between them."""
-    pairs = list(zip(sizes, sizes[1:], strict=False))
+    pairs = list(itertools.pairwise(sizes))
     layers = [layer for a, b in pairs[:-1] for layer in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers, nn.Linear(*pairs[-1]))
 
@@ -279,8 +280,13 @@ def wavenet() -> Built:
     def layers(a: int, b: int, k: int) -> nn.ModuleList:
         return nn.ModuleList(nn.Conv1d(a, b, k, padding=d * (k - 1) // 2, dilation=d) for d in (1, 2))
 
-    return Net(_wavenet, stem=nn.Conv1d(2, 16, 1), gates=layers(16, 12, 3), filters=layers(16, 12, 3), residuals=layers(12, 16, 1),
-               skips=layers(12, 20, 1), out=nn.Conv1d(20, 4, 1)), rows(2, 2, 24)  # fmt: skip
+    parts = {
+        "gates": layers(16, 12, 3),
+        "filters": layers(16, 12, 3),
+        "residuals": layers(12, 16, 1),
+        "skips": layers(12, 20, 1),
+    }
+    return Net(_wavenet, stem=nn.Conv1d(2, 16, 1), out=nn.Conv1d(20, 4, 1), **parts), rows(2, 2, 24)
 
 
 def _seq2seq(m: Any, x: Tensor, y: Tensor) -> Any:
@@ -574,9 +580,8 @@ def _siamese(m: Any, x: Tensor, y: Tensor) -> Any:
 
 
 def siamese() -> Built:
-    return Net(_siamese, body=nn.Sequential(conv(3, 16), conv(16, 24), nn.AdaptiveAvgPool2d(1), nn.Flatten()), out=nn.Linear(24, 1)), (
-        *images(), *images(),
-    )  # fmt: skip
+    body = nn.Sequential(conv(3, 16), conv(16, 24), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return Net(_siamese, body=body, out=nn.Linear(24, 1)), (*images(), *images())
 
 
 def _in_place(m: Any, x: Tensor) -> Any:

@@ -78,7 +78,7 @@ TABLE: dict[str, Callable[[Any], Built]] = {
             n_freq=8,
             n_hidden=16,
             n_output=16,
-        ),  # fmt: skip
+        ),
         (torch.randn(2, 1, 32), torch.randn(2, 1, 8, 12)),
     ),
     "Tacotron2": _tacotron,
@@ -96,7 +96,7 @@ TABLE: dict[str, Callable[[Any], Built]] = {
             feat_dim=16, win_len=8, d_model=16, nhead=4, hidden_dim=16, num_blocks=1, rnn_type="LSTM", chunk_size=7
         ),
         (torch.randn(1, 256),),
-    ),  # fmt: skip
+    ),
 }
 NAMES = tuple(TABLE)
 
