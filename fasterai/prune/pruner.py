@@ -48,7 +48,7 @@ from fasterai.prune.check import Sound, largest_sound
 from fasterai.prune.choice.budget import Budget, fit_budget, least_left
 from fasterai.prune.goal import OVER_PLACES, Ratio, check_context, free_pools, read_layers, read_ratio
 from fasterai.prune.removal import Removal, mask_channels_, shapes_of_parameters, silent_channels, take_out
-from fasterai.prune.removal_report import IGNORED
+from fasterai.prune.removal_report import ENOUGH, IGNORED
 from fasterai.prune.shown_channels import ShownChannels
 from fasterai.prune.surgery.dense_shapes import count_at_first
 from fasterai.prune.surgery.model_copies import Copies, matching_copies
@@ -232,7 +232,8 @@ class Pruner(NamesReplacements, ShownChannels):
         elif refused:
             names = ", ".join([*refused][:5])
             warn(f"{self.pruning_ratio} was not reached: channels of {names} cannot be removed; the result's refused says why")
-        if removal.shortfall:
+        chosen = sum(self.original.values()) - sum(int(k.sum()) for k in kept)
+        if removal.shortfall and chosen >= ENOUGH * (removal.asked or 0.0) * sum(self.original.values()):
             warn(f"{removal.shortfall}; the result's kept_because has all reasons")
 
     def is_within_reach(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import json
 import math
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from fasterai.core.files import untied, write_tensors
 from fasterai.graph.inputs import input_cuts, put_inputs
 from fasterai.model.names import unwrap
+from fasterai.model.slim_norms import can_be_slim, put_dense_size
 from fasterai.model.supported import check_model, check_whole
 from fasterai.prune.features.embeddings import CATEGORIES, kept_embeddings
 from fasterai.prune.features.files import SELECTORS, read_entry
@@ -28,7 +30,7 @@ __all__ = ["load_small", "save_small"]
 #: What differs between two runs of one network, or counts in training only.
 PASSING = {
     *("training", "inplace", "p", "momentum", "dropout", "drop_prob", "drop_rate", "dropout_p", "attention_dropout"),
-    *("fused_attn", "use_nested_tensor", "grad_checkpointing", "gradient_checkpointing", "name_or_path"),
+    *("fused_attn", "use_nested_tensor", "dense_size", "grad_checkpointing", "gradient_checkpointing", "name_or_path"),
 }
 
 
@@ -111,6 +113,9 @@ def _fill(inner: nn.Module, header: Header, tensors: dict[str, Tensor]) -> None:
             f"model must be the dense model that the small one was made of, got one where {'; '.join(problems[:5])}"
         )
     for name, heads in header.slim.items():
+        if can_be_slim(norm := inner.get_submodule(name)):
+            put_dense_size(norm, heads)
+            continue
         parent = inner.get_submodule(name.rpartition(".")[0])
         attention = parent.get_submodule(name.rpartition(".")[2])
         if isinstance(attention, nn.MultiheadAttention):
@@ -135,7 +140,10 @@ def _selectors(selector: InputSelector | Mapping[str, InputSelector] | None) -> 
 
 
 def _slim(model: nn.Module) -> dict[str, int]:
-    return {n: m.num_heads for n, m in model.named_modules() if isinstance(m, SlimMultiheadAttention)}
+    heads = {n: m.num_heads for n, m in model.named_modules() if isinstance(m, SlimMultiheadAttention)}
+    return heads | {
+        n: size for n, m in model.named_modules() if isinstance(size := vars(m).get("dense_size"), int) and can_be_slim(m)
+    }
 
 
 def _traits(model: nn.Module) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -179,8 +187,10 @@ def _differing_tensors(model: nn.Module, tensors: Mapping[str, Tensor], dense: S
 def _missing_modules(model: nn.Module, slim: Mapping[str, int], sizes: Mapping[str, Any]) -> Iterator[str]:
     modules = dict(model.named_modules())
     for name in slim:
+        if can_be_slim(modules.get(name)):
+            continue
         if not name or not isinstance(modules.get(name), nn.MultiheadAttention | SlimMultiheadAttention):
-            yield f"{name} is no nn.MultiheadAttention"
+            yield f"{name} is no nn.MultiheadAttention, and no norm"
         elif _has_more(modules[name]):
             yield f"{name} has bias_k or add_zero_attn, with which no heads are removed"
     for name, found in sizes.items():
@@ -211,8 +221,22 @@ def _differing_modules(model: nn.Module, traits: Mapping[str, Any], slim: Mappin
 
 
 def _is_filled_by_a_run(module: nn.Module, attribute: str, here: Any, there: Any) -> bool:
-    """Tell if an attribute is nothing in one of two models and no argument of its class, as what a first run notes is."""
-    return (here in (None, []) or there in (None, [])) and attribute not in inspect.signature(type(module).__init__).parameters
+    """Tell if an attribute is what a run notes: nothing in one of two models, or set by another method than `__init__`."""
+    if attribute in inspect.signature(type(module).__init__).parameters:
+        return False
+    return here in (None, []) or there in (None, []) or _is_set_in_a_run(type(module), attribute)
+
+
+def _is_set_in_a_run(kind: type, attribute: str) -> bool:
+    """Tell if a method of a class other than `__init__` assigns an attribute, as a detector's that notes the scales it meets."""
+    methods = [
+        m for c in kind.__mro__ if not c.__module__.startswith("torch.nn.") for m in vars(c).values() if inspect.isfunction(m)
+    ]
+    return any(
+        any(i.opname == "STORE_ATTR" and i.argval == attribute for i in dis.get_instructions(m))
+        for m in methods
+        if m.__name__ != "__init__"
+    )
 
 
 def _note(model: nn.Module, dense: Shapes) -> None:

@@ -91,7 +91,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("names", nargs="*")
     parser.add_argument("--zoo", choices=tuple(ZOOS))
-    parser.add_argument("--limit", type=int, default=0, help="seconds of the processor after which a network counts as failed; 0 for none")
+    parser.add_argument(
+        "--limit", type=int, default=0, help="seconds of the processor after which a network counts as failed; 0 for none"
+    )
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
