@@ -99,6 +99,7 @@ class ChannelGraph(Shown):
         inputs: Input and dimension -> why it stays, where all of it does; inputs are named by their arguments.
         input_sizes: Input and dimension -> its size, where it may lose indices.
         recorded: Where `torch.export` refuses the model: that its operations were recorded from runs, and why.
+        partly: Parameter or buffer name and dimension -> why some of it stays, where the rest is in groups.
     """
 
     groups: tuple[Group, ...]
@@ -112,10 +113,11 @@ class ChannelGraph(Shown):
     input_sizes: Mapping[Place, int] = field(default_factory=dict)
     counted: frozenset[str] = frozenset()
     recorded: str = ""
+    partly: Mapping[Place, str] = field(default_factory=dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or pickle; those of earlier versions know of no inputs."""
-        later = {"inputs": {}, "input_sizes": {}, "counted": frozenset(), "recorded": ""}
+        later = {"inputs": {}, "input_sizes": {}, "counted": frozenset(), "recorded": "", "partly": {}}
         vars(self).update({**later, **state})
 
     def _line(self) -> str:
@@ -380,6 +382,7 @@ def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value], compone
     """Collect the components that may be removed into groups: those that are slices of the same dimensions."""
     touched: dict[int, list[tuple[Place, Array]]] = {}
     pinned: dict[Place, str] = {}
+    partly: dict[Place, str] = {}
     for name, value in weights.items():
         for d, labels in enumerate(value.dims):
             if not isinstance(labels, np.ndarray):
@@ -390,6 +393,8 @@ def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value], compone
             free = [c not in components.pinned for c in numbers.tolist()]
             if not any(free):
                 pinned[name, d] = components.pinned[int(numbers[0])]
+            elif not all(free):
+                partly[name, d] = components.pinned[int(numbers[free.index(False)])]
             for number, where, may_go in zip(numbers.tolist(), np.split(order, starts[1:]), free, strict=True):
                 if may_go:
                     touched.setdefault(number, []).append(((name, d), where))
@@ -406,6 +411,7 @@ def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value], compone
         inputs=whole,
         counted=frozenset(trace.counted),
         input_sizes={(name, d): v.shape[d] for name, v in trace.inputs.items() for d, x in enumerate(v.dims) if x is not FIXED},
+        partly=partly,
     )
 
 

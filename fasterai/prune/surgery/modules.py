@@ -20,7 +20,7 @@ Kept = Mapping[tuple[str, int], Array]
 #: Numbers of channels that are several indices each, as heads and the equal parts of a split are; widths of all of them.
 HEADS = (
     *("num_heads", "n_heads", "nheads", "n_head", "nhead", "num_head", "num_attention_heads", "num_key_value_heads"),
-    *("heads", "width"),
+    *("heads", "width", "c"),  # the last is that of ultralytics' blocks
 )
 WIDTHS = ("all_head_size", "attn_dim", "inner_dim", "embed_dim", "hidden_dim", "split_size", "dim", "expand_chs")
 #: Numbers of experts, as models call them; in a config too.
