@@ -27,7 +27,7 @@ from fasterai.graph.inputs import input_tensors
 from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim
 from fasterai.graph.reasons import summed_reasons
 from fasterai.graph.rules import RULES, Trace, Value, unknown
-from fasterai.graph.rules.trace import values_in
+from fasterai.graph.rules.trace import called, is_cut, module_of, values_in
 from fasterai.model.dataflow import VIEWS
 from fasterai.model.inputs import positional
 from fasterai.model.names import plain_name, unwrap
@@ -38,6 +38,13 @@ __all__ = ["ChannelGraph", "Group", "channel_graph"]
 
 #: Modules that know the size of what they normalise, also where they have no parameters.
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+#: Operations whose sizes code gives as numbers.
+SIZED = frozenset(
+    (
+        *("view", "reshape", "_unsafe_view", "unflatten", "expand", "repeat", "broadcast_to"),
+        *("split", "split_with_sizes", "chunk", "tensor_split", "slice", "narrow"),
+    )
+)
 Place = tuple[str, int]  # a parameter's or buffer's name, and one of its dimensions
 
 
@@ -94,6 +101,8 @@ class ChannelGraph(Shown):
         shared: Names of parameters that several operations use: one may make channels that another reads.
         inputs: Input and dimension -> why it stays, where all of it does; inputs are named by their arguments.
         input_sizes: Input and dimension -> its size, where it may lose indices.
+        sized: Names of modules whose own code views, splits or slices what may lose channels -> True where slices, or splits
+            into unequal parts, cut it, so that the code has to be put right.
     """
 
     groups: tuple[Group, ...]
@@ -105,10 +114,11 @@ class ChannelGraph(Shown):
     shared: frozenset[str] = frozenset()
     inputs: Mapping[Place, str] = field(default_factory=dict)
     input_sizes: Mapping[Place, int] = field(default_factory=dict)
+    sized: Mapping[str, bool] = field(default_factory=dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy or pickle; those of earlier versions know of no inputs."""
-        vars(self).update({"inputs": {}, "input_sizes": {}, **state})
+        """Restore a copy or pickle; those of earlier versions know of no inputs and no sizes in code."""
+        vars(self).update({"inputs": {}, "input_sizes": {}, "sized": {}, **state})
 
     def _line(self) -> str:
         channels = counted(sum(group.channels for group in self.groups), "channel")
@@ -122,7 +132,12 @@ class ChannelGraph(Shown):
 
 
 def channel_graph(
-    model: nn.Module, inputs: tuple[Any, ...], exact: bool = True, *, features: FeaturesLike = None
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    exact: bool = True,
+    *,
+    features: FeaturesLike = None,
+    rewrite: bool = True,
 ) -> ChannelGraph:
     """Find the groups of coupled channels from the network's operations.
 
@@ -136,48 +151,73 @@ def channel_graph(
         inputs: Its positional arguments.
         exact: True if channels that a norm, or a mean, averages over must stay: without them the average moves.
         features: The dimensions of inputs that may lose indices, by argument, as `{"x": 1}`; by default all inputs stay whole.
+        rewrite: False if sizes that are written into code stay as they are, so that unequal splits and slices pin.
 
     Raises:
         TypeError: The model is no module, or `features` names no dimensions.
         ValueError: It is lazy, does not run on the inputs, or cannot be exported; the message says where, and a repair. Or
             `features` names an input or a dimension that there is not, or that several could be.
     """
-    return followed(model, inputs, exact, features=features)[0]
+    return followed(model, inputs, exact, features=features, rewrite=rewrite)[0]
 
 
 def followed(
-    model: nn.Module, inputs: tuple[Any, ...], exact: bool = True, *, features: FeaturesLike = None, experts: bool = False
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    exact: bool = True,
+    *,
+    features: FeaturesLike = None,
+    experts: bool = False,
+    rewrite: bool = False,
 ) -> tuple[ChannelGraph, Trace, Components, dict[str, Value]]:
     """Find the groups of a network, and the labels that they are made of; with `experts`, those of its mixtures too."""
     inner, inputs = unwrap(check_model(model)), positional(inputs)
     asked = read_features(features, inner, inputs) if features is not None else ()
     programs = exported(inner, inputs)
     stay = recomputed(inner)
-    choices = _choose(programs, stay, exact, asked, experts)
-    trace, weights = _follow(programs, stay, choices, exact, asked, experts)
+    choices = _choose(programs, stay, exact, asked, experts, rewrite)
+    trace, weights = _follow(programs, stay, choices, exact, asked, experts, rewrite)
     components = _components(trace, weights)
     graph = _graph(inner, trace, weights, components)
     norms = tuple(norms_behind(programs[0]))
     may_go = {place for group in graph.groups for place in group.inputs}
     whole = kept_inputs(input_tensors(inner, inputs), may_go, graph.inputs)
     shared: frozenset[str] = frozenset().union(*(p.shared() for p in programs))
-    return replace(graph, norms=norms, shared=shared, inputs=whole), trace, components, weights
+    sized: dict[str, bool] = {}
+    for name, cuts in _sized(trace, components):
+        sized[name] = sized.get(name, False) or cuts
+    return replace(graph, norms=norms, shared=shared, inputs=whole, sized=sized), trace, components, weights
+
+
+def _sized(trace: Trace, components: Components) -> Iterator[tuple[str, bool]]:
+    """Find the modules in whose code sizes of what may lose channels can stand, and those of which edits were asked for."""
+    for node, value in trace.values.items():
+        if node in trace.requests or (node.op == "call_function" and called(node) in SIZED):
+            read = values_in([trace.values.get(n) for n in node.all_input_nodes])
+            labelled = [d for v in (*read, *values_in(value)) for d in v.dims if isinstance(d, np.ndarray)]
+            if any(components.free(d).size for d in labelled):
+                yield module_of(node), is_cut(node, value)
 
 
 def _choose(
-    programs: Sequence[Exported], stay: Collection[str], exact: bool, asked: Sequence[Asked], experts: bool
+    programs: Sequence[Exported],
+    stay: Collection[str],
+    exact: bool,
+    asked: Sequence[Asked],
+    experts: bool,
+    rewrite: bool = False,
 ) -> dict[str, int]:
     """Choose a way for each kind of operation that has several, so that as many weights as possible may be removed.
 
     Each kind is tried in each of its ways while the others stay as they are; the best of these is taken, until none is better.
     """
     choices: dict[str, int] = {}
-    trace, weights = _follow(programs, stay, choices, exact, asked, experts)
+    trace, weights = _follow(programs, stay, choices, exact, asked, experts, rewrite)
     best = _removable(trace, weights)
     while True:
         ways = [(kind, way) for kind, count in sorted(trace.options.items()) for way in range(count)]
         trials = [{**choices, kind: way} for kind, way in ways if way != choices.get(kind, 0)]
-        followed = [_follow(programs, stay, trial, exact, asked, experts) for trial in trials]
+        followed = [_follow(programs, stay, trial, exact, asked, experts, rewrite) for trial in trials]
         scores = [_removable(*one) for one in followed]
         if max(scores, default=best) <= best:
             return choices
@@ -223,9 +263,10 @@ def _follow(
     exact: bool,
     asked: Sequence[Asked] = (),
     experts: bool = False,
+    rewrite: bool = False,
 ) -> tuple[Trace, dict[str, Value]]:
     """Run over the operations once, and return the labels and the values of the parameters and buffers."""
-    trace = Trace(choices, exact, {one.argument: one for one in asked}, experts)
+    trace = Trace(choices, exact, {one.argument: one for one in asked}, experts, rewrite)
     weights: dict[str, Value] = {}
     for program in programs:
         _follow_one(trace, program, weights)
@@ -239,7 +280,7 @@ def _follow(
 def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value]) -> None:
     names, parameters = program.names, program.program.graph_signature.inputs_to_parameters
     given = program.inputs
-    values: dict[Any, Any] = {}
+    values = trace.values
     idle, unused = program.idle_and_unused()
     for node in program.program.graph.nodes:
         if node in idle:

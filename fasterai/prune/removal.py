@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -39,6 +40,7 @@ def remove(
     exact: bool = True,
     measure: bool = True,
     features: FeaturesLike = None,
+    rewrite: bool = True,
 ) -> Removal:
     """Remove every channel that is provably silent; the model computes the same, with less.
 
@@ -57,6 +59,7 @@ def remove(
         measure: True to count and time the model before and after, which takes about 0.2 seconds or ten forward passes.
         features: The dimensions of inputs that may lose what no layer reads any more, by argument, as `{"x": 1}`, or `Features`
             with indices that stay all the same. The small model takes the inputs cut alike: the result's `inputs` says how.
+        rewrite: True if a module whose code has sizes written into it may run a traced copy of it, in which they are right.
 
     Returns:
         The removed channels, those that had to stay and why, the movement of the outputs, and the gain.
@@ -69,11 +72,11 @@ def remove(
     inputs = positional(example_inputs)
     check_optimizer(optimizer)
     check_trained(check_whole(model), optimizer)
-    graph = channel_graph(check_whole(model), inputs, exact, features=features)
+    graph = channel_graph(check_whole(model), inputs, exact, features=features, rewrite=rewrite)
     check_may_go(features, model, inputs, graph.inputs)
     matching_copies(copies, unwrap(model))
     kept = [~silent for silent in silent_channels(model, graph)]
-    sound = largest_sound(model, graph, kept, inputs, exact=exact)
+    sound = largest_sound(model, graph, kept, inputs, exact=exact, rewrite=rewrite)
     result = take_out(model, graph, sound, inputs, optimizer=optimizer, copies=copies, exact=exact, measure=measure)
     if not result.removed:
         why = "see its refused" if result.refused else "no removable channel is silent; masks hold only while they are applied"
@@ -176,7 +179,7 @@ def take_out(
     """
     others = matching_copies(copies, unwrap(model))
     before = sum(p.numel() for p in unwrap(model).parameters())
-    plan = plan or make_plan(model, graph, sound.kept, streams=sound.streams)
+    plan = plan or replace(make_plan(model, graph, sound.kept, streams=sound.streams), rewrites=sound.rewrites)
     surgery = operate(model, plan, _trainers(model, optimizer), others)
     measurement = Measurement()
     if measure and plan:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from fasterai.graph.labels import FIXED, FREE, Array, Dim, Labels, is_labelled
+from fasterai.model.names import plain_name
 
 if TYPE_CHECKING:
     from fasterai.graph.features import Asked
@@ -20,6 +21,9 @@ __all__ = [
     "argument_of",
     "blend",
     "broadcast",
+    "called",
+    "is_cut",
+    "module_of",
     "rule",
     "settled",
     "shape_of",
@@ -78,6 +82,10 @@ class Trace:
         gates: The dimensions that are gated so.
         routes: Node of a choice of the highest -> the dimension that it is made from, and how many are chosen.
         layers: The places, as (name, dimension), of outputs of linear layers.
+        rewrite: True if sizes that are written into code can be put right, so that a split into unequal parts, and a slice,
+            need not pin what they cut.
+        values: The result of each operation, once it was followed.
+        requests: Operations that have to be edited where a dimension gets shorter -> the kind of edit, and the dimension.
     """
 
     def __init__(
@@ -86,6 +94,7 @@ class Trace:
         exact: bool = True,
         asked: Mapping[str, Asked] | None = None,
         experts: bool = False,
+        rewrite: bool = False,
     ) -> None:
         self.labels = Labels()
         self.choices = choices
@@ -100,6 +109,9 @@ class Trace:
         self.gates: list[Dim] = []
         self.routes: dict[Any, tuple[Dim, int]] = {}
         self.layers: set[tuple[str, int]] = set()
+        self.rewrite = rewrite
+        self.values: dict[Any, Any] = {}
+        self.requests: dict[Any, tuple[str, Dim]] = {}
 
     def input(self, argument: str, shape: tuple[int, ...]) -> Value:
         """Return an input's value, with labels on the dimension that was asked for, the same in each of several programs."""
@@ -123,8 +135,7 @@ class Trace:
 
     def norms(self, node: Any, dim: Dim) -> None:
         """Note a normalisation along a dimension; the module that it belongs to may hold the size, even without parameters."""
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        self.normed.setdefault(str(stack[-1][0]) if stack else "", []).append(dim)
+        self.normed.setdefault(module_of(node), []).append(dim)
 
     def averages(self, dims: Iterable[Dim], name: str) -> None:
         """Pin dimensions that an operation averages over, if the outputs must stay exact."""
@@ -157,10 +168,37 @@ class Trace:
         if not self.experts:
             self.labels.pin(dim, reason)
 
+    def request(self, node: Any, kind: str, dim: Dim) -> bool:
+        """Ask for an edit of an operation in its module's code where a dimension gets shorter; False where none can be had.
+
+        The kinds are those of `fasterai.prune.surgery.rewriting`: the edit gets the sizes before and after.
+        """
+        if self.rewrite:
+            self.requests[node] = (kind, dim)
+        return self.rewrite
+
     def reads(self, weight: Value, d: int) -> None:
         """Note that a weight, or a blend, multiplies a channel along its dimension `d`, and passes on something else."""
         if weight.places and is_labelled(weight.dims[d]):
             self.readers.add(weight.places[d])
+
+
+def module_of(node: Any) -> str:
+    """Return the name of the module whose own code calls an operation; empty for the model itself."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return plain_name(str(stack[-1][0]).partition("@")[0]) if stack else ""
+
+
+def called(node: Any) -> str:
+    """Return an operation's name, as `reshape`."""
+    return str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
+
+
+def is_cut(node: Any, found: Any) -> bool:
+    """Tell if an operation is a slice, or a split into unequal parts, of what carries labels."""
+    if called(node) == "slice":
+        return shape_of(node) != _sizes(node.args[0].meta["val"])
+    return called(node) in ("split", "split_with_sizes", "tensor_split", "chunk") and len({v.shape for v in found}) > 1
 
 
 Rule = Callable[..., Any]
