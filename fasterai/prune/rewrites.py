@@ -27,9 +27,9 @@ from torch.fx import Graph, Interpreter, Node, traceback
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from fasterai.graph.channels import ChannelGraph, followed
-from fasterai.graph.labels import Array, Components, Dim, Flags
+from fasterai.graph.labels import Array, Components, Dim, Flags, plain
 from fasterai.graph.rules.trace import Trace, Value, called, is_cut, module_of
-from fasterai.model.names import unwrap
+from fasterai.model.names import plain_name, unwrap
 from fasterai.model.running import at_rest, copies, in_mode, undisturbed, without_fast_path
 from fasterai.prune.surgery.rewriting import (
     GIVEN,
@@ -116,7 +116,7 @@ class Rewriter:
         self.modules: dict[str, _Module] = {}
         self.refused: dict[str, str] = {}
         self._cuts: dict[str, list[tuple[_Count, ...]]] = {}
-        held = dict(self._model.named_modules())
+        held = {plain_name(name): module for name, module in self._model.named_modules()}
         candidates = {name: held[name] for name in sorted(graph.sized) if name in held}
         candidates |= {name: module for name, module in held.items() if rewrite_of(module)}
         if not candidates or not hasattr(traceback, "annotate"):
@@ -554,7 +554,7 @@ def _channels(graph: ChannelGraph, trace: Trace, components: Components, weights
             for (name, d), indices in places.items():
                 labels = values[name].dims[d] if name in values else None
                 if isinstance(labels, np.ndarray) and indices.max() < len(labels):
-                    found = components.of[labels[indices]]
+                    found = components.numbers(labels[indices])
                     group_of[found] = number
                     channel_of[found] = np.arange(group.channels)[:, None]
     return group_of[components.of], channel_of[components.of]
@@ -563,7 +563,7 @@ def _channels(graph: ChannelGraph, trace: Trace, components: Components, weights
 def _count(dim: Dim, size: int, graph: ChannelGraph, owners: tuple[Array, Array]) -> _Count:
     if not isinstance(dim, np.ndarray):
         return _Count(size, ())
-    groups, channels = owners[0][dim], owners[1][dim]
+    groups, channels = owners[0][plain(dim)], owners[1][plain(dim)]
     free = [
         (int(g), np.bincount(channels[groups == g], minlength=graph.groups[g].channels)) for g in np.unique(groups) if g >= 0
     ]
