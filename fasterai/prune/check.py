@@ -39,10 +39,10 @@ from fasterai.model.supported import check_inputs, said
 from fasterai.prune.probes import probes
 from fasterai.prune.rewrites import Rewriter
 from fasterai.prune.surgery.operate import Surgery
-from fasterai.prune.surgery.plan import make_plan
+from fasterai.prune.surgery.plan import Plan, make_plan
 from fasterai.prune.surgery.rewriting import Rewrite
 
-__all__ = ["Sound", "largest_sound", "outputs_of"]
+__all__ = ["Sound", "largest_sound", "outputs_of", "plan_of"]
 
 #: After so many trial runs without one that goes well, the channels of a group are not tried any further.
 GIVE_UP = 15
@@ -69,6 +69,11 @@ class Sound:
     streams: bool = False
     is_blank: bool = False
     rewrites: Mapping[str, Rewrite] = field(default_factory=dict)
+
+
+def plan_of(model: nn.Module, graph: ChannelGraph, sound: Sound) -> Plan:
+    """Return the plan of a removal that was found to be sound."""
+    return replace(make_plan(model, graph, sound.kept, streams=sound.streams), rewrites=sound.rewrites)
 
 
 @dataclass(frozen=True)

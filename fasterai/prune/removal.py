@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -21,12 +20,12 @@ from fasterai.model.names import unwrap
 from fasterai.model.norms import Norm
 from fasterai.model.optimizers import check_optimizer, check_trained
 from fasterai.model.supported import check_whole, shapes_of_inputs
-from fasterai.prune.check import Sound, largest_sound
+from fasterai.prune.check import Sound, largest_sound, plan_of
 from fasterai.prune.measure import Measurement, measured
 from fasterai.prune.removal_report import Removal
 from fasterai.prune.surgery.model_copies import Copies, matching_copies
 from fasterai.prune.surgery.operate import operate
-from fasterai.prune.surgery.plan import Plan, make_plan, tensor_of, tensors_of
+from fasterai.prune.surgery.plan import Plan, tensor_of, tensors_of
 
 __all__ = ["Removal", "mask_channels_", "remove", "silent_channels", "take_out"]
 
@@ -179,7 +178,7 @@ def take_out(
     """
     others = matching_copies(copies, unwrap(model))
     before = sum(p.numel() for p in unwrap(model).parameters())
-    plan = plan or replace(make_plan(model, graph, sound.kept, streams=sound.streams), rewrites=sound.rewrites)
+    plan = plan or plan_of(model, graph, sound)
     surgery = operate(model, plan, _trainers(model, optimizer), others)
     measurement = Measurement()
     if measure and plan:

@@ -88,6 +88,7 @@ class Removal(Shown):
             "exact": self.exact,
             "difference": self.difference,
             "parameters": list(self.parameters),
+            "rewritten": [*self.plan.rewrites],
             "inputs": self.measurement.inputs,
             "measured": None if self.comparison is None else self.comparison.to_dict(),
             "not_measured": self.measurement.why_not,
@@ -105,6 +106,8 @@ class Removal(Shown):
         yield from (f"takes less of its input {cut.words}" for cut in self.inputs.values())
         stays = [f"{name}: {'' if name in self.removed else 'stays, '}{why}" for name, why in self.refused.items()]
         yield from _listed(stays, "groups have to keep silent channels")
+        for name in self.plan.rewrites:
+            yield f"{name or 'the model itself'}: its code had sizes written into it; it runs a traced copy now"
         yield from summed_reasons([why for why in self.pinned.values() if not why.endswith("kernel size")])
         if not self.removed:
             yield "nothing was removed: " + ("see above" if self.refused else "no removable channel is silent")
