@@ -142,19 +142,17 @@ def _rewritten(inner: nn.Module, header: Header) -> dict[str, type[nn.Module]]:
     Raises:
         ValueError: The code of one is another. Nothing is changed then.
     """
-    modules = {name: inner.get_submodule(name) for name in header.sizes}
-    given = [
-        (m, a, header.sizes[name][a]) for name, m in modules.items() for a in header.sizes[name].keys() & sizes_of(m).keys()
-    ]
+    held = [(inner.get_submodule(name), sizes) for name, sizes in header.sizes.items() if header.rewrites]
+    given = [(module, a, sizes[a]) for module, sizes in held for a in sizes.keys() & sizes_of(module).keys()]
     before = [(module, attribute, getattr(module, attribute)) for module, attribute, _ in given]
     try:
-        for module, attribute, size in given if header.rewrites else ():
+        for module, attribute, size in given:
             setattr(module, attribute, size)
         return {name: traced_class(inner.get_submodule(name), one) for name, one in header.rewrites.items()}
     except (AttributeError, ValueError) as error:
         raise ValueError(f"model must be the dense model that the small one was made of, got one where {error}") from error
     finally:
-        for module, attribute, size in before if header.rewrites else ():
+        for module, attribute, size in before:
             setattr(module, attribute, size)
 
 

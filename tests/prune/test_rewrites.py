@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasterai.graph.channels import channel_graph
-from fasterai.prune.check import largest_sound
-from fasterai.prune.pruner import Pruner
-from fasterai.prune.removal import Removal, mask_channels_, remove, take_out
-from fasterai.prune.small_files import load_small, save_small
-from fasterai.prune.surgery.operate import Surgery, apply_plan_
-from fasterai.prune.surgery.plan import Plan
-from fasterai.prune.surgery.rewriting import plain_class, rewrite_of
+from fasterai.prune.removal import Removal, mask_channels_, remove
+from fasterai.prune.surgery.rewriting import plain_class
 
 # --- modules with sizes written into their code ---------------------------------------------------------------------------
 
@@ -34,7 +25,7 @@ class Attention(nn.Module):
         self.count, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        B, N, C = x.shape  # noqa: N806 - as such code writes it
+        B, N, C = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.count, C // self.count).permute(2, 0, 3, 1, 4).unbind(0)
         scores = q @ k.transpose(-2, -1)
         if mask is not None:
@@ -47,7 +38,7 @@ class Batched(Attention):
     """Batch and heads are one dimension, whose size differs with the batch."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        B, N, C = x.shape  # noqa: N806
+        B, N, C = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.count, C // self.count).permute(2, 0, 3, 1, 4).unbind(0)
         q, k, v = (y.reshape(B * self.count, N, C // self.count) for y in (q, k, v))
         mixed = (torch.bmm(q, k.transpose(1, 2)).softmax(-1) @ v).view(B, self.count, N, C // self.count)

@@ -45,6 +45,7 @@ __all__ = [
 #: Types of arguments that a trace is made for, where a module is called with the same ones each time.
 GIVEN = (type(None), bool, str)
 PARTS = ("_parameters", "_buffers", "_modules")
+CONTAINERS = (dict, list, set)
 Path = tuple[int | str, ...]
 
 
@@ -256,12 +257,12 @@ def traced(module: nn.Module, given: Mapping[str, Any], training: bool) -> Graph
     if "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
         raise ValueError("it has a forward of its own that is no code of its class")
     stand_in = _stand_in(module, training)
-    before = _attributes(stand_in)
+    before = _attributes(stand_in, training)
     try:
         graph = _Tracer().trace(stand_in, dict(given) or None)
     except Exception as error:  # whatever code of the user's makes of a proxy
         raise ValueError(f"its code cannot be traced: {said(error)}") from error
-    if _attributes(stand_in) != before:
+    if _attributes(stand_in, training) != before:
         raise ValueError("its code notes something on the module in each forward pass")
     for node in graph.nodes:
         if node.op == "placeholder" and given:
@@ -277,14 +278,24 @@ def _argument(target: str, given: Mapping[str, Any], names: list[str]) -> str:
 def _stand_in(module: nn.Module, training: bool) -> nn.Module:
     """Make a module with the same parts that a trace may write into."""
     stand_in = cast(nn.Module, object.__new__(plain_class(module)))
-    parts = {key: dict(vars(module)[key]) for key in PARTS}
-    vars(stand_in).update({**vars(module), **parts, "training": training})
+    own = {key: copy.copy(value) if isinstance(value, CONTAINERS) else value for key, value in vars(module).items()}
+    vars(stand_in).update({**own, "training": training})
     return stand_in
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    own = {key: id(value) for key, value in vars(module).items() if key not in PARTS}
-    return own | {key: {name: id(x) for name, x in vars(module)[key].items()} for key in PARTS}
+def _attributes(module: nn.Module, training: bool) -> dict[str, Any]:
+    """Return what tells if a module was changed: its attributes and their entries.
+
+    A dict that eval mode alone adds to is a cache, which its trace does without.
+    """
+    found = {key: id(value) if not isinstance(value, CONTAINERS) else _entries(value) for key, value in vars(module).items()}
+    caches = [] if training else [key for key, value in vars(module).items() if isinstance(value, dict) and key not in PARTS]
+    return {key: value for key, value in found.items() if key not in caches}
+
+
+def _entries(container: Any) -> list[Any]:
+    pairs = container.items() if isinstance(container, dict) else enumerate(container)
+    return [(key, id(value)) for key, value in pairs]
 
 
 def edited(module: nn.Module, rewrite: Rewrite) -> tuple[Graph, Graph]:
