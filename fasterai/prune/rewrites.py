@@ -153,6 +153,8 @@ class Rewriter:
                 self.refused[name] = str(error)
             else:
                 self.modules[name] = _Module(module, given, graphs[0])
+                earlier = (rewrite_of(module) or Rewrite()).edits
+                self.modules[name].seen.update({(edit.node, edit.path): {edit.after} for edit in earlier if edit.kind == "size"})
 
     def _verify(self, inputs: tuple[Any, ...], training: bool, autocast: bool = False) -> None:
         """Drop the modules whose traces do something else than their own code on some inputs; the others' numbers are noted."""

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import json
+import pickle
+import warnings
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fasterai.callbacks.plain import attach
 from fasterai.graph.channels import channel_graph
+from fasterai.prune.gradual import GradualPruner
+from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import Removal, mask_channels_, remove
-from fasterai.prune.surgery.rewriting import plain_class
+from fasterai.prune.small_files import load_small, save_small
+from fasterai.prune.surgery.operate import Surgery, apply_plan_
+from fasterai.prune.surgery.plan import Plan
+from fasterai.prune.surgery.rewriting import Edit, Rewrite, plain_class, rewrite_of
 
 # --- modules with sizes written into their code ---------------------------------------------------------------------------
 
@@ -209,3 +222,129 @@ def test_what_a_trace_would_freeze_keeps_its_own_code(make: Any) -> None:
     removal, wanted = halved(net)
     assert "part.qkv.weight" in removal.refused and removal.plan.rewrites == {}
     assert type(net.part) is make and agrees(net, wanted)
+
+
+# --- what a traced copy is held to ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def slim() -> tuple[Net, Removal, list[Tensor]]:
+    net = built(Attention)
+    removal, wanted = halved(net)
+    return net, removal, wanted
+
+
+def test_copies_and_pickles_compute_the_same(slim: tuple[Net, Removal, list[Tensor]]) -> None:
+    net, _, wanted = slim
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), copy.deepcopy(pickle.loads(pickle.dumps(net)))):
+        assert agrees(other, wanted) and rewrite_of(other.part) == rewrite_of(net.part)
+        assert other.part.qkv.weight is not net.part.qkv.weight
+    assert plain_class(pickle.loads(pickle.dumps(net.part))) is Attention
+
+
+def test_the_plan_is_data_and_does_the_same_to_a_fresh_model(slim: tuple[Net, Removal, list[Tensor]]) -> None:
+    net, removal, wanted = slim
+    plan = Plan.from_dict(json.loads(json.dumps(removal.plan.to_dict())))
+    assert plan.rewrites == removal.plan.rewrites and "part: runs a traced copy of its code, 2 edits" in str(plan)
+    fresh = built(Attention)
+    apply_plan_(fresh, plan)
+    fresh.load_state_dict(net.state_dict())
+    assert agrees(fresh, wanted)
+    other = replace(plan, rewrites={"part": Rewrite((("mask", None),), (Edit("reshape", "size", ("args", 9), None, 3),))})
+    with pytest.raises(ValueError, match="plan must be for this model, got one with edits of part, but reshape has no"):
+        apply_plan_(built(Attention), other)
+
+
+def test_what_was_undone_is_as_before_and_what_was_done_again_too(slim: tuple[Net, Removal, list[Tensor]]) -> None:
+    net = built(Attention)
+    dense = [net(x) for x in OTHERS]
+    surgery = Surgery(net, slim[1].plan)
+    small, cls = [net(x) for x in OTHERS], type(net.part)
+    surgery.undo()
+    assert type(net.part) is Attention and agrees(net, dense)
+    surgery.redo()
+    assert type(net.part) is cls and agrees(net, small)
+
+
+def test_a_small_file_brings_the_traced_copy_along(slim: tuple[Net, Removal, list[Tensor]], tmp_path: Path) -> None:
+    net, _, wanted = slim
+    save_small(tmp_path / "small.safetensors", net)
+    loaded = load_small(tmp_path / "small.safetensors", built(Attention))
+    assert agrees(loaded, wanted) and rewrite_of(loaded.part) == rewrite_of(net.part)
+    fresh = built(Attention)
+    fresh.part.__class__ = Batched
+    with pytest.raises(ValueError, match="part is a Batched here and a Attention in the file"):
+        load_small(tmp_path / "small.safetensors", fresh)
+
+
+def test_a_second_removal_edits_the_code_anew(slim: tuple[Net, Removal, list[Tensor]]) -> None:
+    net = copy.deepcopy(slim[0])
+    masked(net, 3)
+    wanted = [net(x) for x in OTHERS]
+    removal = remove(net, X, measure=False)
+    assert removal.removed["part.qkv.weight"] == (2, 1) and agrees(net, wanted)
+    assert rewrite_of(net.part).edits[-1].after == 3
+
+
+def test_it_trains_and_goes_on_in_other_modes(slim: tuple[Net, Removal, list[Tensor]]) -> None:
+    net = copy.deepcopy(slim[0]).train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = (net(X) - X[..., :3]).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] and net.part.qkv.weight.grad is not None
+
+
+def test_hooks_stay(slim: tuple[Net, Removal, list[Tensor]]) -> None:
+    net, heard = built(Attention), []
+    net.part.register_forward_hook(lambda module, given, result: heard.append(result.shape))
+    apply_plan_(net, slim[1].plan)
+    net(X)
+    assert heard == [(2, 5, 6)]
+
+
+def test_exports_and_compiles(slim: tuple[Net, Removal, list[Tensor]]) -> None:
+    torch._dynamo.reset()
+    net, _, wanted = slim
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    program = torch.export.export(net, (X,), dynamic_shapes=({0: batch, 1: length},))
+    assert agrees(program.module(), wanted)
+    assert agrees(torch.compile(net, backend="eager", dynamic=True), wanted)
+    file = io.BytesIO()
+    torch.onnx.export(copy.deepcopy(net).float(), (X.float(),), file, dynamo=False)
+    assert file.getbuffer().nbytes > 0
+
+
+def test_the_pruner_takes_it_in_steps_and_leaves_it_if_asked() -> None:
+    net = built(Attention)
+    pruner = Pruner(net, 0.5, "local", "large_final", example_inputs=X, iterative_steps=2, round_to=1)
+    first, second = pruner.prune_model(measure=False), pruner.prune_model(measure=False)
+    assert first.refused == {} and second.refused == {}
+    assert net.part.qkv.weight.shape == (18, 6) and [*second.plan.rewrites] == ["part"]
+    stays = Pruner(built(Attention), 0.5, "local", "large_final", example_inputs=X, round_to=1, rewrite=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert "part.qkv.weight" in stays.prune_model(measure=False).refused
+
+
+def test_a_gradual_pruner_resumes_on_a_fresh_model() -> None:
+    def begin() -> tuple[Net, Any, GradualPruner]:
+        net = built(Attention)
+        pruner = GradualPruner(net, 0.5, "local", "large_final", example_inputs=X, max_updates=1, round_to=1)
+        return net, torch.optim.SGD(net.parameters(), lr=0.01), pruner
+
+    net, optimizer, pruner = begin()
+    with attach(optimizer, pruner, total_steps=2):
+        for _ in range(2):
+            optimizer.zero_grad()
+            net(X).square().mean().backward()
+            optimizer.step()
+    fresh, _, resumed = begin()
+    resumed.load_state_dict(json.loads(json.dumps(pruner.state_dict())))
+    fresh.load_state_dict(net.state_dict())
+    assert agrees(fresh, [net(x) for x in OTHERS]) and rewrite_of(fresh.part) == rewrite_of(net.part)
+    assert net.part.qkv.weight.shape == (18, 6)
