@@ -27,7 +27,7 @@ from fasterai.graph.inputs import input_tensors
 from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim, plain, zeroed
 from fasterai.graph.reasons import summed_reasons
 from fasterai.graph.rules import RULES, Trace, Value, unknown
-from fasterai.graph.rules.trace import values_in
+from fasterai.graph.rules.trace import called, is_cut, module_of, values_in
 from fasterai.model.dataflow import VIEWS
 from fasterai.model.inputs import positional
 from fasterai.model.names import plain_name, unwrap
@@ -39,6 +39,13 @@ __all__ = ["ChannelGraph", "Group", "channel_graph"]
 
 #: Modules that know the size of what they normalise, also where they have no parameters.
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+#: Operations whose sizes code gives as numbers.
+SIZED = frozenset(
+    (
+        *("view", "reshape", "_unsafe_view", "unflatten", "expand", "repeat", "broadcast_to"),
+        *("split", "split_with_sizes", "chunk", "tensor_split", "slice", "narrow"),
+    )
+)
 Place = tuple[str, int]  # a parameter's or buffer's name, and one of its dimensions
 
 
@@ -100,6 +107,8 @@ class ChannelGraph(Shown):
         input_sizes: Input and dimension -> its size, where it may lose indices.
         recorded: Where `torch.export` refuses the model: that its operations were recorded from runs, and why.
         partly: Parameter or buffer name and dimension -> why some of it stays, where the rest is in groups.
+        sized: Names of modules whose own code views, splits or slices what may lose channels -> True where slices, or splits
+            into unequal parts, cut it, so that the code has to be put right.
     """
 
     groups: tuple[Group, ...]
@@ -114,10 +123,11 @@ class ChannelGraph(Shown):
     counted: frozenset[str] = frozenset()
     recorded: str = ""
     partly: Mapping[Place, str] = field(default_factory=dict)
+    sized: Mapping[str, bool] = field(default_factory=dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy or pickle; those of earlier versions know of no inputs."""
-        later = {"inputs": {}, "input_sizes": {}, "counted": frozenset(), "recorded": "", "partly": {}}
+        """Restore a copy or pickle; those of earlier versions know less."""
+        later = {"inputs": {}, "input_sizes": {}, "counted": frozenset(), "recorded": "", "partly": {}, "sized": {}}
         vars(self).update({**later, **state})
 
     def _line(self) -> str:
@@ -133,7 +143,12 @@ class ChannelGraph(Shown):
 
 
 def channel_graph(
-    model: nn.Module, inputs: tuple[Any, ...], exact: bool = True, *, features: FeaturesLike = None
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    exact: bool = True,
+    *,
+    features: FeaturesLike = None,
+    rewrite: bool = True,
 ) -> ChannelGraph:
     """Find the groups of coupled channels from the network's operations.
 
@@ -147,23 +162,30 @@ def channel_graph(
         inputs: Its positional arguments.
         exact: True if channels that a norm, or a mean, averages over must stay: without them the average moves.
         features: The dimensions of inputs that may lose indices, by argument, as `{"x": 1}`; by default all inputs stay whole.
+        rewrite: False if sizes that are written into code stay as they are, so that unequal splits and slices pin.
 
     Raises:
         TypeError: The model is no module, or `features` names no dimensions.
         ValueError: It is lazy, does not run on the inputs, or cannot be exported; the message says where, and a repair. Or
             `features` names an input or a dimension that there is not, or that several could be.
     """
-    return followed(model, inputs, exact, features=features)[0]
+    return followed(model, inputs, exact, features=features, rewrite=rewrite)[0]
 
 
 def followed(
-    model: nn.Module, inputs: tuple[Any, ...], exact: bool = True, *, features: FeaturesLike = None, experts: bool = False
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    exact: bool = True,
+    *,
+    features: FeaturesLike = None,
+    experts: bool = False,
+    rewrite: bool = False,
 ) -> tuple[ChannelGraph, Trace, Components, dict[str, Value]]:
     """Find the groups of a network, and the labels that they are made of; with `experts`, those of its mixtures too."""
     inner, inputs = unwrap(check_model(model)), positional(inputs)
     asked = read_features(features, inner, inputs) if features is not None else ()
     programs = exported(inner, inputs)
-    settings = _Settings(programs, recomputed(inner), exact, asked, experts, slimmable(inner))
+    settings = _Settings(programs, recomputed(inner), exact, asked, experts, slimmable(inner), rewrite)
     choices = _choose(settings)
     trace, weights = _follow(settings, choices)
     components = _components(trace, weights)
@@ -171,7 +193,11 @@ def followed(
     may_go = {place for group in graph.groups for place in group.inputs}
     whole = kept_inputs(input_tensors(inner, inputs), may_go, graph.inputs)
     shared: frozenset[str] = frozenset().union(*(p.shared() for p in programs))
-    graph = replace(graph, norms=_norms(programs), shared=shared, inputs=whole, recorded=how_recorded(programs))
+    sized: dict[str, bool] = {}
+    for name, cuts in _sized(trace, components):
+        sized[name] = sized.get(name, False) or cuts
+    norms, recorded = _norms(programs), how_recorded(programs)
+    graph = replace(graph, norms=norms, shared=shared, inputs=whole, recorded=recorded, sized=sized)
     return graph, trace, components, weights
 
 
@@ -179,6 +205,16 @@ def _norms(programs: Sequence[Exported]) -> tuple[Norm, ...]:
     """Find the norms that alone read the output of a layer, on each way through the code that was seen."""
     first, *others = [list(norms_behind(one)) for one in programs if one is programs[0] or one.refused]
     return tuple(norm for norm in first if all(norm in other for other in others))
+
+
+def _sized(trace: Trace, components: Components) -> Iterator[tuple[str, bool]]:
+    """Find the modules in whose code sizes of what may lose channels can stand, and those of which edits were asked for."""
+    for node, value in trace.values.items():
+        if node in trace.requests or (node.op == "call_function" and called(node) in SIZED):
+            read = values_in([trace.values.get(n) for n in node.all_input_nodes])
+            labelled = [d for v in (*read, *values_in(value)) for d in v.dims if isinstance(d, np.ndarray)]
+            if any(components.free(d).size for d in labelled):
+                yield module_of(node), is_cut(node, value)
 
 
 @dataclass(frozen=True)
@@ -191,6 +227,7 @@ class _Settings:
     asked: Sequence[Asked]
     experts: bool
     slim: Collection[str]
+    rewrite: bool = False
 
 
 def _choose(settings: _Settings) -> dict[str, int]:
@@ -204,12 +241,19 @@ def _choose(settings: _Settings) -> dict[str, int]:
     while True:
         ways = [(kind, way) for kind, count in sorted(trace.options.items()) for way in range(count)]
         trials = [{**choices, kind: way} for kind, way in ways if way != choices.get(kind, 0)]
-        followed = [_follow(settings, trial) for trial in trials]
+        followed = [_tried(settings, trial) for trial in trials]
         scores = [_removable(*one) for one in followed]
         if max(scores, default=best) <= best:
             return choices
         best = max(scores)
         choices, trace = trials[scores.index(best)], followed[scores.index(best)][0]
+
+
+def _tried(settings: _Settings, choices: dict[str, int]) -> tuple[Trace, dict[str, Value]]:
+    """Follow a trial, of which no operation's result is needed any more."""
+    trace, weights = _follow(settings, choices)
+    trace.values.clear()
+    return trace, weights
 
 
 def _removable(trace: Trace, weights: Mapping[str, Value]) -> tuple[float, int]:
@@ -249,7 +293,7 @@ def _follow(settings: _Settings, choices: dict[str, int]) -> tuple[Trace, dict[s
     written: set[Any] = set()
     sizes = unmet(settings.programs)
     while True:
-        trace = Trace(choices, settings.exact, asked, settings.experts, settings.slim, frozenset(written))
+        trace = Trace(choices, settings.exact, asked, settings.experts, settings.slim, settings.rewrite, frozenset(written))
         weights: dict[str, Value] = {}
         for program in settings.programs:
             _follow_one(trace, program, weights, sizes)
@@ -266,7 +310,7 @@ def _follow(settings: _Settings, choices: dict[str, int]) -> tuple[Trace, dict[s
 def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value], sizes: Mapping[int, str]) -> None:
     names, parameters = program.names, program.program.graph_signature.inputs_to_parameters
     given = program.inputs
-    values: dict[Any, Any] = {}
+    values = trace.values
     idle, unused = program.idle_and_unused()
     for node in program.program.graph.nodes:
         if node in idle:

@@ -26,6 +26,7 @@ __all__ = [
     "blend",
     "broadcast",
     "called",
+    "is_cut",
     "marked_as",
     "module_of",
     "rule",
@@ -92,6 +93,10 @@ class Trace:
         routes: Node of a choice of the highest -> the dimension that it is made from, and how many are chosen.
         layers: The places, as (name, dimension), of outputs of linear layers.
         written: Nodes of tensors that were made to fit, as `zeros(...)` are, and into which labelled ones are written in place.
+        rewrite: True if sizes that are written into code can be put right, so that a split into unequal parts, and a slice,
+            need not pin what they cut.
+        values: The result of each operation, once it was followed.
+        requests: Operations that have to be edited where a dimension gets shorter -> the kind of edit, and the dimension.
     """
 
     def __init__(
@@ -101,6 +106,7 @@ class Trace:
         asked: Mapping[str, Asked] | None = None,
         experts: bool = False,
         slim: Collection[str] = (),
+        rewrite: bool = False,
         labelled: frozenset[Any] = frozenset(),
     ) -> None:
         self.labels = Labels()
@@ -121,6 +127,9 @@ class Trace:
         self.layers: set[tuple[str, int]] = set()
         self.written: set[Any] = set()
         self._labelled = labelled
+        self.rewrite = rewrite
+        self.values: dict[Any, Any] = {}
+        self.requests: dict[Any, tuple[str, Dim]] = {}
 
     def input(self, argument: str, shape: tuple[int, ...]) -> Value:
         """Return an input's value, with labels on the dimension that was asked for, the same in each of several programs."""
@@ -201,6 +210,15 @@ class Trace:
         if not self.experts:
             self.labels.pin(dim, reason)
 
+    def request(self, node: Any, kind: str, dim: Dim) -> bool:
+        """Ask for an edit of an operation in its module's code where a dimension gets shorter; False where none can be had.
+
+        The kinds are those of `fasterai.prune.surgery.rewriting`: the edit gets the sizes before and after.
+        """
+        if self.rewrite:
+            self.requests[node] = (kind, dim)
+        return self.rewrite
+
     def reads(self, weight: Value, d: int) -> None:
         """Note that a weight, or a blend, multiplies a channel along its dimension `d`, and passes on something else."""
         if weight.places and is_labelled(weight.dims[d]):
@@ -217,6 +235,13 @@ def module_of(node: Any) -> str:
     """Return the name of the innermost module that runs an operation, without the marks of repeated calls."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return str(stack[-1][0]).partition("@")[0] if stack else ""
+
+
+def is_cut(node: Any, found: Any) -> bool:
+    """Tell if an operation is a slice, or a split into unequal parts, of what carries labels."""
+    if called(node) == "slice":
+        return shape_of(node) != _sizes(node.args[0].meta["val"])
+    return called(node) in ("split", "split_with_sizes", "tensor_split", "chunk") and len({v.shape for v in found}) > 1
 
 
 Rule = Callable[..., Any]
