@@ -34,7 +34,7 @@ from fasterai.graph.inputs import InputCut, cut_inputs
 from fasterai.graph.labels import Array, Flags
 from fasterai.model.names import unwrap
 from fasterai.model.outputs import movement, tolerance
-from fasterai.model.running import at_rest, copies, without_fast_path
+from fasterai.model.running import Narrowed, at_rest, copies, without_fast_path
 from fasterai.model.supported import check_inputs, said
 from fasterai.prune.probes import probes
 from fasterai.prune.surgery.operate import Surgery
@@ -253,12 +253,14 @@ class _Trials:
         self.graph = graph
         self.streams = self.asks_float64 = False
         self._model, self._inputs, self._exact = model, inputs, exact
-        runs = [(probe, outputs_of(model, probe)) for probe in probes(inputs)]
+        with Narrowed() as narrowed:
+            runs = [(probe, outputs_of(model, probe)) for probe in probes(inputs)]
         self._probes = [(probe, found) for probe, found in runs if not isinstance(found, Exception) and not _has_nan(found)]
         self._probes = self._probes or [(probe, found) for probe, found in runs[:1] if not isinstance(found, Exception)]
         self.is_blank = not any(bool(x.any()) for _, outputs in self._probes for x in outputs)
         dtypes = [x.dtype for x in self._probes[0][1] if x.is_floating_point()] if self._probes else []
-        self._limit = tolerance("removal", dtypes[0]) if dtypes else 0.0
+        # Code that casts to float32 on its way rounds as float32 does, whatever type its outputs have.
+        self._limit = max(tolerance("removal", dtypes[0]), tolerance("removal", narrowed.dtype)) if dtypes else 0.0
         self.rounding = tolerance("doubtful", dtypes[0]) if dtypes else 0.0
         self.is_float64 = bool(dtypes) and all(dtype is torch.float64 for dtype in dtypes)
 
