@@ -59,19 +59,21 @@ class Group(Shown):
             one weight apart.
         inputs: Input and dimension -> the indices there, in the same way, where the channels are features of an input.
         is_summed: True if operations sum or average over the channels, so that a silent one has to be zero all the way.
+        is_shown: True if norms without a scale hand on what is not zero for a silent channel, so that what reads it has to be.
     """
 
     places: Mapping[Place, Array]
     name: str = ""
     inputs: Mapping[Place, Array] = field(default_factory=dict)
     is_summed: bool = False
+    is_shown: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or first_maker(self.places, frozenset()))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or pickle; those of earlier versions know of no inputs."""
-        vars(self).update({"inputs": {}, "is_summed": False, **state})
+        vars(self).update({"inputs": {}, "is_summed": False, "is_shown": False, **state})
 
     @property
     def channels(self) -> int:
@@ -100,7 +102,7 @@ class ChannelGraph(Shown):
         normed: Name of a module that normalises without parameters -> for each index of what it normalises a place, and the
             index there, with which it goes; None where it stays.
         rescaled: Names of weights of norms that average over what may go: the more of it goes, the more they have to grow.
-        counted: Names of modules that average over what may go, and go on with how many channels there were.
+        counted: Names of modules that average over what may go -> over how many channels, and the places of these.
         norms: Those that alone read the output of a layer.
         shared: Names of parameters that several operations use: one may make channels that another reads.
         inputs: Input and dimension -> why it stays, where all of it does; inputs are named by their arguments.
@@ -120,14 +122,14 @@ class ChannelGraph(Shown):
     shared: frozenset[str] = frozenset()
     inputs: Mapping[Place, str] = field(default_factory=dict)
     input_sizes: Mapping[Place, int] = field(default_factory=dict)
-    counted: frozenset[str] = frozenset()
+    counted: Mapping[str, tuple[int, frozenset[Place]]] = field(default_factory=dict)
     recorded: str = ""
     partly: Mapping[Place, str] = field(default_factory=dict)
     sized: Mapping[str, bool] = field(default_factory=dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or pickle; those of earlier versions know less."""
-        later = {"inputs": {}, "input_sizes": {}, "counted": frozenset(), "recorded": "", "partly": {}, "sized": {}}
+        later = {"inputs": {}, "input_sizes": {}, "counted": {}, "recorded": "", "partly": {}, "sized": {}}
         vars(self).update({**later, **state})
 
     def _line(self) -> str:
@@ -304,6 +306,7 @@ def _follow(settings: _Settings, choices: dict[str, int]) -> tuple[Trace, dict[s
         trace.labels.pin_all(weights[name].dims, "no operation reads it")
     for name in weights.keys() & settings.stay:
         trace.labels.pin_all(weights[name].dims, "its module recomputes its weight in each forward pass")
+    trace.settle()
     return trace, weights
 
 
@@ -443,8 +446,8 @@ def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value], compone
                 if may_go:
                     touched.setdefault(number, []).append(((name, d), where))
     entering = _entering(trace, components)
-    summed = {int(n) for dim in trace.summed if isinstance(dim, np.ndarray) for n in np.unique(components.numbers(dim))}
-    groups, readers = _grouped(touched, entering, summed), frozenset(trace.readers)
+    kinds = [_numbers(components, dims) for dims in (trace.summed, trace.shown)]
+    groups, readers = _grouped(touched, entering, kinds), frozenset(trace.readers)
     whole = {place: components.pinned.get(n, "no weight reads it") for n, slices in entering.items() for place, _ in slices}
     return ChannelGraph(
         tuple(_named(groups, readers)),
@@ -453,10 +456,23 @@ def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value], compone
         dict(_normed(model, trace, components, touched)),
         frozenset(trace.rescaled),
         inputs=whole,
-        counted=frozenset(trace.counted),
+        counted={name: (_size(dims), _places(components, dims, touched)) for name, dims in trace.counted.items()},
         input_sizes={(name, d): v.shape[d] for name, v in trace.inputs.items() for d, x in enumerate(v.dims) if x is not FIXED},
         partly=partly,
     )
+
+
+def _numbers(components: Components, dims: Iterable[Dim]) -> set[int]:
+    return {int(n) for dim in dims if isinstance(dim, np.ndarray) for n in np.unique(components.numbers(dim))}
+
+
+def _size(dims: Sequence[Dim]) -> int:
+    return next(len(dim) for dim in dims if isinstance(dim, np.ndarray))
+
+
+def _places(components: Components, dims: Iterable[Dim], touched: Mapping[int, Slices]) -> frozenset[Place]:
+    """Return the first place of each component among some dimensions that may go."""
+    return frozenset(touched[n][0][0] for n in _numbers(components, dims) if n in touched)
 
 
 Slices = list[tuple[Place, Array]]  # of one component: a place, and the indices there
@@ -474,17 +490,20 @@ def _entering(trace: Trace, components: Components) -> dict[int, Slices]:
     return found
 
 
-def _grouped(touched: Mapping[int, Slices], entering: Mapping[int, Slices], summed: Collection[int]) -> list[Group]:
+def _grouped(
+    touched: Mapping[int, Slices], entering: Mapping[int, Slices], kinds: Sequence[Collection[int]]
+) -> list[Group]:
     """Make groups of the components that are slices of the same dimensions of the same weights and inputs."""
-    kinds: dict[tuple[Any, ...], list[tuple[Slices, Slices]]] = {}
+    found: dict[tuple[Any, ...], list[tuple[Slices, Slices]]] = {}
     for number, places in touched.items():
         inputs = entering.get(number, [])
-        kind = (number in summed, *(tuple((place, where.size) for place, where in slices) for slices in (places, inputs)))
-        kinds.setdefault(kind, []).append((places, inputs))
-    return [_group(members, is_summed=bool(kind[0])) for kind, members in kinds.items()]
+        slices = (tuple((place, where.size) for place, where in slices) for slices in (places, inputs))
+        flags = tuple(number in of for of in kinds)
+        found.setdefault((flags, *slices), []).append((places, inputs))
+    return [_group(members, *kind[0]) for kind, members in found.items()]
 
 
-def _group(members: Sequence[tuple[Slices, Slices]], is_summed: bool) -> Group:
+def _group(members: Sequence[tuple[Slices, Slices]], is_summed: bool, is_shown: bool) -> Group:
     places, inputs = _stacked([slices for slices, _ in members]), _stacked([slices for _, slices in members])
     order = np.argsort(next(iter((inputs or places).values()))[:, 0], kind="stable")
     return Group(
@@ -492,6 +511,7 @@ def _group(members: Sequence[tuple[Slices, Slices]], is_summed: bool) -> Group:
         ".".join(map(str, next(iter(inputs), ()))),
         {place: indices[order] for place, indices in inputs.items()},
         is_summed,
+        is_shown,
     )
 
 

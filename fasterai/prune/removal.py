@@ -122,6 +122,8 @@ def _silent(
             makes[scale] = zeros[scale] | _all([zeros[p] for p in (shift, (norm.mean, 0), *layer) if p in zeros])
         for place in layer:
             makes[place] = zeros[place] | is_off
+    if group.is_summed and group.is_shown:
+        return _all(makes.values()) & (_all(reads) if reads else True)
     return _all(makes.values()) | (_all(reads) if not group.is_summed else False)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fasterai.core.files import untied, write_tensors
 from fasterai.graph.inputs import input_cuts, put_inputs
 from fasterai.model.names import unwrap
-from fasterai.model.slim_norms import can_be_slim, put_dense_size
+from fasterai.model.slim_norms import can_be_slim, is_slim, put_dense_size
 from fasterai.model.supported import check_model, check_whole
 from fasterai.prune.features.embeddings import CATEGORIES, kept_embeddings
 from fasterai.prune.features.files import SELECTORS, read_entry
@@ -168,7 +168,7 @@ def _selectors(selector: InputSelector | Mapping[str, InputSelector] | None) -> 
 def _slim(model: nn.Module) -> dict[str, int]:
     heads = {n: m.num_heads for n, m in model.named_modules() if isinstance(m, SlimMultiheadAttention)}
     return heads | {
-        n: size for n, m in model.named_modules() if isinstance(size := vars(m).get("dense_size"), int) and can_be_slim(m)
+        n: int(vars(m)["dense_size"]) for n, m in model.named_modules() if is_slim(m)
     }
 
 

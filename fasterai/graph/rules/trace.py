@@ -85,7 +85,8 @@ class Trace:
         rescaled: Names of weights of norms that average over a dimension which may lose silent channels.
         summed: The dimensions that operations sum or average over: what is silent there adds nothing, as it is zero.
         slim: Names of modules that can be told how many channels there were, of which the silent ones were zero.
-        counted: Those of them that average over a dimension which may lose channels.
+        counted: Those of them that average over a dimension which may lose channels -> these dimensions.
+        shown: The dimensions where what is handed on is not zero although a channel is silent: what reads it has to be zero too.
         inputs: Argument -> the input with labels on the dimension that may lose indices.
         experts: True if experts are looked for instead of channels: a softmax, or a choice of the highest, then gates the
             dimension that it runs over and does not pin it, as one expert less is a softmax over the rest.
@@ -116,7 +117,9 @@ class Trace:
         self.rescaled: set[str] = set()
         self.summed: list[Dim] = []
         self.slim = slim
-        self.counted: set[str] = set()
+        self.counted: dict[str, list[Dim]] = {}
+        self._others: set[str] = set()  # names of modules that average over something else too, themselves or below them
+        self.shown: list[Dim] = []
         self.options: dict[str, int] = {}
         self.readers: set[tuple[str, int]] = set()
         self.inputs: dict[str, Value] = {}
@@ -165,12 +168,21 @@ class Trace:
 
     def counts(self, node: Any, dim: Dim) -> bool:
         """Note that a module averages over a dimension, if it can be told how many channels there were; True if it can."""
-        name = module_of(node)
-        if name not in self.slim or not (self.exact or is_zeroed(dim).all()):
+        outer, name = modules_of(node)
+        self._others.update(outer)
+        if not (is_labelled(dim) and name in self.slim and (self.exact or is_zeroed(dim).all())):
+            self._others.add(name)
             return False
         self.sums_zeros(dim, node.name)
-        self.counted.add(name)
+        self.counted.setdefault(name, []).append(dim)
         return True
+
+    def settle(self) -> None:
+        """Pin what a module averages over if it averages over something else too, where it cannot be told how many there were."""
+        for name, dims in list(self.counted.items()):
+            if name in self._others or len({len(cast(Array, dim)) for dim in dims}) > 1:
+                self.labels.pin_all(dims, f"{name or 'the model'} averages over it, and over other dimensions too")
+                del self.counted[name]
 
     def averages(self, dims: Iterable[Dim], name: str) -> None:
         """Pin dimensions that an operation averages over, if the outputs must stay exact."""
@@ -233,8 +245,13 @@ def called(node: Any) -> str:
 
 def module_of(node: Any) -> str:
     """Return the name of the innermost module that runs an operation, without the marks of repeated calls."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return str(stack[-1][0]).partition("@")[0] if stack else ""
+    return modules_of(node)[1]
+
+
+def modules_of(node: Any) -> tuple[list[str], str]:
+    """Return the names of the modules that an operation runs in, without the marks of repeated calls: outer ones, innermost."""
+    names = [str(name).partition("@")[0] for name, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return (names[:-1], names[-1]) if names else ([], "")
 
 
 def is_cut(node: Any, found: Any) -> bool:

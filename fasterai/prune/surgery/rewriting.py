@@ -175,7 +175,7 @@ def _mean(graph: Graph, node: Node, edit: Edit) -> None:
     """Make a mean over n of N entries, of which the others were zero, the mean over all N: times n / N."""
     with graph.inserting_after(node):
         times = graph.call_function(torch.mul, (node, edit.after / edit.before))
-    node.replace_all_usesreplaced(times, delete_user_cb=lambda user: user is not times)
+    node.replace_all_uses_with(times, delete_user_cb=lambda user: user is not times)
 
 
 def rooted(path: Path) -> Path:
