@@ -28,6 +28,7 @@ __all__ = [
     "SlimLayerNorm",
     "SlimRMSNorm",
     "can_be_slim",
+    "dense_size",
     "is_slim",
     "put_dense_size",
     "slimmable",
@@ -138,6 +139,15 @@ def is_slim(module: nn.Module) -> bool:
 def is_torchs(module: nn.Module) -> bool:
     """Tell if a module is one of torch's norms, slim or not: it computes nothing but its norm."""
     return type(module) in SLIM_NORMS or type(module) in SLIM_NORMS.values()
+
+
+def dense_size(norm: nn.Module) -> int:
+    """Return the number of channels that one of torch's norms averages over, or did before anything was removed."""
+    if "dense_size" in vars(norm):
+        return int(vars(norm)["dense_size"])
+    if isinstance(norm, nn.GroupNorm):
+        return norm.num_channels // norm.num_groups
+    return int(norm.normalized_shape[0])  # type: ignore[index,arg-type]
 
 
 def put_dense_size(module: nn.Module, size: int | None) -> None:
