@@ -18,6 +18,7 @@ from fasterai.graph.rules import (  # noqa: F401
     recurrent,
     reshaping,
     spatial,
+    values,
     weights,
     writing,
 )
