@@ -81,6 +81,14 @@ class Exported:
             roots[node] = roots[node.all_input_nodes[0]] if is_view and node.all_input_nodes else node
         return roots
 
+    @cached_property
+    def views(self) -> dict[Any, list[Any]]:
+        """For each tensor that holds memory the results that share it, itself included."""
+        found: dict[Any, list[Any]] = {}
+        for node, root in self.roots.items():
+            found.setdefault(root, []).append(node)
+        return found
+
 
 def _is_used(node: Any, read: set[Any], roots: Mapping[Any, Any]) -> bool:
     """Tell if an operation's result is read later, or if it writes into the model, its inputs, or what is read later."""

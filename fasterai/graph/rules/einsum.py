@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fasterai.graph.labels import FREE, Dim
+import numpy as np
+
+from fasterai.graph.labels import FREE, Dim, is_zeroed, zeroed
 from fasterai.graph.rules.trace import Trace, Value, blend, rule, shape_of
 from fasterai.graph.rules.weights import read_by
 
@@ -24,6 +26,7 @@ def einsum(trace: Trace, node: Any, equation: str, operands: Sequence[Value], **
     ):
         sizes[letter] = max(size, sizes.get(letter, 1))
     carried: dict[str, Dim] = {}
+    zeros: dict[str, Any] = {}
     weighed: set[str] = set()
     for letters, value, reads in zip(terms, operands, read_by(operands), strict=True):
         for d, (letter, dim) in enumerate(zip(letters, value.dims, strict=True)):
@@ -31,9 +34,11 @@ def einsum(trace: Trace, node: Any, equation: str, operands: Sequence[Value], **
                 trace.labels.pin(dim, f"{node.name} repeats it along a larger dimension")
                 continue
             carried[letter] = trace.labels.join(carried.get(letter, FREE), dim, f"{node.name} meets a dimension of fixed size")
+            zeros[letter] = zeros.get(letter, False) | is_zeroed(dim)  # a product is zero where one factor is
             if reads and letter not in output:
                 weighed.add(letter)
                 trace.reads(value, d)
+    carried = {one: zeroed(dim, zeros[one]) if isinstance(dim, np.ndarray) else dim for one, dim in carried.items()}
     for letter, dim in carried.items():
         if letter not in output and letter not in weighed:
             trace.sums(dim, f"{node.name} sums over it without a weight")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fasterai.graph.labels import FIXED, Array, Dim, is_labelled
-from fasterai.graph.rules.trace import Trace, Value, broadcast, rule, shape_of, shapes_of, unknown
+from fasterai.graph.rules.trace import Trace, Value, broadcast, rule, shape_of, shapes_of, unknown, unmarked
 
 __all__: list[str] = []
 
@@ -38,7 +38,8 @@ def recurrent(
         labels.join(first[0], other, f"{name} is given its states")
     values = shapes_of(node)
     outputs = [Value(values[0], (*x.dims[:-1], read))]
-    return outputs + [Value(s, (FIXED, FIXED, first[0])) for s in values[1:]]
+    outputs += [Value(s, (FIXED, FIXED, first[0])) for s in values[1:]]
+    return [unmarked(x) for x in outputs]  # the states that it was given may not be zero
 
 
 @rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
@@ -55,8 +56,8 @@ def single_step(
         hidden = trace.labels.join(hidden, state.dims[-1], f"{node.name} is given its states")
         batch = broadcast(trace, node.name, [batch, Value(state.shape[:-1], state.dims[:-1])], batch.shape)
     if not isinstance(node.meta["val"], list | tuple):
-        return Value(shape_of(node), (*batch.dims, hidden))
-    return [Value(shape, (*batch.dims, hidden)) for shape in shapes_of(node)]
+        return unmarked(Value(shape_of(node), (*batch.dims, hidden)))
+    return [unmarked(Value(shape, (*batch.dims, hidden))) for shape in shapes_of(node)]
 
 
 def _hidden(cell: Sequence[Value]) -> Array:
