@@ -28,6 +28,7 @@ __all__ = [
     "SlimLayerNorm",
     "SlimRMSNorm",
     "can_be_slim",
+    "dense_size",
     "is_slim",
     "put_dense_size",
     "slimmable",
@@ -135,9 +136,14 @@ def is_slim(module: nn.Module) -> bool:
     return isinstance(module, (_SlimModule, *SLIM_NORMS.values()))
 
 
-def is_torchs(module: nn.Module) -> bool:
-    """Tell if a module is one of torch's norms, slim or not: it computes nothing but its norm."""
-    return type(module) in SLIM_NORMS or type(module) in SLIM_NORMS.values()
+def dense_size(module: nn.Module) -> int | None:
+    """Return over how many channels a norm was before anything was removed; None where its attributes do not say."""
+    if is_slim(module):
+        return int(vars(module)["dense_size"])
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels // module.num_groups
+    shape = vars(module).get("normalized_shape")
+    return shape[0] if isinstance(shape, tuple) and len(shape) == 1 else None
 
 
 def put_dense_size(module: nn.Module, size: int | None) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fasterai.graph.inputs import InputCut
 from fasterai.model.names import own_tensors
+from fasterai.model.slim_norms import can_be_slim, dense_size
 from fasterai.prune.features.files import SELECTORS
 from fasterai.prune.surgery.modules import EXPERTS, HEADS, STREAMS, WIDTHS, new_sizes
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention
@@ -41,7 +42,7 @@ class Header:
 
     Attributes:
         sizes: Module -> attribute -> size.
-        slim: Names of `nn.MultiheadAttention`s that have lost heads -> heads.
+        slim: Names of `nn.MultiheadAttention`s that have lost heads -> heads; of norms over fewer channels -> how many there were.
         traits: Module -> its class, and its settings.
         dense: Tensor -> its shape before the first cut, where known.
         inputs: Argument -> what the small model takes of that input, where it takes less.
@@ -145,6 +146,8 @@ Saved = Mapping[int, tuple[int, ...]]
 
 def _unfit(module: nn.Module, own: Mapping[str, Any], found: Mapping[str, Size], saved: Saved, heads: int | None) -> str:
     """Say which size of a module is none that it may have, or nothing."""
+    if heads is not None and can_be_slim(module) and heads != (whole := dense_size(module) or heads):
+        return f"dense_size is {heads} in the file, and the norm here is over {whole}"
     ways = _ways(module, saved, heads)
     wrong = [[a for a, v in way.items() if a in found and found[a] != v] for way in ways]
     if [] not in wrong:
@@ -152,6 +155,8 @@ def _unfit(module: nn.Module, own: Mapping[str, Any], found: Mapping[str, Size],
         return f"{a} is {found[a]!r} in the file, whose weights have {' or '.join(sorted({str(way[a]) for way in ways}))}"
     known = set(ways[0])
     for a, v in found.items():
+        if a in ("normalized_shape", "num_channels") and heads is not None and not saved.keys() & {id(x) for _, x in _walk(module)}:
+            continue  # a norm without a scale is over what it is given
         if a in own and a not in known and v != own[a] and not _is_shown(own[a], v, _cut(module, saved)):
             return f"{a} is {own[a]!r} here and {v!r} in the file, which its weights do not show"
     return ""
