@@ -47,7 +47,7 @@ class SlimLayerNorm(nn.LayerNorm):
     dense_size: int
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise `(..., channel)` over the channels that are left and the zeros that are gone."""
+        """Return normalised `(..., channel)` over the channels that are left and the zeros that are gone."""
         return slim_layer_norm(input, self.weight, self.bias, self.eps, self.dense_size)
 
 
@@ -61,7 +61,7 @@ class SlimRMSNorm(nn.RMSNorm):
     dense_size: int
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `(..., channel)` over the channels that are left and the zeros that are gone."""
+        """Return normalised `(..., channel)` over the channels that are left and the zeros that are gone."""
         return slim_rms_norm(x, self.weight, self.eps, self.dense_size)
 
 
@@ -75,7 +75,7 @@ class SlimGroupNorm(nn.GroupNorm):
     dense_size: int
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise `(B, channel, ...)` over the channels of each group that are left and the zeros that are gone."""
+        """Return normalised `(B, channel, ...)` over the channels of each group that are left and the zeros that are gone."""
         return slim_group_norm(input, self.num_groups, self.weight, self.bias, self.eps, self.dense_size)
 
 
@@ -134,6 +134,11 @@ def can_be_slim(module: nn.Module | None) -> bool:
 def is_slim(module: nn.Module) -> bool:
     """Tell if a module has been told how many channels there were."""
     return isinstance(module, (_SlimModule, *SLIM_NORMS.values()))
+
+
+def is_torchs(module: nn.Module) -> bool:
+    """Tell if a module is one of torch's norms, slim or not: it computes nothing but its norm."""
+    return type(module) in SLIM_NORMS or type(module) in SLIM_NORMS.values()
 
 
 def dense_size(module: nn.Module) -> int | None:

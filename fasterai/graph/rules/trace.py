@@ -1,4 +1,7 @@
-"""Parts that rules share: the values that operations pass on, and the notes of one pass over the operations."""
+"""Parts that rules share: the values that operations pass on, and the notes of one pass over the operations.
+
+Over 300 lines, since every rule is written with these few words.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ __all__ = [
     "blend",
     "broadcast",
     "called",
+    "is_cut",
     "marked_as",
     "module_of",
     "rule",
@@ -89,6 +93,11 @@ class Trace:
         gates: The dimensions that are gated so.
         routes: Node of a choice of the highest -> the dimension that it is made from, and how many are chosen.
         layers: The places, as (name, dimension), of outputs of linear layers.
+        written: Nodes of tensors that were made to fit, as `zeros(...)` are, and into which labelled ones are written in place.
+        rewrite: True if sizes that are written into code can be put right, so that a split into unequal parts, and a slice,
+            need not pin what they cut.
+        values: The result of each operation, once it was followed.
+        requests: Operations that have to be edited where a dimension gets shorter -> the kind of edit, and the dimension.
     """
 
     def __init__(
@@ -98,6 +107,8 @@ class Trace:
         asked: Mapping[str, Asked] | None = None,
         experts: bool = False,
         slim: Collection[str] = (),
+        rewrite: bool = False,
+        labelled: frozenset[Any] = frozenset(),
     ) -> None:
         self.labels = Labels()
         self.choices = choices
@@ -117,6 +128,11 @@ class Trace:
         self.gates: list[Dim] = []
         self.routes: dict[Any, tuple[Dim, int]] = {}
         self.layers: set[tuple[str, int]] = set()
+        self.written: set[Any] = set()
+        self._labelled = labelled
+        self.rewrite = rewrite
+        self.values: dict[Any, Any] = {}
+        self.requests: dict[Any, tuple[str, Dim]] = {}
 
     def input(self, argument: str, shape: tuple[int, ...]) -> Value:
         """Return an input's value, with labels on the dimension that was asked for, the same in each of several programs."""
@@ -194,10 +210,26 @@ class Trace:
             seen.update(level)
         return FIXED
 
+    def fitted(self, node: Any, made: Any) -> Any:
+        """Return what a node makes, with labels instead of `FREE` where something labelled is known to be written into it."""
+        if node not in self._labelled or not isinstance(made, Value):
+            return made
+        dims = zip(made.shape, made.dims, strict=True)
+        return replace(made, dims=tuple(self.labels.new(n) if d is FREE and n > 1 else d for n, d in dims))
+
     def sums(self, dim: Dim, reason: str) -> None:
         """Pin a dimension that is summed over without a weight; not where experts are looked for, whose gates are factors."""
         if not self.experts:
             self.labels.pin(dim, reason)
+
+    def request(self, node: Any, kind: str, dim: Dim) -> bool:
+        """Ask for an edit of an operation in its module's code where a dimension gets shorter; False where none can be had.
+
+        The kinds are those of `fasterai.prune.surgery.rewriting`: the edit gets the sizes before and after.
+        """
+        if self.rewrite:
+            self.requests[node] = (kind, dim)
+        return self.rewrite
 
     def reads(self, weight: Value, d: int) -> None:
         """Note that a weight, or a blend, multiplies a channel along its dimension `d`, and passes on something else."""
@@ -220,6 +252,13 @@ def modules_of(node: Any) -> tuple[list[str], str]:
     """Return the names of the modules that an operation runs in, without the marks of repeated calls: outer ones, innermost."""
     names = [str(name).partition("@")[0] for name, _ in (node.meta.get("nn_module_stack") or {}).values()]
     return (names[:-1], names[-1]) if names else ([], "")
+
+
+def is_cut(node: Any, found: Any) -> bool:
+    """Tell if an operation is a slice, or a split into unequal parts, of what carries labels."""
+    if called(node) == "slice":
+        return shape_of(node) != _sizes(node.args[0].meta["val"])
+    return called(node) in ("split", "split_with_sizes", "tensor_split", "chunk") and len({v.shape for v in found}) > 1
 
 
 Rule = Callable[..., Any]
