@@ -153,8 +153,8 @@ class Rewriter:
                 self.refused[name] = str(error)
             else:
                 self.modules[name] = _Module(module, given, graphs[0])
-                earlier = (rewrite_of(module) or Rewrite()).edits
-                self.modules[name].seen.update({(edit.node, edit.path): {edit.after} for edit in earlier if edit.kind == "size"})
+                earlier = [edit for edit in (rewrite_of(module) or Rewrite()).edits if edit.kind == "size"]
+                self.modules[name].seen.update({(edit.node, edit.path): {edit.after} for edit in earlier})
 
     def _verify(self, inputs: tuple[Any, ...], training: bool, autocast: bool = False) -> None:
         """Drop the modules whose traces do something else than their own code on some inputs; the others' numbers are noted."""
@@ -372,7 +372,7 @@ def _outcome(run: Callable[[], Any], module: nn.Module, given: Any) -> Any:
     read = [x for x in (*module.parameters(), *tree_leaves(given)) if isinstance(x, Tensor) and x.requires_grad]
     total: Any = sum((x.sum() * (i + 1) for i, x in enumerate(tensors) if x.requires_grad), start=0.0)
     slopes = torch.autograd.grad(total, read, allow_unused=True) if isinstance(total, Tensor) and read else ()
-    return [str(spec), *(x if isinstance(x, Tensor) else repr(x) for x in leaves), *slopes]
+    return [str(spec).replace("immutable_", ""), *(x if isinstance(x, Tensor) else repr(x) for x in leaves), *slopes]
 
 
 def _alike(a: Any, b: Any) -> bool:
