@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from fasterai.display import Shown, Table, counted
-from fasterai.graph.exported import Exported, exported
+from fasterai.graph.exported import Exported, exported, how_recorded, unmet
 from fasterai.graph.features import Asked, FeaturesLike, kept_inputs, read_features
 from fasterai.graph.inputs import input_tensors
 from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim, plain, zeroed
@@ -105,6 +105,8 @@ class ChannelGraph(Shown):
         shared: Names of parameters that several operations use: one may make channels that another reads.
         inputs: Input and dimension -> why it stays, where all of it does; inputs are named by their arguments.
         input_sizes: Input and dimension -> its size, where it may lose indices.
+        recorded: Where `torch.export` refuses the model: that its operations were recorded from runs, and why.
+        partly: Parameter or buffer name and dimension -> why some of it stays, where the rest is in groups.
         sized: Names of modules whose own code views, splits or slices what may lose channels -> True where slices, or splits
             into unequal parts, cut it, so that the code has to be put right.
     """
@@ -119,11 +121,14 @@ class ChannelGraph(Shown):
     inputs: Mapping[Place, str] = field(default_factory=dict)
     input_sizes: Mapping[Place, int] = field(default_factory=dict)
     counted: frozenset[str] = frozenset()
+    recorded: str = ""
+    partly: Mapping[Place, str] = field(default_factory=dict)
     sized: Mapping[str, bool] = field(default_factory=dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy or pickle; those of earlier versions know of no inputs and no sizes in code."""
-        vars(self).update({"inputs": {}, "input_sizes": {}, "counted": frozenset(), "sized": {}, **state})
+        """Restore a copy or pickle; those of earlier versions know less."""
+        later = {"inputs": {}, "input_sizes": {}, "counted": frozenset(), "recorded": "", "partly": {}, "sized": {}}
+        vars(self).update({**later, **state})
 
     def _line(self) -> str:
         channels = counted(sum(group.channels for group in self.groups), "channel")
@@ -134,6 +139,7 @@ class ChannelGraph(Shown):
         body = [(g.name, str(g.channels), str(len({name for name, _ in g.places}))) for g in self.groups]
         yield Table(("group", "channels", "tensors"), body) if body else "no channel may go"
         yield from summed_reasons([why for why in self.pinned.values() if not why.endswith("kernel size")])
+        yield from [self.recorded] if self.recorded else []
 
 
 def channel_graph(
@@ -184,14 +190,21 @@ def followed(
     trace, weights = _follow(settings, choices)
     components = _components(trace, weights)
     graph = _graph(inner, trace, weights, components)
-    norms = tuple(norms_behind(programs[0]))
     may_go = {place for group in graph.groups for place in group.inputs}
     whole = kept_inputs(input_tensors(inner, inputs), may_go, graph.inputs)
     shared: frozenset[str] = frozenset().union(*(p.shared() for p in programs))
     sized: dict[str, bool] = {}
     for name, cuts in _sized(trace, components):
         sized[name] = sized.get(name, False) or cuts
-    return replace(graph, norms=norms, shared=shared, inputs=whole, sized=sized), trace, components, weights
+    norms, recorded = _norms(programs), how_recorded(programs)
+    graph = replace(graph, norms=norms, shared=shared, inputs=whole, recorded=recorded, sized=sized)
+    return graph, trace, components, weights
+
+
+def _norms(programs: Sequence[Exported]) -> tuple[Norm, ...]:
+    """Find the norms that alone read the output of a layer, on each way through the code that was seen."""
+    first, *others = [list(norms_behind(one)) for one in programs if one is programs[0] or one.refused]
+    return tuple(norm for norm in first if all(norm in other for other in others))
 
 
 def _sized(trace: Trace, components: Components) -> Iterator[tuple[str, bool]]:
@@ -277,10 +290,16 @@ def _components(trace: Trace, weights: Mapping[str, Value]) -> Components:
 def _follow(settings: _Settings, choices: dict[str, int]) -> tuple[Trace, dict[str, Value]]:
     """Run over the operations once, and return the labels and the values of the parameters and buffers."""
     asked = {one.argument: one for one in settings.asked}
-    trace = Trace(choices, settings.exact, asked, settings.experts, settings.slim, settings.rewrite)
-    weights: dict[str, Value] = {}
-    for program in settings.programs:
-        _follow_one(trace, program, weights)
+    written: set[Any] = set()
+    sizes = unmet(settings.programs)
+    while True:
+        trace = Trace(choices, settings.exact, asked, settings.experts, settings.slim, settings.rewrite, frozenset(written))
+        weights: dict[str, Value] = {}
+        for program in settings.programs:
+            _follow_one(trace, program, weights, sizes)
+        if trace.written <= written:
+            break
+        written |= trace.written  # such tensors get labels from the start, so that all views of them learn what is written
     for name in weights.keys() - {name for program in settings.programs for name in program.uses()}:
         trace.labels.pin_all(weights[name].dims, "no operation reads it")
     for name in weights.keys() & settings.stay:
@@ -288,7 +307,7 @@ def _follow(settings: _Settings, choices: dict[str, int]) -> tuple[Trace, dict[s
     return trace, weights
 
 
-def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value]) -> None:
+def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value], sizes: Mapping[int, str]) -> None:
     names, parameters = program.names, program.program.graph_signature.inputs_to_parameters
     given = program.inputs
     values = trace.values
@@ -303,9 +322,18 @@ def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value]) -> N
             for value in (v for a in node.args[0] if isinstance(v := values.get(a), Value)):
                 trace.labels.pin_all(value.dims, "it is an output of the network")
         else:
-            values[node] = _apply(trace, node, values)
+            values[node] = _apply(trace, node, values, program.roots)
+        for value in values_in(values.get(node)) if sizes else ():
+            _keep_fit(trace, value, sizes)
         for value in values_in(values[node]) if node in unused else ():
             trace.labels.pin_all(value.dims, f"{node.name} is returned in training alone, or not at all")
+
+
+def _keep_fit(trace: Trace, value: Value, sizes: Mapping[int, str]) -> None:
+    """Pin the dimensions that a parameter fits which no recorded run has met: on other values it may read them."""
+    for n, dim in zip(value.shape, value.dims, strict=True):
+        if n in sizes:
+            trace.labels.pin(dim, f"{sizes[n]}, which no recorded run has met, may read it on other values")
 
 
 def _placeholder(
@@ -324,15 +352,15 @@ def _placeholder(
     return weights[name]
 
 
-def _apply(trace: Trace, node: Any, values: dict[Any, Any]) -> Any:
+def _apply(trace: Trace, node: Any, values: dict[Any, Any], roots: Mapping[Any, Any]) -> Any:
     arguments, keywords = tree_map(lambda a: values.get(a, a) if isinstance(a, torch.fx.Node) else a, (node.args, node.kwargs))
     if node.target is operator.getitem:
         return arguments[0][arguments[1]]
-    name = str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
+    name = getattr(node.target, "__name__", "").partition(".")[0]
     found: Callable[..., Any] | None = RULES.get(name)
-    result = _ruled(trace, found or unknown, node, arguments, keywords)
+    result = trace.fitted(node, _ruled(trace, found or unknown, node, arguments, keywords))
     if name.endswith("_") and not name.endswith("__") and isinstance(result, Value) and isinstance(arguments[0], Value):
-        _written(trace, node, arguments[0], result)
+        _written(trace, node, arguments[0], result, roots[node.args[0]])
         values[node.args[0]] = result
     if found is None or (isinstance(result, Value) and result.is_blend and not any(result is a for a in arguments)):
         return result
@@ -356,12 +384,16 @@ def _ruled(trace: Trace, rule: Callable[..., Any], node: Any, arguments: Any, ke
         return unknown(trace, node, *arguments, **keywords)
 
 
-def _written(trace: Trace, node: Any, before: Value, after: Value) -> None:
-    """Pin the labels that are written in place into a tensor of unlabelled size, since its other views do not learn of them."""
+def _written(trace: Trace, node: Any, before: Value, after: Value, root: Any) -> None:
+    """Note labels that are written in place into a tensor of unlabelled size, whose other views have to learn of them.
+
+    The next pass gives that tensor labels; where it cannot, what is written is pinned.
+    """
     if len(before.shape) != len(after.shape):  # `unsqueeze_` and the like give the tensor another shape, and write nothing
         return
     for size, was, now in zip(before.shape, before.dims, after.dims, strict=True):
-        if size > 1 and was is FREE:
+        if size > 1 and was is FREE and isinstance(now, np.ndarray):
+            trace.written.add(root)
             trace.labels.pin(now, f"{node.name} writes it into another tensor")
 
 
@@ -394,6 +426,7 @@ def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value], compone
     """Collect the components that may be removed into groups: those that are slices of the same dimensions."""
     touched: dict[int, list[tuple[Place, Array]]] = {}
     pinned: dict[Place, str] = {}
+    partly: dict[Place, str] = {}
     for name, value in weights.items():
         for d, labels in enumerate(value.dims):
             if not isinstance(labels, np.ndarray):
@@ -404,6 +437,8 @@ def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value], compone
             free = [c not in components.pinned for c in numbers.tolist()]
             if not any(free):
                 pinned[name, d] = components.pinned[int(numbers[0])]
+            elif not all(free):
+                partly[name, d] = components.pinned[int(numbers[free.index(False)])]
             for number, where, may_go in zip(numbers.tolist(), np.split(order, starts[1:]), free, strict=True):
                 if may_go:
                     touched.setdefault(number, []).append(((name, d), where))
@@ -420,6 +455,7 @@ def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value], compone
         inputs=whole,
         counted=frozenset(trace.counted),
         input_sizes={(name, d): v.shape[d] for name, v in trace.inputs.items() for d, x in enumerate(v.dims) if x is not FIXED},
+        partly=partly,
     )
 
 

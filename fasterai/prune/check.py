@@ -19,10 +19,11 @@ from __future__ import annotations
 import copy
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ from fasterai.model.names import unwrap
 from fasterai.model.outputs import movement, tolerance
 from fasterai.model.running import at_rest, copies, without_fast_path
 from fasterai.model.supported import check_inputs, said
+from fasterai.prune.decisions import Decisions
+from fasterai.prune.precise import InFloat64
 from fasterai.prune.probes import probes
 from fasterai.prune.rewrites import Rewriter
 from fasterai.prune.surgery.operate import Surgery
@@ -167,11 +170,16 @@ def _in_float64(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], 
     if all(p.dtype is torch.float64 for p in unwrap(model).parameters()):
         return None
     widened = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
-    try:
-        trials = _Trials(copy.deepcopy(unwrap(model)).double(), graph, widened, True, rewrite)
-    except Exception:  # code of the user's that insists on its dtype, or cannot be copied
-        return None
-    return trials if trials.is_float64 else None
+    for mode in (nullcontext, InFloat64):  # the second for code that insists on its dtype
+        try:
+            with mode():
+                trials = _Trials(copy.deepcopy(unwrap(model)).double(), graph, widened, True, rewrite)
+        except Exception:  # such as a model that cannot be copied
+            continue
+        if trials.is_float64:
+            trials.mode = mode
+            return trials
+    return None
 
 
 def _at_least_one(keep: Flags) -> Flags:
@@ -265,7 +273,10 @@ class _Trials:
         asks_float64: True where a movement that may be rounding is decided on a copy in float64.
         rounding: The largest movement that may be rounding.
         is_blank: True where all outputs are zero before anything is removed.
+        mode: The context in which the model runs.
     """
+
+    mode: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __init__(
         self, model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], exact: bool, rewrite: bool = True
@@ -278,11 +289,11 @@ class _Trials:
         # Where outputs may move anyway, a slice at a wrong place would not be seen.
         self._rewrites = self._may_rewrite and not exact and any(graph.sized.values())
         self._model, self._inputs, self._exact = model, inputs, exact
-        runs = [(probe, outputs_of(model, probe)) for probe in probes(inputs)]
-        self._probes = [(probe, found) for probe, found in runs if not isinstance(found, Exception) and not _has_nan(found)]
-        self._probes = self._probes or [(probe, found) for probe, found in runs[:1] if not isinstance(found, Exception)]
-        self.is_blank = not any(bool(x.any()) for _, outputs in self._probes for x in outputs)
-        dtypes = [x.dtype for x in self._probes[0][1] if x.is_floating_point()] if self._probes else []
+        runs = [_run(model, probe, Decisions() if graph.recorded else None) for probe in probes(inputs, bool(graph.recorded))]
+        self._probes = [one for one in runs if not isinstance(one.outputs, Exception) and not _has_nan(one.outputs)]
+        self._probes = self._probes or [one for one in runs[:1] if not isinstance(one.outputs, Exception)]
+        self.is_blank = not any(bool(x.any()) for one in self._probes for x in one.outputs)
+        dtypes = [x.dtype for x in self._probes[0].outputs if x.is_floating_point()] if self._probes else []
         self._limit = tolerance("removal", dtypes[0]) if dtypes else 0.0
         self.rounding = tolerance("doubtful", dtypes[0]) if dtypes else 0.0
         self.is_float64 = bool(dtypes) and all(dtype is torch.float64 for dtype in dtypes)
@@ -301,7 +312,7 @@ class _Trials:
 
     @cached_property
     def _rewriter(self) -> Rewriter:
-        return Rewriter(self._model, self.graph, [probe for probe, _ in self._probes], self._exact)
+        return Rewriter(self._model, self.graph, [one.inputs for one in self._probes], self._exact)
 
     def _try(self, kept: Sequence[Flags]) -> _Verdict:
         """Try as the model's code is, then with further sizes of its classes changed, then with its code put right."""
@@ -329,7 +340,7 @@ class _Trials:
         try:
             found: Mapping[str, Rewrite] = {}
             if rewriter is not None:
-                found = rewriter.find(cut_inputs(self._model, self._probes[0][0], plan.inputs), kept)
+                found = rewriter.find(cut_inputs(self._model, self._probes[0].inputs, plan.inputs), kept)
                 surgery.rewrite(found)
             return replace(self._compare(plan.inputs), rewrites=found)
         except ValueError as error:
@@ -339,12 +350,15 @@ class _Trials:
 
     def _compare(self, cuts: Sequence[InputCut]) -> _Verdict:
         worst = 0.0
-        for probe, wanted in self._probes:
+        for before in self._probes:
             try:
-                given = cut_inputs(self._model, probe, cuts)
+                given = cut_inputs(self._model, before.inputs, cuts)
             except ValueError:  # a probe of another size along what is cut; the inputs themselves are not
                 continue
-            found = outputs_of(self._model, given)
+            with self.mode():
+                after = _run(self._model, given, before.decisions and Decisions(before.decisions))
+            found, wanted = after.outputs, before.outputs
+            worst = max(worst, after.decisions.moved) if after.decisions else worst
             if isinstance(found, Exception):
                 return _Verdict(0.0, f"the model fails without them: {said(found)}", True)
             if [x.shape for x in found] != [x.shape for x in wanted]:
@@ -355,6 +369,19 @@ class _Trials:
         if worst == math.inf:
             return _Verdict(worst, "an output would be NaN or infinite: it is not silent")
         return _Verdict(worst, f"the outputs would move by {worst:.1e} of their scale: it is not silent")
+
+
+class _Run(NamedTuple):
+    """A model's inputs, its outputs or the error that it raised, and the decisions that it took, where they are held."""
+
+    inputs: tuple[Any, ...]
+    outputs: Any
+    decisions: Decisions | None
+
+
+def _run(model: nn.Module, inputs: tuple[Any, ...], decisions: Decisions | None) -> _Run:
+    with decisions or nullcontext():
+        return _Run(inputs, outputs_of(model, inputs), decisions)
 
 
 def outputs_of(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor] | Exception:
