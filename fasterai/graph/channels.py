@@ -194,7 +194,7 @@ def followed(
     whole = kept_inputs(input_tensors(inner, inputs), may_go, graph.inputs)
     shared: frozenset[str] = frozenset().union(*(p.shared() for p in programs))
     sized: dict[str, bool] = {}
-    for name, cuts in _sized(trace, components):
+    for name, cuts in _sized(trace, components) if rewrite else ():
         sized[name] = sized.get(name, False) or cuts
     norms, recorded = _norms(programs), how_recorded(programs)
     graph = replace(graph, norms=norms, shared=shared, inputs=whole, recorded=recorded, sized=sized)

@@ -16,7 +16,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -226,12 +226,13 @@ class Rewriter:
 
     # --- the edits of a removal --------------------------------------------------------------------------------------
 
-    def find(self, inputs: tuple[Any, ...], kept: Sequence[Flags]) -> dict[str, Rewrite]:
+    def find(self, inputs: tuple[Any, ...], kept: Sequence[Flags], model: nn.Module | None = None) -> dict[str, Rewrite]:
         """Find the edits that a removal needs, on the model without the channels.
 
         Args:
             inputs: Positional arguments of the model as it is now.
             kept: For each group the channels that were kept.
+            model: A copy of the model, where that is what the channels were taken from.
 
         Raises:
             ValueError: Slices, or splits into unequal parts, have to be put right in a module that cannot run a traced copy.
@@ -240,7 +241,7 @@ class Rewriter:
         calls: Counter[str] = Counter()
 
         def repaired(name: str, one: _Module) -> Callable[..., Any]:
-            graph = traced(one.module, one.given, False)
+            graph = traced(modules[name], one.given, False)
             edits = [*_requested(one, kept)]
             apply_edits(graph, tuple(edits))
             found[name] = edits
@@ -257,14 +258,13 @@ class Rewriter:
 
             return run
 
-        patched = {}
+        model = self._model if model is None else model
+        modules, patched = {name: model.get_submodule(name) for name in self.modules}, {}
         for name, one in self.modules.items():
-            try:
-                patched[name] = (one.module, repaired(name, one))
-            except ValueError:
-                continue
-        with at_rest(self._model), _running(patched):
-            _quietly(self._model, inputs)
+            with suppress(ValueError):
+                patched[name] = (modules[name], repaired(name, one))
+        with at_rest(model), _running(patched):
+            _quietly(model, inputs)
         self._check_cuts(found, kept)
         return {
             name: Rewrite(tuple(self.modules[name].given.items()), tuple(edits))
