@@ -197,7 +197,7 @@ def followed(
     summed = {name for group in graph.groups if group.is_summed for name, _ in group.places}
     shared: frozenset[str] = frozenset(trace.blends & summed).union(*(p.shared() for p in programs))
     sized: dict[str, bool] = {}
-    for name, cuts in _sized(trace, components):
+    for name, cuts in _sized(trace, components) if rewrite else ():
         sized[name] = sized.get(name, False) or cuts
     norms, recorded = _norms(programs), how_recorded(programs)
     graph = replace(graph, norms=norms, shared=shared, inputs=whole, recorded=recorded, sized=sized)

@@ -47,8 +47,8 @@ class Net(nn.Module):
                 self.register_buffer(name, layer)
         self.run = run
 
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.run(self, *inputs)
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
 
 
 @dataclass(frozen=True)
