@@ -25,7 +25,7 @@ NETWORKS = [
     ("timm", "hardcorenas_a", 64, 27, 0.27),
     ("timm", "deit3_small_patch16_224", None, 8, 0.53),
     ("transformers", "bert", None, 4, 0.79),
-    ("transformers", "gpt2", None, 4, 0.81),
+    ("transformers", "gpt2", None, 5, 0.81),
     ("transformers", "llama", None, 4, 0.64),
     ("transformers", "bart", None, 5, 0.64),
     ("transformers", "t5", None, 8, 0.55),

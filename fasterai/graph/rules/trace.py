@@ -1,4 +1,7 @@
-"""Parts that rules share: the values that operations pass on, and the notes of one pass over the operations."""
+"""Parts that rules share: the values that operations pass on, and the notes of one pass over the operations.
+
+Over 300 lines, since every rule is written with these few words.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ __all__ = [
     "blend",
     "broadcast",
     "called",
+    "is_cut",
     "marked_as",
     "module_of",
     "rule",
@@ -81,13 +85,19 @@ class Trace:
         rescaled: Names of weights of norms that average over a dimension which may lose silent channels.
         summed: The dimensions that operations sum or average over: what is silent there adds nothing, as it is zero.
         slim: Names of modules that can be told how many channels there were, of which the silent ones were zero.
-        counted: Those of them that average over a dimension which may lose channels.
+        counted: Those of them that average over a dimension which may lose channels -> these dimensions.
+        shown: The dimensions where what is handed on is not zero although a channel is silent: what reads it has to be zero too.
         inputs: Argument -> the input with labels on the dimension that may lose indices.
         experts: True if experts are looked for instead of channels: a softmax, or a choice of the highest, then gates the
             dimension that it runs over and does not pin it, as one expert less is a softmax over the rest.
         gates: The dimensions that are gated so.
         routes: Node of a choice of the highest -> the dimension that it is made from, and how many are chosen.
         layers: The places, as (name, dimension), of outputs of linear layers.
+        written: Nodes of tensors that were made to fit, as `zeros(...)` are, and into which labelled ones are written in place.
+        rewrite: True if sizes that are written into code can be put right, so that a split into unequal parts, and a slice,
+            need not pin what they cut.
+        values: The result of each operation, once it was followed.
+        requests: Operations that have to be edited where a dimension gets shorter -> the kind of edit, and the dimension.
     """
 
     def __init__(
@@ -97,6 +107,8 @@ class Trace:
         asked: Mapping[str, Asked] | None = None,
         experts: bool = False,
         slim: Collection[str] = (),
+        rewrite: bool = False,
+        labelled: frozenset[Any] = frozenset(),
     ) -> None:
         self.labels = Labels()
         self.choices = choices
@@ -105,7 +117,9 @@ class Trace:
         self.rescaled: set[str] = set()
         self.summed: list[Dim] = []
         self.slim = slim
-        self.counted: set[str] = set()
+        self.counted: dict[str, list[Dim]] = {}
+        self._others: set[str] = set()  # names of modules that average over something else too, themselves or below them
+        self.shown: list[Dim] = []
         self.options: dict[str, int] = {}
         self.readers: set[tuple[str, int]] = set()
         self.inputs: dict[str, Value] = {}
@@ -114,6 +128,11 @@ class Trace:
         self.gates: list[Dim] = []
         self.routes: dict[Any, tuple[Dim, int]] = {}
         self.layers: set[tuple[str, int]] = set()
+        self.written: set[Any] = set()
+        self._labelled = labelled
+        self.rewrite = rewrite
+        self.values: dict[Any, Any] = {}
+        self.requests: dict[Any, tuple[str, Dim]] = {}
 
     def input(self, argument: str, shape: tuple[int, ...]) -> Value:
         """Return an input's value, with labels on the dimension that was asked for, the same in each of several programs."""
@@ -149,12 +168,21 @@ class Trace:
 
     def counts(self, node: Any, dim: Dim) -> bool:
         """Note that a module averages over a dimension, if it can be told how many channels there were; True if it can."""
-        name = module_of(node)
-        if name not in self.slim or not (self.exact or is_zeroed(dim).all()):
+        outer, name = modules_of(node)
+        self._others.update(outer)
+        if not (is_labelled(dim) and name in self.slim and (self.exact or is_zeroed(dim).all())):
+            self._others.add(name)
             return False
         self.sums_zeros(dim, node.name)
-        self.counted.add(name)
+        self.counted.setdefault(name, []).append(dim)
         return True
+
+    def settle(self) -> None:
+        """Pin what a module averages over if it averages over something else too, where it cannot be told how many there were."""
+        for name, dims in list(self.counted.items()):
+            if name in self._others or len({len(cast(Array, dim)) for dim in dims}) > 1:
+                self.labels.pin_all(dims, f"{name or 'the model'} averages over it, and over other dimensions too")
+                del self.counted[name]
 
     def averages(self, dims: Iterable[Dim], name: str) -> None:
         """Pin dimensions that an operation averages over, if the outputs must stay exact."""
@@ -182,10 +210,26 @@ class Trace:
             seen.update(level)
         return FIXED
 
+    def fitted(self, node: Any, made: Any) -> Any:
+        """Return what a node makes, with labels instead of `FREE` where something labelled is known to be written into it."""
+        if node not in self._labelled or not isinstance(made, Value):
+            return made
+        dims = zip(made.shape, made.dims, strict=True)
+        return replace(made, dims=tuple(self.labels.new(n) if d is FREE and n > 1 else d for n, d in dims))
+
     def sums(self, dim: Dim, reason: str) -> None:
         """Pin a dimension that is summed over without a weight; not where experts are looked for, whose gates are factors."""
         if not self.experts:
             self.labels.pin(dim, reason)
+
+    def request(self, node: Any, kind: str, dim: Dim) -> bool:
+        """Ask for an edit of an operation in its module's code where a dimension gets shorter; False where none can be had.
+
+        The kinds are those of `fasterai.prune.surgery.rewriting`: the edit gets the sizes before and after.
+        """
+        if self.rewrite:
+            self.requests[node] = (kind, dim)
+        return self.rewrite
 
     def reads(self, weight: Value, d: int) -> None:
         """Note that a weight, or a blend, multiplies a channel along its dimension `d`, and passes on something else."""
@@ -201,8 +245,20 @@ def called(node: Any) -> str:
 
 def module_of(node: Any) -> str:
     """Return the name of the innermost module that runs an operation, without the marks of repeated calls."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return str(stack[-1][0]).partition("@")[0] if stack else ""
+    return modules_of(node)[1]
+
+
+def modules_of(node: Any) -> tuple[list[str], str]:
+    """Return the names of the modules that an operation runs in, without the marks of repeated calls: outer ones, innermost."""
+    names = [str(name).partition("@")[0] for name, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return (names[:-1], names[-1]) if names else ([], "")
+
+
+def is_cut(node: Any, found: Any) -> bool:
+    """Tell if an operation is a slice, or a split into unequal parts, of what carries labels."""
+    if called(node) == "slice":
+        return shape_of(node) != _sizes(node.args[0].meta["val"])
+    return called(node) in ("split", "split_with_sizes", "tensor_split", "chunk") and len({v.shape for v in found}) > 1
 
 
 Rule = Callable[..., Any]
