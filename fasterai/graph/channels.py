@@ -21,10 +21,10 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from fasterai.display import Shown, Table, counted
-from fasterai.graph.exported import Exported, exported, how_recorded, unmet
+from fasterai.graph.exported import Exported, exported, how_recorded, unmet, used_otherwise
 from fasterai.graph.features import Asked, FeaturesLike, kept_inputs, read_features
 from fasterai.graph.inputs import input_tensors
-from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim
+from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim, plain, zeroed
 from fasterai.graph.reasons import summed_reasons
 from fasterai.graph.rules import RULES, Trace, Value, unknown
 from fasterai.graph.rules.trace import values_in
@@ -32,6 +32,7 @@ from fasterai.model.dataflow import VIEWS
 from fasterai.model.inputs import positional
 from fasterai.model.names import plain_name, unwrap
 from fasterai.model.norms import Norm, norms_behind
+from fasterai.model.slim_norms import slimmable
 from fasterai.model.supported import check_model, recomputed
 
 __all__ = ["ChannelGraph", "Group", "channel_graph"]
@@ -50,18 +51,20 @@ class Group(Shown):
         name: The first weight that makes them, or the input and its dimension, as `x.1`; a number behind it tells groups of
             one weight apart.
         inputs: Input and dimension -> the indices there, in the same way, where the channels are features of an input.
+        is_summed: True if operations sum or average over the channels, so that a silent one has to be zero all the way.
     """
 
     places: Mapping[Place, Array]
     name: str = ""
     inputs: Mapping[Place, Array] = field(default_factory=dict)
+    is_summed: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or first_maker(self.places, frozenset()))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or pickle; those of earlier versions know of no inputs."""
-        vars(self).update({"inputs": {}, **state})
+        vars(self).update({"inputs": {}, "is_summed": False, **state})
 
     @property
     def channels(self) -> int:
@@ -90,6 +93,7 @@ class ChannelGraph(Shown):
         normed: Name of a module that normalises without parameters -> for each index of what it normalises a place, and the
             index there, with which it goes; None where it stays.
         rescaled: Names of weights of norms that average over what may go: the more of it goes, the more they have to grow.
+        counted: Names of modules that average over what may go, and go on with how many channels there were.
         norms: Those that alone read the output of a layer.
         shared: Names of parameters that several operations use: one may make channels that another reads.
         inputs: Input and dimension -> why it stays, where all of it does; inputs are named by their arguments.
@@ -106,11 +110,12 @@ class ChannelGraph(Shown):
     shared: frozenset[str] = frozenset()
     inputs: Mapping[Place, str] = field(default_factory=dict)
     input_sizes: Mapping[Place, int] = field(default_factory=dict)
+    counted: frozenset[str] = frozenset()
     recorded: str = ""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or pickle; those of earlier versions know of no inputs."""
-        vars(self).update({"inputs": {}, "input_sizes": {}, "recorded": "", **state})
+        vars(self).update({"inputs": {}, "input_sizes": {}, "counted": frozenset(), "recorded": "", **state})
 
     def _line(self) -> str:
         channels = counted(sum(group.channels for group in self.groups), "channel")
@@ -155,14 +160,14 @@ def followed(
     inner, inputs = unwrap(check_model(model)), positional(inputs)
     asked = read_features(features, inner, inputs) if features is not None else ()
     programs = exported(inner, inputs)
-    stay = recomputed(inner)
-    choices = _choose(programs, stay, exact, asked, experts)
-    trace, weights = _follow(programs, stay, choices, exact, asked, experts)
+    settings = _Settings(programs, recomputed(inner), exact, asked, experts, slimmable(inner))
+    choices = _choose(settings)
+    trace, weights = _follow(settings, choices)
     components = _components(trace, weights)
     graph = _graph(inner, trace, weights, components)
     may_go = {place for group in graph.groups for place in group.inputs}
     whole = kept_inputs(input_tensors(inner, inputs), may_go, graph.inputs)
-    shared: frozenset[str] = frozenset().union(*(p.shared() for p in programs))
+    shared = frozenset[str]().union(used_otherwise(programs), *(p.shared() for p in programs))
     graph = replace(graph, norms=_norms(programs), shared=shared, inputs=whole, recorded=how_recorded(programs))
     return graph, trace, components, weights
 
@@ -173,20 +178,30 @@ def _norms(programs: Sequence[Exported]) -> tuple[Norm, ...]:
     return tuple(norm for norm in first if all(norm in other for other in others))
 
 
-def _choose(
-    programs: Sequence[Exported], stay: Collection[str], exact: bool, asked: Sequence[Asked], experts: bool
-) -> dict[str, int]:
+@dataclass(frozen=True)
+class _Settings:
+    """Settings of a pass: the operations, the parameters that stay, and those of `Trace`."""
+
+    programs: Sequence[Exported]
+    stay: Collection[str]
+    exact: bool
+    asked: Sequence[Asked]
+    experts: bool
+    slim: Collection[str]
+
+
+def _choose(settings: _Settings) -> dict[str, int]:
     """Choose a way for each kind of operation that has several, so that as many weights as possible may be removed.
 
     Each kind is tried in each of its ways while the others stay as they are; the best of these is taken, until none is better.
     """
     choices: dict[str, int] = {}
-    trace, weights = _follow(programs, stay, choices, exact, asked, experts)
+    trace, weights = _follow(settings, choices)
     best = _removable(trace, weights)
     while True:
         ways = [(kind, way) for kind, count in sorted(trace.options.items()) for way in range(count)]
         trials = [{**choices, kind: way} for kind, way in ways if way != choices.get(kind, 0)]
-        followed = [_follow(programs, stay, trial, exact, asked, experts) for trial in trials]
+        followed = [_follow(settings, trial) for trial in trials]
         scores = [_removable(*one) for one in followed]
         if max(scores, default=best) <= best:
             return choices
@@ -207,7 +222,7 @@ def _removable(trace: Trace, weights: Mapping[str, Value]) -> tuple[float, int]:
         stays = 1.0
         for labels in value.dims:
             if isinstance(labels, np.ndarray):
-                free = components.of[labels[is_free[components.of[labels]]]]
+                free = (of := components.numbers(labels))[is_free[of]]
                 stays *= 1 - free.size / labels.size / 2
                 channels[free] = True
         total += (1 - stays) * math.prod(value.shape)
@@ -220,28 +235,22 @@ def _components(trace: Trace, weights: Mapping[str, Value]) -> Components:
     pinned = dict(components.pinned)
     for value in (*weights.values(), *trace.inputs.values()):
         for labels in value.dims:
-            if isinstance(labels, np.ndarray) and (components.of[labels] == components.of[labels[0]]).all():
-                pinned.setdefault(int(components.of[labels[0]]), "its channels can only be removed all together")
+            if isinstance(labels, np.ndarray) and ((of := components.numbers(labels)) == of[0]).all():
+                pinned.setdefault(int(of[0]), "its channels can only be removed all together")
     return Components(components.of, pinned)
 
 
-def _follow(
-    programs: Sequence[Exported],
-    stay: Collection[str],
-    choices: dict[str, int],
-    exact: bool,
-    asked: Sequence[Asked] = (),
-    experts: bool = False,
-) -> tuple[Trace, dict[str, Value]]:
+def _follow(settings: _Settings, choices: dict[str, int]) -> tuple[Trace, dict[str, Value]]:
     """Run over the operations once, and return the labels and the values of the parameters and buffers."""
-    trace = Trace(choices, exact, {one.argument: one for one in asked}, experts)
+    asked = {one.argument: one for one in settings.asked}
+    trace = Trace(choices, settings.exact, asked, settings.experts, settings.slim)
     weights: dict[str, Value] = {}
-    sizes = unmet(programs)
-    for program in programs:
+    sizes = unmet(settings.programs)
+    for program in settings.programs:
         _follow_one(trace, program, weights, sizes)
-    for name in weights.keys() - {name for program in programs for name in program.uses()}:
+    for name in weights.keys() - {name for program in settings.programs for name in program.uses()}:
         trace.labels.pin_all(weights[name].dims, "no operation reads it")
-    for name in weights.keys() & stay:
+    for name in weights.keys() & settings.stay:
         trace.labels.pin_all(weights[name].dims, "its module recomputes its weight in each forward pass")
     return trace, weights
 
@@ -285,7 +294,8 @@ def _placeholder(
     if name is None:
         return trace.input(argument, shape)
     if name not in weights:
-        dims: tuple[Dim, ...] = tuple(trace.labels.new(n) if n > 1 else FREE for n in shape)
+        fresh = [trace.labels.new(n) if n > 1 else FREE for n in shape]
+        dims: tuple[Dim, ...] = tuple(zeroed(x) if is_parameter and isinstance(x, np.ndarray) else x for x in fresh)
         weights[name] = Value(shape, dims, tuple((name, d) for d in range(len(shape))), is_parameter)
     return weights[name]
 
@@ -353,7 +363,7 @@ def _viewed_places(before: Value, after: Value) -> tuple[Place, ...]:
 def _carries(whole: Dim, part: Dim) -> bool:
     if not isinstance(part, np.ndarray):
         return True
-    return isinstance(whole, np.ndarray) and (part is whole or bool(np.isin(part, whole).all()))
+    return isinstance(whole, np.ndarray) and (part is whole or bool(np.isin(plain(part), plain(whole)).all()))
 
 
 def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value], components: Components) -> ChannelGraph:
@@ -364,7 +374,7 @@ def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value], compone
         for d, labels in enumerate(value.dims):
             if not isinstance(labels, np.ndarray):
                 continue
-            of = components.of[labels]
+            of = components.numbers(labels)
             order = np.argsort(of, kind="stable")
             numbers, starts = np.unique(of[order], return_index=True)
             free = [c not in components.pinned for c in numbers.tolist()]
@@ -374,7 +384,8 @@ def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value], compone
                 if may_go:
                     touched.setdefault(number, []).append(((name, d), where))
     entering = _entering(trace, components)
-    groups, readers = _grouped(touched, entering), frozenset(trace.readers)
+    summed = {int(n) for dim in trace.summed if isinstance(dim, np.ndarray) for n in np.unique(components.numbers(dim))}
+    groups, readers = _grouped(touched, entering, summed), frozenset(trace.readers)
     whole = {place: components.pinned.get(n, "no weight reads it") for n, slices in entering.items() for place, _ in slices}
     return ChannelGraph(
         tuple(_named(groups, readers)),
@@ -383,6 +394,7 @@ def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value], compone
         dict(_normed(model, trace, components, touched)),
         frozenset(trace.rescaled),
         inputs=whole,
+        counted=frozenset(trace.counted),
         input_sizes={(name, d): v.shape[d] for name, v in trace.inputs.items() for d, x in enumerate(v.dims) if x is not FIXED},
     )
 
@@ -396,29 +408,30 @@ def _entering(trace: Trace, components: Components) -> dict[int, Slices]:
     for argument, value in trace.inputs.items():
         for d, labels in enumerate(value.dims):
             if isinstance(labels, np.ndarray):
-                of = components.of[labels]
+                of = components.numbers(labels)
                 for number in np.unique(of).tolist():
                     found.setdefault(number, []).append(((argument, d), np.flatnonzero(of == number)))
     return found
 
 
-def _grouped(touched: Mapping[int, Slices], entering: Mapping[int, Slices]) -> list[Group]:
+def _grouped(touched: Mapping[int, Slices], entering: Mapping[int, Slices], summed: Collection[int]) -> list[Group]:
     """Make groups of the components that are slices of the same dimensions of the same weights and inputs."""
     kinds: dict[tuple[Any, ...], list[tuple[Slices, Slices]]] = {}
     for number, places in touched.items():
         inputs = entering.get(number, [])
-        kind = tuple(tuple((place, where.size) for place, where in slices) for slices in (places, inputs))
+        kind = (number in summed, *(tuple((place, where.size) for place, where in slices) for slices in (places, inputs)))
         kinds.setdefault(kind, []).append((places, inputs))
-    return [_group(members) for members in kinds.values()]
+    return [_group(members, is_summed=bool(kind[0])) for kind, members in kinds.items()]
 
 
-def _group(members: Sequence[tuple[Slices, Slices]]) -> Group:
+def _group(members: Sequence[tuple[Slices, Slices]], is_summed: bool) -> Group:
     places, inputs = _stacked([slices for slices, _ in members]), _stacked([slices for _, slices in members])
     order = np.argsort(next(iter((inputs or places).values()))[:, 0], kind="stable")
     return Group(
         {place: indices[order] for place, indices in places.items()},
         ".".join(map(str, next(iter(inputs), ()))),
         {place: indices[order] for place, indices in inputs.items()},
+        is_summed,
     )
 
 
@@ -438,7 +451,7 @@ def _normed(
         module = modules.get(plain_name(name))
         if not isinstance(module, NORMS) or module._parameters.get("weight") is not None:
             continue
-        streams = {tuple(components.of[labels].tolist()) for labels in dims if isinstance(labels, np.ndarray)}
+        streams = {tuple(components.numbers(labels).tolist()) for labels in dims if isinstance(labels, np.ndarray)}
         if len(streams) == 1:  # else it is called on several: where their sizes part, the check finds it
             (numbers,) = streams
             firsts = {n: (touched[n][0][0], int(touched[n][0][1][0])) for n in numbers if n in touched}

@@ -119,7 +119,7 @@ def _silent(
             makes[scale] = zeros[scale] | _all([zeros[p] for p in (shift, (norm.mean, 0), *layer) if p in zeros])
         for place in layer:
             makes[place] = zeros[place] | is_off
-    return _all(makes.values()) | _all(reads)
+    return _all(makes.values()) | (_all(reads) if not group.is_summed else False)
 
 
 def _all(flags: Collection[Flags]) -> Flags | bool:

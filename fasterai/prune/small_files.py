@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fasterai.core.files import untied, write_tensors
 from fasterai.graph.inputs import input_cuts, put_inputs
 from fasterai.model.names import unwrap
+from fasterai.model.slim_norms import can_be_slim, put_dense_size
 from fasterai.model.supported import check_model, check_whole
 from fasterai.prune.features.embeddings import CATEGORIES, kept_embeddings
 from fasterai.prune.features.files import SELECTORS, read_entry
@@ -28,7 +29,7 @@ __all__ = ["load_small", "save_small"]
 #: What differs between two runs of one network, or counts in training only.
 PASSING = {
     *("training", "inplace", "p", "momentum", "dropout", "drop_prob", "drop_rate", "dropout_p", "attention_dropout"),
-    *("fused_attn", "use_nested_tensor", "grad_checkpointing", "gradient_checkpointing", "name_or_path"),
+    *("fused_attn", "use_nested_tensor", "dense_size", "grad_checkpointing", "gradient_checkpointing", "name_or_path"),
 }
 
 
@@ -111,6 +112,9 @@ def _fill(inner: nn.Module, header: Header, tensors: dict[str, Tensor]) -> None:
             f"model must be the dense model that the small one was made of, got one where {'; '.join(problems[:5])}"
         )
     for name, heads in header.slim.items():
+        if can_be_slim(norm := inner.get_submodule(name)):
+            put_dense_size(norm, heads)
+            continue
         parent = inner.get_submodule(name.rpartition(".")[0])
         attention = parent.get_submodule(name.rpartition(".")[2])
         if isinstance(attention, nn.MultiheadAttention):
@@ -135,7 +139,10 @@ def _selectors(selector: InputSelector | Mapping[str, InputSelector] | None) -> 
 
 
 def _slim(model: nn.Module) -> dict[str, int]:
-    return {n: m.num_heads for n, m in model.named_modules() if isinstance(m, SlimMultiheadAttention)}
+    heads = {n: m.num_heads for n, m in model.named_modules() if isinstance(m, SlimMultiheadAttention)}
+    return heads | {
+        n: size for n, m in model.named_modules() if isinstance(size := vars(m).get("dense_size"), int) and can_be_slim(m)
+    }
 
 
 def _traits(model: nn.Module) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -179,8 +186,10 @@ def _differing_tensors(model: nn.Module, tensors: Mapping[str, Tensor], dense: S
 def _missing_modules(model: nn.Module, slim: Mapping[str, int], sizes: Mapping[str, Any]) -> Iterator[str]:
     modules = dict(model.named_modules())
     for name in slim:
+        if can_be_slim(modules.get(name)):
+            continue
         if not name or not isinstance(modules.get(name), nn.MultiheadAttention | SlimMultiheadAttention):
-            yield f"{name} is no nn.MultiheadAttention"
+            yield f"{name} is no nn.MultiheadAttention, and no norm"
         elif _has_more(modules[name]):
             yield f"{name} has bias_k or add_zero_attn, with which no heads are removed"
     for name, found in sizes.items():

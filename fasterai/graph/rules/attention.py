@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fasterai.graph.rules.trace import Trace, Value, broadcast, rule, shape_of
+from fasterai.graph.rules.trace import Trace, Value, broadcast, marked_as, rule, shape_of, zeros_at
 
 __all__: list[str] = []
 
@@ -26,7 +26,10 @@ def attention(
     if mask is not None:
         labels.pin_all(mask.dims[-2:], f"{name} computes across it")
         heads.append(Value(mask.shape[:-2], mask.dims[:-2]))
-    return Value(shape, (*broadcast(trace, name, heads, shape[:-2]).dims, q.dims[-2], v.dims[-1]))
+    given = broadcast(trace, name, heads, shape[:-2])
+    for d in range(-len(given.shape), 0):  # a head whose values are zero hands on zero
+        given = marked_as(given, d, zeros_at(heads[2], d, given.shape[d]))
+    return Value(shape, (*given.dims, q.dims[-2], v.dims[-1]))
 
 
 def _repeat_heads(x: Value, heads: int) -> Value:

@@ -7,7 +7,20 @@ from typing import Any
 
 from fasterai.graph.labels import FIXED
 from fasterai.graph.rules.elementwise import elementwise
-from fasterai.graph.rules.trace import Trace, Value, argument_of, blend, rule, settled, shape_of, shapes_of, unknown, without
+from fasterai.graph.rules.trace import (
+    Trace,
+    Value,
+    argument_of,
+    blend,
+    called,
+    rule,
+    settled,
+    shape_of,
+    shapes_of,
+    unknown,
+    unmarked,
+    without,
+)
 
 __all__: list[str] = []
 
@@ -16,14 +29,15 @@ __all__: list[str] = []
 def along_one(trace: Trace, node: Any, x: Value, dim: int | None = None, *rest: Any, **keywords: Any) -> Any:
     if dim is None:
         return reduction(trace, node, x)
-    if _called(node) in ("softmax", "_softmax") and trace.gate(node, x.dims[dim]):
-        return Value(x.shape, x.dims)
+    if called(node) in ("softmax", "_softmax") and trace.gate(node, x.dims[dim]):
+        return unmarked(x)
     is_gate = False
-    if _called(node) == "argmax":
+    if called(node) == "argmax":
         is_gate = trace.gate(node, x.dims[dim], 1)
     if not is_gate:
         trace.labels.pin(x.dims[dim], f"{node.name} mixes its entries")
     shape = shape_of(node)
+    x = x if called(node) == "cumsum" else unmarked(x)
     return settled(x, [dim]) if shape == x.shape else Value(shape, without(x.dims, [dim], len(shape)))
 
 
@@ -33,13 +47,14 @@ def reduction(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: An
     given = argument_of(node, "dim", arguments, keywords)
     dims = range(len(x.shape)) if given is None or given == [] else [given] if isinstance(given, int) else given
     dims = [d % len(x.shape) for d in dims]
-    if x.is_blend and _called(node) == "sum":
+    if x.is_blend and called(node) == "sum":
         return _summed(trace, x, dims, shape)
-    if _called(node) == "sum":
+    if called(node) == "sum":
         for d in dims:
             trace.sums(x.dims[d], f"{node.name} reduces it to one number")
     elif trace.exact or not _is_average(node):
         trace.labels.pin_all([x.dims[d] for d in dims], f"{node.name} reduces it to one number")
+    x = unmarked(x) if called(node) == "logsumexp" else x
     return Value(shape, without(x.dims, dims, len(shape)))
 
 
@@ -53,11 +68,7 @@ def _summed(trace: Trace, x: Value, dims: Sequence[int], shape: tuple[int, ...])
 
 def _is_average(node: Any) -> bool:
     """Tell if an operation gives the scale of a dimension, such as its mean; removing silent channels changes it little."""
-    return _called(node) in ("mean", "var", "std", "linalg_vector_norm", "norm", "var_mean", "std_mean")
-
-
-def _called(node: Any) -> str:
-    return str(node.target).split(".")[1]
+    return called(node) in ("mean", "var", "std", "linalg_vector_norm", "norm", "var_mean", "std_mean")
 
 
 @rule("max", "min", "median", "mode", "sort", "topk", "kthvalue", "aminmax", "var_mean", "std_mean", "cummax", "cummin")
@@ -68,17 +79,17 @@ def extremes(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any
     if not isinstance(node.meta["val"], list | tuple):
         return reduction(trace, node, x, *arguments, **keywords)
     given = argument_of(node, "dim", arguments, keywords)
-    if given is None and _called(node) in ("topk", "sort", "kthvalue", "mode"):
+    if given is None and called(node) in ("topk", "sort", "kthvalue", "mode"):
         given = -1
     if given is None:
         return unknown(trace, node, x)
     gone = [d % len(x.shape) for d in ([given] if isinstance(given, int) else given)]
-    chosen = shapes_of(node)[0][gone[0]] if _called(node) == "topk" else 0
+    chosen = shapes_of(node)[0][gone[0]] if called(node) == "topk" else 0
     if chosen and trace.gate(node, x.dims[gone[0]], chosen):
         pass
     elif trace.exact or not _is_average(node):
         trace.labels.pin_all([x.dims[d] for d in gone], f"{node.name} picks entries of it by their values")
-    fixed = [FIXED if i in gone else d for i, d in enumerate(x.dims)]
+    fixed = [FIXED if i in gone else d for i, d in enumerate(unmarked(x).dims)]
     return [Value(s, tuple(fixed) if len(s) == len(fixed) else without(x.dims, gone, len(s))) for s in shapes_of(node)]
 
 

@@ -7,48 +7,70 @@ from typing import Any
 
 import numpy as np
 
-from fasterai.graph.rules.trace import Trace, Value, rule
+from fasterai.graph.labels import is_labelled, is_zeroed
+from fasterai.graph.rules.trace import Trace, Value, all_fixed, marked_as, rule, shapes_of, unmarked
 
 __all__: list[str] = []
 
 
 @rule("batch_norm", "instance_norm")
-def batch_norm(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any) -> Value:
+def batch_norm(trace: Trace, node: Any, x: Value, weight: Any = None, bias: Any = None, *rest: Any, **keywords: Any) -> Value:
     channel = x.dims[1]
     trace.labels.pin_all([x.dims[0], *x.dims[2:]], f"{node.name} averages over it")
-    for value in (*arguments, *keywords.values()):
+    for value in (weight, bias, *rest, *keywords.values()):
         if isinstance(value, Value):
             channel = trace.labels.join(channel, value.dims[0], f"{node.name} reads a dimension of fixed size")
     trace.norms(node, channel)
-    return Value(x.shape, (x.dims[0], channel, *x.dims[2:]))
+    return _scaled(Value(x.shape, (x.dims[0], channel, *x.dims[2:])), 1, weight, bias)
+
+
+def _scaled(made: Value, d: int, weight: Any, bias: Any) -> Value:
+    """Mark a norm's result as zero where its scale and shift are, along dimension `d`; without a scale it is nowhere known."""
+    if not isinstance(weight, Value):
+        return unmarked(made)
+    flags = is_zeroed(weight.dims[0])
+    return marked_as(unmarked(made), d, flags & is_zeroed(bias.dims[0]) if isinstance(bias, Value) else flags)
 
 
 @rule("layer_norm", "rms_norm")
-def layer_norm(trace: Trace, node: Any, x: Value, shape: Sequence[int], *arguments: Any, **keywords: Any) -> Value:
-    normed = x.dims[-len(shape) :]
-    trace.averages(normed, node.name)
+def layer_norm(
+    trace: Trace, node: Any, x: Value, shape: Sequence[int], weight: Any = None, bias: Any = None, *rest: Any, **keywords: Any
+) -> Value:
+    normed, is_stream = x.dims[-len(shape) :], len(shape) == 1 and is_labelled(x.dims[-1])
+    if not (is_stream and trace.counts(node, normed[0])):
+        trace.averages(normed, node.name)
+        if len(shape) == 1:
+            _rescale(trace, weight)
     if len(shape) == 1:
         trace.norms(node, normed[0])
-        _rescale(trace, *arguments, **keywords)
-    for value in (*arguments, *keywords.values()):
-        if isinstance(value, Value):
+    bias = bias if isinstance(bias, Value) else None  # of an RMS norm it is eps
+    for value in (weight, bias):
+        if value is not None:
             for mine, its in zip(normed, value.dims, strict=True):
                 trace.labels.join(mine, its, node.name)
-    return x
+    return _scaled(x, -1, weight, bias) if len(shape) == 1 else unmarked(x)
 
 
-def _rescale(trace: Trace, weight: Any = None, *rest: Any, **keywords: Any) -> None:
+@rule("native_layer_norm")
+def native_layer_norm(trace: Trace, node: Any, x: Value, shape: Sequence[int], *rest: Any) -> Any:
+    """Follow a layer norm that hands back its averages too, as a slim norm calls it."""
+    statistics = [Value(s, all_fixed(s)) for s in shapes_of(node)[1:]]
+    return [layer_norm(trace, node, x, shape, *rest), *statistics]
+
+
+def _rescale(trace: Trace, weight: Any) -> None:
     """Note a norm's weight that must grow when silent channels are removed, since the average is then over fewer channels."""
-    weight = keywords.get("weight", weight)
     if not trace.exact and isinstance(weight, Value) and weight.is_weight and weight.places:
         trace.rescaled.add(weight.places[0][0])
 
 
 @rule("group_norm")
-def group_norm(trace: Trace, node: Any, x: Value, groups: int, *arguments: Any, **keywords: Any) -> Value:
+def group_norm(
+    trace: Trace, node: Any, x: Value, groups: int, weight: Any = None, bias: Any = None, *rest: Any, **keywords: Any
+) -> Value:
     channel = x.dims[1]
     trace.labels.pin_all(x.dims[2:], f"{node.name} averages over it")
-    for value in (*arguments, *keywords.values()):
+    for value in (weight, bias):
         if isinstance(value, Value):
             channel = trace.labels.join(channel, value.dims[0], f"{node.name} reads a dimension of fixed size")
     if isinstance(channel, np.ndarray):
@@ -57,6 +79,6 @@ def group_norm(trace: Trace, node: Any, x: Value, groups: int, *arguments: Any, 
         same = not trace.exact and trace.choose(f"group norm {rows.shape}", 2) == 1
         trace.labels.unify(rows.T if same else rows)
         if same:
-            _rescale(trace, *arguments, **keywords)
+            _rescale(trace, weight)
     trace.norms(node, channel)
-    return Value(x.shape, (x.dims[0], channel, *x.dims[2:]))
+    return _scaled(Value(x.shape, (x.dims[0], channel, *x.dims[2:])), 1, weight, bias)

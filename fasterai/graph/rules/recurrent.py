@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fasterai.graph.labels import FIXED, Array, Dim, is_labelled
-from fasterai.graph.rules.trace import Trace, Value, rule, shapes_of, unknown
+from fasterai.graph.rules.trace import Trace, Value, rule, shapes_of, unknown, unmarked
 
 __all__: list[str] = []
 
@@ -38,7 +38,8 @@ def recurrent(
         labels.join(first[0], other, f"{name} is given its states")
     values = shapes_of(node)
     outputs = [Value(values[0], (*x.dims[:-1], read))]
-    return outputs + [Value(s, (FIXED, FIXED, first[0])) for s in values[1:]]
+    outputs += [Value(s, (FIXED, FIXED, first[0])) for s in values[1:]]
+    return [unmarked(x) for x in outputs]  # the states that it was given may not be zero
 
 
 def _hidden(cell: Sequence[Value]) -> Array:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fasterai.graph.labels import FIXED
-from fasterai.graph.rules.trace import Trace, Value, all_fixed, rule, shape_of, shapes_of
+from fasterai.graph.rules.trace import Trace, Value, all_fixed, argument_of, rule, shape_of, shapes_of, unmarked
 
 __all__: list[str] = []
 
@@ -26,7 +26,7 @@ def spatial(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any)
     has_several = isinstance(node.meta["val"], list | tuple)
     shapes = shapes_of(node) if has_several else [shape_of(node)]
     results = [Value(shape, (*x.dims[:kept], *all_fixed(shape[kept:]))) for shape in shapes]
-    return results if has_several else results[0]
+    return [unmarked(x) for x in results] if has_several else results[0]
 
 
 @rule("pad", "constant_pad_nd")
@@ -37,7 +37,9 @@ def pad(trace: Trace, node: Any, x: Value, padding: Sequence[int], *rest: Any, *
         if before != after:
             trace.labels.pin(dim, f"{node.name} pads it")
         dims.append(dim if before == after else FIXED)
-    return Value(shape, tuple(dims))
+    value = argument_of(node, "value", (padding, *rest), keywords)
+    made = Value(shape, tuple(dims))
+    return made if not value else unmarked(made)
 
 
 @rule("pixel_shuffle")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from fasterai.graph.labels import FIXED, FREE, Array, Dim, Labels, is_labelled
+import numpy as np
+
+from fasterai.graph.labels import FIXED, FREE, Array, Dim, Flags, Labels, is_labelled, is_zeroed, plain, zeroed
 
 if TYPE_CHECKING:
     from fasterai.graph.features import Asked
@@ -20,14 +22,19 @@ __all__ = [
     "argument_of",
     "blend",
     "broadcast",
+    "called",
+    "marked_as",
+    "module_of",
     "rule",
     "settled",
     "shape_of",
     "shapes_of",
     "unknown",
     "unknown_tensor",
+    "unmarked",
     "values_in",
     "without",
+    "zeros_at",
 ]
 
 
@@ -72,6 +79,9 @@ class Trace:
         exact: True if an operation that averages over a channel pins it, as the average would change without it.
         normed: Name of a module that normalises, or calls what does -> the dimensions that it does it along.
         rescaled: Names of weights of norms that average over a dimension which may lose silent channels.
+        summed: The dimensions that operations sum or average over: what is silent there adds nothing, as it is zero.
+        slim: Names of modules that can be told how many channels there were, of which the silent ones were zero.
+        counted: Those of them that average over a dimension which may lose channels.
         inputs: Argument -> the input with labels on the dimension that may lose indices.
         experts: True if experts are looked for instead of channels: a softmax, or a choice of the highest, then gates the
             dimension that it runs over and does not pin it, as one expert less is a softmax over the rest.
@@ -86,12 +96,16 @@ class Trace:
         exact: bool = True,
         asked: Mapping[str, Asked] | None = None,
         experts: bool = False,
+        slim: Collection[str] = (),
     ) -> None:
         self.labels = Labels()
         self.choices = choices
         self.exact = exact
         self.normed: dict[str, list[Dim]] = {}
         self.rescaled: set[str] = set()
+        self.summed: list[Dim] = []
+        self.slim = slim
+        self.counted: set[str] = set()
         self.options: dict[str, int] = {}
         self.readers: set[tuple[str, int]] = set()
         self.inputs: dict[str, Value] = {}
@@ -123,8 +137,24 @@ class Trace:
 
     def norms(self, node: Any, dim: Dim) -> None:
         """Note a normalisation along a dimension; the module that it belongs to may hold the size, even without parameters."""
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        self.normed.setdefault(str(stack[-1][0]) if stack else "", []).append(dim)
+        self.normed.setdefault(module_of(node), []).append(dim)
+
+    def sums_zeros(self, dim: Dim, name: str) -> None:
+        """Note that an operation sums over a dimension; if exact, what is not known to be zero where it is silent stays."""
+        if not isinstance(dim, np.ndarray):
+            return
+        if self.exact:
+            self.labels.pin(dim[~is_zeroed(dim)], f"{name} averages over it, and it is not zero where its channel is silent")
+        self.summed.append(dim[is_zeroed(dim)])
+
+    def counts(self, node: Any, dim: Dim) -> bool:
+        """Note that a module averages over a dimension, if it can be told how many channels there were; True if it can."""
+        name = module_of(node)
+        if name not in self.slim or not (self.exact or is_zeroed(dim).all()):
+            return False
+        self.sums_zeros(dim, node.name)
+        self.counted.add(name)
+        return True
 
     def averages(self, dims: Iterable[Dim], name: str) -> None:
         """Pin dimensions that an operation averages over, if the outputs must stay exact."""
@@ -163,6 +193,18 @@ class Trace:
             self.readers.add(weight.places[d])
 
 
+def called(node: Any) -> str:
+    """Return the name of the operation that a node calls, as `add`; one in place has the name of the other."""
+    name = str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
+    return name.removesuffix("_") if not name.endswith("__") else name
+
+
+def module_of(node: Any) -> str:
+    """Return the name of the innermost module that runs an operation, without the marks of repeated calls."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]).partition("@")[0] if stack else ""
+
+
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
 
@@ -198,8 +240,12 @@ def all_fixed(shape: Sequence[int]) -> tuple[Dim, ...]:
     return (FIXED,) * len(shape)
 
 
-def broadcast(trace: Trace, name: str, values: Iterable[Value], shape: tuple[int, ...]) -> Value:
-    """Join the dimensions that meet in broadcasting, counted from the right; one of size 1 takes the other's labels."""
+def broadcast(trace: Trace, name: str, values: Iterable[Value], shape: tuple[int, ...], *, product: bool = False) -> Value:
+    """Join the dimensions that meet in broadcasting, counted from the right; one of size 1 takes the other's labels.
+
+    Marked as zero is what is so in all of the values, or in any of them where they are multiplied.
+    """
+    values = list(values)
     dims: list[Dim] = [FREE] * len(shape)
     for value in values:
         for i in range(1, len(value.shape) + 1):
@@ -208,7 +254,31 @@ def broadcast(trace: Trace, name: str, values: Iterable[Value], shape: tuple[int
                 dims[-i] = trace.labels.join(dims[-i], dim, f"{name} meets a dimension of fixed size")
             else:
                 trace.labels.pin(dim, f"{name} repeats it along a larger dimension")
-    return Value(shape, tuple(dims))
+    combine = np.logical_or if product else np.logical_and
+    flags = [[zeros_at(value, i, size) for value in values] for i, size in zip(range(-len(shape), 0), shape, strict=True)]
+    return Value(shape, tuple(_marked(dim, combine.reduce(here)) for dim, here in zip(dims, flags, strict=True)))
+
+
+def zeros_at(value: Value, i: int, size: int) -> Flags:
+    """Tell for each index of dimension `i`, counted from the right, if a value is zero there; one that is repeated is not."""
+    is_there = -i <= len(value.shape) and value.shape[i] == size
+    return np.broadcast_to(is_zeroed(value.dims[i]) if is_there else np.zeros(1, np.bool_), (size,))
+
+
+def _marked(dim: Dim, flags: Flags) -> Dim:
+    return zeroed(dim, flags) if isinstance(dim, np.ndarray) else dim
+
+
+def unmarked(value: Value) -> Value:
+    """Return a value of which nothing is known to be zero."""
+    return replace(value, dims=tuple(plain(d) if isinstance(d, np.ndarray) else d for d in value.dims))
+
+
+def marked_as(value: Value, d: int, flags: Flags | bool) -> Value:
+    """Return a value whose labels along dimension `d` are marked as zero where flags are set."""
+    dims = list(value.dims)
+    dims[d] = _marked(dims[d], np.asarray(flags))
+    return replace(value, dims=tuple(dims))
 
 
 def blend(factors: Sequence[Value], origins: Sequence[Sequence[int | None]], product: Value) -> Value:

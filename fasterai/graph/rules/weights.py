@@ -144,7 +144,7 @@ def matmul(trace: Trace, node: Any, a: Value, b: Value) -> Value:
     trace.layers.update(b.places[1:] if len(b.shape) == 2 else ())
     batch = shape[: len(shape) - len(rows) - len(columns)]
     sides = [Value(v.shape[:-2], v.dims[:-2]) for v in (a, b)]
-    return Value(shape, (*broadcast(trace, node.name, sides, batch).dims, *rows, *columns))
+    return Value(shape, (*broadcast(trace, node.name, sides, batch, product=True).dims, *rows, *columns))
 
 
 @rule("_grouped_mm", "grouped_mm_fallback")

@@ -20,6 +20,7 @@ from fasterai.graph.inputs import InputCut
 from fasterai.graph.labels import Array, Flags
 from fasterai.model.cuts import input_place
 from fasterai.model.names import own_tensors, plain_name, unwrap, walk_tensors
+from fasterai.model.slim_norms import can_be_slim, dense_size
 from fasterai.prune.surgery.modules import HEADS, STREAMS, WIDTHS, new_sizes
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention
 
@@ -34,7 +35,8 @@ class Plan(Shown):
         shapes: Name of each parameter and buffer that shrinks -> its shape before.
         keep: Its name and dimension -> the indices that stay.
         attributes: (module name, attribute, value before, value after); one of a module's config as `config.attribute`.
-        slim: Names of `nn.MultiheadAttention` modules that lose heads -> heads that stay.
+        slim: Names of `nn.MultiheadAttention` modules that lose heads -> heads that stay; of norms over fewer channels ->
+            how many there were before anything was removed.
         scales: Names of weights of norms that average over what goes -> by how much what stays of them grows. With a share r
             of the channels, the others silent, the mean of squares is 1 / r of what it was: the weight grows by its root.
         inputs: What stays of those inputs that lose indices.
@@ -189,10 +191,10 @@ def _misfits(model: nn.Module, plan: Plan) -> Iterator[str]:
         elif attrgetter(attribute)(modules[module]) != before:
             yield f"where {module}.{attribute} is {before}, here {attrgetter(attribute)(modules[module])}"
     for name in plan.slim:
-        if not name:
+        if not name and not can_be_slim(model):
             yield "that takes heads from the model itself; put the attention into an nn.Sequential"
-        elif not isinstance(modules.get(name), nn.MultiheadAttention | SlimMultiheadAttention):
-            yield f"that takes heads from {name}, which is no nn.MultiheadAttention here"
+        elif not (can_be_slim(m := modules.get(name)) or isinstance(m, nn.MultiheadAttention | SlimMultiheadAttention)):
+            yield f"that takes channels from {name}, which is no nn.MultiheadAttention and no norm here"
 
 
 def _has(module: nn.Module, attribute: str) -> bool:
@@ -231,6 +233,8 @@ def _sizes(
             changed += [(name, *c) for c in _differing(module, new_sizes(module, old, new, keep))]
         elif name in graph.normed:
             changed += [(name, *c) for c in _bare_sizes(module, plan, graph.normed[name])]
+        if name in graph.counted and any(at[:2] == (name, "normalized_shape") for at in changed):
+            slim[name] = dense_size(module)
         changed += [(name, *c) for c in _parent_sizes(module, dot, heads)]
     return tuple(changed), slim
 
