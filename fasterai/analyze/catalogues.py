@@ -41,6 +41,7 @@ SYMBOLS = {
     "previous": "w at the last move",
     "gradient": "gradient",
     "hessian_gradient": "Hessian times gradient",
+    "hessian_diagonal": "second derivative",
     "synaptic_flow": "synaptic flow",
     "activation": "size of the input",
 }

@@ -260,7 +260,7 @@ def _check_evidence(needs: frozenset[str], arguments: argparse.Namespace) -> Non
             f"--criteria must be one that reads no earlier weights, got {arguments.criteria!r}, which reads the "
             f"{earlier[0]} ones; it needs a training: fasterai sparsify --granularity coupled"
         )
-    if needs & {"gradient", "activation", "hessian_gradient", "outputs"} and arguments.data is None:
+    if needs & {"gradient", "activation", "hessian_gradient", "hessian_diagonal", "outputs"} and arguments.data is None:
         raise UsageError(f"--data must be given for --criteria {arguments.criteria}, which looks at images")
 
 

@@ -26,7 +26,10 @@ from fasterai.core.variety import Variety
 from fasterai.display import brief, one_line
 
 __all__ = [
+    "fisher",
+    "fpgm",
     "grasp",
+    "hessian",
     "large_final",
     "large_init",
     "large_init_large_final",
@@ -51,6 +54,21 @@ __all__ = [
 EVIDENCE_FIELDS = frozenset(f.name for f in fields(Evidence))
 REDUCERS = ("mean", "sum")
 UnitRule = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FarFromOthers:
+    """A rule on units: the sum of a unit's Euclidean distances to the others, of which pruned ones are none."""
+
+    compares = True
+
+    def __call__(self, scores: Tensor, weights: Tensor) -> Tensor:
+        """Return a sum for each unit, 0 for those whose weights are all zero."""
+        living = (weights != 0).any(1).to(weights.dtype)
+        return (torch.cdist(weights, weights) @ living) * living
+
+    def __repr__(self) -> str:
+        return "far from others"
 
 
 def _over(x: Tensor, scale: Tensor) -> Tensor:
@@ -98,6 +116,9 @@ class Criterion(NamesReplacements):
             scores `(units,)`, before any normalizer. The weights of a coupled channel are all of its slices, joined. A rule
             with an attribute `reads = "outputs"` is given what the units put out on data, in place of their weights; the
             criterion then needs `outputs`. One with an attribute `compares = True` is refused where there are no such units.
+        joint: A function of evidence -> parts, one per weight and of either sign, for units of several weights: a unit's score
+            is the square of the sum of its weights' parts, averaged over the batches of `data`, whatever `reducer` is. The
+            slices of a coupled channel are added up before the square. None for the sum or mean of scores.
     """
 
     function: Callable[[Evidence], Tensor]
@@ -108,6 +129,7 @@ class Criterion(NamesReplacements):
     nonnegative: bool = False
     ufunc: np.ufunc | None = None
     unit_rule: UnitRule | None = None
+    joint: Callable[[Evidence], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.function):
@@ -124,6 +146,8 @@ class Criterion(NamesReplacements):
             check_choice("normalizer", self.normalizer, NORMALIZERS)
         if self.unit_rule is not None and not callable(self.unit_rule):
             raise TypeError(f"unit_rule must be a function of unit scores and their weights, got {self.unit_rule!r}")
+        if self.joint is not None and not callable(self.joint):
+            raise TypeError(f"joint must be a function of evidence, got {self.joint!r}")
 
     def __repr__(self) -> str:
         changed = [f for f in fields(self) if f.name in SHOWN and getattr(self, f.name) != f.default]
@@ -202,6 +226,12 @@ class Criterion(NamesReplacements):
         with noted(f"raised by the normalizer of the criterion {self.title}, for {name}"):
             found = self.normalizer(scores) if callable(self.normalizer) else NORMALIZERS[self.normalizer](scores)
         return _check_units(f"normalizer of criterion {self.title} for {name}", found, scores)
+
+    def of_parts(self) -> Criterion:
+        """Return the criterion whose scores are the parts that are summed up and squared for units; itself if it has none."""
+        if self.joint is None:
+            return self
+        return replace(self, function=self.joint, joint=None, reducer="sum", nonnegative=False, ufunc=None)
 
     @property
     def reads_outputs(self) -> bool:
@@ -421,12 +451,20 @@ def _taylor(e: Evidence) -> Tensor:
     return (_known(e.gradient) * e.weight).square()
 
 
+def _gate(e: Evidence) -> Tensor:
+    return _known(e.gradient) * e.weight
+
+
 def _snip(e: Evidence) -> Tensor:
     return (_known(e.gradient) * e.weight).abs()
 
 
 def _grasp(e: Evidence) -> Tensor:
     return e.weight * _known(e.hessian_gradient)
+
+
+def _hessian(e: Evidence) -> Tensor:
+    return e.weight.square() * _known(e.hessian_diagonal)
 
 
 def _synflow(e: Evidence) -> Tensor:
@@ -437,8 +475,8 @@ def _wanda(e: Evidence) -> Tensor:
     return e.weight.abs() * _known(e.activation)
 
 
-def _elementwise(function: Callable[[Evidence], Tensor], *needs: str) -> Criterion:
-    return Criterion(function, frozenset(needs), elementwise=True)
+def _elementwise(function: Callable[[Evidence], Tensor], *needs: str, **settings: Any) -> Criterion:
+    return Criterion(function, frozenset(needs), elementwise=True, **settings)
 
 
 def _of_magnitude(function: Callable[[Evidence], Tensor], ufunc: np.ufunc) -> Criterion:
@@ -463,7 +501,10 @@ updating_magnitude_increase = _elementwise(_updating_magnitude_increase, "previo
 updating_movement = _elementwise(_updating_movement, "previous")  # |w - w_p|
 updating_movmag = _elementwise(_updating_movmag, "previous")  # ||w| - |w_p||
 
-taylor = _elementwise(_taylor, "gradient")  # (g w)^2: Molchanov et al. 2019 (arXiv 1906.10771), first order
+taylor = _elementwise(_taylor, "gradient", joint=_gate)  # (g w)^2, of units (sum of g w)^2: Molchanov et al. 2019
+fisher = _elementwise(_taylor, "gradient")  # g^2 w^2: optimal brain damage with squared gradients of batches for the Hessian
+hessian = _elementwise(_hessian, "hessian_diagonal")  # w^2 H_ii: optimal brain damage (LeCun et al. 1990), H_ii by Hutchinson
+fpgm = Criterion(_large_final, unit_rule=FarFromOthers())  # distances to the others: He et al. 2019 (arXiv 1811.00250)
 snip = _elementwise(_snip, "gradient")  # |g w|: Lee et al. 2019 (arXiv 1810.02340); their division by the sum ranks the same
 grasp = _elementwise(_grasp, "hessian_gradient")  # w (H g), high is kept: Wang et al. 2020 (arXiv 2002.07376)
 synflow = _elementwise(_synflow, "synaptic_flow")  # |w dR/dw|: Tanaka et al. 2020 (arXiv 2006.05467)

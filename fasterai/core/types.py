@@ -19,7 +19,7 @@ __all__ = ["EVIDENCE", "Evidence", "Layout", "Limits", "Move", "Target", "held_p
 #: What a criterion may ask for by name beyond the weight.
 EVIDENCE = (
     *("gradient", "initial", "previous", "hessian_gradient", "synaptic_flow"),
-    *("activation", "activation_max", "activation_mean", "outputs"),
+    *("activation", "activation_max", "activation_mean", "outputs", "hessian_diagonal"),
 )
 
 
@@ -133,6 +133,7 @@ class Evidence:
         outputs: What each output is on a sample of batch and positions, `(outputs, samples)`; for rules on units.
         hessian_gradient: Hg, shape of the weight (GraSP).
         synaptic_flow: dR/d|w|, shape of the weight (SynFlow).
+        hessian_diagonal: An estimate of the second derivatives d2L/dw2, shape of the weight.
         layout: The meaning of the weight's dimensions; None where a part of the weight is scored alone.
         gathered: Gatherer's name -> tensor from a gatherer of the user's own; broadcasts against the weight.
         masked: A function that returns the mask so far, None where nothing is pruned; `keep` calls it.
@@ -149,6 +150,7 @@ class Evidence:
     activation_max: Tensor | None = None
     activation_mean: Tensor | None = None
     outputs: Tensor | None = None
+    hessian_diagonal: Tensor | None = None
     layout: Layout | None = None
     gathered: Mapping[str, Tensor] = field(default_factory=dict)
     masked: Callable[[], Tensor | None] = no_mask

@@ -89,13 +89,10 @@ _HOMES: Mapping[str, tuple[str, ...]] = {"granularities": ("filter",), "contexts
 HINTS: Mapping[str, Mapping[str, str]] = {
     "criteria": {
         "activation": "did you mean 'wanda', |w| times the size of its input?",
-        "fisher": "did you mean 'taylor', (g w)^2 with the gradient g of a batch? A Fisher information of single samples is "
-        "a Criterion with a gatherer of your own",
         "grad": "did you mean 'snip', |g w|, or 'taylor', (g w)^2?",
         "gradient": "did you mean 'snip', |g w|, or 'taylor', (g w)^2?",
         "redundancy": "did you mean 'variety(large_final)', or of another criterion?",
         "variety": "it takes a criterion: 'variety(large_final)', say",
-        "hessian": "did you mean 'grasp', w times the Hessian times the gradient?",
     },
     "granularities": {
         "block": "it has settings: Block(4, 4), from fasterai import Block",

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from fasterai.display import Shown, Table, counted
-from fasterai.graph.exported import Exported, exported, how_recorded, unmet, used_otherwise
+from fasterai.graph.exported import Exported, exported, how_recorded, unmet
 from fasterai.graph.features import Asked, FeaturesLike, kept_inputs, read_features
 from fasterai.graph.inputs import input_tensors
 from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim, plain, zeroed
@@ -99,6 +99,7 @@ class ChannelGraph(Shown):
         inputs: Input and dimension -> why it stays, where all of it does; inputs are named by their arguments.
         input_sizes: Input and dimension -> its size, where it may lose indices.
         recorded: Where `torch.export` refuses the model: that its operations were recorded from runs, and why.
+        partly: Parameter or buffer name and dimension -> why some of it stays, where the rest is in groups.
     """
 
     groups: tuple[Group, ...]
@@ -112,10 +113,12 @@ class ChannelGraph(Shown):
     input_sizes: Mapping[Place, int] = field(default_factory=dict)
     counted: frozenset[str] = frozenset()
     recorded: str = ""
+    partly: Mapping[Place, str] = field(default_factory=dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or pickle; those of earlier versions know of no inputs."""
-        vars(self).update({"inputs": {}, "input_sizes": {}, "counted": frozenset(), "recorded": "", **state})
+        later = {"inputs": {}, "input_sizes": {}, "counted": frozenset(), "recorded": "", "partly": {}}
+        vars(self).update({**later, **state})
 
     def _line(self) -> str:
         channels = counted(sum(group.channels for group in self.groups), "channel")
@@ -167,7 +170,7 @@ def followed(
     graph = _graph(inner, trace, weights, components)
     may_go = {place for group in graph.groups for place in group.inputs}
     whole = kept_inputs(input_tensors(inner, inputs), may_go, graph.inputs)
-    shared = frozenset[str]().union(used_otherwise(programs), *(p.shared() for p in programs))
+    shared: frozenset[str] = frozenset().union(*(p.shared() for p in programs))
     graph = replace(graph, norms=_norms(programs), shared=shared, inputs=whole, recorded=how_recorded(programs))
     return graph, trace, components, weights
 
@@ -243,11 +246,16 @@ def _components(trace: Trace, weights: Mapping[str, Value]) -> Components:
 def _follow(settings: _Settings, choices: dict[str, int]) -> tuple[Trace, dict[str, Value]]:
     """Run over the operations once, and return the labels and the values of the parameters and buffers."""
     asked = {one.argument: one for one in settings.asked}
-    trace = Trace(choices, settings.exact, asked, settings.experts, settings.slim)
-    weights: dict[str, Value] = {}
+    written: set[Any] = set()
     sizes = unmet(settings.programs)
-    for program in settings.programs:
-        _follow_one(trace, program, weights, sizes)
+    while True:
+        trace = Trace(choices, settings.exact, asked, settings.experts, settings.slim, frozenset(written))
+        weights: dict[str, Value] = {}
+        for program in settings.programs:
+            _follow_one(trace, program, weights, sizes)
+        if trace.written <= written:
+            break
+        written |= trace.written  # such tensors get labels from the start, so that all views of them learn what is written
     for name in weights.keys() - {name for program in settings.programs for name in program.uses()}:
         trace.labels.pin_all(weights[name].dims, "no operation reads it")
     for name in weights.keys() & settings.stay:
@@ -270,7 +278,7 @@ def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value], size
             for value in (v for a in node.args[0] if isinstance(v := values.get(a), Value)):
                 trace.labels.pin_all(value.dims, "it is an output of the network")
         else:
-            values[node] = _apply(trace, node, values)
+            values[node] = _apply(trace, node, values, program.roots)
         for value in values_in(values.get(node)) if sizes else ():
             _keep_fit(trace, value, sizes)
         for value in values_in(values[node]) if node in unused else ():
@@ -300,15 +308,15 @@ def _placeholder(
     return weights[name]
 
 
-def _apply(trace: Trace, node: Any, values: dict[Any, Any]) -> Any:
+def _apply(trace: Trace, node: Any, values: dict[Any, Any], roots: Mapping[Any, Any]) -> Any:
     arguments, keywords = tree_map(lambda a: values.get(a, a) if isinstance(a, torch.fx.Node) else a, (node.args, node.kwargs))
     if node.target is operator.getitem:
         return arguments[0][arguments[1]]
     name = getattr(node.target, "__name__", "").partition(".")[0]
     found: Callable[..., Any] | None = RULES.get(name)
-    result = _ruled(trace, found or unknown, node, arguments, keywords)
+    result = trace.fitted(node, _ruled(trace, found or unknown, node, arguments, keywords))
     if name.endswith("_") and not name.endswith("__") and isinstance(result, Value) and isinstance(arguments[0], Value):
-        _written(trace, node, arguments[0], result)
+        _written(trace, node, arguments[0], result, roots[node.args[0]])
         values[node.args[0]] = result
     if found is None or (isinstance(result, Value) and result.is_blend and not any(result is a for a in arguments)):
         return result
@@ -332,12 +340,16 @@ def _ruled(trace: Trace, rule: Callable[..., Any], node: Any, arguments: Any, ke
         return unknown(trace, node, *arguments, **keywords)
 
 
-def _written(trace: Trace, node: Any, before: Value, after: Value) -> None:
-    """Pin the labels that are written in place into a tensor of unlabelled size, since its other views do not learn of them."""
+def _written(trace: Trace, node: Any, before: Value, after: Value, root: Any) -> None:
+    """Note labels that are written in place into a tensor of unlabelled size, whose other views have to learn of them.
+
+    The next pass gives that tensor labels; where it cannot, what is written is pinned.
+    """
     if len(before.shape) != len(after.shape):  # `unsqueeze_` and the like give the tensor another shape, and write nothing
         return
     for size, was, now in zip(before.shape, before.dims, after.dims, strict=True):
-        if size > 1 and was is FREE:
+        if size > 1 and was is FREE and now is not FREE:
+            trace.written.add(root)
             trace.labels.pin(now, f"{node.name} writes it into another tensor")
 
 
@@ -370,6 +382,7 @@ def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value], compone
     """Collect the components that may be removed into groups: those that are slices of the same dimensions."""
     touched: dict[int, list[tuple[Place, Array]]] = {}
     pinned: dict[Place, str] = {}
+    partly: dict[Place, str] = {}
     for name, value in weights.items():
         for d, labels in enumerate(value.dims):
             if not isinstance(labels, np.ndarray):
@@ -380,6 +393,8 @@ def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value], compone
             free = [c not in components.pinned for c in numbers.tolist()]
             if not any(free):
                 pinned[name, d] = components.pinned[int(numbers[0])]
+            elif not all(free):
+                partly[name, d] = components.pinned[int(numbers[free.index(False)])]
             for number, where, may_go in zip(numbers.tolist(), np.split(order, starts[1:]), free, strict=True):
                 if may_go:
                     touched.setdefault(number, []).append(((name, d), where))
@@ -396,6 +411,7 @@ def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value], compone
         inputs=whole,
         counted=frozenset(trace.counted),
         input_sizes={(name, d): v.shape[d] for name, v in trace.inputs.items() for d, x in enumerate(v.dims) if x is not FIXED},
+        partly=partly,
     )
 
 

@@ -6,6 +6,7 @@ import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class Exported:
         result is returned in training alone, run in the model all the same: their weights have to fit what they read. A change
         in place is used if the tensor that it changes, or a view of it, is read later.
         """
-        roots = self._roots()
+        roots = self.roots
         idle, unused, read = set[Any](), set[Any](), set[Any]()
         for node in reversed(self.program.graph.nodes):
             if node.op == "call_function" and not _is_used(node, read, roots):
@@ -75,8 +76,9 @@ class Exported:
             read.update(node.all_input_nodes, [roots[n] for n in node.all_input_nodes])
         return idle, unused
 
-    def _roots(self) -> dict[Any, Any]:
-        """Return for each result the tensor that holds its memory: itself, or the one that it is a view of."""
+    @cached_property
+    def roots(self) -> dict[Any, Any]:
+        """For each result the tensor that holds its memory: itself, or the one that it is a view of."""
         roots: dict[Any, Any] = {}
         for node in self.program.graph.nodes:
             returns = getattr(getattr(node.target, "_schema", None), "returns", ())

@@ -134,7 +134,7 @@ class Labels:
             labelled, other = (a, b) if isinstance(a, np.ndarray) else (b, a)
             if other is FIXED:
                 self.pin(labelled, reason)
-            return other if other is FIXED else plain(labelled)
+            return other if other is FIXED else plain(np.asarray(labelled))
         return FIXED if FIXED in (a, b) else FREE
 
     def unify(self, rows: Array) -> Array:
@@ -147,7 +147,7 @@ class Labels:
             return rows[:, 0]
         bare = plain(rows)
         self._edges.append((np.repeat(bare[:, 0], rows.shape[1] - 1), bare[:, 1:].ravel()))
-        return zeroed(bare[:, 0], is_zeroed(rows).all(1))
+        return zeroed(bare[:, 0], np.logical_and.reduce(is_zeroed(rows), 1))
 
     def pin(self, dim: Dim, reason: str) -> None:
         """Pin the labels of a dimension, so that they are kept; the reason is for the user."""

@@ -31,7 +31,7 @@ class SlimLayerNorm(nn.LayerNorm):
     dense_size: int
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `(..., channel)` over the channels that are left and the zeros that are gone."""
+        """Return `(..., channel)` normalised over the channels that are left and the zeros that are gone."""
         share = self.normalized_shape[0] / self.dense_size
         y, mean, rstd = torch.native_layer_norm(x, self.normalized_shape, None, None, self.eps)
         # Of the n, the variance is v = rstd^-2 - eps. Of all N it is V = r v + r (1 - r) mean^2, a sum of what is not negative.

@@ -19,8 +19,8 @@ from __future__ import annotations
 import copy
 import heapq
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ from fasterai.model.outputs import movement, tolerance
 from fasterai.model.running import at_rest, copies, without_fast_path
 from fasterai.model.supported import check_inputs, said
 from fasterai.prune.decisions import Decisions
+from fasterai.prune.precise import InFloat64
 from fasterai.prune.probes import probes
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.plan import make_plan
@@ -149,11 +150,16 @@ def _in_float64(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) 
     if all(p.dtype is torch.float64 for p in unwrap(model).parameters()):
         return None
     widened = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
-    try:
-        trials = _Trials(copy.deepcopy(unwrap(model)).double(), graph, widened, True)
-    except Exception:  # code of the user's that insists on its dtype, or cannot be copied
-        return None
-    return trials if trials.is_float64 else None
+    for mode in (nullcontext, InFloat64):  # the second for code that insists on its dtype
+        try:
+            with mode():
+                trials = _Trials(copy.deepcopy(unwrap(model)).double(), graph, widened, True)
+        except Exception:  # such as a model that cannot be copied
+            continue
+        if trials.is_float64:
+            trials.mode = mode
+            return trials
+    return None
 
 
 def _at_least_one(keep: Flags) -> Flags:
@@ -247,7 +253,10 @@ class _Trials:
         asks_float64: True where a movement that may be rounding is decided on a copy in float64.
         rounding: The largest movement that may be rounding.
         is_blank: True where all outputs are zero before anything is removed.
+        mode: The context in which the model runs.
     """
+
+    mode: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], exact: bool) -> None:
         with at_rest(unwrap(model)):
@@ -302,7 +311,8 @@ class _Trials:
                 given = cut_inputs(self._model, before.inputs, cuts)
             except ValueError:  # a probe of another size along what is cut; the inputs themselves are not
                 continue
-            after = _run(self._model, given, before.decisions and Decisions(before.decisions))
+            with self.mode():
+                after = _run(self._model, given, before.decisions and Decisions(before.decisions))
             found, wanted = after.outputs, before.outputs
             worst = max(worst, after.decisions.moved) if after.decisions else worst
             if isinstance(found, Exception):

@@ -218,6 +218,8 @@ class GradualPruner(ShownChannels, Participant):
             layers = ", ".join(frozen[:5])
             warn(f"{asked} is out of reach while layers are frozen ({layers}): no channels are removed until they train")
             pruner = None
+        if pruner is not None and self._pruner is not None:
+            pruner.look_as(self._pruner)
         self._pruner, self._key, self._frozen, self._done = pruner, self._key_with(frozen), frozen, 0.0
 
     def _pruner_without(self, frozen: Iterable[str]) -> Pruner:

@@ -37,6 +37,7 @@ from fasterai.graph.channels import ChannelGraph, channel_graph
 from fasterai.graph.features import FeaturesLike, check_may_go
 from fasterai.graph.inputs import InputCut, cut_inputs, less_of
 from fasterai.graph.labels import Flags
+from fasterai.graph.reasons import AS_PART
 from fasterai.model.cuts import Cut, follow, input_place
 from fasterai.model.inputs import batch_of, positional
 from fasterai.model.names import unwrap
@@ -46,8 +47,10 @@ from fasterai.model.targets import all_targets
 from fasterai.prune.check import Sound, largest_sound
 from fasterai.prune.choice.budget import Budget, fit_budget, least_left
 from fasterai.prune.goal import OVER_PLACES, Ratio, check_context, free_pools, read_layers, read_ratio
-from fasterai.prune.removal import Removal, mask_channels_, silent_channels, take_out
+from fasterai.prune.removal import Removal, mask_channels_, shapes_of_parameters, silent_channels, take_out
+from fasterai.prune.removal_report import ENOUGH, IGNORED
 from fasterai.prune.shown_channels import ShownChannels
+from fasterai.prune.surgery.dense_shapes import count_at_first
 from fasterai.prune.surgery.model_copies import Copies, matching_copies
 from fasterai.prune.surgery.plan import cut_normed
 from fasterai.units.channel_pools import channel_pools, warn_of_rounding
@@ -135,7 +138,9 @@ class Pruner(NamesReplacements, ShownChannels):
         pools = channel_pools(model, self._graph, Coupled(over_places))
         first = {} if original is None else dict(original)
         alone = {name: count for name, count in first.items() if name not in {p.name for p in pools}}
-        self._pools = free_pools(pools, self._graph, self.ignored_layers, first.keys() if alone else None)
+        self._pools = free_pools(
+            pools, self._graph, self.ignored_layers, first.keys() if alone else None, shapes_of_parameters(model)
+        )
         self.original = {p.name: first.get(p.name, p.count) for p in self._pools} | alone
         self._goal = read_ratio(pruning_ratio, self.context, model, self._pools, is_whole=not alone)
         self.dense = copy.deepcopy(unwrap(model)) if isinstance(pruning_ratio, Budget) else None
@@ -143,6 +148,7 @@ class Pruner(NamesReplacements, ShownChannels):
         weights = [t for t in all_targets(unwrap(model)) if t.parameter.dim() > 1]
         self._scorer = Scorer(self.criteria, Coupled(over_places), source, weights)
         self._step = 0
+        self._dense_count = count_at_first(unwrap(model)) if first else sum(p.numel() for p in unwrap(model).parameters())
         self._follow()
 
     def _settings(self) -> tuple[Any, ...]:
@@ -200,20 +206,25 @@ class Pruner(NamesReplacements, ShownChannels):
             sound, refused = self._mask_sound(graph, kept, before)
             batch = self.pruning_ratio.batch if isinstance(self.pruning_ratio, Budget) else None
             shown = batch_of(self.inputs, batch)  # what the budget is of is what is timed
-            removal = take_out(
-                self.model, graph, sound, shown, optimizer=optimizer, copies=copies, exact=self.exact, measure=measure
-            )
+            options = {"copies": copies, "exact": self.exact, "measure": measure, "otherwise": self._otherwise()}
+            removal = take_out(self.model, graph, sound, shown, optimizer=optimizer, **options)
         except BaseException:
             _restore(before)
             raise
-        self._scorer.note_move(self._pools)
+        self._scorer.note_move(self.model, self._pools)
         refused |= removal.refused
+        asked = self.pruning_ratio * share if isinstance(self.pruning_ratio, int | float) else None
+        removal = replace(removal, refused=refused, asked=asked, dense=self._dense_count)
         if share == 1:
-            self._warn_of_a_miss(kept, refused)
-        return replace(removal, refused=refused)
+            self._warn_of_a_miss(kept, removal)
+        return removal
 
-    def _warn_of_a_miss(self, kept: Sequence[Flags], refused: Mapping[str, str]) -> None:
-        """Warn if more channels are kept than asked for, by rounding or because the check has put some back."""
+    def _otherwise(self) -> str:
+        return IGNORED if self.ignored_layers else AS_PART
+
+    def _warn_of_a_miss(self, kept: Sequence[Flags], removal: Removal) -> None:
+        """Warn if more is kept than asked for: by rounding, as the check has put channels back, or as much is pinned."""
+        refused = removal.refused
         if self._goal is not None and self.round_to != 1:  # else one of each group stays, which the choice has said
             first, alone = sum(self.original.values()), len(self.original) - len(kept)
             gone = first - alone - sum(int(k.sum()) for k in kept)
@@ -221,6 +232,9 @@ class Pruner(NamesReplacements, ShownChannels):
         elif refused:
             names = ", ".join([*refused][:5])
             warn(f"{self.pruning_ratio} was not reached: channels of {names} cannot be removed; the result's refused says why")
+        chosen = sum(self.original.values()) - sum(int(k.sum()) for k in kept)
+        if removal.shortfall and chosen >= ENOUGH * (removal.asked or 0.0) * sum(self.original.values()):
+            warn(f"{removal.shortfall}; the result's kept_because has all reasons")
 
     def is_within_reach(self) -> bool:
         """Tell if the `Budget` is met once all removable channels are removed; a ratio is always within reach."""
@@ -239,6 +253,10 @@ class Pruner(NamesReplacements, ShownChannels):
     def end(self) -> None:
         """Forget the batch and loss of the training."""
         self._scorer.end()
+
+    def look_as(self, other: Pruner) -> None:
+        """Take over what another pruner of the model remembers of its first looks at groups."""
+        self._scorer.looks = other._scorer.looks
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next choice depends on besides the weights: plain numbers, and copies of earlier weights."""
@@ -267,6 +285,7 @@ class Pruner(NamesReplacements, ShownChannels):
     def after_cut(self, cut: Cut) -> None:
         """Follow the model's parameters, which have got smaller."""
         fresh = {t.name: t for t in all_targets(unwrap(self.model))}
+        self._scorer.cut_choice([p for p in self._pools if p.is_left(fresh)], cut)
         self._pools = tuple(p.cut(cut, fresh) for p in self._pools if p.is_left(fresh))
         self._graph = replace(self._graph, normed=cut_normed(self._graph.normed, cut))
         self._cut_inputs(cut)

@@ -14,6 +14,7 @@ from fasterai.graph.channels import ChannelGraph, Group, Place, channel_graph
 from fasterai.graph.features import FeaturesLike, check_may_go
 from fasterai.graph.inputs import input_cuts
 from fasterai.graph.labels import Array, Flags
+from fasterai.graph.reasons import AS_PART, kept_shares
 from fasterai.model.cuts import noted_optimizers
 from fasterai.model.inputs import positional
 from fasterai.model.names import unwrap
@@ -160,6 +161,7 @@ def take_out(
     exact: bool = True,
     measure: bool = True,
     plan: Plan | None = None,
+    otherwise: str = AS_PART,
 ) -> Removal:
     """Remove the channels that `largest_sound` found, from the model as it is now.
 
@@ -173,9 +175,11 @@ def take_out(
         exact: As for `remove`, for the report.
         measure: As for `remove`.
         plan: The plan that does it; made here if left out.
+        otherwise: The reason of what is in no group of the graph, and is not pinned.
     """
     others = matching_copies(copies, unwrap(model))
     before = sum(p.numel() for p in unwrap(model).parameters())
+    kept_because = kept_shares(shapes_of_parameters(model), graph, _stayed(graph, sound), otherwise)
     plan = plan or make_plan(model, graph, sound.kept, streams=sound.streams)
     surgery = operate(model, plan, _trainers(model, optimizer), others)
     measurement = Measurement()
@@ -196,7 +200,23 @@ def take_out(
         is_blank=sound.is_blank,
         inputs=input_cuts(model),
         recorded=graph.recorded,
+        kept_because=kept_because,
     )
+
+
+def shapes_of_parameters(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter, tied ones once, by the names that a channel graph has."""
+    tensors = tensors_of(model)
+    return {name: tuple(tensor_of(tensors, name).shape) for name in tensors if _is_parameter(tensors, name)}
+
+
+def _stayed(graph: ChannelGraph, sound: Sound) -> dict[str, tuple[float, str]]:
+    """Return for groups that have to keep silent channels the share of these, and why."""
+    kept = {g.name: k for g, k in zip(graph.groups, sound.kept, strict=True)}
+    return {
+        name: (len(stay) / max(1, len(stay) + int((~kept[name]).sum())), sound.refused.get(name, ""))
+        for name, stay in sound.stayed.items()
+    }
 
 
 def _trainers(model: nn.Module, optimizer: Any) -> list[Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import json
 import math
@@ -189,7 +190,7 @@ def _missing_modules(model: nn.Module, slim: Mapping[str, int], sizes: Mapping[s
         if can_be_slim(modules.get(name)):
             continue
         if not name or not isinstance(modules.get(name), nn.MultiheadAttention | SlimMultiheadAttention):
-            yield f"{name} is no nn.MultiheadAttention, and no norm"
+            yield f"{name} is no nn.MultiheadAttention"
         elif _has_more(modules[name]):
             yield f"{name} has bias_k or add_zero_attn, with which no heads are removed"
     for name, found in sizes.items():
@@ -220,8 +221,22 @@ def _differing_modules(model: nn.Module, traits: Mapping[str, Any], slim: Mappin
 
 
 def _is_filled_by_a_run(module: nn.Module, attribute: str, here: Any, there: Any) -> bool:
-    """Tell if an attribute is nothing in one of two models and no argument of its class, as what a first run notes is."""
-    return (here in (None, []) or there in (None, [])) and attribute not in inspect.signature(type(module).__init__).parameters
+    """Tell if an attribute is what a run notes: nothing in one of two models, or set by another method than `__init__`."""
+    if attribute in inspect.signature(type(module).__init__).parameters:
+        return False
+    return here in (None, []) or there in (None, []) or _is_set_in_a_run(type(module), attribute)
+
+
+def _is_set_in_a_run(kind: type, attribute: str) -> bool:
+    """Tell if a method of a class other than `__init__` assigns an attribute, as a detector's that notes the scales it meets."""
+    methods = [
+        m for c in kind.__mro__ if not c.__module__.startswith("torch.nn.") for m in vars(c).values() if inspect.isfunction(m)
+    ]
+    return any(
+        any(i.opname == "STORE_ATTR" and i.argval == attribute for i in dis.get_instructions(m))
+        for m in methods
+        if m.__name__ != "__init__"
+    )
 
 
 def _note(model: nn.Module, dense: Shapes) -> None:

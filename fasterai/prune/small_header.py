@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fasterai.graph.inputs import InputCut
 from fasterai.model.names import own_tensors
+from fasterai.model.slim_norms import can_be_slim, dense_size
 from fasterai.prune.features.files import SELECTORS
 from fasterai.prune.surgery.modules import EXPERTS, HEADS, STREAMS, WIDTHS, new_sizes
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention
@@ -130,6 +131,9 @@ def unfit_sizes(model: nn.Module, header: Header, tensors: Mapping[str, Tensor])
         own, found, said = sizes_of(module), header.sizes.get(name, {}), name or "the model"
         yield from (f"{said}.{a} is not in the file" for a in own if a not in found and a not in EXPERTS)
         yield from (f"{said}.{a} is no size here" for a in found if a not in own and getattr(module, a, None) is not None)
+        count = header.slim.get(name)
+        if can_be_slim(module) and count not in (None, dense_size(module)):
+            yield f"{said} averages over {dense_size(module)} channels here and {count} in the file"
         if problem := _unfit(module, own, found, saved, header.slim.get(name)):
             yield f"{said}.{problem}"
 

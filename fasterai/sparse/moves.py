@@ -65,7 +65,8 @@ def move_masks(
     keeps = agree(chosen)
     move = record.replace({p.name: k for p, k in zip(pools, keeps, strict=True)})
     if move.after:
-        scorer.note_move(pools)
+        latent = rule.chooses_anew(moment)  # masks then hide weights that go on training
+        scorer.note_move(record.model, pools, record.keep, None if latent else record.mask_of)
         announce_move(record.model, move)
     return move
 

@@ -286,6 +286,7 @@ class Sparsifier(NamesReplacements, Masked):
     def _forget_stale(self) -> None:
         if self._record.forget_stale():
             self._pace.asked = ()
+            self._scorer.forget_looks(but=self._record.keep)
 
     # --- pruning over a training: the participant -------------------------------------------------------------------
 
@@ -425,6 +426,7 @@ class Sparsifier(NamesReplacements, Masked):
         """Forget the masks; the weights are unchanged."""
         self._record.keep, self._record.noted, self._pace.asked = {}, {}, ()
         self._record.watch.end()
+        self._scorer.forget_looks()
 
     # --- saving and going on -----------------------------------------------------------------------------------------
 

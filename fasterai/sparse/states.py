@@ -24,6 +24,7 @@ from fasterai.core.saved import (
     whole,
 )
 from fasterai.core.types import Target
+from fasterai.units.looks import check_looks
 from fasterai.units.pool import Pool
 
 __all__ = ["FORMAT", "check_masks", "check_noted", "check_shapes", "check_state"]
@@ -38,7 +39,14 @@ def check_state(state: Mapping[str, Any]) -> None:
         ValueError: Something is missing or out of range, the format is another, or earlier weights are of other shapes.
         TypeError: A part is of the wrong type.
     """
-    later = {"trained": texts, "finished": flag, "moves": whole, "regrown": flag, "settings": mapping_of(text)}
+    later = {
+        "trained": texts,
+        "finished": flag,
+        "moves": whole,
+        "regrown": flag,
+        "settings": mapping_of(text),
+        "looks": check_looks,
+    }
     check_parts(state, "Sparsifier", PARTS, later)
     for part in ("initial", "previous"):
         check_shapes(f"state's {part} weights", state[part], state["shapes"])

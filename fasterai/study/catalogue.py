@@ -10,6 +10,7 @@ from fasterai.study.description import Study
 __all__ = ["STUDIES", "find_study"]
 
 STUDIES = (
+    "channel_criteria",
     "criteria",
     "distillation",
     "distilled_pruning",

@@ -69,6 +69,8 @@ def check_criterion(criterion: Criterion | Callable[[Tensor], Tensor]) -> None:
         require(same(copy(evidence), scores), f"{criterion!r} must score the same after pickling")
         _check_half(criterion, evidence)
         _check_claims(criterion, evidence, scores)
+        if criterion.joint is not None:
+            _check_scores(criterion.of_parts(), evidence)
 
 
 def _evidence(shape: tuple[int, ...], criterion: Criterion) -> Evidence:

@@ -96,7 +96,9 @@ class ChannelPool(Pool):
                 along = scores.along(scored[name], d)
                 per_channel = along[torch.as_tensor(indices, device=along.device)]
                 parts.append((per_channel.mean(1) if scores.reducer == "mean" else per_channel.sum(1)).to(self.device))
-        return OVER[self.granularity.over](torch.stack(parts))
+        stacked = torch.stack(parts)
+        # The largest of parts that are squared later is that of the largest magnitude.
+        return OVER[self.granularity.over](stacked.abs() if scores.is_signed and self.granularity.over == "max" else stacked)
 
     def vectors_of_units(self) -> Tensor:
         scored = {t.name for t in self.targets}
@@ -119,12 +121,12 @@ class ChannelPool(Pool):
             raise unseen(self.name)
         return of_living(torch.cat(parts, dim=1), self.vectors_of_units())
 
-    def on_one_scale(self, scores: Tensor, keep: Tensor | None) -> Tensor:
-        if not self.granularity.relative:
-            return scores
-        kept = torch.ones_like(scores, dtype=torch.bool) if keep is None else keep
-        mean = (scores.abs() * kept).sum() / kept.sum()
-        return torch.where(mean > 0, scores / mean, scores)
+    @property
+    def is_looked_at(self) -> bool:
+        return True
+
+    def on_one_scale(self, scores: Tensor, scale: Tensor) -> Tensor:
+        return torch.where(scale > 0, scores / scale, scores) if self.granularity.relative else scores
 
     def masks(self, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
         for name, d, kept in self._kept(keep):

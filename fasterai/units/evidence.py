@@ -9,7 +9,7 @@ Over 300 lines, since it is a catalogue: one function for each kind of evidence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,8 @@ class NotYetError(ValueError):
     """The error for evidence that is missing now, but may be there after a later step of a training."""
 
 
+#: Draws of random signs for each batch, of which second derivatives are estimated.
+DRAWS = 4
 WHERE_GRADIENTS_ARE = (
     "they exist after loss.backward() and before optimizer.zero_grad(); call it there, or pass data=[(x, y), ...] and loss="
 )
@@ -61,6 +63,12 @@ class Source:
     def __post_init__(self) -> None:
         if self.loss is not None and not callable(self.loss):
             raise TypeError(f"loss must be a function (output, *targets), got {self.loss!r}; loss=F.cross_entropy, say")
+
+    def singly(self, what: str) -> list[Source]:
+        """Return a source for each batch of the user's data; itself where there is none."""
+        if self.data is None:
+            return [self]
+        return [replace(self, data=[batch], less=None) for batch in self.batches(what)]
 
     def batches(self, what: str) -> list[Batch]:
         """Return the batches that evidence is computed from: the user's, else the present one of the training.
@@ -134,6 +142,27 @@ def hessian_gradients(model: nn.Module, targets: Sequence[Target], source: Sourc
     return total
 
 
+def hessian_diagonal(model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, Tensor]:
+    """Estimate the second derivatives d2L/dw2 by Hutchinson's estimator, the mean of `v . (H v)` over random signs v.
+
+    Each batch has `DRAWS` draws of signs, from a generator of its own; the loss is that of the data, averaged over batches.
+    """
+    loss, batches = _loss(source), source.batches("the Hessian")
+    generator = torch.Generator().manual_seed(0)
+    total: dict[str, Tensor] = {}
+    for batch in batches:
+        g, weights = _differentiate(model, targets, batch, loss, create_graph=True)
+        for draw in range(DRAWS):
+            signs = {n: torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1 for n, x in g.items()}
+            product = torch.stack([(x * signs[n]).sum() for n, x in g.items()]).sum()
+            retain = draw + 1 < DRAWS
+            found = torch.autograd.grad(product, [weights[n] for n in g], retain_graph=retain, materialize_grads=True)
+            for name, hv in zip(g, found, strict=True):
+                part = signs[name] * hv / (DRAWS * len(batches))
+                total[name] = total[name] + part if name in total else part
+    return total
+
+
 def synaptic_flow(model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, Tensor]:
     """Compute dR/d|w| in float64 (Tanaka et al. 2020, SynFlow).
 
@@ -167,6 +196,7 @@ Gatherer = Callable[[nn.Module, Sequence[Target], Source], Mapping[str, Tensor]]
 GATHERERS: dict[str, Gatherer] = {
     "gradient": gradients,
     "hessian_gradient": hessian_gradients,
+    "hessian_diagonal": hessian_diagonal,
     "synaptic_flow": synaptic_flow,
     "activation": activations,
     "activation_max": partial(activations, statistic=LARGEST),

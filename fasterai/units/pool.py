@@ -27,6 +27,7 @@ class WeightScores:
     Args:
         score: Target -> scores of the shape of its weight.
         reducer: `mean` or `sum` over the weights of a unit.
+        is_signed: True if they are parts of a unit's score, of either sign, whose sum is then squared.
         by_part: Target -> its scores in the layout's view, computed part by part as they are read; None if that is impossible.
     """
 
@@ -35,9 +36,11 @@ class WeightScores:
         score: Callable[[Target], Tensor],
         reducer: str,
         by_part: Callable[[Target], Scores | None] = lambda target: None,
+        is_signed: bool = False,
     ) -> None:
         self.of = score
         self.reducer = reducer
+        self.is_signed = is_signed
         self.by_part = by_part
         self._along: dict[tuple[str, int], Tensor] = {}
 
@@ -158,8 +161,13 @@ class Pool(ABC):
             ValueError: The outputs of no layer of the pool are known.
         """
 
-    def on_one_scale(self, scores: Tensor, keep: Tensor | None) -> Tensor:
-        """Scale scores so that they compare with those of other pools; unchanged unless the pool says otherwise."""
+    @property
+    def is_looked_at(self) -> bool:
+        """True if its scores depend on which units of other pools are left, so that first looks at it are remembered."""
+        return False
+
+    def on_one_scale(self, scores: Tensor, scale: Tensor) -> Tensor:
+        """Divide scores by the scale of the pool's, if those of other pools are on others."""
         return scores
 
     @abstractmethod

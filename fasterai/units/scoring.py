@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fasterai.core.selection import EvidenceScores, Scores, TensorScores
 from fasterai.core.types import Evidence, Target, no_mask
 from fasterai.model.cuts import Cut, sliced
 from fasterai.units.evidence import GATHERERS, Source
+from fasterai.units.looks import Look, look_at
 from fasterai.units.own_evidence import gather
 from fasterai.units.pool import Pool, WeightScores
 from fasterai.units.trial import check_compared, try_criteria
@@ -26,6 +28,7 @@ __all__ = ["Scorer"]
 
 #: Named evidence that is gathered from batches. A gatherer of the user's own says so itself.
 READS_DATA = frozenset(GATHERERS) - {"gradient"}
+Masks = Callable[[str], Tensor | None]
 
 
 class Scorer:
@@ -36,6 +39,7 @@ class Scorer:
         granularity: The granularity that makes units of weights.
         source: The data, loss and inputs that evidence is computed from.
         others: Further criteria that it can score by.
+        looks: Pool's name -> what is remembered of its first look, from the first move on.
 
     Raises:
         TypeError: A trial of a criterion of the weight alone returns no tensor (`try_criteria`).
@@ -43,7 +47,10 @@ class Scorer:
             (`check_compared`).
     """
 
-    others: tuple[Criterion, ...] = ()  # pickles of earlier versions have none
+    others: tuple[Criterion, ...] = ()  # pickles of earlier versions have none, nor what follows
+    looks: Mapping[str, Look] = MappingProxyType({})
+    #: Pool's name -> scores and scale of the last choice, until its move is noted.
+    _chosen: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({})
 
     def __init__(
         self,
@@ -112,7 +119,7 @@ class Scorer:
         keep: Mapping[str, Tensor],
         criterion: Criterion | None = None,
         *,
-        masks: Callable[[str], Tensor | None] | None = None,
+        masks: Masks | None = None,
     ) -> list[Scores]:
         """Return the unit scores of each pool.
 
@@ -128,23 +135,87 @@ class Scorer:
             ValueError: The criterion's evidence is missing.
         """
         by = self.criterion if criterion is None else criterion
-        targets = list({t.name: t for pool in pools for t in pool.targets}.values())
+        if self._is_alone(by):
+            scores = self._by_weight(model, _targets(pools), by, self.source, masks=masks)
+            parts = [scores.by_part(p.targets[0], keep.get(p.name)) for p in pools]
+            return [w or TensorScores(p.name, p.score(scores), keep.get(p.name)) for p, w in zip(pools, parts, strict=True)]
+        outputs = GATHERERS["outputs"](model, _targets(pools), self.source) if by.reads_outputs else None
+        units = self._units(model, pools, by, masks, outputs=outputs)
+        looks, found, chosen = self.looks if criterion is None else {}, [], {}
+        for pool, raw in zip(pools, units, strict=True):
+            so_far, look = keep.get(pool.name), looks.get(pool.name)
+            scores = self._ranked(pool, by, raw, so_far, outputs)
+            if pool.is_looked_at:
+                chosen[pool.name] = scores, scale = look_at(scores, so_far, look)
+                scores = pool.on_one_scale(scores, scale)
+            found.append(TensorScores(pool.name, by.normalize(scores, pool.name), so_far))
+        if criterion is None:
+            self._chosen = chosen
+        return found
+
+    def _units(
+        self,
+        model: nn.Module,
+        pools: Sequence[Pool],
+        by: Criterion,
+        masks: Masks | None,
+        *,
+        outputs: Mapping[str, Tensor] | None = None,
+        masked: bool = False,
+    ) -> list[Tensor]:
+        """Return the scores of the pools' units, as their weights and evidence make them.
+
+        Args:
+            model: The model.
+            pools: The pools.
+            by: The criterion.
+            masks: As for a call.
+            outputs: What the layers put out, where it is known.
+            masked: True to score the weights as the masks will leave them.
+        """
+        of_weights = partial(self._by_weight, model, _targets(pools), by, masks=masks, masked=masked, outputs=outputs)
+        if by.joint is None or self.granularity.is_weight:
+            scores = of_weights(self.source)
+            return [pool.score(scores) for pool in pools]
+        total: list[Tensor] = []
+        sources = self.source.singly("gradients")
+        for source in sources:
+            scores = of_weights(source)
+            found = [pool.score(scores).square() for pool in pools]
+            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+        return [x / len(sources) for x in total]
+
+    def _by_weight(
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        by: Criterion,
+        source: Source,
+        *,
+        masks: Masks | None,
+        masked: bool = False,
+        outputs: Mapping[str, Tensor] | None = None,
+    ) -> WeightScores:
+        """Gather the evidence of weights; each of them is scored when it is asked for."""
         known: dict[str, Mapping[str, Tensor]] = {"initial": self._initial, "previous": self._previous}
         for need in by.evidence_names:
-            if need not in known:
-                known[need] = GATHERERS[need](model, targets, self.source)
+            if need == "outputs" and outputs is not None:
+                known[need] = outputs
+            elif need not in known:
+                known[need] = GATHERERS[need](model, targets, source)
             elif lost := [t.name for t in targets if t.name not in known[need]]:
                 raise ValueError(
                     f"criteria needs the {need} weights of {lost[0]}, which are not held any more: finalize() dropped them, or "
                     "the loaded state had none"
                 )
-
-        brought = gather(by, model, targets, self.source)
+        brought = gather(by, model, targets, source)
+        one = by if self.granularity.is_weight else by.of_parts()
 
         def evidence(target: Target) -> Evidence:
+            weight, mask = target.parameter.detach(), masks(target.name) if masked and masks is not None else None
             return Evidence(
                 target.name,
-                target.parameter.detach(),
+                weight if mask is None else weight * mask,
                 layout=target.layout,
                 gathered={name: found[target.name] for name, found in brought.items()},
                 masked=no_mask if masks is None else cache(partial(masks, target.name)),
@@ -154,43 +225,67 @@ class Scorer:
         def by_part(target: Target, so_far: Tensor | None = None) -> Scores | None:
             """Return scores that are computed part by part as they are read; None if the criterion or the device forbids it."""
             found = replace(evidence(target), layout=None)
-            if not by.elementwise or found.weight.device.type != "cpu" or not _is_dense(found):
+            if not one.elementwise or found.weight.device.type != "cpu" or not _is_dense(found):
                 return None
-            return EvidenceScores(target.name, found.map(lambda x: x.view(target.layout.shape)), by, so_far)
+            return EvidenceScores(target.name, found.map(lambda x: x.view(target.layout.shape)), one, so_far)
 
-        by_weight = WeightScores(lambda t: by(evidence(t)), by.reducer, by_part)
-        each = [by_part(p.targets[0], keep.get(p.name)) if self._is_alone(by) else None for p in pools]
-        outputs = known["outputs"] if by.reads_outputs else None
-        return [w or self._units(p, by, by_weight, keep.get(p.name), outputs) for p, w in zip(pools, each, strict=True)]
+        return WeightScores(lambda t: one(evidence(t)), one.reducer, by_part, is_signed=one is not by)
 
-    def _units(
-        self,
-        pool: Pool,
-        by: Criterion,
-        by_weight: WeightScores,
-        so_far: Tensor | None,
-        outputs: Mapping[str, Tensor] | None,
-    ) -> Scores:
-        scores = pool.score(by_weight)
-        if so_far is None or bool(so_far.any()):  # else there is nothing left to tell apart
-            vectors = pool.vectors_of_units if outputs is None else partial(pool.outputs_of_units, outputs)
-            scores = by.rank(scores.reshape(-1), vectors, pool.name).view(scores.shape)
-        return TensorScores(pool.name, by.normalize(pool.on_one_scale(scores, so_far), pool.name), so_far)
+    def _ranked(
+        self, pool: Pool, by: Criterion, scores: Tensor, so_far: Tensor | None, outputs: Mapping[str, Tensor] | None
+    ) -> Tensor:
+        """Apply the criterion's rule on units, unless nothing is left to tell apart."""
+        if so_far is not None and not bool(so_far.any()):
+            return scores
+        vectors = pool.vectors_of_units if outputs is None else partial(pool.outputs_of_units, outputs)
+        return by.rank(scores.reshape(-1), vectors, pool.name).view(scores.shape)
 
     def _is_alone(self, by: Criterion) -> bool:
         """Tell if each weight is scored by itself."""
         return self.granularity.is_weight and by.elementwise and by.normalizer is None and by.unit_rule is None
 
     @torch.no_grad()
-    def note_move(self, pools: Sequence[Pool]) -> None:
-        """Remember the weights as those at the last change of the masks."""
-        for t in (t for pool in pools for t in pool.targets) if self._previous else ():
+    def note_move(
+        self,
+        model: nn.Module,
+        pools: Sequence[Pool],
+        keep: Mapping[str, Tensor] = MappingProxyType({}),
+        masks: Masks | None = None,
+    ) -> None:
+        """Remember the weights as those at the last change of the masks, and how channels were scored for it.
+
+        Args:
+            model: The model.
+            pools: The pools that were scored.
+            keep: Pool's name -> the new decisions.
+            masks: A function of a target's name that returns its new mask; None where weights are as they will be.
+        """
+        for t in _targets(pools) if self._previous else ():
             self._previous[t.name].copy_(t.parameter)
+        looked = [p for p in pools if p.name in self._chosen]
+        alone = not self.criterion.needs and self.criterion.unit_rule is None
+        then = self._units(model, looked, self.criterion, masks, masked=True) if alone else [None] * len(looked)
+        found = {
+            pool.name: Look.after(*self._chosen[pool.name], keep.get(pool.name), now)
+            for pool, now in zip(looked, then, strict=True)
+        }
+        others = {name: look.without_channels() for name, look in self.looks.items()}  # which have lost weights as well
+        self.looks, self._chosen = others | {name: look for name, look in found.items() if bool(look.scale > 0)}, {}
+
+    def cut_choice(self, pools: Sequence[Pool], cut: Cut) -> None:
+        """Take channels out of the last choice, whose move is still to be noted; `pools` are those before the cut."""
+        there = [p for p in pools if p.name in self._chosen]
+        self._chosen = {p.name: (p.cut_keep(self._chosen[p.name][0], cut, p), self._chosen[p.name][1]) for p in there}
+
+    def forget_looks(self, but: Collection[str] = ()) -> None:
+        """Look at pools anew, but for some."""
+        self.looks = {name: look for name, look in self.looks.items() if name in but}
 
     def after_cut(self, cut: Cut) -> None:
         """Follow the model's parameters, which have got smaller."""
         self._initial = {n: sliced(w, cut, n) for n, w in self._initial.items()}
         self._previous = {n: sliced(w, cut, n) for n, w in self._previous.items()}
+        self.looks = {n: look.without_channels() for n, look in self.looks.items()}
 
     def retarget(self, targets: Sequence[Target]) -> None:
         """Score other targets from now on; for new ones, the present weights are remembered as the earlier ones."""
@@ -202,10 +297,11 @@ class Scorer:
         self._initial, self._previous = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of the remembered weights, by target name."""
+        """Return copies of the remembered weights, by target name, and of first looks, by pool's name."""
         return {
             "initial": {n: w.clone() for n, w in self._initial.items()},
             "previous": {n: w.clone() for n, w in self._previous.items()},
+            "looks": {n: look.to_dict() for n, look in self.looks.items()},
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
@@ -222,10 +318,15 @@ class Scorer:
                 )
 
     def load_state_dict(self, state: Mapping[str, Any], targets: Sequence[Target]) -> None:
-        """Load remembered weights, as copies on the targets' devices."""
+        """Load remembered weights, as copies on the targets' devices; states of earlier versions have no looks."""
         devices = {t.name: t.parameter.device for t in targets}
         self._initial = {n: w.to(devices[n], copy=True) for n, w in state["initial"].items()}
         self._previous = {n: w.to(devices[n], copy=True) for n, w in state["previous"].items()}
+        self.looks = {n: Look.from_dict(saved) for n, saved in state.get("looks", {}).items()}
+
+
+def _targets(pools: Sequence[Pool]) -> list[Target]:
+    return list({t.name: t for pool in pools for t in pool.targets}.values())
 
 
 def _of(weights: Mapping[str, Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ FOUND = [
 ]
 
 HINTED = [
-    ("criteria", "fisher", "did you mean 'taylor'"),
+    ("criteria", "activation", "did you mean 'wanda'"),
     ("criteria", "gradient", "did you mean 'snip'"),
     ("criteria", "structured", "granularity='filter'"),
     ("granularities", "structured", "granularity='filter' .masks., or 'coupled'"),

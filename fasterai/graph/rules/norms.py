@@ -25,7 +25,7 @@ def batch_norm(trace: Trace, node: Any, x: Value, weight: Any = None, bias: Any 
 
 
 def _scaled(made: Value, d: int, weight: Any, bias: Any) -> Value:
-    """Mark a norm's result as zero where its scale and shift are, along dimension `d`; without a scale it is nowhere known."""
+    """Return a norm's result, marked as zero along dimension `d` where scale and shift are; nowhere without a scale."""
     if not isinstance(weight, Value):
         return unmarked(made)
     flags = is_zeroed(weight.dims[0])

@@ -66,3 +66,23 @@ def channel_shuffle(trace: Trace, node: Any, x: Value, groups: int) -> Value:
     if isinstance(channel, np.ndarray):
         channel = np.repeat(trace.labels.unify(channel.reshape(groups, -1).T), groups)
     return Value(x.shape, (*x.dims[:-3], channel, *x.dims[-2:]))
+
+
+@rule("im2col")
+def im2col(trace: Trace, node: Any, x: Value, *sizes: Any, **keywords: Any) -> Value:
+    """Follow patches, `(N, C k k, L)`: the entries of a kernel stand side by side in each channel."""
+    shape, channel = shape_of(node), x.dims[-3]
+    trace.labels.pin_all(x.dims[-2:], f"{node.name} computes across it")
+    if isinstance(channel, np.ndarray):
+        channel = np.repeat(channel, shape[-2] // x.shape[-3])
+    return Value(shape, (*x.dims[:-3], channel, FIXED))
+
+
+@rule("col2im")
+def col2im(trace: Trace, node: Any, x: Value, *sizes: Any, **keywords: Any) -> Value:
+    """Follow patches `(N, C k k, L)` that are added up to a picture: those of a channel go together."""
+    shape, channel = shape_of(node), x.dims[-2]
+    trace.labels.pin(x.dims[-1], f"{node.name} computes across it")
+    if isinstance(channel, np.ndarray):
+        channel = trace.labels.unify(channel.reshape(shape[-3], -1))
+    return Value(shape, (*x.dims[:-2], channel, FIXED, FIXED))

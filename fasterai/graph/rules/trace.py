@@ -1,4 +1,7 @@
-"""Parts that rules share: the values that operations pass on, and the notes of one pass over the operations."""
+"""Parts that rules share: the values that operations pass on, and the notes of one pass over the operations.
+
+Over 300 lines, since every rule is written with these few words.
+"""
 
 from __future__ import annotations
 
@@ -88,6 +91,7 @@ class Trace:
         gates: The dimensions that are gated so.
         routes: Node of a choice of the highest -> the dimension that it is made from, and how many are chosen.
         layers: The places, as (name, dimension), of outputs of linear layers.
+        written: Nodes of tensors that were made to fit, as `zeros(...)` are, and into which labelled ones are written in place.
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class Trace:
         asked: Mapping[str, Asked] | None = None,
         experts: bool = False,
         slim: Collection[str] = (),
+        labelled: frozenset[Any] = frozenset(),
     ) -> None:
         self.labels = Labels()
         self.choices = choices
@@ -114,6 +119,8 @@ class Trace:
         self.gates: list[Dim] = []
         self.routes: dict[Any, tuple[Dim, int]] = {}
         self.layers: set[tuple[str, int]] = set()
+        self.written: set[Any] = set()
+        self._labelled = labelled
 
     def input(self, argument: str, shape: tuple[int, ...]) -> Value:
         """Return an input's value, with labels on the dimension that was asked for, the same in each of several programs."""
@@ -181,6 +188,13 @@ class Trace:
             level = [n for n in dict.fromkeys(n for one in level for n in one.all_input_nodes) if n not in seen]
             seen.update(level)
         return FIXED
+
+    def fitted(self, node: Any, made: Any) -> Any:
+        """Return what a node makes, with labels instead of `FREE` where something labelled is known to be written into it."""
+        if node not in self._labelled or not isinstance(made, Value):
+            return made
+        dims = zip(made.shape, made.dims, strict=True)
+        return replace(made, dims=tuple(self.labels.new(n) if d is FREE and n > 1 else d for n, d in dims))
 
     def sums(self, dim: Dim, reason: str) -> None:
         """Pin a dimension that is summed over without a weight; not where experts are looked for, whose gates are factors."""

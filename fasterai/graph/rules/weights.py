@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from fasterai.graph.labels import FIXED, FREE, Dim
+from fasterai.graph.labels import FIXED, Dim
 from fasterai.graph.rules.trace import Trace, Value, all_fixed, blend, broadcast, rule, shape_of, unknown_tensor, values_in
 
-__all__: list[str] = []
+__all__ = ["read_by"]
 
 
 @rule("linear")
@@ -31,7 +31,7 @@ def _read(trace: Trace, a: Value, i: int, b: Value, j: int, name: str) -> None:
     A blend is what a weight reads, where it meets one; where it meets what is none, it is the weight.
     """
     joined = trace.labels.join(a.dims[i], b.dims[j], f"{name} reads a dimension of fixed size")
-    reading = _reading([a, b])
+    reading = read_by([a, b])
     if not any(reading):
         trace.sums(joined, f"{name} sums over it without a weight")
     for value, dim, reads in zip((a, b), (i, j), reading, strict=True):
@@ -39,7 +39,7 @@ def _read(trace: Trace, a: Value, i: int, b: Value, j: int, name: str) -> None:
             trace.reads(value, dim)
 
 
-def _reading(factors: Sequence[Value]) -> list[bool]:
+def read_by(factors: Sequence[Value]) -> list[bool]:
     """Tell which factors of a product read the others: the weights, else a blend that is alone among them."""
     weights = [f.is_weight and not f.is_blend for f in factors]
     blends = [f.is_blend for f in factors]
@@ -164,30 +164,6 @@ def grouped_matmul(trace: Trace, node: Any, x: Value, weight: Value, ends: Any =
 def addmm(trace: Trace, node: Any, bias: Value, a: Value, b: Value, **keywords: Any) -> Value:
     product = matmul(trace, node, a, b)
     return broadcast(trace, node.name, [product, bias], product.shape)
-
-
-@rule("einsum")
-def einsum(trace: Trace, node: Any, equation: str, operands: Sequence[Value], **keywords: Any) -> Value:
-    inputs, _, output = equation.replace(" ", "").partition("->")
-    if "." in equation or not output:
-        return unknown_tensor(trace, node, *operands)
-    terms = list(zip(inputs.split(","), operands, strict=True))
-    sizes = {pair for letters, value in terms for pair in zip(letters, value.shape, strict=True)}
-    if len(sizes) > len(dict(sizes)) or any(len(set(letters)) < len(letters) for letters, _ in terms):
-        return unknown_tensor(trace, node, *operands)  # may repeat a dimension, or take a diagonal
-    carried: dict[str, Dim] = {}
-    weighed: dict[str, bool] = {}
-    for (letters, value), reads in zip(terms, _reading(operands), strict=True):
-        for d, (letter, dim) in enumerate(zip(letters, value.dims, strict=True)):
-            carried[letter] = trace.labels.join(carried.get(letter, FREE), dim, f"{node.name} meets a dimension of fixed size")
-            weighed[letter] = weighed.get(letter, False) or reads
-            if reads and letter not in output:
-                trace.reads(value, d)
-    for letter, dim in carried.items():
-        if letter not in output and not weighed[letter]:
-            trace.sums(dim, f"{node.name} sums over it without a weight")
-    origins = [[letters.find(letter) if letter in letters else None for letter in output] for letters, _ in terms]
-    return blend(operands, origins, Value(shape_of(node), tuple(carried[letter] for letter in output)))
 
 
 @rule("tensordot")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,7 @@ from fasterai.graph.labels import Flags
 from fasterai.model.names import unwrap
 from fasterai.model.running import at_rest, copies, undisturbed, without_fast_path
 from fasterai.prune.surgery.operate import Surgery
-from fasterai.prune.surgery.plan import make_plan, tensors_of
+from fasterai.prune.surgery.plan import Plan, make_plan, tensors_of
 
 __all__ = ["Share", "macs_left", "parameters_left", "time_left"]
 
@@ -61,11 +60,10 @@ def macs_left(
     shell, bare = _shell(model, inputs)
     whole = _count(shell, bare) if dense is model else _count(*_shell(dense, dense_inputs or inputs))
 
-    def left(kept: Sequence[Flags]) -> float:
-        with _cut(shell, graph, kept) as cuts:
-            return _count(shell, cut_inputs(shell, bare, cuts)) / max(1, whole)
+    def count(cuts: Sequence[InputCut]) -> float:
+        return _count(shell, cut_inputs(shell, bare, cuts)) / max(1, whole)
 
-    return left
+    return partial(_of_cut, shell, graph, count)
 
 
 def _shell(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
@@ -89,13 +87,21 @@ def _count(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     return counter.get_total_flops() // 2
 
 
-@contextmanager
-def _cut(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags]) -> Iterator[Sequence[InputCut]]:
-    """Remove the channels that are not kept from a model for a while, and say what it then takes of its inputs."""
-    plan = make_plan(model, graph, kept)
+def _of_cut(model: nn.Module, graph: ChannelGraph, cost: Callable[[Sequence[InputCut]], float], kept: Sequence[Flags]) -> float:
+    """Return the cost of a model without the channels that are not kept; a function of what it then takes of its inputs.
+
+    As in the check of a removal, sizes that its own classes keep change too where it does not run otherwise.
+    """
+    try:
+        return _cost_of(model, make_plan(model, graph, kept), cost)
+    except Exception:
+        return _cost_of(model, make_plan(model, graph, kept, streams=True), cost)
+
+
+def _cost_of(model: nn.Module, plan: Plan, cost: Callable[[Sequence[InputCut]], float]) -> float:
     surgery = Surgery(model, plan)
     try:
-        yield plan.inputs
+        return cost(plan.inputs)
     finally:
         surgery.undo()
 
@@ -109,11 +115,10 @@ def time_left(
     """
     small = copy.deepcopy(unwrap(model))
 
-    def left(kept: Sequence[Flags]) -> float:
-        with _cut(small, graph, kept) as cuts:
-            return _time_ratio(unwrap(dense), small, dense_inputs or inputs, cut_inputs(small, inputs, cuts))
+    def time(cuts: Sequence[InputCut]) -> float:
+        return _time_ratio(unwrap(dense), small, dense_inputs or inputs, cut_inputs(small, inputs, cuts))
 
-    return left
+    return partial(_of_cut, small, graph, time)
 
 
 def _time_ratio(dense: nn.Module, small: nn.Module, inputs: Inputs, less: Inputs) -> float:

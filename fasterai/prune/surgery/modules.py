@@ -20,7 +20,7 @@ Kept = Mapping[tuple[str, int], Array]
 #: Numbers of channels that are several indices each, as heads and the equal parts of a split are; widths of all of them.
 HEADS = (
     *("num_heads", "n_heads", "nheads", "n_head", "nhead", "num_head", "num_attention_heads", "num_key_value_heads"),
-    *("heads", "width"),
+    *("heads", "width", "c"),  # the last is that of ultralytics' blocks
 )
 WIDTHS = ("all_head_size", "attn_dim", "inner_dim", "embed_dim", "hidden_dim", "split_size", "dim", "expand_chs")
 #: Numbers of experts, as models call them; in a config too.
@@ -99,3 +99,8 @@ def _(module: nn.PReLU, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
 @new_sizes.register(nn.RNNBase)
 def _(module: nn.RNNBase, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
     return {"input_size": new["weight_ih_l0"][1], "hidden_size": new["weight_hh_l0"][1]}
+
+
+@new_sizes.register(nn.RNNCellBase)
+def _(module: nn.RNNCellBase, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
+    return {"input_size": new["weight_ih"][1], "hidden_size": new["weight_hh"][1]}

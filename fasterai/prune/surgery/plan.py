@@ -194,7 +194,7 @@ def _misfits(model: nn.Module, plan: Plan) -> Iterator[str]:
         if not name and not can_be_slim(model):
             yield "that takes heads from the model itself; put the attention into an nn.Sequential"
         elif not (can_be_slim(m := modules.get(name)) or isinstance(m, nn.MultiheadAttention | SlimMultiheadAttention)):
-            yield f"that takes channels from {name}, which is no nn.MultiheadAttention and no norm here"
+            yield f"that takes heads from {name}, which is no nn.MultiheadAttention here"
 
 
 def _has(module: nn.Module, attribute: str) -> bool:
@@ -323,13 +323,19 @@ def _stream_sizes(model: nn.Module, plan: Plan, known: set[tuple[str, str]]) -> 
         name = plain_name(prefix)
         dot = f"{name}." if name else ""
         after: dict[int, set[int]] = {}
+        by_role: dict[tuple[int, bool], set[int]] = {}
         for path, holder in (
             ("", module),
             *((f"{key}.", child) for key, child in module._modules.items() if child is not None),
         ):
             for own, tensor in holder._parameters.items():
                 for d, n in enumerate(tensor.shape if tensor is not None else ()):
-                    after.setdefault(n, set()).add(len(plan.keep.get((f"{dot}{path}{own}", d), range(n))))
+                    left = len(plan.keep.get((f"{dot}{path}{own}", d), range(n)))
+                    after.setdefault(n, set()).add(left)
+                    if tensor is not None and tensor.dim() > 1:
+                        by_role.setdefault((n, d == 1), set()).add(left)
         for attribute, n in widths.items():
-            if len(after.get(n, ())) == 1 and after[n] != {n} and (name, attribute) not in known:
-                yield name, attribute, n, next(iter(after[n]))
+            # Where what the module reads and what it makes become different, its width is that of what it reads.
+            found = after.get(n, set()) if len(after.get(n, ())) == 1 else by_role.get((n, True), set())
+            if len(found) == 1 and found != {n} and (name, attribute) not in known:
+                yield name, attribute, n, next(iter(found))

@@ -26,6 +26,7 @@ from fasterai.graph.inputs import InputCut
 from fasterai.model.cuts import announce
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.plan import Plan, tensor_of, tensors_of
+from fasterai.units.looks import check_looks
 
 __all__ = ["GRADUAL_FORMAT", "Shapes", "read_state", "replay", "shapes_of"]
 
@@ -50,7 +51,9 @@ def read_state(state: Mapping[str, Any]) -> tuple[list[Plan], Shapes]:
     shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
     if state["pruner"]:
         earlier: dict[str, Check] = dict.fromkeys(("initial", "previous"), finite_tensors)
-        check_parts(state["pruner"], "Pruner", {"original": mapping_of(whole), **earlier}, {"alone": texts})
+        check_parts(
+            state["pruner"], "Pruner", {"original": mapping_of(whole), **earlier}, {"alone": texts, "looks": check_looks}
+        )
         for part in ("initial", "previous"):
             for name, weight in state["pruner"][part].items():
                 if tuple(weight.shape) != shapes.get(name):

@@ -94,7 +94,7 @@ OTHERS = [
         linears(),
         (4, 6),
         both,
-        {("b.weight", 0): "writes it"},
+        {("b.weight", 0): "output"},
         "an output written into zeros",
     ),
 ]
