@@ -404,7 +404,7 @@ def _written(trace: Trace, node: Any, before: Value, after: Value, root: Any) ->
     if len(before.shape) != len(after.shape):  # `unsqueeze_` and the like give the tensor another shape, and write nothing
         return
     for size, was, now in zip(before.shape, before.dims, after.dims, strict=True):
-        if size > 1 and was is FREE and isinstance(now, np.ndarray):
+        if size > 1 and was is FREE and now is not FREE:
             trace.written.add(root)
             trace.labels.pin(now, f"{node.name} writes it into another tensor")
 
