@@ -217,7 +217,7 @@ def _sized(trace: Trace, components: Components) -> Iterator[tuple[str, bool]]:
             read = values_in([trace.values.get(n) for n in node.all_input_nodes])
             labelled = [d for v in (*read, *values_in(value)) for d in v.dims if isinstance(d, np.ndarray)]
             if any(components.free(d).size for d in labelled):
-                yield module_of(node), is_cut(node, value)
+                yield module_of(node), node in trace.requests or is_cut(node, value)
 
 
 @dataclass(frozen=True)
@@ -509,9 +509,7 @@ def _entering(trace: Trace, components: Components) -> dict[int, Slices]:
     return found
 
 
-def _grouped(
-    touched: Mapping[int, Slices], entering: Mapping[int, Slices], kinds: Sequence[Collection[int]]
-) -> list[Group]:
+def _grouped(touched: Mapping[int, Slices], entering: Mapping[int, Slices], kinds: Sequence[Collection[int]]) -> list[Group]:
     """Make groups of the components that are slices of the same dimensions of the same weights and inputs."""
     found: dict[tuple[Any, ...], list[tuple[Slices, Slices]]] = {}
     for number, places in touched.items():
