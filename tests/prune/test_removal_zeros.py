@@ -77,6 +77,20 @@ class CondConv(nn.Module):
         return y.reshape(b, -1, h, width)
 
 
+class DyConv(nn.Module):
+    """Kernels blended by attention (Chen et al. 2020); the blend is a product of matrices, for which the kernels lie flat."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.w, self.out, self.count = nn.Parameter(torch.randn(3, c, c, 3, 3) / 5), c, 3
+        self.a = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 4), nn.ReLU(), nn.Linear(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, width = x.shape
+        w = (self.a(x).softmax(1) @ self.w.view(self.count, -1)).view(b * self.out, c, 3, 3)
+        return F.conv2d(x.view(1, -1, h, width), w, padding=1, groups=b).view(b, self.out, h, width)
+
+
 class StyleConv(nn.Module):
     """StyleGAN2's convolution (Karras et al. 2020): kernels times a style, divided by their norm over what they read."""
 
@@ -163,6 +177,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], float]] = {
     "GCT": (lambda: of_pictures(GCT), PICTURES, 0.36),
     "NAFNet": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), NAF(8), NAF(8), nn.Conv2d(8, 3, 3)), PICTURES, 0.43),
     "CondConv": (lambda: of_pictures(CondConv), PICTURES, 0.32),
+    "DyConv": (lambda: of_pictures(DyConv), PICTURES, 0.33),
     "StyleGAN": (Style, (2, 5), 0.3),
     "DeepViT": (DeepViT, (2, 6, 5), 0.3),
     "MANN": (MANN, (3, 6), 0.44),
