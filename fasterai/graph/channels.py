@@ -13,6 +13,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from fasterai.display import Shown, Table, counted
 from fasterai.graph.exported import Exported, exported, how_recorded, unmet
 from fasterai.graph.features import Asked, FeaturesLike, kept_inputs, read_features
 from fasterai.graph.inputs import input_tensors
-from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim, is_zeroed, plain, zeroed
+from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim, Packed, is_zeroed, plain, zeroed
 from fasterai.graph.reasons import summed_reasons
 from fasterai.graph.rules import RULES, Trace, Value, unknown
 from fasterai.graph.rules.trace import called, is_cut, module_of, unmarked, values_in
@@ -217,7 +218,7 @@ def _sized(trace: Trace, components: Components) -> Iterator[tuple[str, bool]]:
             read = values_in([trace.values.get(n) for n in node.all_input_nodes])
             labelled = [d for v in (*read, *values_in(value)) for d in v.dims if isinstance(d, np.ndarray)]
             if any(components.free(d).size for d in labelled):
-                yield module_of(node), is_cut(node, value)
+                yield module_of(node), node in trace.requests or is_cut(node, value)
 
 
 @dataclass(frozen=True)
@@ -389,11 +390,34 @@ def _ruled(trace: Trace, rule: Callable[..., Any], node: Any, arguments: Any, ke
     if isinstance(made, torch.Tensor) and not made.dim() and not any(value.shape for value in read):
         return Value((), ())
     try:
-        return rule(trace, node, *arguments, **keywords)
+        return rule(trace, node, *_separate(trace, node, arguments), **tree_map(partial(_settle, trace), keywords))
     except Exception as error:
         note = f"{node.target} is called as its rule does not know ({node.name}, {type(error).__name__})"
         trace.labels.pin_all([dim for value in read for dim in value.dims], note)
         return unknown(trace, node, *arguments, **keywords)
+
+
+#: Operations that leave a dimension that was merged of several as it is.
+UNPACKING = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "to", "_to_copy", "contiguous")
+
+
+def _separate(trace: Trace, node: Any, arguments: Any) -> Any:
+    """Pin dimensions that were merged of several, but for views, and for the columns of a matrix that is multiplied."""
+    name = called(node)
+    if name in UNPACKING:
+        return arguments
+    if name not in ("matmul", "mm") or not isinstance(last := arguments[1].dims[-1], Packed):
+        return tree_map(partial(_settle, trace), arguments)
+    a, b = arguments
+    return _settle(trace, a), replace(b, dims=(*_settle(trace, Value(b.shape[:-1], b.dims[:-1])).dims, last))
+
+
+def _settle(trace: Trace, value: Any) -> Any:
+    """Return a value without dimensions that were merged of several: these stay as they are."""
+    if not isinstance(value, Value) or not any(isinstance(d, Packed) for d in value.dims):
+        return value
+    trace.labels.pin_all([d for d in value.dims if isinstance(d, Packed)], "")
+    return replace(value, dims=tuple(FIXED if isinstance(d, Packed) else d for d in value.dims))
 
 
 def _written(trace: Trace, node: Any, before: Value, after: Value, root: Any) -> None:
@@ -431,6 +455,8 @@ def _viewed_places(before: Value, after: Value) -> tuple[Place, ...]:
     """Find for each dimension of a view the weight's dimension with the same labels; () unless each has one."""
     places = []
     for dim in after.dims:
+        if isinstance(dim, Packed):
+            return ()
         found = [p for p, d in zip(before.places, before.dims, strict=True) if _carries(d, dim)]
         if not found:
             return ()
@@ -509,9 +535,7 @@ def _entering(trace: Trace, components: Components) -> dict[int, Slices]:
     return found
 
 
-def _grouped(
-    touched: Mapping[int, Slices], entering: Mapping[int, Slices], kinds: Sequence[Collection[int]]
-) -> list[Group]:
+def _grouped(touched: Mapping[int, Slices], entering: Mapping[int, Slices], kinds: Sequence[Collection[int]]) -> list[Group]:
     """Make groups of the components that are slices of the same dimensions of the same weights and inputs."""
     found: dict[tuple[Any, ...], list[tuple[Slices, Slices]]] = {}
     for number, places in touched.items():

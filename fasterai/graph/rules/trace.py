@@ -189,9 +189,15 @@ class Trace:
             ]
             other = [one for one, dims in carry if dims and not any(is_zeroed(d).any() for d in dims)]
             if not other:
-                is_told = node.name.startswith("b_") if node.op == "placeholder" else node is not start
-                return f" ({_words(node)})" if is_told else ""
+                return f" ({words})" if (words := self._words(node)) and node is not start else ""
             node = other[0]
+
+    def _words(self, node: Any) -> str:
+        held = [self.roots.get(one, one).name for one in (node, *node.all_input_nodes)]
+        buffer = next((name.removeprefix("b_") for name in held if name.startswith("b_")), None)
+        if buffer is None and node.op == "placeholder":
+            return ""  # an input
+        return f"{buffer} is a buffer" if buffer else f"{node.name} makes it something else"
 
     def counts(self, node: Any, dim: Dim) -> bool:
         """Note that a module averages over a dimension, if it can be told how many channels there were; True if it can."""
@@ -269,11 +275,6 @@ class Trace:
         if weight.places and is_labelled(weight.dims[d]):
             self.readers.add(weight.places[d])
             self.blends.update([weight.places[d][0]] if weight.is_blend else [])
-
-
-def _words(node: Any) -> str:
-    name = node.name.removeprefix("b_")
-    return f"{name} is a buffer" if node.op == "placeholder" else f"{name} makes it something else"
 
 
 def called(node: Any) -> str:
