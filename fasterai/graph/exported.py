@@ -50,8 +50,13 @@ class Exported:
         return Counter(self.names[node.name] for node in nodes for _ in node.users)
 
     def shared(self) -> frozenset[str]:
-        """Return the names of parameters and buffers that several operations read."""
-        return frozenset(name for name, count in self.uses().items() if count > 1)
+        """Return the names of parameters and buffers that several operations read, as they stand or views of them."""
+        roots, readers = self.roots, Counter[Any]()
+        for node in roots:
+            if roots[node] is node:
+                readers.update({roots[one] for one in node.all_input_nodes})
+        twice = {self.names[n.name] for n, count in readers.items() if count > 1 and n.name in self.names}
+        return frozenset(twice | {name for name, count in self.uses().items() if count > 1})
 
     def unread(self) -> list[str]:
         """List the parameters that no operation reads."""

@@ -25,7 +25,8 @@ RANGED = frozenset((torch.bool, torch.uint8, torch.int8, torch.int16, torch.int3
 def probes(inputs: tuple[Any, ...], several: bool = False) -> Iterator[tuple[Any, ...]]:
     """Give the inputs, random ones of another batch size, in float64 large ones, and random ones of another size or length.
 
-    With `several` also ones of the other sign, and of one sign alone, for networks whose way depends on values. Integers are drawn from the range that the inputs hold, for no other is known to be allowed. A model need not run on all.
+    With `several` also ones of the other sign, and of one sign alone, for networks whose way depends on values. Integers are
+    drawn from the range that the inputs hold, for no other is known to be allowed. A model need not run on all.
     """
     generator = torch.Generator().manual_seed(0)
     tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]

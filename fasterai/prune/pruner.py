@@ -86,6 +86,7 @@ class Pruner(NamesReplacements, ShownChannels):
         features: The dimensions of inputs that may lose indices as channels do, by argument, as `{"x": 1}`, or `Features` with
             indices that stay all the same. Each is a group of its own, `x.1`. The small model takes the inputs cut alike: the
             result's `inputs` says how.
+        rewrite: True if a module whose code has sizes written into it may run a traced copy of it, in which they are right.
         original: For a model that has lost channels before: group's name -> number of its channels at first, from which the
             ratio counts. Once one of them has a single channel left, further groups are left alone: its fall has made them,
             as an attention's last head makes one of its values.
@@ -120,6 +121,7 @@ class Pruner(NamesReplacements, ShownChannels):
         loss: Callable[..., Tensor] | None = None,
         exact: bool = True,
         features: FeaturesLike = None,
+        rewrite: bool = True,
         original: Mapping[str, int] | None = None,
     ) -> None:
         self.context = check_context(context, pruning_ratio)
@@ -130,10 +132,10 @@ class Pruner(NamesReplacements, ShownChannels):
         self.iterative_steps = check_count("iterative_steps", iterative_steps)
         self.over_places = check_choice("over_places", over_places, OVER_PLACES)
         self.round_to = None if round_to is None else check_count("round_to", round_to)
-        self.exact = exact
+        self.exact, self.rewrite = exact, rewrite
         self.inputs = positional(example_inputs)
         self.ignored_layers = read_layers(model, ignored_layers or ())
-        self._graph = channel_graph(model, self.inputs, exact, features=features)
+        self._graph = channel_graph(model, self.inputs, exact, features=features, rewrite=rewrite)
         check_may_go(features, model, self.inputs, self._graph.inputs)
         pools = channel_pools(model, self._graph, Coupled(over_places))
         first = {} if original is None else dict(original)
@@ -355,13 +357,14 @@ class Pruner(NamesReplacements, ShownChannels):
             The channels to remove, and group's name -> the reason for which its channels cannot be removed.
         """
         mask_channels_(self.model, graph, kept)
-        sound = largest_sound(self.model, graph, kept, self.inputs, exact=self.exact)
+        find = partial(largest_sound, self.model, graph, inputs=self.inputs, exact=self.exact, rewrite=self.rewrite)
+        sound = find(kept)
         if not sound.refused:
             return sound, {}
         _restore(before)
         mask_channels_(self.model, graph, sound.kept)
         # With their weights back, what stays may carry what was tried without them.
-        return largest_sound(self.model, graph, sound.kept, self.inputs, exact=self.exact), sound.refused
+        return find(sound.kept), sound.refused
 
 
 @torch.no_grad()

@@ -21,12 +21,12 @@ from fasterai.model.names import unwrap
 from fasterai.model.norms import Norm
 from fasterai.model.optimizers import check_optimizer, check_trained
 from fasterai.model.supported import check_whole, shapes_of_inputs
-from fasterai.prune.check import Sound, largest_sound
+from fasterai.prune.check import Sound, largest_sound, plan_of
 from fasterai.prune.measure import Measurement, measured
 from fasterai.prune.removal_report import Removal
 from fasterai.prune.surgery.model_copies import Copies, matching_copies
 from fasterai.prune.surgery.operate import operate
-from fasterai.prune.surgery.plan import Plan, make_plan, tensor_of, tensors_of
+from fasterai.prune.surgery.plan import Plan, tensor_of, tensors_of
 
 __all__ = ["Removal", "mask_channels_", "remove", "silent_channels", "take_out"]
 
@@ -40,6 +40,7 @@ def remove(
     exact: bool = True,
     measure: bool = True,
     features: FeaturesLike = None,
+    rewrite: bool = True,
 ) -> Removal:
     """Remove every channel that is provably silent; the model computes the same, with less.
 
@@ -58,6 +59,7 @@ def remove(
         measure: True to count and time the model before and after, which takes about 0.2 seconds or ten forward passes.
         features: The dimensions of inputs that may lose what no layer reads any more, by argument, as `{"x": 1}`, or `Features`
             with indices that stay all the same. The small model takes the inputs cut alike: the result's `inputs` says how.
+        rewrite: True if a module whose code has sizes written into it may run a traced copy of it, in which they are right.
 
     Returns:
         The removed channels, those that had to stay and why, the movement of the outputs, and the gain.
@@ -70,11 +72,11 @@ def remove(
     inputs = positional(example_inputs)
     check_optimizer(optimizer)
     check_trained(check_whole(model), optimizer)
-    graph = channel_graph(check_whole(model), inputs, exact, features=features)
+    graph = channel_graph(check_whole(model), inputs, exact, features=features, rewrite=rewrite)
     check_may_go(features, model, inputs, graph.inputs)
     matching_copies(copies, unwrap(model))
     kept = [~silent for silent in silent_channels(model, graph)]
-    sound = largest_sound(model, graph, kept, inputs, exact=exact)
+    sound = largest_sound(model, graph, kept, inputs, exact=exact, rewrite=rewrite)
     result = take_out(model, graph, sound, inputs, optimizer=optimizer, copies=copies, exact=exact, measure=measure)
     if not result.removed:
         why = "see its refused" if result.refused else "no removable channel is silent; masks hold only while they are applied"
@@ -101,13 +103,13 @@ def _silent(
 ) -> Flags | bool:
     zeros = {place: _zero(tensor_of(tensors, place[0]), place[1], indices) for place, indices in group.places.items()}
     reads = [z for place, z in zeros.items() if place in graph.readers]
-    if group.inputs:  # what enters is not zero, whatever is added to it or scales it
-        return _all(reads)
     makes = {
         place: z
         for place, z in zeros.items()
         if _is_parameter(tensors, place[0]) and (place not in graph.readers or place[0] in graph.shared)
     }
+    if group.inputs:  # what enters is not zero, whatever is added to it or scales it; its products are, which may be summed
+        return _all([*reads, *(makes.values() if group.is_summed else ())])
     by_name: dict[str, list[Place]] = {}
     for place in makes:
         by_name.setdefault(place[0], []).append(place)
@@ -118,8 +120,10 @@ def _silent(
         is_off = zeros[scale] & zeros[shift]
         if norm.is_by_channel:
             makes[scale] = zeros[scale] | _all([zeros[p] for p in (shift, (norm.mean, 0), *layer) if p in zeros])
-        for place in layer:
+        for place in layer if norm.scale.rpartition(".")[0] not in graph.counted else ():
             makes[place] = zeros[place] | is_off
+    if group.is_summed and group.is_shown:
+        return _all(makes.values()) & (_all(reads) if reads else True)
     return _all(makes.values()) | (_all(reads) if not group.is_summed else False)
 
 
@@ -180,7 +184,7 @@ def take_out(
     others = matching_copies(copies, unwrap(model))
     before = sum(p.numel() for p in unwrap(model).parameters())
     kept_because = kept_shares(shapes_of_parameters(model), graph, _stayed(graph, sound), otherwise)
-    plan = plan or make_plan(model, graph, sound.kept, streams=sound.streams)
+    plan = plan or plan_of(model, graph, sound)
     surgery = operate(model, plan, _trainers(model, optimizer), others)
     measurement = Measurement()
     if measure and plan:

@@ -103,20 +103,25 @@ class Removal(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON; the plan has a `to_dict` of its own."""
-        return {
-            "removed": {name: list(counts) for name, counts in self.removed.items()},
-            "refused": dict(self.refused),
-            "stayed": {name: list(channels) for name, channels in self.stayed.items()},
-            "pinned": [[name, d, why] for (name, d), why in self.pinned.items()],
-            "groups": {name: list(counts) for name, counts in self.groups.items()},
-            "exact": self.exact,
-            "difference": self.difference,
-            "parameters": list(self.parameters),
-            "inputs": self.measurement.inputs,
-            "measured": None if self.comparison is None else self.comparison.to_dict(),
-            "not_measured": self.measurement.why_not,
-            "kept_because": dict(self.kept_because),
-        } | ({"cut_inputs": [cut.to_dict() for cut in self.inputs.values()]} if self.inputs else {}) | self._how()
+        return (
+            {
+                "removed": {name: list(counts) for name, counts in self.removed.items()},
+                "refused": dict(self.refused),
+                "stayed": {name: list(channels) for name, channels in self.stayed.items()},
+                "pinned": [[name, d, why] for (name, d), why in self.pinned.items()],
+                "groups": {name: list(counts) for name, counts in self.groups.items()},
+                "exact": self.exact,
+                "difference": self.difference,
+                "parameters": list(self.parameters),
+                "rewritten": [*self.plan.rewrites],
+                "inputs": self.measurement.inputs,
+                "measured": None if self.comparison is None else self.comparison.to_dict(),
+                "not_measured": self.measurement.why_not,
+                "kept_because": dict(self.kept_because),
+            }
+            | ({"cut_inputs": [cut.to_dict() for cut in self.inputs.values()]} if self.inputs else {})
+            | self._how()
+        )
 
     def _how(self) -> dict[str, str]:
         return {"recorded": self.recorded} if self.recorded else {}
@@ -133,6 +138,8 @@ class Removal(Shown):
         yield from (f"takes less of its input {cut.words}" for cut in self.inputs.values())
         stays = [f"{name}: {'' if name in self.removed else 'stays, '}{why}" for name, why in self.refused.items()]
         yield from _listed(stays, "groups have to keep silent channels")
+        for name in self.plan.rewrites:
+            yield f"{name or 'the model itself'}: its code had sizes written into it; it runs a traced copy now"
         yield from summed_reasons([why for why in self.pinned.values() if not why.endswith("kernel size")])
         if self.shortfall:
             yield self.shortfall

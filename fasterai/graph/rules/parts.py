@@ -74,7 +74,7 @@ def parts(trace: Trace, node: Any, x: Value, sizes: Any = None, dim: int = 0, **
     if isinstance(cut, np.ndarray):
         if len(set(lengths)) == 1:  # the same index of every part goes, so that the parts stay equal
             trace.labels.unify(cut.reshape(len(lengths), -1).T)
-        else:
+        elif not trace.rewrite:
             trace.labels.pin(cut, f"{node.name} cuts it at fixed positions")
     ends = np.cumsum(lengths)[:-1]
     pieces: list[Dim] = [*np.split(cut, ends)] if isinstance(cut, np.ndarray) else [cut] * len(lengths)
@@ -90,7 +90,10 @@ def parts(trace: Trace, node: Any, x: Value, sizes: Any = None, dim: int = 0, **
 def slice_(trace: Trace, node: Any, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
     shape = shape_of(node)
     dims = list(x.dims)
-    if shape[dim] != x.shape[dim]:
+    cut = dims[dim]
+    if isinstance(cut, np.ndarray) and trace.rewrite and step == 1:  # its bounds can be put right
+        dims[dim] = cut[slice(start, end)]
+    elif shape[dim] != x.shape[dim]:
         trace.labels.pin(dims[dim], f"{node.name} cuts it at fixed positions")
         dims[dim] = FIXED
     return Value(shape, tuple(dims))

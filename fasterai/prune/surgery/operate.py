@@ -21,6 +21,7 @@ from fasterai.model.optimizers import averages_of, check_optimizer, cut_entry, s
 from fasterai.model.slim_norms import can_be_slim, put_dense_size
 from fasterai.prune.surgery.dense_shapes import dense_shapes_of, note, noted_on, put_note
 from fasterai.prune.surgery.plan import Plan, check_plan, tensor_of, tensors_of
+from fasterai.prune.surgery.rewriting import Rewrite, change_rewrites
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention, encoders_of
 
 __all__ = ["Surgery", "apply_plan_", "operate"]
@@ -50,6 +51,7 @@ class Surgery:
     def __init__(self, model: nn.Module, plan: Plan, optimizer: Any = None) -> None:
         check_optimizer(optimizer)
         check_plan(model, plan)
+        self._model = unwrap(model)
         self._changes: list[_Change] = []
         self._is_done = True
         try:
@@ -59,6 +61,16 @@ class Surgery:
         except BaseException:
             self.undo()
             raise
+
+    def rewrite(self, rewrites: Mapping[str, Rewrite]) -> None:
+        """Put traced copies of modules in their places too.
+
+        Raises:
+            ValueError: One of them does not fit; those before it are in their places then, and undone with all else.
+        """
+        for change in change_rewrites(self._model, rewrites):
+            self._changes.append(_Change(*change))
+            self._changes[-1].forth()
 
     def undo(self) -> None:
         """Put everything back as it was."""
@@ -149,6 +161,7 @@ def _changes(model: nn.Module, plan: Plan, optimizer: Any) -> Iterator[_Change]:
         yield _count(module, size) if can_be_slim(module) else _slim(model, name, size)
     if plan.inputs:
         yield _note_inputs(model, plan.inputs)
+    yield from (_Change(*change) for change in change_rewrites(model, plan.rewrites))
 
 
 def _cut(tensor: Tensor, kept: Any, scale: float) -> _Change:
