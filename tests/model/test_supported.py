@@ -149,23 +149,24 @@ class Asserting(nn.Linear):
         return super().forward(x)
 
 
-class Branching(nn.Module):
-    """What torch.export cannot follow."""
+class Sloping(nn.Module):
+    """What neither torch.export nor a record of a run can follow."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 0:
-            return self.inner(x)
-        return self.inner(-x)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.inner(x).sum(), x)[0] * (x.sum() > 0).item()
 
 
-def test_a_model_that_cannot_be_exported_is_told_where_and_what_would_help() -> None:
-    line = Branching.forward.__code__.co_firstlineno + 1
-    match = rf"model must be one that torch\.export can read .*\(forward, line {line} of test_supported\.py\); remove branches"
-    refused(Branching(), X, ValueError, match)
+def test_a_model_that_cannot_be_followed_is_told_where_and_what_would_help() -> None:
+    line = Sloping.forward.__code__.co_firstlineno + 3
+    place = rf"\(forward, line {line} of test_supported\.py\)"
+    match = rf"model must be one that torch\.export can read .*, or whose operations a run shows, got .*{place}; remove branches"
+    refused(Sloping(), X, ValueError, match)
 
 
 class Wordy(nn.Module):
