@@ -23,7 +23,7 @@ __all__ = ["Look", "check_looks", "look_at"]
 
 @dataclass(frozen=True)
 class Look:
-    """What is remembered of a pool.
+    """The memory of a pool.
 
     Attributes:
         scale: The mean score of its first channels.

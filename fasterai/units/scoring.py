@@ -1,4 +1,7 @@
-"""Unit scores of targets: a criterion scores weights by its evidence, and a granularity makes scores of units of these."""
+"""Unit scores of targets: a criterion scores weights by its evidence, and a granularity makes scores of units of these.
+
+Over 300 lines, since one class gathers, scores, and remembers what later scores need.
+"""
 
 from __future__ import annotations
 
@@ -196,7 +199,7 @@ class Scorer:
         masked: bool = False,
         outputs: Mapping[str, Tensor] | None = None,
     ) -> WeightScores:
-        """Gather the evidence of weights; each of them is scored when it is asked for."""
+        """Return the scores of weights, whose evidence is gathered now; each weight is scored when it is asked for."""
         known: dict[str, Mapping[str, Tensor]] = {"initial": self._initial, "previous": self._previous}
         for need in by.evidence_names:
             if need == "outputs" and outputs is not None:
