@@ -21,6 +21,7 @@ OTHERS = {
     "cli/test_strange_files.py": "what lies in folders of images besides images, in each of the commands",
     "distill/test_known_defects.py": "defects of distillation elsewhere",
     "graph/rules/test_call_forms.py": "every rule, in each form of a call",
+    "graph/rules/test_operations.py": "every rule, on the calls that networks make",
     "prune/test_zoo.py": "networks of other libraries",
     "test_docs.py": "code of the pages",
     "test_docstrings.py": "docstrings and lengths of all sources",

@@ -82,7 +82,7 @@ def expert_graph(model: nn.Module, inputs: tuple[Any, ...]) -> ExpertGraph:
 
 
 def _numbers(dims: list[Any], components: Components) -> set[int]:
-    return {int(n) for dim in dims if isinstance(dim, np.ndarray) for n in np.unique(components.of[dim])}
+    return {int(n) for dim in dims if isinstance(dim, np.ndarray) for n in np.unique(components.numbers(dim))}
 
 
 def _numbers_of(group: Group, components: Components, weights: Mapping[str, Value]) -> set[int]:

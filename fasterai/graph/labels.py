@@ -17,8 +17,16 @@ Two dimensions of three channels, joined and one label pinned, leave two compone
 >>> found.free(out).tolist()
 [0, 1]
 
-A dimension is described by an array with one label per index, by `FIXED` (its size may not change) or by `FREE` (it was
-made to fit, as `zeros(...)` is). Joining and pinning only take notes; `Labels.components` works them out in one go.
+A label may be marked as zero (`zeroed`): what stands there is exactly zero wherever all weights of its channel are. The mark
+is a bit of the label, so that it goes along through views, and each element of a dimension has its own:
+
+>>> marked = zeroed(out)
+>>> is_zeroed(marked).tolist(), is_zeroed(read).tolist()
+([True, True, True], [False, False, False])
+>>> is_zeroed(labels.join(marked, read, "add")).tolist()  # a sum is zero where both are
+[False, False, False]
+>>> plain(marked).tolist()
+[0, 1, 2]
 """
 
 from __future__ import annotations
@@ -29,7 +37,7 @@ from typing import Any, Final
 
 import numpy as np
 
-__all__ = ["FIXED", "FREE", "Array", "Components", "Dim", "Flags", "Labels", "is_labelled"]
+__all__ = ["FIXED", "FREE", "Array", "Components", "Dim", "Flags", "Labels", "is_labelled", "is_zeroed", "plain", "zeroed"]
 
 Array = np.ndarray[Any, np.dtype[np.int64]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
@@ -46,11 +54,27 @@ class _Kind:
 FIXED: Final = _Kind("FIXED")
 FREE: Final = _Kind("FREE")
 Dim = Array | _Kind
+ZERO: Final = 1 << 60  # the mark of a label; all labels are smaller
 
 
 def is_labelled(dim: Dim) -> bool:
     """Tell if a dimension carries labels, and is neither `FIXED` nor `FREE`."""
     return isinstance(dim, np.ndarray)
+
+
+def plain(labels: Array) -> Array:
+    """Return labels without marks, as numbers."""
+    return labels & (ZERO - 1)
+
+
+def zeroed(labels: Array, flags: Flags | bool = True) -> Array:
+    """Return labels that are marked as zero where `flags` are set, and nowhere else."""
+    return np.where(flags, labels | ZERO, plain(labels))
+
+
+def is_zeroed(dim: Dim) -> Flags:
+    """Tell for each label of a dimension if it is marked as zero; a `FIXED` or `FREE` one is not."""
+    return dim >= ZERO if isinstance(dim, np.ndarray) else np.zeros(1, np.bool_)
 
 
 @dataclass(frozen=True)
@@ -65,9 +89,13 @@ class Components:
     of: Array
     pinned: dict[int, str]
 
+    def numbers(self, labels: Array) -> Array:
+        """Return the number of the component of each label."""
+        return self.of[plain(labels)]
+
     def free(self, labels: Array) -> Array:
         """Return the numbers of those components of some labels that are not pinned, each once."""
-        found = np.unique(self.of[labels])
+        found = np.unique(self.numbers(labels))
         return found[[c not in self.pinned for c in found.tolist()]] if found.size else found
 
 
@@ -87,7 +115,7 @@ class Labels:
         return np.arange(self.count - size, self.count)
 
     def join(self, a: Dim, b: Dim, reason: str) -> Dim:
-        """Join two dimensions of one size, index by index; a `FIXED` one pins the other.
+        """Join two dimensions of one size, index by index; a `FIXED` one pins the other. Marked as zero is what is so in both.
 
         Args:
             a: A dimension.
@@ -98,14 +126,15 @@ class Labels:
             The dimension that stands for both.
         """
         if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-            if a is not b:
-                self._edges.append((a.ravel(), b.ravel()))
-            return a
+            if a is b:
+                return a
+            self._edges.append((plain(a).ravel(), plain(b).ravel()))
+            return a & (b | (ZERO - 1))
         if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
             labelled, other = (a, b) if isinstance(a, np.ndarray) else (b, a)
             if other is FIXED:
                 self.pin(labelled, reason)
-            return other if other is FIXED else labelled
+            return other if other is FIXED else plain(np.asarray(labelled))
         return FIXED if FIXED in (a, b) else FREE
 
     def unify(self, rows: Array) -> Array:
@@ -114,14 +143,16 @@ class Labels:
         >>> Labels().unify(np.array([[0, 3], [1, 4], [2, 5]])).tolist()
         [0, 1, 2]
         """
-        if rows.shape[1] > 1:
-            self._edges.append((np.repeat(rows[:, 0], rows.shape[1] - 1), rows[:, 1:].ravel()))
-        return rows[:, 0]
+        if rows.shape[1] == 1:
+            return rows[:, 0]
+        bare = plain(rows)
+        self._edges.append((np.repeat(bare[:, 0], rows.shape[1] - 1), bare[:, 1:].ravel()))
+        return zeroed(bare[:, 0], np.logical_and.reduce(is_zeroed(rows), 1))
 
     def pin(self, dim: Dim, reason: str) -> None:
         """Pin the labels of a dimension, so that they are kept; the reason is for the user."""
         if isinstance(dim, np.ndarray):
-            self._pins.append((dim.ravel(), reason))
+            self._pins.append((plain(dim).ravel(), reason))
 
     def pin_all(self, dims: Sequence[Dim], reason: str) -> None:
         """Pin the labels of several dimensions."""

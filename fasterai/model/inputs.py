@@ -14,7 +14,8 @@ from fasterai.core.loop import Batch, Fit
 from fasterai.model.names import unwrap
 from fasterai.model.running import evaluating, undisturbed
 
-__all__ = ["arguments", "as_batch", "as_tuple", "batch_inputs", "batch_of", "few_samples", "positional", "sample_count"]
+__all__ = ["arguments", "as_batch", "as_tuple", "batch_inputs", "batch_of", "few_samples", "listed_samples", "positional"]
+__all__ += ["sample_count"]
 
 SAMPLES = 2  # enough to follow the operations, and to compare outputs
 
@@ -86,6 +87,8 @@ def batch_inputs(model: nn.Module, fit: Fit) -> tuple[Any, ...]:
 def few_samples(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Take the first samples of a batch: plain tensors, copies."""
     count = sample_count(inputs)
+    if listed_samples(inputs):
+        inputs, count = batch_of(inputs, min(SAMPLES, count)), -1
 
     def cut(x: Any) -> Any:
         if not isinstance(x, Tensor):
@@ -112,6 +115,9 @@ def batch_of(inputs: tuple[Any, ...], size: int | None, samples: int | None = No
     samples = sample_count(inputs) if samples is None else samples
     if not samples:
         raise ValueError("example_inputs must hold a tensor with at least one sample to make batches of; pass batch_sizes=None")
+    if count := listed_samples(inputs):
+        is_list = [isinstance(x, list | tuple) and len(x) == count for x in inputs]
+        return tuple([x[i % count] for i in range(size)] if y else x for x, y in zip(inputs, is_list, strict=True))
 
     def resized(x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.dim() or len(x) != samples:
@@ -123,8 +129,22 @@ def batch_of(inputs: tuple[Any, ...], size: int | None, samples: int | None = No
 
 
 def sample_count(inputs: tuple[Any, ...]) -> int:
-    """Count the rows of the first tensor that has any dimension; 0 without one."""
+    """Count the rows of the first tensor that has any dimension, or the images of a list; 0 without one."""
+    if count := listed_samples(inputs):
+        return count
     return next((len(x) for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()), 0)
+
+
+def listed_samples(inputs: tuple[Any, ...]) -> int:
+    """Count the images of a first argument that is a list of them, each (C, H, W), as detectors take it; 0 where it is none.
+
+    >>> listed_samples(([torch.zeros(3, 8, 8), torch.zeros(3, 9, 7)],)), listed_samples((torch.zeros(2, 3, 8, 8),))
+    (2, 0)
+    """
+    first = inputs[0] if inputs else None
+    if not isinstance(first, list | tuple) or not all(isinstance(x, Tensor) and x.is_floating_point() for x in first):
+        return 0
+    return len(first) if all(x.dim() == 3 for x in first) else 0
 
 
 def positional(example_inputs: Any) -> tuple[Any, ...]:

@@ -19,10 +19,11 @@ from __future__ import annotations
 import copy
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,13 +35,17 @@ from fasterai.graph.inputs import InputCut, cut_inputs
 from fasterai.graph.labels import Array, Flags
 from fasterai.model.names import unwrap
 from fasterai.model.outputs import movement, tolerance
-from fasterai.model.running import at_rest, copies, without_fast_path
+from fasterai.model.running import Narrowed, at_rest, copies, without_fast_path
 from fasterai.model.supported import check_inputs, said
+from fasterai.prune.decisions import Decisions
+from fasterai.prune.precise import InFloat64
 from fasterai.prune.probes import probes
+from fasterai.prune.rewrites import Rewriter
 from fasterai.prune.surgery.operate import Surgery
-from fasterai.prune.surgery.plan import make_plan
+from fasterai.prune.surgery.plan import Plan, make_plan
+from fasterai.prune.surgery.rewriting import Rewrite
 
-__all__ = ["Sound", "largest_sound", "outputs_of"]
+__all__ = ["Sound", "largest_sound", "outputs_of", "plan_of"]
 
 #: After so many trial runs without one that goes well, the channels of a group are not tried any further.
 GIVE_UP = 15
@@ -57,6 +62,7 @@ class Sound:
         difference: The largest change of an output, as a share of the outputs' scale.
         streams: True if sizes that the model's own classes keep as attributes must be changed too (`make_plan`).
         is_blank: True if all outputs were zero before, so that comparing them says nothing.
+        rewrites: Names of modules that have to run a traced copy of their code -> the edits of it.
     """
 
     kept: list[Flags]
@@ -65,19 +71,35 @@ class Sound:
     difference: float = 0.0
     streams: bool = False
     is_blank: bool = False
+    rewrites: Mapping[str, Rewrite] = field(default_factory=dict)
+
+
+def plan_of(model: nn.Module, graph: ChannelGraph, sound: Sound) -> Plan:
+    """Return the plan of a removal that was found to be sound."""
+    return replace(make_plan(model, graph, sound.kept, streams=sound.streams), rewrites=sound.rewrites)
 
 
 @dataclass(frozen=True)
 class _Verdict:
-    """Result of a trial: how far the outputs moved, the reason of a failure or None, and True if the model did not run."""
+    """Result of a trial: how far the outputs moved, the reason of a failure or None, and True if the model did not run.
+
+    It has the edits of the modules that ran a traced copy too.
+    """
 
     moved: float
     reason: str | None = None
     is_structural: bool = False
+    rewrites: Mapping[str, Rewrite] = field(default_factory=dict)
 
 
 def largest_sound(
-    model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags], inputs: tuple[Any, ...], *, exact: bool = True
+    model: nn.Module,
+    graph: ChannelGraph,
+    kept: Sequence[Flags],
+    inputs: tuple[Any, ...],
+    *,
+    exact: bool = True,
+    rewrite: bool = True,
 ) -> Sound:
     """Find the most channels, of those not in `kept`, that can be removed with the outputs unchanged.
 
@@ -90,6 +112,7 @@ def largest_sound(
         kept: For each group a bool array over its channels, True for those to keep; at least one of each group stays.
         inputs: Positional arguments of the model.
         exact: True if the outputs have to stay the same; if not, channels are put back only where the model fails without them.
+        rewrite: True if modules may run a traced copy of their code, in which sizes that are written into it are put right.
 
     Raises:
         ValueError: The model does not run on the inputs, or returns no tensors.
@@ -99,11 +122,11 @@ def largest_sound(
     stack = [[i for i, k in enumerate(kept) if not k.all()]]
     if not stack[0]:
         return sound
-    trials = _Trials(model, graph, inputs, exact)
+    trials = _Trials(model, graph, inputs, exact, rewrite)
     first = trials.run(kept)
     if first.reason is None:
-        return Sound(kept, difference=first.moved, streams=trials.streams, is_blank=trials.is_blank)
-    precise = _in_float64(model, graph, inputs) if exact and 0 < first.moved <= trials.rounding else None
+        return Sound(kept, difference=first.moved, streams=trials.streams, is_blank=trials.is_blank, rewrites=first.rewrites)
+    precise = _in_float64(model, graph, inputs, rewrite) if exact and 0 < first.moved <= trials.rounding else None
     # What is plain in the whole may hide rounding in a part.
     trials.asks_float64 = exact and not 0 < first.moved <= trials.rounding
     _search(precise or trials, sound, kept, stack, None if precise else first)
@@ -135,23 +158,28 @@ def _search(
         if verdict.reason is None:
             for i in some:
                 sound.kept[i] = kept[i]
-            sound.difference = verdict.moved
+            sound.difference, sound.rewrites = verdict.moved, verdict.rewrites
         elif len(some) == 1:
             _largest_part(trials, sound, some[0], kept[some[0]], verdict)
         else:
             stack += [some[len(some) // 2 :], some[: len(some) // 2]]
 
 
-def _in_float64(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) -> _Trials | None:
+def _in_float64(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], rewrite: bool) -> _Trials | None:
     """Make trials on a copy in float64, which tells rounding from a real change; None where the copy does not run."""
     if all(p.dtype is torch.float64 for p in unwrap(model).parameters()):
         return None
     widened = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
-    try:
-        trials = _Trials(copy.deepcopy(unwrap(model)).double(), graph, widened, True)
-    except Exception:  # code of the user's that insists on its dtype, or cannot be copied
-        return None
-    return trials if trials.is_float64 else None
+    for mode in (nullcontext, InFloat64):  # the second for code that insists on its dtype
+        try:
+            with mode():
+                trials = _Trials(copy.deepcopy(unwrap(model)).double(), graph, widened, True, rewrite)
+        except Exception:  # such as a model that cannot be copied
+            continue
+        if trials.is_float64:
+            trials.mode = mode
+            return trials
+    return None
 
 
 def _at_least_one(keep: Flags) -> Flags:
@@ -204,7 +232,7 @@ def _largest_part(trials: _Trials, sound: Sound, i: int, keep: Flags, whole: _Ve
         trial[piece] = False
         verdict = trials.run([trial if j == i else k for j, k in enumerate(sound.kept)])
         if verdict.reason is None:
-            sound.kept[i], sound.difference = trial, verdict.moved
+            sound.kept[i], sound.difference, sound.rewrites = trial, verdict.moved, verdict.rewrites
         elif len(piece) == 1:
             refused[int(piece[0])] = verdict.reason
         else:
@@ -245,20 +273,30 @@ class _Trials:
         asks_float64: True where a movement that may be rounding is decided on a copy in float64.
         rounding: The largest movement that may be rounding.
         is_blank: True where all outputs are zero before anything is removed.
+        mode: The context in which the model runs.
     """
 
-    def __init__(self, model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], exact: bool) -> None:
+    mode: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def __init__(
+        self, model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...], exact: bool, rewrite: bool = True
+    ) -> None:
         with at_rest(unwrap(model)):
             check_inputs(model, inputs)
         self.graph = graph
         self.streams = self.asks_float64 = False
+        self._may_rewrite = rewrite and bool(graph.sized)
+        # Where outputs may move anyway, a slice at a wrong place would not be seen.
+        self._rewrites = self._may_rewrite and not exact and any(graph.sized.values())
         self._model, self._inputs, self._exact = model, inputs, exact
-        runs = [(probe, outputs_of(model, probe)) for probe in probes(inputs)]
-        self._probes = [(probe, found) for probe, found in runs if not isinstance(found, Exception) and not _has_nan(found)]
-        self._probes = self._probes or [(probe, found) for probe, found in runs[:1] if not isinstance(found, Exception)]
-        self.is_blank = not any(bool(x.any()) for _, outputs in self._probes for x in outputs)
-        dtypes = [x.dtype for x in self._probes[0][1] if x.is_floating_point()] if self._probes else []
-        self._limit = tolerance("removal", dtypes[0]) if dtypes else 0.0
+        with Narrowed() as narrowed:
+            runs = [_run(model, one, Decisions() if graph.recorded else None) for one in probes(inputs, bool(graph.recorded))]
+        self._probes = [one for one in runs if not isinstance(one.outputs, Exception) and not _has_nan(one.outputs)]
+        self._probes = self._probes or [one for one in runs[:1] if not isinstance(one.outputs, Exception)]
+        self.is_blank = not any(bool(x.any()) for one in self._probes for x in one.outputs)
+        dtypes = [x.dtype for x in self._probes[0].outputs if x.is_floating_point()] if self._probes else []
+        # Code that casts to float32 on its way rounds as float32 does, whatever type its outputs have.
+        self._limit = max(tolerance("removal", dtypes[0]), tolerance("removal", narrowed.dtype)) if dtypes else 0.0
         self.rounding = tolerance("doubtful", dtypes[0]) if dtypes else 0.0
         self.is_float64 = bool(dtypes) and all(dtype is torch.float64 for dtype in dtypes)
 
@@ -272,35 +310,57 @@ class _Trials:
 
     @cached_property
     def _precise(self) -> _Trials | None:
-        return _in_float64(self._model, self.graph, self._inputs)
+        return _in_float64(self._model, self.graph, self._inputs, self._may_rewrite)
+
+    @cached_property
+    def _rewriter(self) -> Rewriter:
+        return Rewriter(self._model, self.graph, [one.inputs for one in self._probes], self._exact)
 
     def _try(self, kept: Sequence[Flags]) -> _Verdict:
-        verdict = self._run(kept, self.streams)
-        if verdict.is_structural and not self.streams:
-            again = self._run(kept, True)
-            self.streams = again.reason is None
-            return again if self.streams else verdict
-        return verdict
+        """Try as the model's code is, then with further sizes of its classes changed, then with its code put right."""
+        first, verdict = None, None
+        for rewrites in dict.fromkeys((self._rewrites, self._may_rewrite)):
+            for streams in dict.fromkeys((self.streams, True)):
+                verdict = self._run(kept, streams, rewrites)
+                first = first or verdict
+                if verdict.reason is None:
+                    self.streams, self._rewrites = streams, rewrites
+                    return verdict
+                if not verdict.is_structural:
+                    break
+        assert first is not None
+        assert verdict is not None
+        return first if first.is_structural or not verdict.is_structural else verdict
 
-    def _run(self, kept: Sequence[Flags], streams: bool) -> _Verdict:
+    def _run(self, kept: Sequence[Flags], streams: bool, rewrites: bool) -> _Verdict:
+        rewriter = self._rewriter if rewrites else None  # it looks at the model as it was
         try:
             plan = make_plan(self._model, self.graph, kept, streams=streams)
             surgery = Surgery(self._model, plan)
         except ValueError as error:
             return _Verdict(0.0, str(error), True)
         try:
-            return self._compare(plan.inputs)
+            found: Mapping[str, Rewrite] = {}
+            if rewriter is not None:
+                found = rewriter.find(cut_inputs(self._model, self._probes[0].inputs, plan.inputs), kept)
+                surgery.rewrite(found)
+            return replace(self._compare(plan.inputs), rewrites=found)
+        except ValueError as error:
+            return _Verdict(0.0, str(error), True)
         finally:
             surgery.undo()
 
     def _compare(self, cuts: Sequence[InputCut]) -> _Verdict:
         worst = 0.0
-        for probe, wanted in self._probes:
+        for before in self._probes:
             try:
-                given = cut_inputs(self._model, probe, cuts)
+                given = cut_inputs(self._model, before.inputs, cuts)
             except ValueError:  # a probe of another size along what is cut; the inputs themselves are not
                 continue
-            found = outputs_of(self._model, given)
+            with self.mode():
+                after = _run(self._model, given, before.decisions and Decisions(before.decisions))
+            found, wanted = after.outputs, before.outputs
+            worst = max(worst, after.decisions.moved) if after.decisions else worst
             if isinstance(found, Exception):
                 return _Verdict(0.0, f"the model fails without them: {said(found)}", True)
             if [x.shape for x in found] != [x.shape for x in wanted]:
@@ -311,6 +371,19 @@ class _Trials:
         if worst == math.inf:
             return _Verdict(worst, "an output would be NaN or infinite: it is not silent")
         return _Verdict(worst, f"the outputs would move by {worst:.1e} of their scale: it is not silent")
+
+
+class _Run(NamedTuple):
+    """A model's inputs, its outputs or the error that it raised, and the decisions that it took, where they are held."""
+
+    inputs: tuple[Any, ...]
+    outputs: Any
+    decisions: Decisions | None
+
+
+def _run(model: nn.Module, inputs: tuple[Any, ...], decisions: Decisions | None) -> _Run:
+    with decisions or nullcontext():
+        return _Run(inputs, outputs_of(model, inputs), decisions)
 
 
 def outputs_of(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor] | Exception:

@@ -12,6 +12,7 @@ from fasterai.core.checks import check_fraction, from_catalogue, unknown
 from fasterai.core.contexts import NM, Context, Local, PerTarget
 from fasterai.core.types import Target
 from fasterai.graph.channels import ChannelGraph
+from fasterai.graph.reasons import kept_shares, shares_in_words
 from fasterai.model.names import unwrap
 from fasterai.model.targets import all_targets, match
 from fasterai.prune.choice.budget import Budget
@@ -106,9 +107,20 @@ def read_layers(model: nn.Module, layers: Iterable[nn.Module | str]) -> frozense
 
 
 def free_pools(
-    pools: Sequence[ChannelPool], graph: ChannelGraph, ignored: frozenset[str], known: Collection[str] | None = None
+    pools: Sequence[ChannelPool],
+    graph: ChannelGraph,
+    ignored: frozenset[str],
+    known: Collection[str] | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[ChannelPool, ...]:
     """Return the pools of channels that may be removed: no ignored layer makes them, and they are among the known ones.
+
+    Args:
+        pools: The pools of all groups.
+        graph: The channel graph of the model.
+        ignored: The ignored layers.
+        known: Names of groups; None for all.
+        shapes: Parameter -> its shape, for the words of the error.
 
     Raises:
         ValueError: There are none, of a model that is whole: none are known.
@@ -121,5 +133,9 @@ def free_pools(
         makers = ", ".join(sorted(p.name for p in pools)[:5])
         raise ValueError(f"ignored_layers must leave some channels to remove, got all layers that make them ({makers})")
     if not free and known is None:
-        raise ValueError("model must have channels that can be removed, got none; channel_graph(model, inputs).pinned says why")
+        why = shares_in_words(kept_shares(shapes, graph)) if shapes else ""
+        said = f"none: of its parameters {why}" if why else "none"
+        raise ValueError(
+            f"model must have channels that can be removed, got {said}; channel_graph(model, inputs).pinned says why"
+        )
     return free

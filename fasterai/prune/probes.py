@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fasterai.model.inputs import batch_of, listed_samples
+
 __all__ = ["probes"]
 
 #: How much larger the numbers of one probe are, as what is dead at scale 1 may come alive. In float64 alone: products and
@@ -20,19 +22,30 @@ STEP = 32
 RANGED = frozenset((torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 
 
-def probes(inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+def probes(inputs: tuple[Any, ...], several: bool = False) -> Iterator[tuple[Any, ...]]:
     """Give the inputs, random ones of another batch size, in float64 large ones, and random ones of another size or length.
 
-    Integers are drawn from the range that the inputs hold, for no other is known to be allowed. A model need not run on all.
+    With `several` also ones of the other sign, and of one sign alone, for networks whose way depends on values. Integers are
+    drawn from the range that the inputs hold, for no other is known to be allowed. A model need not run on all.
     """
     generator = torch.Generator().manual_seed(0)
     tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
     yield inputs
-    yield tree_map(lambda x: _random(x, _longer(x), generator), inputs)
+    if count := listed_samples(inputs):
+        yield tree_map(lambda x: _random(x, _shape(x), generator), batch_of(inputs, count + 1))
+    else:
+        yield tree_map(lambda x: _random(x, _longer(x), generator), inputs)
+    if several:
+        yield tree_map(lambda x: -x if _is_real(x) else x, inputs)
+        yield tree_map(lambda x: _random(x, _shape(x), generator).abs() if _is_real(x) else x, inputs)
     if {x.dtype for x in tensors if x.is_floating_point()} == {torch.float64}:
         yield tree_map(lambda x: _random(x, _shape(x), generator, LARGE), inputs)
     for sizes in _other_sizes(tensors):
         yield tree_map(lambda x, s=sizes: _random(x, _resized(x, s), generator), inputs)
+
+
+def _is_real(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def _shape(x: Any) -> tuple[int, ...]:

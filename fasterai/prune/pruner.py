@@ -37,6 +37,7 @@ from fasterai.graph.channels import ChannelGraph, channel_graph
 from fasterai.graph.features import FeaturesLike, check_may_go
 from fasterai.graph.inputs import InputCut, cut_inputs, less_of
 from fasterai.graph.labels import Flags
+from fasterai.graph.reasons import AS_PART
 from fasterai.model.cuts import Cut, follow, input_place
 from fasterai.model.inputs import batch_of, positional
 from fasterai.model.names import unwrap
@@ -46,8 +47,10 @@ from fasterai.model.targets import all_targets
 from fasterai.prune.check import Sound, largest_sound
 from fasterai.prune.choice.budget import Budget, fit_budget, least_left
 from fasterai.prune.goal import OVER_PLACES, Ratio, check_context, free_pools, read_layers, read_ratio
-from fasterai.prune.removal import Removal, mask_channels_, silent_channels, take_out
+from fasterai.prune.removal import Removal, mask_channels_, shapes_of_parameters, silent_channels, take_out
+from fasterai.prune.removal_report import ENOUGH, IGNORED
 from fasterai.prune.shown_channels import ShownChannels
+from fasterai.prune.surgery.dense_shapes import count_at_first
 from fasterai.prune.surgery.model_copies import Copies, matching_copies
 from fasterai.prune.surgery.plan import cut_normed
 from fasterai.units.channel_pools import channel_pools, warn_of_rounding
@@ -83,6 +86,7 @@ class Pruner(NamesReplacements, ShownChannels):
         features: The dimensions of inputs that may lose indices as channels do, by argument, as `{"x": 1}`, or `Features` with
             indices that stay all the same. Each is a group of its own, `x.1`. The small model takes the inputs cut alike: the
             result's `inputs` says how.
+        rewrite: True if a module whose code has sizes written into it may run a traced copy of it, in which they are right.
         original: For a model that has lost channels before: group's name -> number of its channels at first, from which the
             ratio counts. Once one of them has a single channel left, further groups are left alone: its fall has made them,
             as an attention's last head makes one of its values.
@@ -117,6 +121,7 @@ class Pruner(NamesReplacements, ShownChannels):
         loss: Callable[..., Tensor] | None = None,
         exact: bool = True,
         features: FeaturesLike = None,
+        rewrite: bool = True,
         original: Mapping[str, int] | None = None,
     ) -> None:
         self.context = check_context(context, pruning_ratio)
@@ -127,15 +132,17 @@ class Pruner(NamesReplacements, ShownChannels):
         self.iterative_steps = check_count("iterative_steps", iterative_steps)
         self.over_places = check_choice("over_places", over_places, OVER_PLACES)
         self.round_to = None if round_to is None else check_count("round_to", round_to)
-        self.exact = exact
+        self.exact, self.rewrite = exact, rewrite
         self.inputs = positional(example_inputs)
         self.ignored_layers = read_layers(model, ignored_layers or ())
-        self._graph = channel_graph(model, self.inputs, exact, features=features)
+        self._graph = channel_graph(model, self.inputs, exact, features=features, rewrite=rewrite)
         check_may_go(features, model, self.inputs, self._graph.inputs)
         pools = channel_pools(model, self._graph, Coupled(over_places))
         first = {} if original is None else dict(original)
         alone = {name: count for name, count in first.items() if name not in {p.name for p in pools}}
-        self._pools = free_pools(pools, self._graph, self.ignored_layers, first.keys() if alone else None)
+        self._pools = free_pools(
+            pools, self._graph, self.ignored_layers, first.keys() if alone else None, shapes_of_parameters(model)
+        )
         self.original = {p.name: first.get(p.name, p.count) for p in self._pools} | alone
         self._goal = read_ratio(pruning_ratio, self.context, model, self._pools, is_whole=not alone)
         self.dense = copy.deepcopy(unwrap(model)) if isinstance(pruning_ratio, Budget) else None
@@ -143,6 +150,7 @@ class Pruner(NamesReplacements, ShownChannels):
         weights = [t for t in all_targets(unwrap(model)) if t.parameter.dim() > 1]
         self._scorer = Scorer(self.criteria, Coupled(over_places), source, weights)
         self._step = 0
+        self._dense_count = count_at_first(unwrap(model)) if first else sum(p.numel() for p in unwrap(model).parameters())
         self._follow()
 
     def _settings(self) -> tuple[Any, ...]:
@@ -200,20 +208,25 @@ class Pruner(NamesReplacements, ShownChannels):
             sound, refused = self._mask_sound(graph, kept, before)
             batch = self.pruning_ratio.batch if isinstance(self.pruning_ratio, Budget) else None
             shown = batch_of(self.inputs, batch)  # what the budget is of is what is timed
-            removal = take_out(
-                self.model, graph, sound, shown, optimizer=optimizer, copies=copies, exact=self.exact, measure=measure
-            )
+            options = {"copies": copies, "exact": self.exact, "measure": measure, "otherwise": self._otherwise()}
+            removal = take_out(self.model, graph, sound, shown, optimizer=optimizer, **options)
         except BaseException:
             _restore(before)
             raise
         self._scorer.note_move(self.model, self._pools)
         refused |= removal.refused
+        asked = self.pruning_ratio * share if isinstance(self.pruning_ratio, int | float) else None
+        removal = replace(removal, refused=refused, asked=asked, dense=self._dense_count)
         if share == 1:
-            self._warn_of_a_miss(kept, refused)
-        return replace(removal, refused=refused)
+            self._warn_of_a_miss(kept, removal)
+        return removal
 
-    def _warn_of_a_miss(self, kept: Sequence[Flags], refused: Mapping[str, str]) -> None:
-        """Warn if more channels are kept than asked for, by rounding or because the check has put some back."""
+    def _otherwise(self) -> str:
+        return IGNORED if self.ignored_layers else AS_PART
+
+    def _warn_of_a_miss(self, kept: Sequence[Flags], removal: Removal) -> None:
+        """Warn if more is kept than asked for: by rounding, as the check has put channels back, or as much is pinned."""
+        refused = removal.refused
         if self._goal is not None and self.round_to != 1:  # else one of each group stays, which the choice has said
             first, alone = sum(self.original.values()), len(self.original) - len(kept)
             gone = first - alone - sum(int(k.sum()) for k in kept)
@@ -221,6 +234,9 @@ class Pruner(NamesReplacements, ShownChannels):
         elif refused:
             names = ", ".join([*refused][:5])
             warn(f"{self.pruning_ratio} was not reached: channels of {names} cannot be removed; the result's refused says why")
+        chosen = sum(self.original.values()) - sum(int(k.sum()) for k in kept)
+        if removal.shortfall and chosen >= ENOUGH * (removal.asked or 0.0) * sum(self.original.values()):
+            warn(f"{removal.shortfall}; the result's kept_because has all reasons")
 
     def is_within_reach(self) -> bool:
         """Tell if the `Budget` is met once all removable channels are removed; a ratio is always within reach."""
@@ -341,13 +357,14 @@ class Pruner(NamesReplacements, ShownChannels):
             The channels to remove, and group's name -> the reason for which its channels cannot be removed.
         """
         mask_channels_(self.model, graph, kept)
-        sound = largest_sound(self.model, graph, kept, self.inputs, exact=self.exact)
+        find = partial(largest_sound, self.model, graph, inputs=self.inputs, exact=self.exact, rewrite=self.rewrite)
+        sound = find(kept)
         if not sound.refused:
             return sound, {}
         _restore(before)
         mask_channels_(self.model, graph, sound.kept)
         # With their weights back, what stays may carry what was tried without them.
-        return largest_sound(self.model, graph, sound.kept, self.inputs, exact=self.exact), sound.refused
+        return find(sound.kept), sound.refused
 
 
 @torch.no_grad()

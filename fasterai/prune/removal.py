@@ -14,18 +14,19 @@ from fasterai.graph.channels import ChannelGraph, Group, Place, channel_graph
 from fasterai.graph.features import FeaturesLike, check_may_go
 from fasterai.graph.inputs import input_cuts
 from fasterai.graph.labels import Array, Flags
+from fasterai.graph.reasons import AS_PART, kept_shares
 from fasterai.model.cuts import noted_optimizers
 from fasterai.model.inputs import positional
 from fasterai.model.names import unwrap
 from fasterai.model.norms import Norm
 from fasterai.model.optimizers import check_optimizer, check_trained
 from fasterai.model.supported import check_whole, shapes_of_inputs
-from fasterai.prune.check import Sound, largest_sound
+from fasterai.prune.check import Sound, largest_sound, plan_of
 from fasterai.prune.measure import Measurement, measured
 from fasterai.prune.removal_report import Removal
 from fasterai.prune.surgery.model_copies import Copies, matching_copies
 from fasterai.prune.surgery.operate import operate
-from fasterai.prune.surgery.plan import Plan, make_plan, tensor_of, tensors_of
+from fasterai.prune.surgery.plan import Plan, tensor_of, tensors_of
 
 __all__ = ["Removal", "mask_channels_", "remove", "silent_channels", "take_out"]
 
@@ -39,6 +40,7 @@ def remove(
     exact: bool = True,
     measure: bool = True,
     features: FeaturesLike = None,
+    rewrite: bool = True,
 ) -> Removal:
     """Remove every channel that is provably silent; the model computes the same, with less.
 
@@ -57,6 +59,7 @@ def remove(
         measure: True to count and time the model before and after, which takes about 0.2 seconds or ten forward passes.
         features: The dimensions of inputs that may lose what no layer reads any more, by argument, as `{"x": 1}`, or `Features`
             with indices that stay all the same. The small model takes the inputs cut alike: the result's `inputs` says how.
+        rewrite: True if a module whose code has sizes written into it may run a traced copy of it, in which they are right.
 
     Returns:
         The removed channels, those that had to stay and why, the movement of the outputs, and the gain.
@@ -69,11 +72,11 @@ def remove(
     inputs = positional(example_inputs)
     check_optimizer(optimizer)
     check_trained(check_whole(model), optimizer)
-    graph = channel_graph(check_whole(model), inputs, exact, features=features)
+    graph = channel_graph(check_whole(model), inputs, exact, features=features, rewrite=rewrite)
     check_may_go(features, model, inputs, graph.inputs)
     matching_copies(copies, unwrap(model))
     kept = [~silent for silent in silent_channels(model, graph)]
-    sound = largest_sound(model, graph, kept, inputs, exact=exact)
+    sound = largest_sound(model, graph, kept, inputs, exact=exact, rewrite=rewrite)
     result = take_out(model, graph, sound, inputs, optimizer=optimizer, copies=copies, exact=exact, measure=measure)
     if not result.removed:
         why = "see its refused" if result.refused else "no removable channel is silent; masks hold only while they are applied"
@@ -100,13 +103,13 @@ def _silent(
 ) -> Flags | bool:
     zeros = {place: _zero(tensor_of(tensors, place[0]), place[1], indices) for place, indices in group.places.items()}
     reads = [z for place, z in zeros.items() if place in graph.readers]
-    if group.inputs:  # what enters is not zero, whatever is added to it or scales it
-        return _all(reads)
     makes = {
         place: z
         for place, z in zeros.items()
         if _is_parameter(tensors, place[0]) and (place not in graph.readers or place[0] in graph.shared)
     }
+    if group.inputs:  # what enters is not zero, whatever is added to it or scales it; its products are, which may be summed
+        return _all([*reads, *(makes.values() if group.is_summed else ())])
     by_name: dict[str, list[Place]] = {}
     for place in makes:
         by_name.setdefault(place[0], []).append(place)
@@ -117,9 +120,11 @@ def _silent(
         is_off = zeros[scale] & zeros[shift]
         if norm.is_by_channel:
             makes[scale] = zeros[scale] | _all([zeros[p] for p in (shift, (norm.mean, 0), *layer) if p in zeros])
-        for place in layer:
+        for place in layer if norm.scale.rpartition(".")[0] not in graph.counted else ():
             makes[place] = zeros[place] | is_off
-    return _all(makes.values()) | _all(reads)
+    if group.is_summed and group.is_shown:
+        return _all(makes.values()) & (_all(reads) if reads else True)
+    return _all(makes.values()) | (_all(reads) if not group.is_summed else False)
 
 
 def _all(flags: Collection[Flags]) -> Flags | bool:
@@ -160,6 +165,7 @@ def take_out(
     exact: bool = True,
     measure: bool = True,
     plan: Plan | None = None,
+    otherwise: str = AS_PART,
 ) -> Removal:
     """Remove the channels that `largest_sound` found, from the model as it is now.
 
@@ -173,10 +179,12 @@ def take_out(
         exact: As for `remove`, for the report.
         measure: As for `remove`.
         plan: The plan that does it; made here if left out.
+        otherwise: The reason of what is in no group of the graph, and is not pinned.
     """
     others = matching_copies(copies, unwrap(model))
     before = sum(p.numel() for p in unwrap(model).parameters())
-    plan = plan or make_plan(model, graph, sound.kept, streams=sound.streams)
+    kept_because = kept_shares(shapes_of_parameters(model), graph, _stayed(graph, sound), otherwise)
+    plan = plan or plan_of(model, graph, sound)
     surgery = operate(model, plan, _trainers(model, optimizer), others)
     measurement = Measurement()
     if measure and plan:
@@ -195,7 +203,24 @@ def take_out(
         measurement=measurement,
         is_blank=sound.is_blank,
         inputs=input_cuts(model),
+        recorded=graph.recorded,
+        kept_because=kept_because,
     )
+
+
+def shapes_of_parameters(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter, tied ones once, by the names that a channel graph has."""
+    tensors = tensors_of(model)
+    return {name: tuple(tensor_of(tensors, name).shape) for name in tensors if _is_parameter(tensors, name)}
+
+
+def _stayed(graph: ChannelGraph, sound: Sound) -> dict[str, tuple[float, str]]:
+    """Return for groups that have to keep silent channels the share of these, and why."""
+    kept = {g.name: k for g, k in zip(graph.groups, sound.kept, strict=True)}
+    return {
+        name: (len(stay) / max(1, len(stay) + int((~kept[name]).sum())), sound.refused.get(name, ""))
+        for name, stay in sound.stayed.items()
+    }
 
 
 def _trainers(model: nn.Module, optimizer: Any) -> list[Any] | None:

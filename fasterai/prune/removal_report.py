@@ -10,7 +10,7 @@ from fasterai.analyze.comparison import Comparison
 from fasterai.analyze.layers import LayerComparison
 from fasterai.display import Shown, Table, counted, of_batch, short, short_bytes, short_time
 from fasterai.graph.inputs import InputCut
-from fasterai.graph.reasons import summed_reasons
+from fasterai.graph.reasons import shares_in_words, summed_reasons
 from fasterai.prune.measure import DENSE, SMALL, Measurement
 from fasterai.prune.removal_picture import GroupBar, ShareBar, draw
 from fasterai.prune.surgery.plan import Plan
@@ -22,6 +22,9 @@ __all__ = ["Removal"]
 
 MOST_LINES = 24
 AS_DENSE = "as dense"
+#: So much of the asked share has to be gone of the parameters, or the report says what keeps them.
+ENOUGH = 0.9
+IGNORED = "ignored_layers keeps it"
 #: Label, field of `Cost`, and how it is written.
 FIGURES = (("parameters", "parameters", short), ("MACs", "macs", short), ("file", "file_bytes", short_bytes))
 
@@ -43,8 +46,13 @@ class Removal(Shown):
         measurement: Size, MACs and time of the dense and the small model, or why there are none.
         is_blank: True if all outputs were zero, so that nothing could be compared.
         units: What was counted and removed: `channels`, or `experts`.
+        kept_because: Reason -> share of the parameters, in [0, 1], that cannot shrink for it; a weight's numbers count in equal
+            parts for each of its dimensions.
+        asked: The share of the channels that was to be removed, in [0, 1]; None where none was named.
+        dense: The number of parameters before the first of several removals; 0 where it is that of `parameters`.
         inputs: Argument -> what the small model takes of that input, where it takes less than the dense one did at first;
             what earlier removals have taken is counted in.
+        recorded: Where `torch.export` refuses the model: that its operations were recorded from runs, and why.
     """
 
     plan: Plan
@@ -60,6 +68,22 @@ class Removal(Shown):
     is_blank: bool = False
     inputs: Mapping[str, InputCut] = field(default_factory=dict)
     units: str = "channels"
+    recorded: str = ""
+    kept_because: Mapping[str, float] = field(default_factory=dict)
+    asked: float | None = None
+    dense: int = 0
+
+    @property
+    def shortfall(self) -> str:
+        """Say what keeps parameters where fewer went than nine tenths of the share that was asked for; empty if enough went."""
+        before, after = self.dense or self.parameters[0], self.parameters[1]
+        gone = 1 - after / max(1, before)
+        if self.asked is None or gone >= ENOUGH * self.asked * (1 - self.kept_because.get(IGNORED, 0.0)):
+            return ""
+        said = f"asked to prune {self.asked:.0%} of the {self.units}, {gone:.0%} of the parameters went: ".replace("%", " %")
+        kept = sum(self.kept_because.values())
+        why = f"{kept:.0%} cannot shrink, ".replace("%", " %") + shares_in_words(self.kept_because) if kept > 0.1 else ""
+        return said + (why or f"the {self.units} that were chosen hold few of them")
 
     @property
     def comparison(self) -> Comparison | None:
@@ -79,19 +103,28 @@ class Removal(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON; the plan has a `to_dict` of its own."""
-        return {
-            "removed": {name: list(counts) for name, counts in self.removed.items()},
-            "refused": dict(self.refused),
-            "stayed": {name: list(channels) for name, channels in self.stayed.items()},
-            "pinned": [[name, d, why] for (name, d), why in self.pinned.items()],
-            "groups": {name: list(counts) for name, counts in self.groups.items()},
-            "exact": self.exact,
-            "difference": self.difference,
-            "parameters": list(self.parameters),
-            "inputs": self.measurement.inputs,
-            "measured": None if self.comparison is None else self.comparison.to_dict(),
-            "not_measured": self.measurement.why_not,
-        } | ({"cut_inputs": [cut.to_dict() for cut in self.inputs.values()]} if self.inputs else {})
+        return (
+            {
+                "removed": {name: list(counts) for name, counts in self.removed.items()},
+                "refused": dict(self.refused),
+                "stayed": {name: list(channels) for name, channels in self.stayed.items()},
+                "pinned": [[name, d, why] for (name, d), why in self.pinned.items()],
+                "groups": {name: list(counts) for name, counts in self.groups.items()},
+                "exact": self.exact,
+                "difference": self.difference,
+                "parameters": list(self.parameters),
+                "rewritten": [*self.plan.rewrites],
+                "inputs": self.measurement.inputs,
+                "measured": None if self.comparison is None else self.comparison.to_dict(),
+                "not_measured": self.measurement.why_not,
+                "kept_because": dict(self.kept_because),
+            }
+            | ({"cut_inputs": [cut.to_dict() for cut in self.inputs.values()]} if self.inputs else {})
+            | self._how()
+        )
+
+    def _how(self) -> dict[str, str]:
+        return {"recorded": self.recorded} if self.recorded else {}
 
     def _line(self) -> str:
         before, after = self.parameters
@@ -105,9 +138,14 @@ class Removal(Shown):
         yield from (f"takes less of its input {cut.words}" for cut in self.inputs.values())
         stays = [f"{name}: {'' if name in self.removed else 'stays, '}{why}" for name, why in self.refused.items()]
         yield from _listed(stays, "groups have to keep silent channels")
+        for name in self.plan.rewrites:
+            yield f"{name or 'the model itself'}: its code had sizes written into it; it runs a traced copy now"
         yield from summed_reasons([why for why in self.pinned.values() if not why.endswith("kernel size")])
+        if self.shortfall:
+            yield self.shortfall
         if not self.removed:
             yield "nothing was removed: " + ("see above" if self.refused else "no removable channel is silent")
+        yield from [self.recorded] if self.recorded else []
         yield f"parameters: {before:,} -> {after:,} ({after / max(1, before):.1%})"
         yield self._moved()
         yield from self._figures()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import json
 import math
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 from fasterai.core.files import untied, write_tensors
 from fasterai.graph.inputs import input_cuts, put_inputs
 from fasterai.model.names import unwrap
+from fasterai.model.slim_norms import can_be_slim, is_slim, put_dense_size
 from fasterai.model.supported import check_model, check_whole
 from fasterai.prune.features.embeddings import CATEGORIES, kept_embeddings
 from fasterai.prune.features.files import SELECTORS, read_entry
 from fasterai.prune.features.selector import InputSelector
 from fasterai.prune.small_header import SIZES, SMALL_FORMAT, Header, Shapes, read_header, sizes_of, stamp, unfit_sizes
 from fasterai.prune.surgery.dense_shapes import dense_shapes, note, put_note
+from fasterai.prune.surgery.rewriting import plain_class, rewrite_of, traced_class
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention, encoders_of
 
 __all__ = ["load_small", "save_small"]
@@ -28,7 +31,7 @@ __all__ = ["load_small", "save_small"]
 #: What differs between two runs of one network, or counts in training only.
 PASSING = {
     *("training", "inplace", "p", "momentum", "dropout", "drop_prob", "drop_rate", "dropout_p", "attention_dropout"),
-    *("fused_attn", "use_nested_tensor", "grad_checkpointing", "gradient_checkpointing", "name_or_path"),
+    *("fused_attn", "use_nested_tensor", "dense_size", "grad_checkpointing", "gradient_checkpointing", "name_or_path"),
 }
 
 
@@ -58,6 +61,8 @@ def save_small(
         "dense": dense_shapes(inner),
         **_selectors(selector),
     }
+    if rewrites := {name: found.to_dict() for name, m in inner.named_modules() if (found := rewrite_of(m))}:
+        entries["rewrites"] = rewrites
     if cuts := input_cuts(inner):
         entries["inputs"] = [cut.to_dict() for cut in cuts.values()]
     header = {"format": SMALL_FORMAT} | {key: json.dumps(value) for key, value in entries.items()}
@@ -110,7 +115,11 @@ def _fill(inner: nn.Module, header: Header, tensors: dict[str, Tensor]) -> None:
         raise ValueError(
             f"model must be the dense model that the small one was made of, got one where {'; '.join(problems[:5])}"
         )
+    classes = _rewritten(inner, header)
     for name, heads in header.slim.items():
+        if can_be_slim(norm := inner.get_submodule(name)):
+            put_dense_size(norm, heads)
+            continue
         parent = inner.get_submodule(name.rpartition(".")[0])
         attention = parent.get_submodule(name.rpartition(".")[2])
         if isinstance(attention, nn.MultiheadAttention):
@@ -121,9 +130,31 @@ def _fill(inner: nn.Module, header: Header, tensors: dict[str, Tensor]) -> None:
         module = inner.get_submodule(name)
         for attribute in sizes.keys() & sizes_of(module).keys():  # others are what a first run fills
             setattr(module, attribute, sizes[attribute])
+    for name, cls in classes.items():
+        inner.get_submodule(name).__class__ = cls
     _put(inner, tensors)
     _note(inner, own | dict(header.dense))
     put_inputs(inner, header.inputs)
+
+
+def _rewritten(inner: nn.Module, header: Header) -> dict[str, type[nn.Module]]:
+    """Make the classes of the modules that run a traced copy of their code; it is traced with the sizes of the file.
+
+    Raises:
+        ValueError: The code of one is another. Nothing is changed then.
+    """
+    held = [(inner.get_submodule(name), sizes) for name, sizes in header.sizes.items() if header.rewrites]
+    given = [(module, a, sizes[a]) for module, sizes in held for a in sizes.keys() & sizes_of(module).keys()]
+    before = [(module, attribute, getattr(module, attribute)) for module, attribute, _ in given]
+    try:
+        for module, attribute, size in given:
+            setattr(module, attribute, size)
+        return {name: traced_class(inner.get_submodule(name), one) for name, one in header.rewrites.items()}
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"model must be the dense model that the small one was made of, got one where {error}") from error
+    finally:
+        for module, attribute, size in before:
+            setattr(module, attribute, size)
 
 
 def _selectors(selector: InputSelector | Mapping[str, InputSelector] | None) -> dict[str, Any]:
@@ -135,7 +166,10 @@ def _selectors(selector: InputSelector | Mapping[str, InputSelector] | None) -> 
 
 
 def _slim(model: nn.Module) -> dict[str, int]:
-    return {n: m.num_heads for n, m in model.named_modules() if isinstance(m, SlimMultiheadAttention)}
+    heads = {n: m.num_heads for n, m in model.named_modules() if isinstance(m, SlimMultiheadAttention)}
+    return heads | {
+        n: int(vars(m)["dense_size"]) for n, m in model.named_modules() if is_slim(m)
+    }
 
 
 def _traits(model: nn.Module) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -144,7 +178,7 @@ def _traits(model: nn.Module) -> dict[str, tuple[str, dict[str, Any]]]:
     In a model of one's own, training leaves counters and scores.
     """
     return {
-        name: (type(module).__name__, {a: v for a, v in vars(module).items() if _is_trait(a, v)})
+        name: (plain_class(module).__name__, {a: v for a, v in vars(module).items() if _is_trait(a, v)})
         for name, module in model.named_modules()
         if name or type(module).__module__.startswith("torch.nn.")
     }
@@ -179,6 +213,8 @@ def _differing_tensors(model: nn.Module, tensors: Mapping[str, Tensor], dense: S
 def _missing_modules(model: nn.Module, slim: Mapping[str, int], sizes: Mapping[str, Any]) -> Iterator[str]:
     modules = dict(model.named_modules())
     for name in slim:
+        if can_be_slim(modules.get(name)):
+            continue
         if not name or not isinstance(modules.get(name), nn.MultiheadAttention | SlimMultiheadAttention):
             yield f"{name} is no nn.MultiheadAttention"
         elif _has_more(modules[name]):
@@ -211,8 +247,21 @@ def _differing_modules(model: nn.Module, traits: Mapping[str, Any], slim: Mappin
 
 
 def _is_filled_by_a_run(module: nn.Module, attribute: str, here: Any, there: Any) -> bool:
-    """Tell if an attribute is nothing in one of two models and no argument of its class, as what a first run notes is."""
-    return (here in (None, []) or there in (None, [])) and attribute not in inspect.signature(type(module).__init__).parameters
+    """Tell if an attribute is what a run notes: nothing in one of two models, or set by another method than `__init__`."""
+    if attribute in inspect.signature(type(module).__init__).parameters:
+        return False
+    return here in (None, []) or there in (None, []) or _is_set_in_a_run(type(module), attribute)
+
+
+def _is_set_in_a_run(kind: type, attribute: str) -> bool:
+    """Tell if a method of a class other than `__init__` assigns an attribute, as one that notes the sizes that it meets."""
+    own = [c for c in kind.__mro__ if not c.__module__.startswith("torch.nn.")]
+    methods = [m for c in own for m in vars(c).values() if inspect.isfunction(m)]
+    return any(
+        any(i.opname == "STORE_ATTR" and i.argval == attribute for i in dis.get_instructions(m))
+        for m in methods
+        if m.__name__ != "__init__"
+    )
 
 
 def _note(model: nn.Module, dense: Shapes) -> None:

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from fasterai.graph.inputs import InputCut
 from fasterai.model.names import own_tensors
+from fasterai.model.slim_norms import dense_size, is_slim, is_torchs
 from fasterai.prune.features.files import SELECTORS
 from fasterai.prune.surgery.modules import EXPERTS, HEADS, STREAMS, WIDTHS, new_sizes
+from fasterai.prune.surgery.rewriting import Rewrite
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention
 
 __all__ = ["SIZES", "Header", "read_header", "sizes_of", "stamp", "unfit_sizes"]
@@ -30,7 +32,7 @@ SIZES = (
     *("nf", "nx", "bias_shape", "kdim", "vdim", *EXPERTS),
 )
 PARTS = ("sizes", "slim", "traits", "dense")
-LATER = ("inputs", SELECTORS)
+LATER = ("inputs", SELECTORS, "rewrites")
 Size = int | tuple[int, ...]
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -41,10 +43,11 @@ class Header:
 
     Attributes:
         sizes: Module -> attribute -> size.
-        slim: Names of `nn.MultiheadAttention`s that have lost heads -> heads.
+        slim: Names of `nn.MultiheadAttention`s that have lost heads -> heads; of norms over fewer channels -> how many there were.
         traits: Module -> its class, and its settings.
         dense: Tensor -> its shape before the first cut, where known.
         inputs: Argument -> what the small model takes of that input, where it takes less.
+        rewrites: Module that runs a traced copy of its code -> the edits of it.
     """
 
     sizes: Mapping[str, Mapping[str, Size]]
@@ -52,6 +55,7 @@ class Header:
     traits: Mapping[str, tuple[str, Mapping[str, Any]]]
     dense: Shapes
     inputs: Mapping[str, InputCut] = field(default_factory=dict)
+    rewrites: Mapping[str, Rewrite] = field(default_factory=dict)
 
 
 def stamp(metadata: Mapping[str, str], shapes: Shapes) -> str:
@@ -80,12 +84,15 @@ def read_header(path: str, metadata: Mapping[str, str], shapes: Shapes) -> Heade
         _expect(_is_map(slim, lambda heads: _is_number(heads) and heads > 0), "numbers of heads")
         _expect(_is_map(traits, _is_trait), "classes with their settings")
         cuts = [InputCut.from_dict(one) for one in _list(json.loads(metadata.get("inputs", "[]")))]
+        given = json.loads(metadata.get("rewrites", "{}"))
+        _expect(isinstance(given, dict), "edits by module")
+        rewrites = {name: Rewrite.from_dict(one) for name, one in given.items()}
         _expect(_is_map(dense, lambda shape: isinstance(shape, list) and all(map(_is_number, shape))), "shapes")
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"path must be a file that save_small wrote, got {path}, whose header is not one ({error})") from error
     own = {name: {a: tuple(v) if isinstance(v, list) else v for a, v in found.items()} for name, found in sizes.items()}
     classes, shapes_before = {n: (kind, found) for n, (kind, found) in traits.items()}, {n: tuple(s) for n, s in dense.items()}
-    return Header(own, slim, classes, shapes_before, {cut.argument: cut for cut in cuts})
+    return Header(own, slim, classes, shapes_before, {cut.argument: cut for cut in cuts}, rewrites)
 
 
 def _list(value: Any) -> list[Any]:
@@ -130,6 +137,10 @@ def unfit_sizes(model: nn.Module, header: Header, tensors: Mapping[str, Tensor])
         own, found, said = sizes_of(module), header.sizes.get(name, {}), name or "the model"
         yield from (f"{said}.{a} is not in the file" for a in own if a not in found and a not in EXPERTS)
         yield from (f"{said}.{a} is no size here" for a in found if a not in own and getattr(module, a, None) is not None)
+        count = header.slim.get(name)
+        whole = dense_size(module) if count is not None and (is_torchs(module) or is_slim(module)) else count
+        if count != whole:
+            yield f"{said} averages over {whole} channels here and {count} in the file"
         if problem := _unfit(module, own, found, saved, header.slim.get(name)):
             yield f"{said}.{problem}"
 
@@ -152,6 +163,8 @@ def _unfit(module: nn.Module, own: Mapping[str, Any], found: Mapping[str, Size],
         return f"{a} is {found[a]!r} in the file, whose weights have {' or '.join(sorted({str(way[a]) for way in ways}))}"
     known = set(ways[0])
     for a, v in found.items():
+        if a in ("normalized_shape", "num_channels") and heads is not None and not saved.keys() & {id(x) for _, x in _walk(module)}:
+            continue  # a norm without a scale is over what it is given
         if a in own and a not in known and v != own[a] and not _is_shown(own[a], v, _cut(module, saved)):
             return f"{a} is {own[a]!r} here and {v!r} in the file, which its weights do not show"
     return ""

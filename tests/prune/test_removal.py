@@ -55,8 +55,8 @@ NETS: dict[str, tuple[Any, int, float]] = {  # constructor, side of the picture,
     "mobilenet_v2": (lambda: models.mobilenet_v2(num_classes=10, width_mult=0.35), 32, 0.35),
     "shufflenet": (lambda: models.shufflenet_v2_x0_5(num_classes=10), 32, 0.35),
     "densenet": (lambda: models.DenseNet(8, (2, 2), 16, num_classes=10), 32, 0.35),
-    "vit": (lambda: models.VisionTransformer(32, 8, 2, 4, 32, 64, num_classes=10), 32, 0.95),
-    "swin": (lambda: models.SwinTransformer([2, 2], 16, [1, 1], [2, 4], [4, 4], num_classes=10), 32, 0.95),
+    "vit": (lambda: models.VisionTransformer(32, 8, 2, 4, 32, 64, num_classes=10), 32, 0.34),
+    "swin": (lambda: models.SwinTransformer([2, 2], 16, [1, 1], [2, 4], [4, 4], num_classes=10), 32, 0.3),
 }
 
 
@@ -76,8 +76,7 @@ def test_torchvision_nets_compute_the_same_without_half_of_their_channels(name: 
     before, after = removal.parameters
     assert after == sum(p.numel() for p in net.parameters())
     assert after <= left * before
-    assert all("attn" in g and "shifted_window_attention, line" in why for g, why in removal.refused.items())
-    assert bool(removal.refused) == (name == "swin")
+    assert removal.refused == {}
 
 
 def test_plain_filter_masks_of_the_sparsifier_are_taken_out() -> None:
@@ -442,9 +441,12 @@ class WrittenOut(nn.Module):
         return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
-STREAMS: dict[str, Any] = {
+LAYER_NORMS: dict[str, Any] = {
     "layer": nn.LayerNorm,
+    "layer, without a shift": lambda n: nn.LayerNorm(n, bias=False),
     "layer, bare": lambda n: nn.LayerNorm(n, elementwise_affine=False),
+}
+STREAMS: dict[str, Any] = {
     "rms": nn.RMSNorm,
     "rms, bare": lambda n: nn.RMSNorm(n, elementwise_affine=False),
     "rms, written out": WrittenOut,
@@ -454,6 +456,40 @@ STREAMS: dict[str, Any] = {
 def stream(norm: Any) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 8), Block(norm), Block(norm), norm(8), nn.Linear(8, 3)).double().eval()
+
+
+@pytest.mark.parametrize("kind", LAYER_NORMS)
+def test_a_stream_under_layer_norms_goes_exactly_and_again(kind: str) -> None:
+    net, x = stream(LAYER_NORMS[kind]), torch.randn(4, 7, 5, dtype=torch.float64)
+    for silent, left in (([1, 4], 6), ([0, 3], 4)):
+        graph = channel_graph(net, (x,))
+        (place,) = [g for g in graph.groups if g.name == "0.weight"]
+        mask_channels_(net, graph, [~np.isin(np.arange(g.channels), silent) if g is place else half(g) for g in graph.groups])
+        with torch.no_grad():
+            wanted = net(x)
+        removal = remove(net, x, measure=False)
+        assert removal.refused == {}
+        assert moved(net, x, wanted) <= 1e-12
+        assert (net[0].out_features, net[3].normalized_shape, net[3].dense_size) == (left, (left,), 8)
+    assert isinstance(net[3], nn.LayerNorm)
+    wide, small = nn.LayerNorm(8).double(), torch.randn(2, 4, dtype=torch.float64)
+    expected = wide(torch.cat([small, torch.zeros(2, 4, dtype=torch.float64)], 1))[:, :4]
+    if kind != "layer, bare":
+        net[3].weight.data.fill_(1.0)
+    assert torch.allclose(net[3](small), expected, atol=1e-12, rtol=0)
+
+
+def half(group: Any) -> Any:
+    return np.arange(group.channels) % 2 == 0
+
+
+def test_a_channel_of_a_normed_stream_is_silent_only_where_it_is_zero() -> None:
+    """Without a reader it still takes part in the averages."""
+    net, x = stream(nn.LayerNorm), torch.randn(4, 7, 5, dtype=torch.float64)
+    with torch.no_grad():
+        net[1].up.weight[:, 2] = net[2].up.weight[:, 2] = net[4].weight[:, 2] = 0
+    graph = channel_graph(net, (x,))
+    assert not any(flags.any() for flags in silent_channels(net, graph))
 
 
 @pytest.mark.parametrize("kind", STREAMS)
@@ -480,9 +516,7 @@ def test_a_normed_stream_goes_only_where_outputs_may_move(kind: str) -> None:
     # Its weight makes up for the average of fewer squares, where there is one: an average over seven of eight is 8 / 7.
     is_made_up = kind == "rms"
     assert (0 if is_made_up else 1e-4) < difference <= removal.difference < (1e-4 if is_made_up else 1)
-    factors = (
-        dict.fromkeys(["1.norm.weight", "2.norm.weight", "3.weight"], math.sqrt(8 / 7)) if kind in ("layer", "rms") else {}
-    )
+    factors = dict.fromkeys(["1.norm.weight", "2.norm.weight", "3.weight"], math.sqrt(8 / 7)) if kind == "rms" else {}
     assert removal.plan.scales == pytest.approx(factors)
     assert "1.norm.weight" not in factors or net[1].norm.weight[0].item() == pytest.approx(math.sqrt(8 / 7))
     assert f"outputs moved by at most {removal.difference:.1e} of their scale, as was allowed (exact=False)" in str(removal)

@@ -6,6 +6,7 @@ scale 1, norms get random statistics, and a network whose outputs do not hear of
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -42,6 +43,7 @@ class Row:
         stayed: How many of them stayed.
         graph: Seconds of the processor for the channel graph.
         seconds: Seconds of the processor for all.
+        stays: What share of the parameters cannot shrink, and why.
         why: What it says where not all went well.
     """
 
@@ -52,16 +54,18 @@ class Row:
     stayed: int = 0
     graph: float = 0.0
     seconds: float = 0.0
+    stays: str = ""
     why: str = ""
 
 
 def check(model: nn.Module, inputs: Inputs) -> Row:
     """Silence half, remove it, compare: the row for a network; it is changed."""
-    other = _other(inputs)
     randomize_(model.eval(), inputs)
     dense, heard = outputs(model, inputs), outputs(model, tuple(map(_another, inputs)))
     if difference(dense, heard) < POWER:
         return Row("blind", why="the outputs do not depend on the inputs")
+    trains = not _training(copy.deepcopy(model), inputs)
+    model.eval()
     start = time.process_time()
     try:
         graph = channel_graph(model, inputs)
@@ -70,27 +74,33 @@ def check(model: nn.Module, inputs: Inputs) -> Row:
     traced = time.process_time() - start
     dice = np.random.default_rng(0)
     mask_channels_(model, graph, [dice.permutation(g.channels) >= g.channels // 2 for g in graph.groups])
-    masked, elsewhere = outputs(model, inputs), outputs(model, other)
-    removal = remove(model, inputs)
-    moved = max(difference(masked, outputs(model, inputs)), difference(elsewhere, outputs(model, other)))
-    seconds = time.process_time() - start
+    masked = outputs(model, inputs)
+    elsewhere = [(other, found) for other in others(inputs) if (found := _tried(model, other)) is not None]
+    removed = time.process_time()
+    removal = remove(model, inputs, measure=False)
+    moved = max(
+        difference(masked, outputs(model, inputs)),
+        *(difference(found, outputs(model, other)) for other, found in elsewhere),
+        0.0,
+    )
+    seconds = traced + time.process_time() - removed
     dtype = next(model.parameters()).dtype
     left = removal.parameters[1] / removal.parameters[0]
-    row = Row(
-        "pass", moved, left, len(graph.groups), len(removal.refused), traced, seconds, "; ".join(_reasons(removal.refused))
-    )
+    row = Row("pass", moved, left, len(graph.groups), len(removal.refused), traced, seconds, _stays(removal.kept_because))
+    if trains and (problem := _training(model, inputs)):
+        return Row(**{**vars(row), "verdict": "failed", "why": problem})
     if not moved <= TOLERANCE[dtype]:
         return Row(**{**vars(row), "verdict": "failed", "why": "the outputs moved"})
     if not removal.removed:
-        return Row(**{**vars(row), "verdict": "refused", "why": row.why or next(iter(graph.pinned.values()), "nothing may go")})
-    if difference(dense, masked) < POWER:
-        return Row(**{**vars(row), "verdict": "blind", "why": "the outputs do not depend on the masks"})
+        row = Row(**{**vars(row), "verdict": "refused", "why": "" if row.stays else "nothing may go"})
+    elif difference(dense, masked) < POWER:
+        row = Row(**{**vars(row), "verdict": "blind", "why": "the outputs do not depend on the masks"})
     return row
 
 
-def _reasons(refused: Mapping[str, str]) -> list[str]:
-    hard_coded = "a size written into its code"
-    return sorted({hard_coded if "model fails without them" in why else why.split(" (")[0][:90] for why in refused.values()})
+def _stays(kept_because: Mapping[str, float], least: float = 0.02) -> str:
+    """The reasons that keep at least two in a hundred of the parameters, the largest first."""
+    return "; ".join(f"{share:.0%} {why}" for why, share in kept_because.items() if share >= least).replace("%", " %")
 
 
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
@@ -112,9 +122,38 @@ def difference(before: list[Tensor], after: list[Tensor]) -> float:
     return worst
 
 
-def _other(inputs: Inputs) -> Inputs:
-    """Other inputs of another batch size."""
-    return tree_map(lambda x: torch.cat([_another(x), x]) if isinstance(x, Tensor) and x.dim() else x, inputs)
+def others(inputs: Inputs) -> Iterator[Inputs]:
+    """Other inputs: of another batch size, larger images, shorter sequences; a network need not take them all."""
+    yield tree_map(lambda x: torch.cat([_another(x), x]) if isinstance(x, Tensor) and x.dim() else x, inputs)
+    if all(isinstance(x, Tensor) and x.dim() >= 4 and x.is_floating_point() for x in inputs):
+        yield tree_map(lambda x: torch.cat([x, x.flip(-1)[..., : max(32, x.shape[-1] // 2)]], -1), inputs)
+    elif all(isinstance(x, Tensor) and x.dim() >= 2 for x in inputs):
+        yield tree_map(lambda x: x[:, :-2] if not x.is_floating_point() else x, inputs)
+
+
+def _tried(model: nn.Module, inputs: Inputs) -> list[Tensor] | None:
+    """What a network returns on other inputs; None if it does not take them."""
+    try:
+        return outputs(model, inputs)
+    except Exception:  # whatever its code raises
+        return None
+
+
+def _training(model: nn.Module, inputs: Inputs) -> str:
+    """Train one step in training mode, and say what goes wrong; nothing where the network does not train before, by itself."""
+    try:
+        found = [x for x in tree_leaves(model.train()(*inputs)) if isinstance(x, Tensor) and x.requires_grad]
+    except Exception as error:  # such as a batch norm over a single number, or a detector without targets
+        message = f"{type(error).__name__}: {error}"
+        return "" if "more than 1 value per channel" in message or "targets" in message else f"training mode: {message}"
+    if not found:
+        return ""
+    sum(x.square().mean() for x in found).backward()
+    trained = [p for p in model.parameters() if p.grad is not None]
+    if wrong := [p.shape for p in trained if p.grad.shape != p.shape]:
+        return f"a gradient of another shape than its weight: {wrong[0]}"
+    torch.optim.SGD(trained, 1e-9).step()
+    return "" if trained else "no weight gets a gradient"
 
 
 def _another(x: Any) -> Any:

@@ -7,7 +7,21 @@ the arguments come as `Value`s. An operation without a rule pins all that it rea
 
 from __future__ import annotations
 
-from fasterai.graph.rules import attention, consumers, elementwise, moving, norms, parts, recurrent, reshaping, spatial, weights  # noqa: F401
+from fasterai.graph.rules import (  # noqa: F401
+    attention,
+    consumers,
+    einsum,
+    elementwise,
+    moving,
+    norms,
+    parts,
+    recurrent,
+    reshaping,
+    spatial,
+    values,
+    weights,
+    writing,
+)
 from fasterai.graph.rules.trace import RULES, Trace, Value, rule, unknown
 
 __all__ = ["RULES", "Trace", "Value", "rule", "unknown"]

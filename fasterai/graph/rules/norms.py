@@ -7,56 +7,86 @@ from typing import Any
 
 import numpy as np
 
-from fasterai.graph.rules.trace import Trace, Value, rule
+from fasterai.graph.labels import FIXED, is_zeroed, zeroed
+from fasterai.graph.rules.trace import Trace, Value, all_fixed, called, marked_as, module_of, rule, shapes_of, unmarked
 
 __all__: list[str] = []
 
 
 @rule("batch_norm", "instance_norm")
-def batch_norm(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any) -> Value:
+def batch_norm(trace: Trace, node: Any, x: Value, weight: Any = None, bias: Any = None, *rest: Any, **keywords: Any) -> Value:
     channel = x.dims[1]
     trace.labels.pin_all([x.dims[0], *x.dims[2:]], f"{node.name} averages over it")
-    for value in (*arguments, *keywords.values()):
+    for value in (weight, bias, *rest, *keywords.values()):
         if isinstance(value, Value):
             channel = trace.labels.join(channel, value.dims[0], f"{node.name} reads a dimension of fixed size")
     trace.norms(node, channel)
-    return Value(x.shape, (x.dims[0], channel, *x.dims[2:]))
+    return _scaled(trace, Value(x.shape, (x.dims[0], channel, *x.dims[2:])), 1, weight, bias)
+
+
+def _scaled(trace: Trace, made: Value, d: int, weight: Any, bias: Any) -> Value:
+    """Return a norm's result, marked as zero along dimension `d` where scale and shift are; nowhere without a scale."""
+    if not isinstance(weight, Value):
+        trace.shown.append(made.dims[d])
+        return unmarked(made)
+    flags = is_zeroed(weight.dims[0])
+    return marked_as(unmarked(made), d, flags & is_zeroed(bias.dims[0]) if isinstance(bias, Value) else flags)
 
 
 @rule("layer_norm", "rms_norm")
-def layer_norm(trace: Trace, node: Any, x: Value, shape: Sequence[int], *arguments: Any, **keywords: Any) -> Value:
+def layer_norm(
+    trace: Trace, node: Any, x: Value, shape: Sequence[int], weight: Any = None, bias: Any = None, *rest: Any, **keywords: Any
+) -> Value:
     normed = x.dims[-len(shape) :]
-    trace.averages(normed, node.name)
+    if not trace.counts(node, normed[0] if len(shape) == 1 else FIXED):
+        trace.averages(normed, node.name)
+        if len(shape) == 1:
+            _rescale(trace, weight)
     if len(shape) == 1:
         trace.norms(node, normed[0])
-        _rescale(trace, *arguments, **keywords)
-    for value in (*arguments, *keywords.values()):
-        if isinstance(value, Value):
+    bias = bias if isinstance(bias, Value) else None  # of an RMS norm it is eps
+    for value in (weight, bias):
+        if value is not None:
             for mine, its in zip(normed, value.dims, strict=True):
                 trace.labels.join(mine, its, node.name)
-    return x
+    if len(shape) > 1:
+        return unmarked(x)
+    if "rms" in called(node):  # it takes no mean away
+        flags = is_zeroed(x.dims[-1]) | (is_zeroed(weight.dims[0]) if isinstance(weight, Value) else False)
+        return marked_as(unmarked(x), -1, flags)
+    return _scaled(trace, x, -1, weight, bias)
 
 
-def _rescale(trace: Trace, weight: Any = None, *rest: Any, **keywords: Any) -> None:
+@rule("native_layer_norm")
+def native_layer_norm(trace: Trace, node: Any, x: Value, shape: Sequence[int], *rest: Any) -> Any:
+    """Follow a layer norm that hands back its averages too, as a slim norm calls it."""
+    statistics = [Value(s, all_fixed(s)) for s in shapes_of(node)[1:]]
+    return [layer_norm(trace, node, x, shape, *rest), *statistics]
+
+
+def _rescale(trace: Trace, weight: Any) -> None:
     """Note a norm's weight that must grow when silent channels are removed, since the average is then over fewer channels."""
-    weight = keywords.get("weight", weight)
     if not trace.exact and isinstance(weight, Value) and weight.is_weight and weight.places:
         trace.rescaled.add(weight.places[0][0])
 
 
 @rule("group_norm")
-def group_norm(trace: Trace, node: Any, x: Value, groups: int, *arguments: Any, **keywords: Any) -> Value:
+def group_norm(
+    trace: Trace, node: Any, x: Value, groups: int, weight: Any = None, bias: Any = None, *rest: Any, **keywords: Any
+) -> Value:
     channel = x.dims[1]
     trace.labels.pin_all(x.dims[2:], f"{node.name} averages over it")
-    for value in (*arguments, *keywords.values()):
+    for value in (weight, bias):
         if isinstance(value, Value):
             channel = trace.labels.join(channel, value.dims[0], f"{node.name} reads a dimension of fixed size")
     if isinstance(channel, np.ndarray):
-        rows = channel.reshape(groups, -1)
+        rows = zeroed(channel, is_zeroed(x.dims[1])).reshape(groups, -1)
         # Whole groups leave the others as they are; the same channel of each changes all averages.
-        same = not trace.exact and trace.choose(f"group norm {rows.shape}", 2) == 1
-        trace.labels.unify(rows.T if same else rows)
-        if same:
-            _rescale(trace, *arguments, **keywords)
+        can = module_of(node) in trace.slim or not trace.exact
+        same = can and trace.choose(f"group norm {rows.shape}", 2) == 1
+        one = trace.labels.unify(rows.T if same else rows)
+        if same and not trace.counts(node, one):
+            trace.averages([one], node.name)
+            _rescale(trace, weight)
     trace.norms(node, channel)
-    return Value(x.shape, (x.dims[0], channel, *x.dims[2:]))
+    return _scaled(trace, Value(x.shape, (x.dims[0], channel, *x.dims[2:])), 1, weight, bias)

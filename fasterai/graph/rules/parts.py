@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from fasterai.graph.labels import FIXED, Dim
 from fasterai.graph.rules.trace import (
@@ -21,7 +22,7 @@ from fasterai.graph.rules.trace import (
     without,
 )
 
-__all__: list[str] = []
+__all__ = ["indexed_run"]
 
 
 @rule("cat", "concat", "concatenate")
@@ -73,7 +74,7 @@ def parts(trace: Trace, node: Any, x: Value, sizes: Any = None, dim: int = 0, **
     if isinstance(cut, np.ndarray):
         if len(set(lengths)) == 1:  # the same index of every part goes, so that the parts stay equal
             trace.labels.unify(cut.reshape(len(lengths), -1).T)
-        else:
+        elif not trace.rewrite:
             trace.labels.pin(cut, f"{node.name} cuts it at fixed positions")
     ends = np.cumsum(lengths)[:-1]
     pieces: list[Dim] = [*np.split(cut, ends)] if isinstance(cut, np.ndarray) else [cut] * len(lengths)
@@ -89,7 +90,10 @@ def parts(trace: Trace, node: Any, x: Value, sizes: Any = None, dim: int = 0, **
 def slice_(trace: Trace, node: Any, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
     shape = shape_of(node)
     dims = list(x.dims)
-    if shape[dim] != x.shape[dim]:
+    cut = dims[dim]
+    if isinstance(cut, np.ndarray) and trace.rewrite and step == 1:  # its bounds can be put right
+        dims[dim] = cut[slice(start, end)]
+    elif shape[dim] != x.shape[dim]:
         trace.labels.pin(dims[dim], f"{node.name} cuts it at fixed positions")
         dims[dim] = FIXED
     return Value(shape, tuple(dims))
@@ -103,19 +107,39 @@ def select(trace: Trace, node: Any, x: Value, dim: int, index: int) -> Value:
 
 @rule("index")
 def index(trace: Trace, node: Any, x: Value, indices: Sequence[Value | None]) -> Value:
-    indexed = [i for i, at in enumerate(indices) if at is not None]
     for at in values_in(indices):
         trace.labels.pin_all(at.dims, f"{node.name} uses its values as indices")
-    for i in indexed:
-        route = trace.route(node.args[1][i], x.shape[i])
-        trace.labels.join(x.dims[i], route, f"{node.name} looks entries up by number")
-    shape = shape_of(node)
-    if indexed != list(range(indexed[0], indexed[-1] + 1)):
+    run = indexed_run(node, x)
+    if run is None:
         return unknown_tensor(trace, node, x)
-    count = len(shape) - (len(x.shape) - len(indexed))
-    first, last = indexed[0], indexed[-1] + 1
+    first, last, given = run
+    for i, d in enumerate(range(first, last)):
+        route = trace.route(given[i], x.shape[d]) if len(given) == last - first else FIXED
+        trace.labels.join(x.dims[d], route, f"{node.name} looks entries up by number")
+    shape = shape_of(node)
+    count = len(shape) - (len(x.shape) - (last - first))
     origin = [*range(first), *[None] * count, *range(last, len(x.shape))]
     return blend([x], [origin], Value(shape, (*x.dims[:first], *(FIXED,) * count, *x.dims[last:])))
+
+
+def indexed_run(node: Any, x: Value) -> tuple[int, int, list[Any]] | None:
+    """Find the dimensions that are indexed, from the first to behind the last, and the indices; None if others stand between.
+
+    A mask of two dimensions indexes two.
+    """
+    first = last = 0
+    given: list[Any] = []
+    for at in node.args[1]:
+        if at is None and given:
+            break
+        if at is None:
+            first += 1
+            continue
+        given.append(at)
+        is_mask = at.meta["val"].dtype in (torch.bool, torch.uint8)
+        last = max(last, first) + (at.meta["val"].dim() if is_mask else 1)
+    is_apart = any(at is not None for at in node.args[1][first + len(given) :])
+    return None if is_apart or not given else (first, last, given)
 
 
 @rule("glu")

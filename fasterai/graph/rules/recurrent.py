@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fasterai.graph.labels import FIXED, Array, Dim, is_labelled
-from fasterai.graph.rules.trace import Trace, Value, rule, shapes_of, unknown
+from fasterai.graph.rules.trace import Trace, Value, broadcast, rule, shape_of, shapes_of, unknown, unmarked
 
 __all__: list[str] = []
 
@@ -20,7 +20,7 @@ def recurrent(
 ) -> Any:  # fmt: skip
     labels, name = trace.labels, node.name
     directions, per_cell = 2 if bidirectional else 1, 4 if has_biases else 2
-    is_single = not is_labelled(weights[1].dims[1])  # one hidden unit
+    is_single = not all(is_labelled(w.dims[1]) for w in weights[1::per_cell])  # one hidden unit
     if batch_first is None or is_single or len(weights) != layers * directions * per_cell:  # packed sequences, projections
         return unknown(trace, node, x, states, weights, has_biases)
     given = states if isinstance(states, list | tuple) else [states]
@@ -38,7 +38,26 @@ def recurrent(
         labels.join(first[0], other, f"{name} is given its states")
     values = shapes_of(node)
     outputs = [Value(values[0], (*x.dims[:-1], read))]
-    return outputs + [Value(s, (FIXED, FIXED, first[0])) for s in values[1:]]
+    outputs += [Value(s, (FIXED, FIXED, first[0])) for s in values[1:]]
+    return [unmarked(x) for x in outputs]  # the states that it was given may not be zero
+
+
+@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def single_step(
+    trace: Trace, node: Any, x: Value, states: Any, ih: Value, hh: Value, b_ih: Value | None = None, b_hh: Value | None = None
+) -> Any:  # fmt: skip
+    """Follow one step of a recurrent layer: the states that it is given lose what its hidden units lose."""
+    given = states if isinstance(states, list | tuple) else [states]
+    if not is_labelled(hh.dims[1]):  # one hidden unit
+        return unknown(trace, node, x, states, ih, hh, b_ih, b_hh)
+    hidden: Dim = _cell(trace, node.name, x.dims[-1], [v for v in (ih, hh, b_ih, b_hh) if v is not None])
+    batch = Value(x.shape[:-1], x.dims[:-1])
+    for state in given:
+        hidden = trace.labels.join(hidden, state.dims[-1], f"{node.name} is given its states")
+        batch = broadcast(trace, node.name, [batch, Value(state.shape[:-1], state.dims[:-1])], batch.shape)
+    if not isinstance(node.meta["val"], list | tuple):
+        return unmarked(Value(shape_of(node), (*batch.dims, hidden)))
+    return [unmarked(Value(shape, (*batch.dims, hidden))) for shape in shapes_of(node)]
 
 
 def _hidden(cell: Sequence[Value]) -> Array:

@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from fasterai.graph.labels import FIXED, FREE, Array, Dim, is_labelled
+from fasterai.graph.labels import FIXED, FREE, Array, Dim, is_labelled, plain
 from fasterai.graph.rules.trace import Trace, Value, rule, shape_of, unknown_tensor
 
 __all__: list[str] = []
@@ -113,7 +113,7 @@ def _split(trace: Trace, name: str, flat: Dim, sizes: Sequence[int]) -> list[Dim
         return [FIXED] * len(sizes)
     rows = [np.moveaxis(flat.reshape(sizes), k, 0).reshape(sizes[k], -1) for k in factors]
     # Where labels only repeat along the other factors, nothing is lost and nothing is to be decided.
-    repeated = [i for i, r in enumerate(rows) if (r == r[:, :1]).all()]
+    repeated = [i for i, r in enumerate(rows) if (plain(r) == plain(r[:, :1])).all()]
     way = repeated[0] if repeated else trace.choose(f"split {tuple(sizes)}", len(factors))
     dims: list[Dim] = [FIXED] * len(sizes)
     dims[factors[way]] = trace.labels.unify(rows[way])

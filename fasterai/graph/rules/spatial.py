@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fasterai.graph.labels import FIXED
-from fasterai.graph.rules.trace import Trace, Value, all_fixed, rule, shape_of, shapes_of
+from fasterai.graph.rules.trace import Trace, Value, all_fixed, argument_of, rule, shape_of, shapes_of, unmarked
 
 __all__: list[str] = []
 
@@ -26,7 +26,7 @@ def spatial(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any)
     has_several = isinstance(node.meta["val"], list | tuple)
     shapes = shapes_of(node) if has_several else [shape_of(node)]
     results = [Value(shape, (*x.dims[:kept], *all_fixed(shape[kept:]))) for shape in shapes]
-    return results if has_several else results[0]
+    return [unmarked(x) for x in results] if has_several else results[0]
 
 
 @rule("pad", "constant_pad_nd")
@@ -37,7 +37,9 @@ def pad(trace: Trace, node: Any, x: Value, padding: Sequence[int], *rest: Any, *
         if before != after:
             trace.labels.pin(dim, f"{node.name} pads it")
         dims.append(dim if before == after else FIXED)
-    return Value(shape, tuple(dims))
+    value = argument_of(node, "value", (padding, *rest), keywords)
+    made = Value(shape, tuple(dims))
+    return made if not value else unmarked(made)
 
 
 @rule("pixel_shuffle")
@@ -64,3 +66,23 @@ def channel_shuffle(trace: Trace, node: Any, x: Value, groups: int) -> Value:
     if isinstance(channel, np.ndarray):
         channel = np.repeat(trace.labels.unify(channel.reshape(groups, -1).T), groups)
     return Value(x.shape, (*x.dims[:-3], channel, *x.dims[-2:]))
+
+
+@rule("im2col")
+def im2col(trace: Trace, node: Any, x: Value, *sizes: Any, **keywords: Any) -> Value:
+    """Follow patches, `(N, C k k, L)`: the entries of a kernel stand side by side in each channel."""
+    shape, channel = shape_of(node), x.dims[-3]
+    trace.labels.pin_all(x.dims[-2:], f"{node.name} computes across it")
+    if isinstance(channel, np.ndarray):
+        channel = np.repeat(channel, shape[-2] // x.shape[-3])
+    return Value(shape, (*x.dims[:-3], channel, FIXED))
+
+
+@rule("col2im")
+def col2im(trace: Trace, node: Any, x: Value, *sizes: Any, **keywords: Any) -> Value:
+    """Follow patches `(N, C k k, L)` that are added up to a picture: those of a channel go together."""
+    shape, channel = shape_of(node), x.dims[-2]
+    trace.labels.pin(x.dims[-1], f"{node.name} computes across it")
+    if isinstance(channel, np.ndarray):
+        channel = trace.labels.unify(channel.reshape(shape[-3], -1))
+    return Value(shape, (*x.dims[:-2], channel, FIXED, FIXED))

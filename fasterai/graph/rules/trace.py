@@ -1,12 +1,17 @@
-"""Parts that rules share: the values that operations pass on, and the notes of one pass over the operations."""
+"""Parts that rules share: the values that operations pass on, and the notes of one pass over the operations.
+
+Over 300 lines, since every rule is written with these few words.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from fasterai.graph.labels import FIXED, FREE, Array, Dim, Labels, is_labelled
+import numpy as np
+
+from fasterai.graph.labels import FIXED, FREE, Array, Dim, Flags, Labels, is_labelled, is_zeroed, plain, zeroed
 
 if TYPE_CHECKING:
     from fasterai.graph.features import Asked
@@ -20,14 +25,21 @@ __all__ = [
     "argument_of",
     "blend",
     "broadcast",
+    "called",
+    "is_cut",
+    "marked_as",
+    "module_of",
     "rule",
     "settled",
     "shape_of",
     "shapes_of",
     "unknown",
     "unknown_tensor",
+    "unmarked",
     "values_in",
     "without",
+    "zero_in_either",
+    "zeros_at",
 ]
 
 
@@ -72,12 +84,24 @@ class Trace:
         exact: True if an operation that averages over a channel pins it, as the average would change without it.
         normed: Name of a module that normalises, or calls what does -> the dimensions that it does it along.
         rescaled: Names of weights of norms that average over a dimension which may lose silent channels.
+        summed: The dimensions that operations sum or average over: what is silent there adds nothing, as it is zero.
+        products: Those of them that products of two computed tensors sum over, such as the width of a head.
+        blends: Names of stacks of matrices of which blends are read.
+        roots: Operation -> the one that holds its memory: itself, or that of which it makes a view.
+        slim: Names of modules that can be told how many channels there were, of which the silent ones were zero.
+        counted: Those of them that average over a dimension which may lose channels -> these dimensions.
+        shown: The dimensions where what is handed on is not zero although a channel is silent: what reads it has to be zero too.
         inputs: Argument -> the input with labels on the dimension that may lose indices.
         experts: True if experts are looked for instead of channels: a softmax, or a choice of the highest, then gates the
             dimension that it runs over and does not pin it, as one expert less is a softmax over the rest.
         gates: The dimensions that are gated so.
         routes: Node of a choice of the highest -> the dimension that it is made from, and how many are chosen.
         layers: The places, as (name, dimension), of outputs of linear layers.
+        written: Nodes of tensors that were made to fit, as `zeros(...)` are, and into which labelled ones are written in place.
+        rewrite: True if sizes that are written into code can be put right, so that a split into unequal parts, and a slice,
+            need not pin what they cut.
+        values: The result of each operation, once it was followed.
+        requests: Operations that have to be edited where a dimension gets shorter -> the kind of edit, and the dimension.
     """
 
     def __init__(
@@ -86,12 +110,23 @@ class Trace:
         exact: bool = True,
         asked: Mapping[str, Asked] | None = None,
         experts: bool = False,
+        slim: Collection[str] = (),
+        rewrite: bool = False,
+        labelled: frozenset[Any] = frozenset(),
     ) -> None:
         self.labels = Labels()
         self.choices = choices
         self.exact = exact
         self.normed: dict[str, list[Dim]] = {}
         self.rescaled: set[str] = set()
+        self.summed: list[Dim] = []
+        self.products: list[Dim] = []
+        self.blends: set[str] = set()
+        self.roots: Mapping[Any, Any] = {}
+        self.slim = slim
+        self.counted: dict[str, list[Dim]] = {}
+        self._others: set[str] = set()  # names of modules that average over something else too, themselves or below them
+        self.shown: list[Dim] = []
         self.options: dict[str, int] = {}
         self.readers: set[tuple[str, int]] = set()
         self.inputs: dict[str, Value] = {}
@@ -100,6 +135,11 @@ class Trace:
         self.gates: list[Dim] = []
         self.routes: dict[Any, tuple[Dim, int]] = {}
         self.layers: set[tuple[str, int]] = set()
+        self.written: set[Any] = set()
+        self._labelled = labelled
+        self.rewrite = rewrite
+        self.values: dict[Any, Any] = {}
+        self.requests: dict[Any, tuple[str, Dim]] = {}
 
     def input(self, argument: str, shape: tuple[int, ...]) -> Value:
         """Return an input's value, with labels on the dimension that was asked for, the same in each of several programs."""
@@ -123,8 +163,53 @@ class Trace:
 
     def norms(self, node: Any, dim: Dim) -> None:
         """Note a normalisation along a dimension; the module that it belongs to may hold the size, even without parameters."""
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        self.normed.setdefault(str(stack[-1][0]) if stack else "", []).append(dim)
+        self.normed.setdefault(module_of(node), []).append(dim)
+
+    def sums_zeros(self, node: Any, dim: Dim) -> None:
+        """Note that an operation sums over a dimension; if exact, what is not known to be zero where it is silent stays."""
+        if not isinstance(dim, np.ndarray):
+            return
+        if self.exact:
+            self._pin_other(node, dim, f"{node.name} averages over it")
+        self.summed.append(dim[is_zeroed(dim)])
+
+    def _pin_other(self, node: Any, dim: Array, reason: str) -> None:
+        """Pin what is not known to be zero where its channel is silent, and say where it becomes something else."""
+        other = dim[~is_zeroed(dim)]
+        if other.size:
+            self.labels.pin(other, f"{reason}, and it is not zero where its channel is silent{self._culprit(node, other)}")
+
+    def _culprit(self, node: Any, labels: Array) -> str:
+        """Tell which operation or buffer makes something of what could be zero; it is looked for backwards."""
+        there, start = np.unique(plain(labels)), node
+        while True:
+            given = [(one, v) for one in node.all_input_nodes for v in values_in(self.values.get(one))]
+            carry = [
+                (one, [d for d in v.dims if isinstance(d, np.ndarray) and np.isin(plain(d), there).any()]) for one, v in given
+            ]
+            other = [one for one, dims in carry if dims and not any(is_zeroed(d).any() for d in dims)]
+            if not other:
+                is_told = node.name.startswith("b_") if node.op == "placeholder" else node is not start
+                return f" ({_words(node)})" if is_told else ""
+            node = other[0]
+
+    def counts(self, node: Any, dim: Dim) -> bool:
+        """Note that a module averages over a dimension, if it can be told how many channels there were; True if it can."""
+        outer, name = modules_of(node)
+        self._others.update(outer)
+        if not (is_labelled(dim) and name in self.slim and (self.exact or is_zeroed(dim).all())):
+            self._others.add(name)
+            return False
+        self.sums_zeros(node, dim)
+        self.counted.setdefault(name, []).append(dim)
+        return True
+
+    def settle(self) -> None:
+        """Pin what a module averages over if it averages over something else too, where it cannot be told how many there were."""
+        for name, dims in list(self.counted.items()):
+            if name in self._others or len({len(cast(Array, dim)) for dim in dims}) > 1:
+                self.labels.pin_all(dims, f"{name or 'the model'} averages over it, and over other dimensions too")
+                del self.counted[name]
 
     def averages(self, dims: Iterable[Dim], name: str) -> None:
         """Pin dimensions that an operation averages over, if the outputs must stay exact."""
@@ -152,15 +237,67 @@ class Trace:
             seen.update(level)
         return FIXED
 
-    def sums(self, dim: Dim, reason: str) -> None:
-        """Pin a dimension that is summed over without a weight; not where experts are looked for, whose gates are factors."""
-        if not self.experts:
-            self.labels.pin(dim, reason)
+    def fitted(self, node: Any, made: Any) -> Any:
+        """Return what a node makes, with labels instead of `FREE` where something labelled is known to be written into it."""
+        if node not in self._labelled or not isinstance(made, Value):
+            return made
+        dims = zip(made.shape, made.dims, strict=True)
+        return replace(made, dims=tuple(self.labels.new(n) if d is FREE and n > 1 else d for n, d in dims))
+
+    def sums(self, node: Any, dim: Dim, reason: str, *, is_product: bool = False) -> None:
+        """Note that an operation sums over a dimension without a weight; what is not known to be zero where it is silent stays.
+
+        Not where experts are looked for, whose gates are factors.
+        """
+        if self.experts or not isinstance(dim, np.ndarray):
+            return
+        self._pin_other(node, dim, reason)
+        self.summed.append(dim[is_zeroed(dim)])
+        self.products += [dim[is_zeroed(dim)]] if is_product else []
+
+    def request(self, node: Any, kind: str, dim: Dim) -> bool:
+        """Ask for an edit of an operation in its module's code where a dimension gets shorter; False where none can be had.
+
+        The kinds are those of `fasterai.prune.surgery.rewriting`: the edit gets the sizes before and after.
+        """
+        if self.rewrite:
+            self.requests[node] = (kind, dim)
+        return self.rewrite
 
     def reads(self, weight: Value, d: int) -> None:
         """Note that a weight, or a blend, multiplies a channel along its dimension `d`, and passes on something else."""
         if weight.places and is_labelled(weight.dims[d]):
             self.readers.add(weight.places[d])
+            self.blends.update([weight.places[d][0]] if weight.is_blend else [])
+
+
+def _words(node: Any) -> str:
+    name = node.name.removeprefix("b_")
+    return f"{name} is a buffer" if node.op == "placeholder" else f"{name} makes it something else"
+
+
+def called(node: Any) -> str:
+    """Return the name of the operation that a node calls, as `add`; one in place has the name of the other."""
+    name = str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
+    return name.removesuffix("_") if not name.endswith("__") else name
+
+
+def module_of(node: Any) -> str:
+    """Return the name of the innermost module that runs an operation, without the marks of repeated calls."""
+    return modules_of(node)[1]
+
+
+def modules_of(node: Any) -> tuple[list[str], str]:
+    """Return the names of the modules that an operation runs in, without the marks of repeated calls: outer ones, innermost."""
+    names = [str(name).partition("@")[0] for name, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return (names[:-1], names[-1]) if names else ([], "")
+
+
+def is_cut(node: Any, found: Any) -> bool:
+    """Tell if an operation is a slice, or a split into unequal parts, of what carries labels."""
+    if called(node) == "slice":
+        return shape_of(node) != _sizes(node.args[0].meta["val"])
+    return called(node) in ("split", "split_with_sizes", "tensor_split", "chunk") and len({v.shape for v in found}) > 1
 
 
 Rule = Callable[..., Any]
@@ -198,8 +335,12 @@ def all_fixed(shape: Sequence[int]) -> tuple[Dim, ...]:
     return (FIXED,) * len(shape)
 
 
-def broadcast(trace: Trace, name: str, values: Iterable[Value], shape: tuple[int, ...]) -> Value:
-    """Join the dimensions that meet in broadcasting, counted from the right; one of size 1 takes the other's labels."""
+def broadcast(trace: Trace, name: str, values: Iterable[Value], shape: tuple[int, ...], *, product: bool = False) -> Value:
+    """Join the dimensions that meet in broadcasting, counted from the right; one of size 1 takes the other's labels.
+
+    Marked as zero is what is so in all of the values, or in any of them where they are multiplied.
+    """
+    values = list(values)
     dims: list[Dim] = [FREE] * len(shape)
     for value in values:
         for i in range(1, len(value.shape) + 1):
@@ -208,7 +349,41 @@ def broadcast(trace: Trace, name: str, values: Iterable[Value], shape: tuple[int
                 dims[-i] = trace.labels.join(dims[-i], dim, f"{name} meets a dimension of fixed size")
             else:
                 trace.labels.pin(dim, f"{name} repeats it along a larger dimension")
-    return Value(shape, tuple(dims))
+    combine = np.logical_or if product else np.logical_and
+    flags = [[zeros_at(value, i, size) for value in values] for i, size in zip(range(-len(shape), 0), shape, strict=True)]
+    return Value(shape, tuple(_marked(dim, combine.reduce(here)) for dim, here in zip(dims, flags, strict=True)))
+
+
+def zeros_at(value: Value, i: int, size: int) -> Flags:
+    """Tell for each index of dimension `i`, counted from the right, if a value is zero there; one that is repeated is not."""
+    is_there = -i <= len(value.shape) and value.shape[i] == size
+    return np.broadcast_to(is_zeroed(value.dims[i]) if is_there else np.zeros(1, np.bool_), (size,))
+
+
+def zero_in_either(a: Dim, b: Dim) -> Dim:
+    """Return the labels of a dimension that a product sums over: marked where those of either factor are.
+
+    >>> is_zeroed(zero_in_either(zeroed(np.arange(2)), np.arange(2))).tolist()
+    [True, True]
+    """
+    labelled = next((d for d in (a, b) if isinstance(d, np.ndarray)), None)
+    return zeroed(labelled, is_zeroed(a) | is_zeroed(b)) if labelled is not None else FIXED
+
+
+def _marked(dim: Dim, flags: Flags) -> Dim:
+    return zeroed(dim, flags) if isinstance(dim, np.ndarray) else dim
+
+
+def unmarked(value: Value) -> Value:
+    """Return a value of which nothing is known to be zero."""
+    return replace(value, dims=tuple(plain(d) if isinstance(d, np.ndarray) else d for d in value.dims))
+
+
+def marked_as(value: Value, d: int, flags: Flags | bool) -> Value:
+    """Return a value whose labels along dimension `d` are marked as zero where flags are set."""
+    dims = list(value.dims)
+    dims[d] = _marked(dims[d], np.asarray(flags))
+    return replace(value, dims=tuple(dims))
 
 
 def blend(factors: Sequence[Value], origins: Sequence[Sequence[int | None]], product: Value) -> Value:

@@ -21,12 +21,12 @@ from fasterai.display import Brief
 from fasterai.graph.channels import ChannelGraph, channel_graph
 from fasterai.graph.labels import Flags
 from fasterai.model.supported import check_runs, said
-from fasterai.prune.check import Sound, largest_sound
+from fasterai.prune.check import Sound, largest_sound, plan_of
 from fasterai.prune.choice.budget import REACHED, Budget, fit_budget
 from fasterai.prune.goal import free_pools
 from fasterai.prune.scratch.widening import widen_
 from fasterai.prune.surgery.operate import Surgery
-from fasterai.prune.surgery.plan import Plan, make_plan
+from fasterai.prune.surgery.plan import Plan
 from fasterai.units.channel_pools import ChannelPool, channel_pools
 from fasterai.units.choice import Goal, choose, limits_of
 
@@ -160,7 +160,7 @@ def cut_(of: Structure, kept: Sequence[Flags]) -> tuple[Plan, Sound]:
         The plan, and which channels stay; those of a group without which the network fails are put back.
     """
     sound = largest_sound(of.model, of.graph, kept, of.inputs, exact=False)
-    plan = make_plan(of.model, of.graph, sound.kept, streams=sound.streams)
+    plan = plan_of(of.model, of.graph, sound)
     Surgery(of.model, plan)
     return plan, sound
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fasterai.graph.channels import ChannelGraph
+from fasterai.model.slim_norms import can_be_slim
 from fasterai.prune.surgery.plan import Plan, make_plan, tensor_of, tensors_of
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention
 
@@ -42,6 +43,8 @@ def widen_(model: nn.Module, graph: ChannelGraph, counts: Mapping[str, int]) -> 
             now = attributes.get((module, attribute), before)
             attributes[module, attribute] = _more(now, before, after, count)
         for name, left in plan.slim.items():
+            if can_be_slim(model.get_submodule(name)):  # it has more channels, and none that were zero
+                continue
             whole = _attention(model, name).num_heads
             heads[name] = heads.get(name, whole) + count * (whole - left)
     for (name, d), size in sizes.items():

@@ -5,6 +5,7 @@ The note goes with copies and pickles of a module. It counts only while the tens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from torch import nn
@@ -12,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from fasterai.model.names import own_tensors
 
-__all__ = ["Note", "dense_shapes", "dense_shapes_of", "note", "noted_on", "put_note"]
+__all__ = ["Note", "count_at_first", "dense_shapes", "dense_shapes_of", "note", "noted_on", "put_note"]
 
 Shape = tuple[int, ...]
 #: Name of a parameter or buffer of a module -> its shape before the first cut, and after the last.
@@ -35,6 +36,17 @@ def dense_shapes(model: nn.Module) -> dict[str, Shape]:
         for prefix, module in model.named_modules(remove_duplicate=False)
         for name, shape in (_noted(module) if is_cut else dense_shapes_of(module)).items()
     }
+
+
+def count_at_first(model: nn.Module) -> int:
+    """Return the number of parameters before the first cut."""
+    counts = {
+        id(parameter): math.prod(dense_shapes_of(module)[name])
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+    return sum(counts.values())
 
 
 def note(module: nn.Module, dense: Mapping[str, Shape]) -> Note:

@@ -20,7 +20,7 @@ Kept = Mapping[tuple[str, int], Array]
 #: Numbers of channels that are several indices each, as heads and the equal parts of a split are; widths of all of them.
 HEADS = (
     *("num_heads", "n_heads", "nheads", "n_head", "nhead", "num_head", "num_attention_heads", "num_key_value_heads"),
-    *("heads", "width"),
+    *("heads", "width", "c"),  # the last is that of ultralytics' blocks
 )
 WIDTHS = ("all_head_size", "attn_dim", "inner_dim", "embed_dim", "hidden_dim", "split_size", "dim", "expand_chs")
 #: Numbers of experts, as models call them; in a config too.
@@ -46,7 +46,7 @@ def new_sizes(module: nn.Module, old: Shapes, new: Shapes, keep: Kept) -> dict[s
         return {"nf": new["weight"][1]} | ({"nx": new["weight"][0]} if hasattr(module, "nx") else {})
     shrunk: dict[Any, int] = {b: a for n in new for b, a in zip(old[n], new[n], strict=True) if b != a}
     # A filter that is a buffer keeps its channels, a table of relative positions the shape of what is read off it.
-    known = {"channels": vars(module).get("channels"), "bias_shape": vars(module).get("bias_shape")}
+    known = {name: vars(module).get(name) for name in ("channels", "bias_shape", "normalized_shape")}
     sizes = {k: tuple(shrunk.get(n, n) for n in v) if isinstance(v, tuple) else shrunk.get(v, v) for k, v in known.items()}
     return {k: v for k, v in sizes.items() if v != known[k]}
 
@@ -99,3 +99,8 @@ def _(module: nn.PReLU, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
 @new_sizes.register(nn.RNNBase)
 def _(module: nn.RNNBase, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
     return {"input_size": new["weight_ih_l0"][1], "hidden_size": new["weight_hh_l0"][1]}
+
+
+@new_sizes.register(nn.RNNCellBase)
+def _(module: nn.RNNCellBase, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
+    return {"input_size": new["weight_ih"][1], "hidden_size": new["weight_hh"][1]}

@@ -18,8 +18,10 @@ from fasterai.graph.inputs import InputCut, input_cuts, put_inputs
 from fasterai.model.cuts import announce, kept_slices
 from fasterai.model.names import unwrap
 from fasterai.model.optimizers import averages_of, check_optimizer, cut_entry, states_of, strange_keys
+from fasterai.model.slim_norms import can_be_slim, put_dense_size
 from fasterai.prune.surgery.dense_shapes import dense_shapes_of, note, noted_on, put_note
 from fasterai.prune.surgery.plan import Plan, check_plan, tensor_of, tensors_of
+from fasterai.prune.surgery.rewriting import Rewrite, change_rewrites
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention, encoders_of
 
 __all__ = ["Surgery", "apply_plan_", "operate"]
@@ -49,6 +51,7 @@ class Surgery:
     def __init__(self, model: nn.Module, plan: Plan, optimizer: Any = None) -> None:
         check_optimizer(optimizer)
         check_plan(model, plan)
+        self._model = unwrap(model)
         self._changes: list[_Change] = []
         self._is_done = True
         try:
@@ -58,6 +61,16 @@ class Surgery:
         except BaseException:
             self.undo()
             raise
+
+    def rewrite(self, rewrites: Mapping[str, Rewrite]) -> None:
+        """Put traced copies of modules in their places too.
+
+        Raises:
+            ValueError: One of them does not fit; those before it are in their places then, and undone with all else.
+        """
+        for change in change_rewrites(self._model, rewrites):
+            self._changes.append(_Change(*change))
+            self._changes[-1].forth()
 
     def undo(self) -> None:
         """Put everything back as it was."""
@@ -143,10 +156,12 @@ def _changes(model: nn.Module, plan: Plan, optimizer: Any) -> Iterator[_Change]:
     yield from (_note(module, shapes) for module, shapes in dense if shapes and plan.shapes)
     for module_name, attribute, before, after in plan.attributes:
         yield _set(model.get_submodule(module_name), attribute, before, after)
-    for name, heads in plan.slim.items():
-        yield _slim(model, name, heads)
+    for name, size in plan.slim.items():
+        module = model.get_submodule(name)
+        yield _count(module, size) if can_be_slim(module) else _slim(model, name, size)
     if plan.inputs:
         yield _note_inputs(model, plan.inputs)
+    yield from (_Change(*change) for change in change_rewrites(model, plan.rewrites))
 
 
 def _cut(tensor: Tensor, kept: Any, scale: float) -> _Change:
@@ -195,6 +210,11 @@ def _set(module: nn.Module, attribute: str, before: Any, after: Any) -> _Change:
     owner, _, own = attribute.rpartition(".")
     holder = getattr(module, owner) if owner else module
     return _Change(lambda: setattr(holder, own, after), lambda: setattr(holder, own, before))
+
+
+def _count(norm: nn.Module, size: int) -> _Change:
+    before = vars(norm).get("dense_size")
+    return _Change(lambda: put_dense_size(norm, size), lambda: put_dense_size(norm, before))
 
 
 def _slim(model: nn.Module, name: str, heads: int) -> _Change:

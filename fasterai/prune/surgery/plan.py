@@ -20,7 +20,9 @@ from fasterai.graph.inputs import InputCut
 from fasterai.graph.labels import Array, Flags
 from fasterai.model.cuts import input_place
 from fasterai.model.names import own_tensors, plain_name, unwrap, walk_tensors
+from fasterai.model.slim_norms import can_be_slim
 from fasterai.prune.surgery.modules import HEADS, STREAMS, WIDTHS, new_sizes
+from fasterai.prune.surgery.rewriting import Rewrite
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention
 
 __all__ = ["Plan", "check_plan", "cut_normed", "make_plan", "tensor_of", "tensors_of"]
@@ -34,10 +36,12 @@ class Plan(Shown):
         shapes: Name of each parameter and buffer that shrinks -> its shape before.
         keep: Its name and dimension -> the indices that stay.
         attributes: (module name, attribute, value before, value after); one of a module's config as `config.attribute`.
-        slim: Names of `nn.MultiheadAttention` modules that lose heads -> heads that stay.
+        slim: Names of `nn.MultiheadAttention` modules that lose heads -> heads that stay; of norms over fewer channels ->
+            how many there were before anything was removed.
         scales: Names of weights of norms that average over what goes -> by how much what stays of them grows. With a share r
             of the channels, the others silent, the mean of squares is 1 / r of what it was: the weight grows by its root.
         inputs: What stays of those inputs that lose indices.
+        rewrites: Names of modules that run a traced copy of their code -> the edits of it.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -46,6 +50,11 @@ class Plan(Shown):
     slim: Mapping[str, int]
     scales: Mapping[str, float] = field(default_factory=dict)
     inputs: tuple[InputCut, ...] = ()
+    rewrites: Mapping[str, Rewrite] = field(default_factory=dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy or pickle; those of earlier versions know of no rewrites."""
+        vars(self).update({"rewrites": {}, **state})
 
     @property
     def cut(self) -> dict[Place, Array]:
@@ -68,7 +77,13 @@ class Plan(Shown):
             "attributes": [list(a) for a in self.attributes],
             "slim": dict(self.slim),
             "scales": dict(self.scales),
-        } | ({"inputs": [one.to_dict() for one in self.inputs]} if self.inputs else {})
+        } | self._later()
+
+    def _later(self) -> dict[str, Any]:
+        """Return the parts that earlier versions did not have, where there is anything in them."""
+        inputs = [one.to_dict() for one in self.inputs]
+        rewrites = {name: rewrite.to_dict() for name, rewrite in self.rewrites.items()}
+        return {key: value for key, value in (("inputs", inputs), ("rewrites", rewrites)) if value}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -80,6 +95,7 @@ class Plan(Shown):
             dict(data["slim"]),
             dict(data.get("scales", {})),
             tuple(InputCut.from_dict(one) for one in data.get("inputs", ())),
+            {name: Rewrite.from_dict(one) for name, one in data.get("rewrites", {}).items()},
         )
 
     def _line(self) -> str:
@@ -96,6 +112,8 @@ class Plan(Shown):
             yield Table(("tensor or size", "before", "after"), body, text=lines)
         yield from (f"input {one.words}" for one in self.inputs)
         yield from (f"{n}: times {factor:.4g}" for n, factor in self.scales.items())
+        for name, rewrite in self.rewrites.items():
+            yield f"{name or 'the model itself'}: runs a traced copy of its code, {counted(len(rewrite.edits), 'edit')}"
         if not (lines or self.scales):
             yield "nothing is taken out"
 
@@ -188,10 +206,11 @@ def _misfits(model: nn.Module, plan: Plan) -> Iterator[str]:
             yield f"that sets {module}.{attribute}, which is missing here"
         elif attrgetter(attribute)(modules[module]) != before:
             yield f"where {module}.{attribute} is {before}, here {attrgetter(attribute)(modules[module])}"
+    yield from (f"that rewrites {name}, which is missing here" for name in plan.rewrites if name not in modules)
     for name in plan.slim:
-        if not name:
+        if not name and not can_be_slim(model):
             yield "that takes heads from the model itself; put the attention into an nn.Sequential"
-        elif not isinstance(modules.get(name), nn.MultiheadAttention | SlimMultiheadAttention):
+        elif not (can_be_slim(m := modules.get(name)) or isinstance(m, nn.MultiheadAttention | SlimMultiheadAttention)):
             yield f"that takes heads from {name}, which is no nn.MultiheadAttention here"
 
 
@@ -231,6 +250,9 @@ def _sizes(
             changed += [(name, *c) for c in _differing(module, new_sizes(module, old, new, keep))]
         elif name in graph.normed:
             changed += [(name, *c) for c in _bare_sizes(module, plan, graph.normed[name])]
+        size, places = graph.counted.get(name, (0, frozenset()))
+        if places & plan.keep.keys():
+            slim[name] = vars(module).get("dense_size", size)
         changed += [(name, *c) for c in _parent_sizes(module, dot, heads)]
     return tuple(changed), slim
 
@@ -319,13 +341,19 @@ def _stream_sizes(model: nn.Module, plan: Plan, known: set[tuple[str, str]]) -> 
         name = plain_name(prefix)
         dot = f"{name}." if name else ""
         after: dict[int, set[int]] = {}
+        by_role: dict[tuple[int, bool], set[int]] = {}
         for path, holder in (
             ("", module),
             *((f"{key}.", child) for key, child in module._modules.items() if child is not None),
         ):
             for own, tensor in holder._parameters.items():
                 for d, n in enumerate(tensor.shape if tensor is not None else ()):
-                    after.setdefault(n, set()).add(len(plan.keep.get((f"{dot}{path}{own}", d), range(n))))
+                    left = len(plan.keep.get((f"{dot}{path}{own}", d), range(n)))
+                    after.setdefault(n, set()).add(left)
+                    if tensor is not None and tensor.dim() > 1:
+                        by_role.setdefault((n, d == 1), set()).add(left)
         for attribute, n in widths.items():
-            if len(after.get(n, ())) == 1 and after[n] != {n} and (name, attribute) not in known:
-                yield name, attribute, n, next(iter(after[n]))
+            # Where what the module reads and what it makes become different, its width is that of what it reads.
+            found = after.get(n, set()) if len(after.get(n, ())) == 1 else by_role.get((n, True), set())
+            if len(found) == 1 and found != {n} and (name, attribute) not in known:
+                yield name, attribute, n, next(iter(found))

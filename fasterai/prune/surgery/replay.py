@@ -26,6 +26,7 @@ from fasterai.graph.inputs import InputCut
 from fasterai.model.cuts import announce
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.plan import Plan, tensor_of, tensors_of
+from fasterai.prune.surgery.rewriting import Rewrite
 from fasterai.units.looks import check_looks
 
 __all__ = ["GRADUAL_FORMAT", "Shapes", "read_state", "replay", "shapes_of"]
@@ -63,7 +64,7 @@ def read_state(state: Mapping[str, Any]) -> tuple[list[Plan], Shapes]:
 
 def _plan(data: Mapping[str, Any]) -> Plan:
     """Read a plan, every number of which is one, and whose indices rise within what there was."""
-    check_parts(data, "GradualPruner", PLAN, {"scales": mapping_of(_factor), "inputs": list_of(_input)})
+    check_parts(data, "GradualPruner", PLAN, LATER)
     for name, d, kept in data["keep"]:
         shape = data["shapes"].get(name, ())
         if d >= len(shape) or not kept or kept[-1] >= shape[d] or any(a >= b for a, b in itertools.pairwise(kept)):
@@ -75,6 +76,10 @@ def _plan(data: Mapping[str, Any]) -> Plan:
 
 def _input(what: str, value: Any) -> None:
     InputCut.from_dict(value)
+
+
+def _rewrite(what: str, value: Any) -> None:
+    Rewrite.from_dict(value)
 
 
 def _kept(what: str, value: Any) -> None:
@@ -115,6 +120,7 @@ PLAN: Mapping[str, Check] = {
 }
 
 
+LATER: Mapping[str, Check] = {"scales": mapping_of(_factor), "inputs": list_of(_input), "rewrites": mapping_of(_rewrite)}
 PARTS: Mapping[str, Check] = {
     "format": equal_to(GRADUAL_FORMAT),
     "plans": list_of(_dict),

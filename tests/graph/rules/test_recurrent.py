@@ -23,7 +23,35 @@ def with_states(m: Any, x: Tensor) -> Tensor:
     return m.b(m.r(m.a(x), (state, state))[0])
 
 
+def cell(op: str, kind: type[nn.RNNCellBase], **how: Any) -> Case:
+    """Three steps of a cell, one after another."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        states = None
+        for t in range(3):
+            states = m.r(m.a(x[:, t]), states)
+        return m.b(states[0] if isinstance(states, tuple) else states)
+
+    layers = lambda: {"a": nn.Linear(6, 5), "r": kind(5, 8, **how), "b": nn.Linear(8, 3)}  # noqa: E731
+    goes = {("a.weight", 0): 5, ("r.weight_ih", 1): 5, ("r.weight_hh", 1): 8, ("b.weight", 1): 8}
+    return Case((op,), run, layers, (2, 4, 6), goes, {}, f"{op} {how}")
+
+
 CASES = [
+    cell("lstm_cell", nn.LSTMCell),
+    cell("gru_cell", nn.GRUCell),
+    cell("gru_cell", nn.GRUCell, bias=False),
+    cell("rnn_tanh_cell", nn.RNNCell),
+    cell("rnn_relu_cell", nn.RNNCell, nonlinearity="relu"),
+    Case(
+        ("gru_cell",),
+        lambda m, x: m.b(m.r(m.a(x), torch.ones(x.shape[0], 8, dtype=x.dtype).cumsum(1))),
+        lambda: {"a": nn.Linear(6, 5), "r": nn.GRUCell(5, 8), "b": nn.Linear(8, 3)},
+        (4, 6),
+        {("a.weight", 0): 5},
+        {("r.weight_hh", 1): "given its states"},
+        "a cell with fixed states",
+    ),
     *(
         recurrent(kind, **how)
         for kind in (nn.LSTM, nn.GRU)

@@ -43,6 +43,20 @@ CASES = [
         for op in ("channel_shuffle", "native_channel_shuffle")
     ),
     Case(
+        ("im2col",),
+        lambda m, x: m.b(F.unfold(m.a(x), 2).unflatten(-1, (3, 3))),
+        convs(back=32),
+        (2, 3, 4, 4),
+        {("a.weight", 0): 8, ("b.weight", 1): 8},
+    ),
+    Case(
+        ("im2col", "col2im"),
+        lambda m, x: m.b(F.fold(F.unfold(m.a(x), 2, stride=2).exp(), (4, 4), 2, stride=2)),
+        convs(),
+        (2, 3, 4, 4),
+        {("a.weight", 0): 8, ("b.weight", 1): 8},
+    ),
+    Case(
         ("pixel_shuffle",),
         lambda m, x: m.b(F.pixel_shuffle(m.a(x), 2)),
         convs(back=2),

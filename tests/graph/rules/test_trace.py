@@ -12,6 +12,7 @@ from fasterai.graph.rules import RULES, Trace, Value, rule
 from tests.graph.rules import (
     test_attention,
     test_consumers,
+    test_einsum,
     test_elementwise,
     test_moving,
     test_norms,
@@ -20,6 +21,7 @@ from tests.graph.rules import (
     test_reshaping,
     test_spatial,
     test_weights,
+    test_writing,
 )
 from tests.graph.rules.cases import Case, both, convs, goes_as_it_says, linears, one
 
@@ -105,6 +107,8 @@ CASES = [
 ELSEWHERE = [
     test_elementwise.CASES,
     test_weights.CASES,
+    test_writing.CASES,
+    test_einsum.CASES,
     test_norms.CASES,
     test_consumers.CASES,
     test_attention.CASES,
