@@ -302,6 +302,7 @@ def _follow(settings: _Settings, choices: dict[str, int]) -> tuple[Trace, dict[s
         if trace.written <= written:
             break
         written |= trace.written  # such tensors get labels from the start, so that all views of them learn what is written
+    trace.pin_untaken()
     for name in weights.keys() - {name for program in settings.programs for name in program.uses()}:
         trace.labels.pin_all(weights[name].dims, "no operation reads it")
     for name in weights.keys() & settings.stay:
@@ -490,9 +491,7 @@ def _entering(trace: Trace, components: Components) -> dict[int, Slices]:
     return found
 
 
-def _grouped(
-    touched: Mapping[int, Slices], entering: Mapping[int, Slices], kinds: Sequence[Collection[int]]
-) -> list[Group]:
+def _grouped(touched: Mapping[int, Slices], entering: Mapping[int, Slices], kinds: Sequence[Collection[int]]) -> list[Group]:
     """Make groups of the components that are slices of the same dimensions of the same weights and inputs."""
     found: dict[tuple[Any, ...], list[tuple[Slices, Slices]]] = {}
     for number, places in touched.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from fasterai.graph.channels import channel_graph
@@ -14,16 +14,14 @@ from tests.sweep.check import difference
 from tests.transformer_nets import Design, Transformer
 
 DESIGNS = st.builds(
-    Design,
+    lambda heads, reads, **more: Design(heads=heads[0], shared=heads[1], reads=reads[0], tied=reads[1], **more),
     depth=st.integers(1, 2),
-    heads=st.sampled_from([2, 4]),
-    shared=st.sampled_from([1, 2]),
+    heads=st.sampled_from([(2, 1), (4, 1), (4, 2)]),
     norm=st.sampled_from(["layer", "rms", "own rms"]),
     pre=st.booleans(),
     positions=st.sampled_from(["learned", "rotary", "none"]),
-    reads=st.sampled_from(["tokens", "patches"]),
+    reads=st.sampled_from([("tokens", False), ("tokens", True), ("patches", False)]),
     token=st.booleans(),
-    tied=st.booleans(),
     gated=st.booleans(),
     fused=st.booleans(),
     bias=st.booleans(),
@@ -31,13 +29,22 @@ DESIGNS = st.builds(
 )
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+#: Without the search for a smaller failing example: each takes an export.
+FEW = settings(
+    max_examples=4,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@FEW
 @example(Design(depth=2, pre=True, token=True, reads="patches", fused=True))  # a ViT
 @example(Design(heads=4, shared=2, norm="own rms", positions="rotary", tied=True, gated=True, bias=False, causal=True))
 @example(Design(pre=False, norm="layer", causal=True, tied=True))
 @given(DESIGNS)
 def test_half_of_every_group_goes_and_outputs_and_training_go_on(design):
-    assume(design.reads == "tokens" or not design.tied)
     torch.manual_seed(0)
     model = Transformer(design).eval()
     dense, x = sum(p.numel() for p in model.parameters()), model.inputs(2, 6)
@@ -66,6 +73,6 @@ def learns(model: Transformer, x: torch.Tensor) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert all(p.grad is not None for p in model.parameters())
