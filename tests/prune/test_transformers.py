@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
@@ -19,7 +18,7 @@ DESIGNS = st.builds(
     heads=st.sampled_from([(2, 1), (4, 1), (4, 2)]),
     norm=st.sampled_from(["layer", "rms", "own rms"]),
     pre=st.booleans(),
-    positions=st.sampled_from(["learned", "rotary", "none"]),
+    positions=st.sampled_from(["learned", "rotary", "waves", "none"]),
     reads=st.sampled_from([("tokens", False), ("tokens", True), ("patches", False)]),
     token=st.booleans(),
     gated=st.booleans(),
@@ -31,7 +30,7 @@ DESIGNS = st.builds(
 
 #: Without the search for a smaller failing example: each takes an export.
 FEW = settings(
-    max_examples=4,
+    max_examples=3,
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],
@@ -43,11 +42,12 @@ FEW = settings(
 @example(Design(depth=2, pre=True, token=True, reads="patches", fused=True))  # a ViT
 @example(Design(heads=4, shared=2, norm="own rms", positions="rotary", tied=True, gated=True, bias=False, causal=True))
 @example(Design(pre=False, norm="layer", causal=True, tied=True))
+@example(Design(norm="rms", positions="waves", fused=True))
 @given(DESIGNS)
 def test_half_of_every_group_goes_and_outputs_and_training_go_on(design):
     torch.manual_seed(0)
     model = Transformer(design).eval()
-    dense, x = sum(p.numel() for p in model.parameters()), model.inputs(2, 6)
+    x = model.inputs(2, 6)
     others = [model.inputs(3, 9, 1), model.inputs(1, 2, 2)]
     graph, dice = channel_graph(model, (x,)), np.random.default_rng(0)
     mask_channels_(model, graph, [dice.permutation(g.channels) >= g.channels // 2 for g in graph.groups])
@@ -57,9 +57,10 @@ def test_half_of_every_group_goes_and_outputs_and_training_go_on(design):
     with torch.no_grad():
         after = [model(one) for one in (x, *others)]
     assert difference(before, after) < 1e-9
-    assert removal.refused == {} and model.head.weight.shape[1] == design.stream // 2
-    assert [m < n for n, m in removal.groups.values()] == [True] * (1 + 2 * design.depth)
-    assert sum(p.numel() for p in model.parameters()) < 0.6 * dense
+    stays = design.positions == "waves"  # what is added there is not zero, and norms average over it
+    assert removal.refused == {}
+    assert [m / n for n, m in removal.groups.values()] == [0.5] * (2 * design.depth + (not stays))
+    assert model.head.weight.shape[1] == design.stream // (1 if stays else 2)
     learns(model.train(), x)
 
 

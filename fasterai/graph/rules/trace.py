@@ -93,7 +93,7 @@ class Trace:
         gates: The dimensions that are gated so.
         routes: Node of a choice of the highest -> the dimension that it is made from, and how many are chosen.
         layers: The places, as (name, dimension), of outputs of linear layers.
-        sliced: Place, as (name, dimension), of a parameter or buffer that slices read -> its labels, and which of them are read.
+        sliced: Place, as (name, dimension), of a parameter or buffer that slices read -> its labels, and which are read.
         written: Nodes of tensors that were made to fit, as `zeros(...)` are, and into which labelled ones are written in place.
         rewrite: True if sizes that are written into code can be put right, so that a split into unequal parts, and a slice,
             need not pin what they cut.
