@@ -310,6 +310,7 @@ def _follow(settings: _Settings, choices: dict[str, int]) -> tuple[Trace, dict[s
         if trace.written <= written:
             break
         written |= trace.written  # such tensors get labels from the start, so that all views of them learn what is written
+    trace.pin_untaken()
     for name in weights.keys() - {name for program in settings.programs for name in program.uses()}:
         trace.labels.pin_all(weights[name].dims, "no operation reads it")
     for name in weights.keys() & settings.stay:

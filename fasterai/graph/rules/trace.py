@@ -97,6 +97,7 @@ class Trace:
         gates: The dimensions that are gated so.
         routes: Node of a choice of the highest -> the dimension that it is made from, and how many are chosen.
         layers: The places, as (name, dimension), of outputs of linear layers.
+        sliced: Place, as (name, dimension), of a parameter or buffer that slices read -> its labels, and which are read.
         written: Nodes of tensors that were made to fit, as `zeros(...)` are, and into which labelled ones are written in place.
         rewrite: True if sizes that are written into code can be put right, so that a split into unequal parts, and a slice,
             need not pin what they cut.
@@ -137,6 +138,7 @@ class Trace:
         self.layers: set[tuple[str, int]] = set()
         self.written: set[Any] = set()
         self._labelled = labelled
+        self.sliced: dict[tuple[str, int], tuple[Array, Flags]] = {}
         self.rewrite = rewrite
         self.values: dict[Any, Any] = {}
         self.requests: dict[Any, tuple[str, Dim]] = {}
@@ -230,6 +232,15 @@ class Trace:
         if count is not None:
             self.routes[node] = (dim, count)
         return True
+
+    def takes(self, place: tuple[str, int], dim: Array, start: int | None, end: int | None) -> None:
+        """Note the part of a parameter or buffer that a slice takes."""
+        self.sliced.setdefault(place, (dim, np.zeros(len(dim), np.bool_)))[1][slice(start, end)] = True
+
+    def pin_untaken(self) -> None:
+        """Pin what all slices of a parameter or buffer leave out, such as positions beyond the length of the inputs."""
+        for dim, taken in self.sliced.values():
+            self.labels.pin(dim[~taken], "slices leave it out on these inputs, and may read it on longer ones")
 
     def route(self, node: Any, size: int) -> Dim:
         """Return the closest gate over `size` experts that chose the numbers which a node holds; `FIXED` if none did."""
