@@ -24,10 +24,10 @@ from fasterai.display import Shown, Table, counted
 from fasterai.graph.exported import Exported, exported, how_recorded, unmet
 from fasterai.graph.features import Asked, FeaturesLike, kept_inputs, read_features
 from fasterai.graph.inputs import input_tensors
-from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim, plain, zeroed
+from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim, is_zeroed, plain, zeroed
 from fasterai.graph.reasons import summed_reasons
 from fasterai.graph.rules import RULES, Trace, Value, unknown
-from fasterai.graph.rules.trace import called, is_cut, module_of, values_in
+from fasterai.graph.rules.trace import called, is_cut, module_of, unmarked, values_in
 from fasterai.model.dataflow import VIEWS
 from fasterai.model.inputs import positional
 from fasterai.model.names import plain_name, unwrap
@@ -194,9 +194,10 @@ def followed(
     graph = _graph(inner, trace, weights, components)
     may_go = {place for group in graph.groups for place in group.inputs}
     whole = kept_inputs(input_tensors(inner, inputs), may_go, graph.inputs)
-    shared: frozenset[str] = frozenset().union(*(p.shared() for p in programs))
+    summed = {name for group in graph.groups if group.is_summed for name, _ in group.places}
+    shared: frozenset[str] = frozenset(trace.blends & summed).union(*(p.shared() for p in programs))
     sized: dict[str, bool] = {}
-    for name, cuts in _sized(trace, components):
+    for name, cuts in _sized(trace, components) if rewrite else ():
         sized[name] = sized.get(name, False) or cuts
     norms, recorded = _norms(programs), how_recorded(programs)
     graph = replace(graph, norms=norms, shared=shared, inputs=whole, recorded=recorded, sized=sized)
@@ -258,6 +259,10 @@ def _tried(settings: _Settings, choices: dict[str, int]) -> tuple[Trace, dict[st
     return trace, weights
 
 
+#: What may go by products of computed tensors counts less, so that of an attention's ways heads win over widths of heads.
+BY_PRODUCTS = 0.75
+
+
 def _removable(trace: Trace, weights: Mapping[str, Value]) -> tuple[float, int]:
     """Rate a pass: the amount of weights that may be removed, then the number of channels.
 
@@ -266,13 +271,15 @@ def _removable(trace: Trace, weights: Mapping[str, Value]) -> tuple[float, int]:
     components = _components(trace, weights)
     is_free = np.ones(int(components.of.max(initial=-1)) + 1, np.bool_)
     is_free[list(components.pinned)] = False
+    counts = np.ones(is_free.size)
+    counts[components.numbers(np.concatenate([*trace.products, np.zeros(0, np.int64)]))] = BY_PRODUCTS
     total, channels = 0.0, np.zeros(is_free.size, np.bool_)
     for value in weights.values():
         stays = 1.0
         for labels in value.dims:
             if isinstance(labels, np.ndarray):
                 free = (of := components.numbers(labels))[is_free[of]]
-                stays *= 1 - free.size / labels.size / 2
+                stays *= 1 - float(counts[free].sum()) / labels.size / 2
                 channels[free] = True
         total += (1 - stays) * math.prod(value.shape)
     return total, int(channels.sum())
@@ -314,6 +321,7 @@ def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value], size
     names, parameters = program.names, program.program.graph_signature.inputs_to_parameters
     given = program.inputs
     values = trace.values
+    trace.roots = program.roots
     idle, unused = program.idle_and_unused()
     for node in program.program.graph.nodes:
         if node in idle:
@@ -325,7 +333,7 @@ def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value], size
             for value in (v for a in node.args[0] if isinstance(v := values.get(a), Value)):
                 trace.labels.pin_all(value.dims, "it is an output of the network")
         else:
-            values[node] = _apply(trace, node, values, program.roots)
+            values[node] = _apply(trace, node, values)
         for value in values_in(values.get(node)) if sizes else ():
             _keep_fit(trace, value, sizes)
         for value in values_in(values[node]) if node in unused else ():
@@ -355,7 +363,7 @@ def _placeholder(
     return weights[name]
 
 
-def _apply(trace: Trace, node: Any, values: dict[Any, Any], roots: Mapping[Any, Any]) -> Any:
+def _apply(trace: Trace, node: Any, values: dict[Any, Any]) -> Any:
     arguments, keywords = tree_map(lambda a: values.get(a, a) if isinstance(a, torch.fx.Node) else a, (node.args, node.kwargs))
     if node.target is operator.getitem:
         return arguments[0][arguments[1]]
@@ -363,8 +371,9 @@ def _apply(trace: Trace, node: Any, values: dict[Any, Any], roots: Mapping[Any, 
     found: Callable[..., Any] | None = RULES.get(name)
     result = trace.fitted(node, _ruled(trace, found or unknown, node, arguments, keywords))
     if name.endswith("_") and not name.endswith("__") and isinstance(result, Value) and isinstance(arguments[0], Value):
-        _written(trace, node, arguments[0], result, roots[node.args[0]])
+        _written(trace, node, arguments[0], result, trace.roots[node.args[0]])
         values[node.args[0]] = result
+        _forget(trace, node, arguments[0], result, values)
     if found is None or (isinstance(result, Value) and result.is_blend and not any(result is a for a in arguments)):
         return result
     shown = arguments[0] if name.lstrip("_") in VIEWS and isinstance(arguments[0], Value) else None
@@ -395,9 +404,19 @@ def _written(trace: Trace, node: Any, before: Value, after: Value, root: Any) ->
     if len(before.shape) != len(after.shape):  # `unsqueeze_` and the like give the tensor another shape, and write nothing
         return
     for size, was, now in zip(before.shape, before.dims, after.dims, strict=True):
-        if size > 1 and was is FREE and isinstance(now, np.ndarray):
+        if size > 1 and was is FREE and now is not FREE:
             trace.written.add(root)
             trace.labels.pin(now, f"{node.name} writes it into another tensor")
+
+
+def _forget(trace: Trace, node: Any, before: Value, after: Value, values: dict[Any, Any]) -> None:
+    """Forget what is known to be zero of the tensor that is written in place and of its views, where that may be lost."""
+    same = len(before.shape) == len(after.shape)
+    if same and all((is_zeroed(b) <= is_zeroed(a)).all() for b, a in zip(before.dims, after.dims, strict=True)):
+        return
+    for other, value in values.items():
+        if trace.roots.get(other) is trace.roots[node.args[0]] and isinstance(value, Value | list):
+            values[other] = unmarked(value) if isinstance(value, Value) else [unmarked(v) for v in values_in(value)]
 
 
 def _seen(result: Any, shown: Value | None) -> Any:

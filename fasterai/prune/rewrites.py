@@ -16,7 +16,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,10 +153,8 @@ class Rewriter:
                 self.refused[name] = str(error)
             else:
                 self.modules[name] = _Module(module, given, graphs[0])
-                earlier = (rewrite_of(module) or Rewrite()).edits
-                self.modules[name].seen.update(
-                    {(edit.node, edit.path): {edit.after} for edit in earlier if edit.kind == "size"}
-                )
+                earlier = [edit for edit in (rewrite_of(module) or Rewrite()).edits if edit.kind == "size"]
+                self.modules[name].seen.update({(edit.node, edit.path): {edit.after} for edit in earlier})
 
     def _verify(self, inputs: tuple[Any, ...], training: bool, autocast: bool = False) -> None:
         """Drop the modules whose traces do something else than their own code on some inputs; the others' numbers are noted."""
@@ -228,12 +226,13 @@ class Rewriter:
 
     # --- the edits of a removal --------------------------------------------------------------------------------------
 
-    def find(self, inputs: tuple[Any, ...], kept: Sequence[Flags]) -> dict[str, Rewrite]:
+    def find(self, inputs: tuple[Any, ...], kept: Sequence[Flags], model: nn.Module | None = None) -> dict[str, Rewrite]:
         """Find the edits that a removal needs, on the model without the channels.
 
         Args:
             inputs: Positional arguments of the model as it is now.
             kept: For each group the channels that were kept.
+            model: A copy of the model, where that is what the channels were taken from.
 
         Raises:
             ValueError: Slices, or splits into unequal parts, have to be put right in a module that cannot run a traced copy.
@@ -242,7 +241,7 @@ class Rewriter:
         calls: Counter[str] = Counter()
 
         def repaired(name: str, one: _Module) -> Callable[..., Any]:
-            graph = traced(one.module, one.given, False)
+            graph = traced(modules[name], one.given, False)
             edits = [*_requested(one, kept)]
             apply_edits(graph, tuple(edits))
             found[name] = edits
@@ -259,14 +258,13 @@ class Rewriter:
 
             return run
 
-        patched = {}
+        model = self._model if model is None else model
+        modules, patched = {name: model.get_submodule(name) for name in self.modules}, {}
         for name, one in self.modules.items():
-            try:
-                patched[name] = (one.module, repaired(name, one))
-            except ValueError:
-                continue
-        with at_rest(self._model), _running(patched):
-            _quietly(self._model, inputs)
+            with suppress(ValueError):
+                patched[name] = (modules[name], repaired(name, one))
+        with at_rest(model), _running(patched):
+            _quietly(model, inputs)
         self._check_cuts(found, kept)
         return {
             name: Rewrite(tuple(self.modules[name].given.items()), tuple(edits))
@@ -374,7 +372,7 @@ def _outcome(run: Callable[[], Any], module: nn.Module, given: Any) -> Any:
     read = [x for x in (*module.parameters(), *tree_leaves(given)) if isinstance(x, Tensor) and x.requires_grad]
     total: Any = sum((x.sum() * (i + 1) for i, x in enumerate(tensors) if x.requires_grad), start=0.0)
     slopes = torch.autograd.grad(total, read, allow_unused=True) if isinstance(total, Tensor) and read else ()
-    return [str(spec), *(x if isinstance(x, Tensor) else repr(x) for x in leaves), *slopes]
+    return [str(spec).replace("immutable_", ""), *(x if isinstance(x, Tensor) else repr(x) for x in leaves), *slopes]
 
 
 def _alike(a: Any, b: Any) -> bool:

@@ -252,10 +252,9 @@ def _is_filled_by_a_run(module: nn.Module, attribute: str, here: Any, there: Any
 
 
 def _is_set_in_a_run(kind: type, attribute: str) -> bool:
-    """Tell if a method of a class other than `__init__` assigns an attribute, as a detector's that notes the scales it meets."""
-    methods = [
-        m for c in kind.__mro__ if not c.__module__.startswith("torch.nn.") for m in vars(c).values() if inspect.isfunction(m)
-    ]
+    """Tell if a method of a class other than `__init__` assigns an attribute, as one that notes the sizes that it meets."""
+    own = [c for c in kind.__mro__ if not c.__module__.startswith("torch.nn.")]
+    methods = [m for c in own for m in vars(c).values() if inspect.isfunction(m)]
     return any(
         any(i.opname == "STORE_ATTR" and i.argval == attribute for i in dis.get_instructions(m))
         for m in methods

@@ -14,6 +14,7 @@ from fasterai.graph.rules.trace import (
     Value,
     argument_of,
     blend,
+    broadcast,
     called,
     rule,
     settled,
@@ -51,13 +52,20 @@ def reduction(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: An
     dims = [d % len(x.shape) for d in dims]
     if x.is_blend and called(node) == "sum":
         return _summed(trace, x, dims, shape)
-    if called(node) == "sum":
+    if _adds_zeros(trace, node, arguments, keywords):
         for d in dims:
-            trace.sums(x.dims[d], f"{node.name} reduces it to one number")
+            trace.sums(node, x.dims[d], f"{node.name} reduces it to one number")
     elif not _counted(trace, node, x, dims) and (trace.exact or not _is_average(node)):
         trace.labels.pin_all([x.dims[d] for d in dims], f"{node.name} reduces it to one number")
     x = unmarked(x) if called(node) == "logsumexp" else x
     return Value(shape, without(x.dims, dims, len(shape)))
+
+
+def _adds_zeros(trace: Trace, node: Any, arguments: Sequence[Any], keywords: Any) -> bool:
+    """Tell if an operation gives the same without entries that are zero, as a sum does; a norm of no negative order too."""
+    order = argument_of(node, "ord", arguments, keywords) or argument_of(node, "p", arguments, keywords)
+    is_norm = called(node) in ("linalg_vector_norm", "norm") and (order is None or order > 0)
+    return called(node) == "sum" or ((called(node) == "any" or is_norm) and trace.exact and not trace.experts)
 
 
 def _summed(trace: Trace, x: Value, dims: Sequence[int], shape: tuple[int, ...]) -> Value:
@@ -126,8 +134,17 @@ def extremes(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any
         pass
     elif not _counted(trace, node, x, gone) and (trace.exact or not _is_average(node)):
         trace.labels.pin_all([x.dims[d] for d in gone], f"{node.name} picks entries of it by their values")
-    fixed = [FIXED if i in gone else d for i, d in enumerate(unmarked(x).dims)]
+    x = unmarked(x)  # numbers of entries are among the results
+    fixed = [FIXED if i in gone else d for i, d in enumerate(x.dims)]
     return [Value(s, tuple(fixed) if len(s) == len(fixed) else without(x.dims, gone, len(s))) for s in shapes_of(node)]
+
+
+@rule("cosine_similarity")
+def similarity(trace: Trace, node: Any, a: Value, b: Value, dim: int = 1, eps: float = 1e-8) -> Value:
+    """Follow sums over products and over squares: what is zero in both tensors adds nothing."""
+    joined = broadcast(trace, node.name, [a, b], np.broadcast_shapes(a.shape, b.shape))
+    trace.sums(node, joined.dims[dim], f"{node.name} reduces it to one number")
+    return Value(shape_of(node), without(joined.dims, [dim], len(shape_of(node))))
 
 
 @rule("flip")

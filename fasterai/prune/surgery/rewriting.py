@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -267,7 +268,20 @@ def traced(module: nn.Module, given: Mapping[str, Any], training: bool) -> Graph
     for node in graph.nodes:
         if node.op == "placeholder" and given:
             node.target = _argument(str(node.target), given, [*inspect.signature(type(stand_in).forward).parameters])
-    return graph
+    return _tidy(graph)
+
+
+def _tidy(graph: Graph) -> Graph:
+    """Return a graph without sizes and devices that nobody reads, numbered anew: so both modes have the same names."""
+    for node in reversed(graph.nodes):
+        if not node.users and (node.op == "get_attr" or node.target in (getattr, operator.getitem)):
+            graph.erase_node(node)
+    tidy, copied = Graph(), dict[Node, Node]()
+    for node in graph.nodes:
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), copied.__getitem__)
+        base = node.name.rstrip("0123456789").removesuffix("_") or node.name
+        copied[node] = tidy.create_node(node.op, node.target, args, kwargs, base, node.type)
+    return tidy
 
 
 def _argument(target: str, given: Mapping[str, Any], names: list[str]) -> str:
