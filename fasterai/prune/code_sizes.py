@@ -1,4 +1,4 @@
-"""What the labels of the channel graph say of sizes in code: how long each dimension is once channels are gone."""
+"""Sizes in code as the labels of the channel graph have them: how long each dimension is once channels are gone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPLITS = ("split", "split_with_sizes")
 
 @dataclass(frozen=True)
 class Count:
-    """How many entries of a dimension stay: those that always do, and those of channels of groups, by group."""
+    """Number of entries of a dimension that stay: those that always do, and those of channels of groups, by group."""
 
     fixed: int
     free: tuple[tuple[int, Array], ...]
@@ -40,7 +40,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Known:
-    """What the labels say of one exported operation: the lengths of its results, and where a slice begins and ends."""
+    """Knowledge that labels give of one exported operation: the lengths of its results, and where a slice begins and ends."""
 
     name: str
     results: tuple[tuple[Count, ...], ...]

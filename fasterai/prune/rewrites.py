@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Graph, traceback
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from fasterai.graph.channels import ChannelGraph, followed
 from fasterai.graph.labels import Flags
@@ -32,7 +32,21 @@ from fasterai.model.running import at_rest, in_mode, undisturbed
 from fasterai.prune.code_sizes import Count, Known, count, ends, known_of, owners_of
 from fasterai.prune.surgery.rewriting import GIVEN, Edit, Path, Rewrite, apply_edits
 from fasterai.prune.surgery.tracing import edited, rewrite_of, traced
-from fasterai.prune.traced_runs import MARK, Marked, Repaired, Watched, bound, forward_of, ordered, quietly, running
+from fasterai.prune.traced_runs import (
+    MARK,
+    Marked,
+    Repaired,
+    Watched,
+    alike,
+    apart,
+    bound,
+    forward_of,
+    ordered,
+    outcome,
+    put_back,
+    quietly,
+    running,
+)
 
 __all__ = ["Rewriter"]
 
@@ -124,16 +138,16 @@ class Rewriter:
             graph = traced(one.module, one.given, training)
 
             def run(module: nn.Module, args: Any, kwargs: Any) -> Any:
-                mine, own = (tree_map(_own, x) for x in ((args, kwargs), (args, kwargs)))
+                mine, own = (tree_map(apart, x) for x in ((args, kwargs), (args, kwargs)))
                 state = torch.get_rng_state()
                 with undisturbed(module):
-                    found = _outcome(lambda: Watched(module, graph, one.seen).run(*ordered(module, *mine)), module, mine)
+                    found = outcome(lambda: Watched(module, graph, one.seen).run(*ordered(module, *mine)), module, mine)
                 torch.set_rng_state(state)
                 buffers = [b.detach().clone() for b in module.buffers()]
-                wanted = _outcome(lambda: forward_of(module)(module, *own[0], **own[1]), module, own)
+                wanted = outcome(lambda: forward_of(module)(module, *own[0], **own[1]), module, own)
                 if training:  # what a norm has counted, it counts once
-                    _put_back(module, buffers)
-                if not _alike(found, wanted):
+                    put_back(module, buffers)
+                if not alike(found, wanted):
                     wrong[name] = "its code does something else on other inputs, or in training, than its trace"
                 torch.set_rng_state(state)
                 return forward_of(module)(module, *args, **kwargs)
@@ -262,42 +276,6 @@ def _given(calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if any(one != given[0] for one in given):
         raise ValueError("it is called with other arguments from call to call")
     return given[0]
-
-
-def _own(x: Any) -> Any:
-    return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
-
-
-def _outcome(run: Callable[[], Any], module: nn.Module, given: Any) -> Any:
-    """Return what a module gives, with its gradients, or the error's type where it fails."""
-    try:
-        result = run()
-    except Exception as error:
-        return type(error)
-    leaves, spec = tree_flatten(result)
-    tensors = [x for x in leaves if isinstance(x, Tensor)]
-    read = [x for x in (*module.parameters(), *tree_leaves(given)) if isinstance(x, Tensor) and x.requires_grad]
-    total: Any = sum((x.sum() * (i + 1) for i, x in enumerate(tensors) if x.requires_grad), start=0.0)
-    slopes = torch.autograd.grad(total, read, allow_unused=True) if isinstance(total, Tensor) and read else ()
-    return [str(spec).replace("immutable_", ""), *(x if isinstance(x, Tensor) else repr(x) for x in leaves), *slopes]
-
-
-def _alike(a: Any, b: Any) -> bool:
-    if not isinstance(a, list) or not isinstance(b, list):
-        return a is b  # both fail on inputs that neither takes
-    return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _same(a: Any, b: Any) -> bool:
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return bool(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b))
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
-
-
-@torch.no_grad()
-def _put_back(module: nn.Module, buffers: Sequence[Tensor]) -> None:
-    for buffer, before in zip(module.buffers(), buffers, strict=True):
-        buffer.copy_(before)
 
 
 def _device_type(model: nn.Module) -> str:

@@ -8,15 +8,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import Graph, Interpreter, Node, traceback
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from fasterai.graph.labels import Flags
 from fasterai.model.running import copies, without_fast_path
 from fasterai.prune.code_sizes import Known, sized, wanted
 from fasterai.prune.surgery.rewriting import Edit, Path, nested, replaced, rooted
 
-__all__ = ["MARK", "Marked", "Repaired", "Watched", "bound", "forward_of", "ordered", "quietly", "running"]
+__all__ = [
+    "MARK",
+    "Marked",
+    "Repaired",
+    "Watched",
+    "alike",
+    "bound",
+    "forward_of",
+    "ordered",
+    "outcome",
+    "own",
+    "put_back",
+    "quietly",
+    "running",
+]
 
 MARK = "fasterai"
 
@@ -71,6 +87,45 @@ def bound(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
 def ordered(module: nn.Module, args: Any, kwargs: Any) -> list[Any]:
     """Return the arguments of a module's call in the order of its signature."""
     return [*bound(module, args, kwargs).values()]
+
+
+def apart(x: Any) -> Any:
+    """Return a tensor in memory of its own, which takes gradients as it did."""
+    return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+
+
+def outcome(run: Callable[[], Any], module: nn.Module, given: Any) -> Any:
+    """Return what a module gives, with its gradients, or the error's type where it fails."""
+    try:
+        result = run()
+    except Exception as error:
+        return type(error)
+    leaves, spec = tree_flatten(result)
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    read = [x for x in (*module.parameters(), *tree_leaves(given)) if isinstance(x, Tensor) and x.requires_grad]
+    total: Any = sum((x.sum() * (i + 1) for i, x in enumerate(tensors) if x.requires_grad), start=0.0)
+    slopes = torch.autograd.grad(total, read, allow_unused=True) if isinstance(total, Tensor) and read else ()
+    return [str(spec).replace("immutable_", ""), *(x if isinstance(x, Tensor) else repr(x) for x in leaves), *slopes]
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Tell if two outcomes are the same, bit for bit."""
+    if not isinstance(a, list) or not isinstance(b, list):
+        return a is b  # both fail on inputs that neither takes
+    return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return bool(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b))
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@torch.no_grad()
+def put_back(module: nn.Module, buffers: Sequence[Tensor]) -> None:
+    """Give a module's buffers the values that they had."""
+    for buffer, before in zip(module.buffers(), buffers, strict=True):
+        buffer.copy_(before)
 
 
 class _Run(Interpreter):

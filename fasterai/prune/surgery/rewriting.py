@@ -61,7 +61,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """How a module is traced, and the edits of its trace.
+    """Way in which a module is traced, and the edits of its trace.
 
     Attributes:
         given: Arguments that it is traced for, by name; called with others it raises an error.
@@ -146,7 +146,7 @@ def _mean(graph: Graph, node: Node, edit: Edit) -> None:
     """Make a mean over n of N entries, of which the others were zero, the mean over all N: times n / N."""
     with graph.inserting_after(node):
         times = graph.call_function(torch.mul, (node, edit.after / edit.before))
-    node.replace_all_usesreplaced(times, delete_user_cb=lambda user: user is not times)
+    node.replace_all_uses_with(times, delete_user_cb=lambda user: user is not times)
 
 
 def rooted(path: Path) -> Path:
@@ -189,7 +189,7 @@ def replaced(whole: Any, path: Path, value: Any) -> Any:
 
 
 def apply_edits(graph: Graph, edits: tuple[Edit, ...]) -> None:
-    """Change a trace in place.
+    """Make the changes of a trace, in place.
 
     Raises:
         ValueError: An edit names an operation or an argument that there is not, or that has another number.

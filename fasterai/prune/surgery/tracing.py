@@ -51,7 +51,7 @@ def rewrite_of(module: nn.Module) -> Rewrite | None:
 
 
 def traced(module: nn.Module, given: Mapping[str, Any], training: bool) -> Graph:
-    """Trace a module's own code, as its class has it, with its attributes as they are now; it is not changed.
+    """Make a trace of a module's own code, with its attributes as they are now; it is not changed.
 
     Args:
         module: The module.
@@ -134,7 +134,7 @@ def edited(module: nn.Module, rewrite: Rewrite) -> tuple[Graph, Graph]:
 
 
 class _Traced:
-    """What the classes of traced copies share: the rewrite, and how they are copied and pickled."""
+    """Parts that the classes of traced copies share: the rewrite, and how they are copied and pickled."""
 
     rewrite: Rewrite
 
