@@ -24,10 +24,10 @@ from fasterai.display import Shown, Table, counted
 from fasterai.graph.exported import Exported, exported, how_recorded, unmet
 from fasterai.graph.features import Asked, FeaturesLike, kept_inputs, read_features
 from fasterai.graph.inputs import input_tensors
-from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim, plain, zeroed
+from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim, is_zeroed, plain, zeroed
 from fasterai.graph.reasons import summed_reasons
 from fasterai.graph.rules import RULES, Trace, Value, unknown
-from fasterai.graph.rules.trace import called, is_cut, module_of, values_in
+from fasterai.graph.rules.trace import called, is_cut, module_of, unmarked, values_in
 from fasterai.model.dataflow import VIEWS
 from fasterai.model.inputs import positional
 from fasterai.model.names import plain_name, unwrap
@@ -59,19 +59,21 @@ class Group(Shown):
             one weight apart.
         inputs: Input and dimension -> the indices there, in the same way, where the channels are features of an input.
         is_summed: True if operations sum or average over the channels, so that a silent one has to be zero all the way.
+        is_shown: True if norms without a scale hand on what is not zero for a silent channel, so that what reads it has to be.
     """
 
     places: Mapping[Place, Array]
     name: str = ""
     inputs: Mapping[Place, Array] = field(default_factory=dict)
     is_summed: bool = False
+    is_shown: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or first_maker(self.places, frozenset()))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or pickle; those of earlier versions know of no inputs."""
-        vars(self).update({"inputs": {}, "is_summed": False, **state})
+        vars(self).update({"inputs": {}, "is_summed": False, "is_shown": False, **state})
 
     @property
     def channels(self) -> int:
@@ -100,7 +102,7 @@ class ChannelGraph(Shown):
         normed: Name of a module that normalises without parameters -> for each index of what it normalises a place, and the
             index there, with which it goes; None where it stays.
         rescaled: Names of weights of norms that average over what may go: the more of it goes, the more they have to grow.
-        counted: Names of modules that average over what may go, and go on with how many channels there were.
+        counted: Names of modules that average over what may go -> over how many channels, and the places of these.
         norms: Those that alone read the output of a layer.
         shared: Names of parameters that several operations use: one may make channels that another reads.
         inputs: Input and dimension -> why it stays, where all of it does; inputs are named by their arguments.
@@ -120,14 +122,14 @@ class ChannelGraph(Shown):
     shared: frozenset[str] = frozenset()
     inputs: Mapping[Place, str] = field(default_factory=dict)
     input_sizes: Mapping[Place, int] = field(default_factory=dict)
-    counted: frozenset[str] = frozenset()
+    counted: Mapping[str, tuple[int, frozenset[Place]]] = field(default_factory=dict)
     recorded: str = ""
     partly: Mapping[Place, str] = field(default_factory=dict)
     sized: Mapping[str, bool] = field(default_factory=dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or pickle; those of earlier versions know less."""
-        later = {"inputs": {}, "input_sizes": {}, "counted": frozenset(), "recorded": "", "partly": {}, "sized": {}}
+        later = {"inputs": {}, "input_sizes": {}, "counted": {}, "recorded": "", "partly": {}, "sized": {}}
         vars(self).update({**later, **state})
 
     def _line(self) -> str:
@@ -192,7 +194,8 @@ def followed(
     graph = _graph(inner, trace, weights, components)
     may_go = {place for group in graph.groups for place in group.inputs}
     whole = kept_inputs(input_tensors(inner, inputs), may_go, graph.inputs)
-    shared: frozenset[str] = frozenset().union(*(p.shared() for p in programs))
+    summed = {name for group in graph.groups if group.is_summed for name, _ in group.places}
+    shared: frozenset[str] = frozenset(trace.blends & summed).union(*(p.shared() for p in programs))
     sized: dict[str, bool] = {}
     for name, cuts in _sized(trace, components) if rewrite else ():
         sized[name] = sized.get(name, False) or cuts
@@ -256,6 +259,10 @@ def _tried(settings: _Settings, choices: dict[str, int]) -> tuple[Trace, dict[st
     return trace, weights
 
 
+#: What may go by products of computed tensors counts less, so that of an attention's ways heads win over widths of heads.
+BY_PRODUCTS = 0.75
+
+
 def _removable(trace: Trace, weights: Mapping[str, Value]) -> tuple[float, int]:
     """Rate a pass: the amount of weights that may be removed, then the number of channels.
 
@@ -264,13 +271,15 @@ def _removable(trace: Trace, weights: Mapping[str, Value]) -> tuple[float, int]:
     components = _components(trace, weights)
     is_free = np.ones(int(components.of.max(initial=-1)) + 1, np.bool_)
     is_free[list(components.pinned)] = False
+    counts = np.ones(is_free.size)
+    counts[components.numbers(np.concatenate([*trace.products, np.zeros(0, np.int64)]))] = BY_PRODUCTS
     total, channels = 0.0, np.zeros(is_free.size, np.bool_)
     for value in weights.values():
         stays = 1.0
         for labels in value.dims:
             if isinstance(labels, np.ndarray):
                 free = (of := components.numbers(labels))[is_free[of]]
-                stays *= 1 - free.size / labels.size / 2
+                stays *= 1 - float(counts[free].sum()) / labels.size / 2
                 channels[free] = True
         total += (1 - stays) * math.prod(value.shape)
     return total, int(channels.sum())
@@ -304,6 +313,7 @@ def _follow(settings: _Settings, choices: dict[str, int]) -> tuple[Trace, dict[s
         trace.labels.pin_all(weights[name].dims, "no operation reads it")
     for name in weights.keys() & settings.stay:
         trace.labels.pin_all(weights[name].dims, "its module recomputes its weight in each forward pass")
+    trace.settle()
     return trace, weights
 
 
@@ -311,6 +321,7 @@ def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value], size
     names, parameters = program.names, program.program.graph_signature.inputs_to_parameters
     given = program.inputs
     values = trace.values
+    trace.roots = program.roots
     idle, unused = program.idle_and_unused()
     for node in program.program.graph.nodes:
         if node in idle:
@@ -322,7 +333,7 @@ def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value], size
             for value in (v for a in node.args[0] if isinstance(v := values.get(a), Value)):
                 trace.labels.pin_all(value.dims, "it is an output of the network")
         else:
-            values[node] = _apply(trace, node, values, program.roots)
+            values[node] = _apply(trace, node, values)
         for value in values_in(values.get(node)) if sizes else ():
             _keep_fit(trace, value, sizes)
         for value in values_in(values[node]) if node in unused else ():
@@ -352,7 +363,7 @@ def _placeholder(
     return weights[name]
 
 
-def _apply(trace: Trace, node: Any, values: dict[Any, Any], roots: Mapping[Any, Any]) -> Any:
+def _apply(trace: Trace, node: Any, values: dict[Any, Any]) -> Any:
     arguments, keywords = tree_map(lambda a: values.get(a, a) if isinstance(a, torch.fx.Node) else a, (node.args, node.kwargs))
     if node.target is operator.getitem:
         return arguments[0][arguments[1]]
@@ -360,8 +371,9 @@ def _apply(trace: Trace, node: Any, values: dict[Any, Any], roots: Mapping[Any, 
     found: Callable[..., Any] | None = RULES.get(name)
     result = trace.fitted(node, _ruled(trace, found or unknown, node, arguments, keywords))
     if name.endswith("_") and not name.endswith("__") and isinstance(result, Value) and isinstance(arguments[0], Value):
-        _written(trace, node, arguments[0], result, roots[node.args[0]])
+        _written(trace, node, arguments[0], result, trace.roots[node.args[0]])
         values[node.args[0]] = result
+        _forget(trace, node, arguments[0], result, values)
     if found is None or (isinstance(result, Value) and result.is_blend and not any(result is a for a in arguments)):
         return result
     shown = arguments[0] if name.lstrip("_") in VIEWS and isinstance(arguments[0], Value) else None
@@ -392,9 +404,19 @@ def _written(trace: Trace, node: Any, before: Value, after: Value, root: Any) ->
     if len(before.shape) != len(after.shape):  # `unsqueeze_` and the like give the tensor another shape, and write nothing
         return
     for size, was, now in zip(before.shape, before.dims, after.dims, strict=True):
-        if size > 1 and was is FREE and isinstance(now, np.ndarray):
+        if size > 1 and was is FREE and now is not FREE:
             trace.written.add(root)
             trace.labels.pin(now, f"{node.name} writes it into another tensor")
+
+
+def _forget(trace: Trace, node: Any, before: Value, after: Value, values: dict[Any, Any]) -> None:
+    """Forget what is known to be zero of the tensor that is written in place and of its views, where that may be lost."""
+    same = len(before.shape) == len(after.shape)
+    if same and all((is_zeroed(b) <= is_zeroed(a)).all() for b, a in zip(before.dims, after.dims, strict=True)):
+        return
+    for other, value in values.items():
+        if trace.roots.get(other) is trace.roots[node.args[0]] and isinstance(value, Value | list):
+            values[other] = unmarked(value) if isinstance(value, Value) else [unmarked(v) for v in values_in(value)]
 
 
 def _seen(result: Any, shown: Value | None) -> Any:
@@ -443,8 +465,8 @@ def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value], compone
                 if may_go:
                     touched.setdefault(number, []).append(((name, d), where))
     entering = _entering(trace, components)
-    summed = {int(n) for dim in trace.summed if isinstance(dim, np.ndarray) for n in np.unique(components.numbers(dim))}
-    groups, readers = _grouped(touched, entering, summed), frozenset(trace.readers)
+    kinds = [_numbers(components, dims) for dims in (trace.summed, trace.shown)]
+    groups, readers = _grouped(touched, entering, kinds), frozenset(trace.readers)
     whole = {place: components.pinned.get(n, "no weight reads it") for n, slices in entering.items() for place, _ in slices}
     return ChannelGraph(
         tuple(_named(groups, readers)),
@@ -453,10 +475,23 @@ def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value], compone
         dict(_normed(model, trace, components, touched)),
         frozenset(trace.rescaled),
         inputs=whole,
-        counted=frozenset(trace.counted),
+        counted={name: (_size(dims), _places(components, dims, touched)) for name, dims in trace.counted.items()},
         input_sizes={(name, d): v.shape[d] for name, v in trace.inputs.items() for d, x in enumerate(v.dims) if x is not FIXED},
         partly=partly,
     )
+
+
+def _numbers(components: Components, dims: Iterable[Dim]) -> set[int]:
+    return {int(n) for dim in dims if isinstance(dim, np.ndarray) for n in np.unique(components.numbers(dim))}
+
+
+def _size(dims: Sequence[Dim]) -> int:
+    return next(len(dim) for dim in dims if isinstance(dim, np.ndarray))
+
+
+def _places(components: Components, dims: Iterable[Dim], touched: Mapping[int, Slices]) -> frozenset[Place]:
+    """Return the first place of each component among some dimensions that may go."""
+    return frozenset(touched[n][0][0] for n in _numbers(components, dims) if n in touched)
 
 
 Slices = list[tuple[Place, Array]]  # of one component: a place, and the indices there
@@ -474,17 +509,20 @@ def _entering(trace: Trace, components: Components) -> dict[int, Slices]:
     return found
 
 
-def _grouped(touched: Mapping[int, Slices], entering: Mapping[int, Slices], summed: Collection[int]) -> list[Group]:
+def _grouped(
+    touched: Mapping[int, Slices], entering: Mapping[int, Slices], kinds: Sequence[Collection[int]]
+) -> list[Group]:
     """Make groups of the components that are slices of the same dimensions of the same weights and inputs."""
-    kinds: dict[tuple[Any, ...], list[tuple[Slices, Slices]]] = {}
+    found: dict[tuple[Any, ...], list[tuple[Slices, Slices]]] = {}
     for number, places in touched.items():
         inputs = entering.get(number, [])
-        kind = (number in summed, *(tuple((place, where.size) for place, where in slices) for slices in (places, inputs)))
-        kinds.setdefault(kind, []).append((places, inputs))
-    return [_group(members, is_summed=bool(kind[0])) for kind, members in kinds.items()]
+        slices = (tuple((place, where.size) for place, where in slices) for slices in (places, inputs))
+        flags = tuple(number in of for of in kinds)
+        found.setdefault((flags, *slices), []).append((places, inputs))
+    return [_group(members, *kind[0]) for kind, members in found.items()]
 
 
-def _group(members: Sequence[tuple[Slices, Slices]], is_summed: bool) -> Group:
+def _group(members: Sequence[tuple[Slices, Slices]], is_summed: bool, is_shown: bool) -> Group:
     places, inputs = _stacked([slices for slices, _ in members]), _stacked([slices for _, slices in members])
     order = np.argsort(next(iter((inputs or places).values()))[:, 0], kind="stable")
     return Group(
@@ -492,6 +530,7 @@ def _group(members: Sequence[tuple[Slices, Slices]], is_summed: bool) -> Group:
         ".".join(map(str, next(iter(inputs), ()))),
         {place: indices[order] for place, indices in inputs.items()},
         is_summed,
+        is_shown,
     )
 
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fasterai.model.attributes import attributes_kept
 from fasterai.model.names import unwrap
 
 __all__ = [
+    "Narrowed",
     "at_rest",
     "copies",
     "device_name",
@@ -24,6 +26,26 @@ __all__ = [
     "wait_for",
     "without_fast_path",
 ]
+
+
+class Narrowed(TorchDispatchMode):
+    """While it is on, it notes if a tensor in float64 is cast to a narrower type, as norms that insist on float32 do.
+
+    Attributes:
+        dtype: The narrowest type that a tensor was cast to; float64 if none was.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtype = torch.float64
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and look at its result if it casts."""
+        result = operation(*args, **(kwargs or {}))
+        if operation is torch.ops.aten._to_copy.default and args[0].dtype is torch.float64 and result.dim():
+            is_narrower = result.is_floating_point() and torch.finfo(result.dtype).bits < torch.finfo(self.dtype).bits
+            self.dtype = result.dtype if is_narrower else self.dtype
+        return result
 
 
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:

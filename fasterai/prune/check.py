@@ -35,7 +35,7 @@ from fasterai.graph.inputs import InputCut, cut_inputs
 from fasterai.graph.labels import Array, Flags
 from fasterai.model.names import unwrap
 from fasterai.model.outputs import movement, tolerance
-from fasterai.model.running import at_rest, copies, without_fast_path
+from fasterai.model.running import Narrowed, at_rest, copies, without_fast_path
 from fasterai.model.supported import check_inputs, said
 from fasterai.prune.decisions import Decisions
 from fasterai.prune.precise import InFloat64
@@ -289,12 +289,14 @@ class _Trials:
         # Where outputs may move anyway, a slice at a wrong place would not be seen.
         self._rewrites = self._may_rewrite and not exact and any(graph.sized.values())
         self._model, self._inputs, self._exact = model, inputs, exact
-        runs = [_run(model, probe, Decisions() if graph.recorded else None) for probe in probes(inputs, bool(graph.recorded))]
+        with Narrowed() as narrowed:
+            runs = [_run(model, one, Decisions() if graph.recorded else None) for one in probes(inputs, bool(graph.recorded))]
         self._probes = [one for one in runs if not isinstance(one.outputs, Exception) and not _has_nan(one.outputs)]
         self._probes = self._probes or [one for one in runs[:1] if not isinstance(one.outputs, Exception)]
         self.is_blank = not any(bool(x.any()) for one in self._probes for x in one.outputs)
         dtypes = [x.dtype for x in self._probes[0].outputs if x.is_floating_point()] if self._probes else []
-        self._limit = tolerance("removal", dtypes[0]) if dtypes else 0.0
+        # Code that casts to float32 on its way rounds as float32 does, whatever type its outputs have.
+        self._limit = max(tolerance("removal", dtypes[0]), tolerance("removal", narrowed.dtype)) if dtypes else 0.0
         self.rounding = tolerance("doubtful", dtypes[0]) if dtypes else 0.0
         self.is_float64 = bool(dtypes) and all(dtype is torch.float64 for dtype in dtypes)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fasterai.core.files import untied, write_tensors
 from fasterai.graph.inputs import input_cuts, put_inputs
 from fasterai.model.names import unwrap
-from fasterai.model.slim_norms import can_be_slim, put_dense_size
+from fasterai.model.slim_norms import can_be_slim, is_slim, put_dense_size
 from fasterai.model.supported import check_model, check_whole
 from fasterai.prune.features.embeddings import CATEGORIES, kept_embeddings
 from fasterai.prune.features.files import SELECTORS, read_entry
@@ -168,7 +168,7 @@ def _selectors(selector: InputSelector | Mapping[str, InputSelector] | None) -> 
 def _slim(model: nn.Module) -> dict[str, int]:
     heads = {n: m.num_heads for n, m in model.named_modules() if isinstance(m, SlimMultiheadAttention)}
     return heads | {
-        n: size for n, m in model.named_modules() if isinstance(size := vars(m).get("dense_size"), int) and can_be_slim(m)
+        n: int(vars(m)["dense_size"]) for n, m in model.named_modules() if is_slim(m)
     }
 
 
@@ -254,10 +254,9 @@ def _is_filled_by_a_run(module: nn.Module, attribute: str, here: Any, there: Any
 
 
 def _is_set_in_a_run(kind: type, attribute: str) -> bool:
-    """Tell if a method of a class other than `__init__` assigns an attribute, as a detector's that notes the scales it meets."""
-    methods = [
-        m for c in kind.__mro__ if not c.__module__.startswith("torch.nn.") for m in vars(c).values() if inspect.isfunction(m)
-    ]
+    """Tell if a method of a class other than `__init__` assigns an attribute, as one that notes the sizes that it meets."""
+    own = [c for c in kind.__mro__ if not c.__module__.startswith("torch.nn.")]
+    methods = [m for c in own for m in vars(c).values() if inspect.isfunction(m)]
     return any(
         any(i.opname == "STORE_ATTR" and i.argval == attribute for i in dis.get_instructions(m))
         for m in methods

@@ -20,7 +20,8 @@ GRAPH = ChannelGraph(
 
 
 def test_a_weight_counts_in_equal_parts_for_its_dimensions_and_kernel_sizes_do_not() -> None:
-    # 88 numbers. Columns of a: 32 / 2. Rows of b: 48 / 2. Two of eight rows of a, of its bias: 16 / 4 + 8 / 4; b's reads: 24 / 4.
+    # 88 numbers. Columns of a: 32 / 2. Rows of b: 48 / 2. Two of eight rows of a and of its bias: (16 + 8) / 4.
+    # As much of what b reads, which has no reason of its own: 24 / 4.
     expected = {"it is an output": 24 / 88, "linear reads an input": 16 / 88, "add meets a size": 6 / 88, "of others": 6 / 88}
     assert kept_shares(SHAPES, GRAPH, otherwise="of others") == pytest.approx(expected)
     assert list(kept_shares(SHAPES, GRAPH)) == [*list(expected)[:3], "it goes only with what stays"]

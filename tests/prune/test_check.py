@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -419,3 +420,28 @@ def test_rounding_of_half_precision_is_decided_in_float64(seed: int) -> None:
     net = net.bfloat16().eval()
     removal = remove(net, torch.randn(2, 3, 16, 16).bfloat16(), measure=False)
     assert (removal.removed, removal.refused) == ({"0.weight": (64, 32), "2.weight": (64, 32)}, {})
+
+
+class Insists(nn.Module):
+    """Its code asks for float32, and enlarges rounding to a ten-thousandth of the outputs' scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 64), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.b(self.a(x).relu().float()) * 1e3).sin()
+
+
+@torch.no_grad()
+def test_rounding_is_told_from_movement_where_the_code_insists_on_float32() -> None:
+    torch.manual_seed(0)
+    model, x = Insists().eval(), torch.randn(4, 6)
+    with pytest.raises(RuntimeError, match="dtype"):
+        copy.deepcopy(model).double()(x.double())
+    graph, keep = channel_graph(model, (x,)), np.arange(64) % 2 == 0
+    model.a.weight[1::2] = model.a.bias[1::2] = 0
+    sound = largest_sound(model, graph, [keep], (x,))
+    assert 1e-5 < sound.difference < 1e-2 and not sound.refused
+    model.a.bias[1] = 1e-6  # not silent: it moves the outputs no further than rounding does
+    assert largest_sound(model, graph, [keep], (x,)).stayed == {"a.weight": (1,)}

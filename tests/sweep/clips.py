@@ -60,4 +60,7 @@ def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
         return model._build_vision_tower(32, model.CLIPVisionCfg(**image)), (torch.randn(1, 3, side, side),)
     made = getattr(coca_model if kind == "CoCa" else model, kind)
     embed = 192 if name == "siglip" else more.pop("embed_dim", 32)
-    return made(embed, vision_cfg=image, text_cfg=text, **more), (torch.randn(1, 3, side, side), torch.randint(1, 98, (1, 16)))
+    whole = made(embed, vision_cfg=image, text_cfg=text, **more)
+    if kind == "CoCa":
+        nn.init.normal_(whole.text_decoder.text_projection, std=0.1)  # its library leaves it uninitialised
+    return whole, (torch.randn(1, 3, side, side), torch.randint(1, 98, (1, 16)))

@@ -108,7 +108,7 @@ TABLE: dict[str, Callable[[Any], Built]] = {
         (_image(2, 3, 16, 16), _times(), _image(2, 6, 16)),
     ),
     "UNet1D": lambda d: (
-        d.UNet1DModel(sample_size=32, in_channels=2, out_channels=2, extra_in_channels=32, block_out_channels=(32, 32, 64)),
+        d.UNet1DModel(sample_size=32, in_channels=2, out_channels=2, extra_in_channels=64, block_out_channels=(32, 32, 64)),
         (_image(2, 2, 32), _times()),
     ),
     "UNet3D": lambda d: (

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fasterai.graph.labels import FIXED
+import numpy as np
+
+from fasterai.graph.labels import FIXED, zeroed
 from fasterai.graph.rules.elementwise import elementwise
 from fasterai.graph.rules.trace import (
     Trace,
     Value,
     argument_of,
     blend,
+    broadcast,
     called,
     rule,
     settled,
@@ -49,13 +52,20 @@ def reduction(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: An
     dims = [d % len(x.shape) for d in dims]
     if x.is_blend and called(node) == "sum":
         return _summed(trace, x, dims, shape)
-    if called(node) == "sum":
+    if _adds_zeros(trace, node, arguments, keywords):
         for d in dims:
-            trace.sums(x.dims[d], f"{node.name} reduces it to one number")
-    elif trace.exact or not _is_average(node):
+            trace.sums(node, x.dims[d], f"{node.name} reduces it to one number")
+    elif not _counted(trace, node, x, dims) and (trace.exact or not _is_average(node)):
         trace.labels.pin_all([x.dims[d] for d in dims], f"{node.name} reduces it to one number")
     x = unmarked(x) if called(node) == "logsumexp" else x
     return Value(shape, without(x.dims, dims, len(shape)))
+
+
+def _adds_zeros(trace: Trace, node: Any, arguments: Sequence[Any], keywords: Any) -> bool:
+    """Tell if an operation gives the same without entries that are zero, as a sum does; a norm of no negative order too."""
+    order = argument_of(node, "ord", arguments, keywords) or argument_of(node, "p", arguments, keywords)
+    is_norm = called(node) in ("linalg_vector_norm", "norm") and (order is None or order > 0)
+    return called(node) == "sum" or ((called(node) == "any" or is_norm) and trace.exact and not trace.experts)
 
 
 def _summed(trace: Trace, x: Value, dims: Sequence[int], shape: tuple[int, ...]) -> Value:
@@ -64,6 +74,41 @@ def _summed(trace: Trace, x: Value, dims: Sequence[int], shape: tuple[int, ...])
         trace.reads(x, d)
     left = [d for d in range(len(x.shape)) if d not in dims or len(shape) == len(x.shape)]
     return blend([x], [[None if d in dims else d for d in left]], Value(shape, without(x.dims, dims, len(shape))))
+
+
+def _counted(trace: Trace, node: Any, x: Value, dims: Sequence[int]) -> bool:
+    """Note a mean or a variance along one dimension whose module can be told how many channels there were; True if it can."""
+    if called(node) not in AVERAGES or len(dims) != 1:
+        return False
+    dim = x.dims[dims[0]]
+    if isinstance(dim, np.ndarray) and called(node) == "mean" and _squares_differences(node, dims[0], len(x.shape)):
+        dim = zeroed(dim)
+    return trace.counts(node, dim)
+
+
+#: Averages that `Counting` puts right in a module's own code.
+AVERAGES = ("mean", "var", "std", "var_mean", "std_mean")
+
+
+def _squares_differences(node: Any, d: int, rank: int) -> bool:
+    """Tell if a mean is one of squared differences from the mean along the same dimension, as a variance written by hand."""
+    square = node.args[0]
+    if called(square) not in ("pow", "square", "mul") or (called(square) == "pow" and square.args[1] != 2):
+        return False
+    difference = square.args[0]
+    if called(square) == "mul" and square.args[1] is not difference:
+        return False
+    if called(difference) != "sub" or len(difference.args) != 2 or difference.kwargs:
+        return False
+    x, mean = difference.args
+    while called(mean) == "mul" and isinstance(mean.args[1], int | float):  # of a slim norm
+        mean = mean.args[0]
+    if called(mean) in ("getitem", "<built-in function getitem>") and mean.args[1] == 1:
+        mean = mean.args[0]
+    if called(mean) not in ("mean", "var_mean") or mean.args[0] is not x:
+        return False
+    given = argument_of(mean, "dim", mean.args[1:], mean.kwargs)
+    return given is not None and [i % rank for i in ([given] if isinstance(given, int) else given)] == [d]
 
 
 def _is_average(node: Any) -> bool:
@@ -87,10 +132,19 @@ def extremes(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any
     chosen = shapes_of(node)[0][gone[0]] if called(node) == "topk" else 0
     if chosen and trace.gate(node, x.dims[gone[0]], chosen):
         pass
-    elif trace.exact or not _is_average(node):
+    elif not _counted(trace, node, x, gone) and (trace.exact or not _is_average(node)):
         trace.labels.pin_all([x.dims[d] for d in gone], f"{node.name} picks entries of it by their values")
-    fixed = [FIXED if i in gone else d for i, d in enumerate(unmarked(x).dims)]
+    x = unmarked(x)  # numbers of entries are among the results
+    fixed = [FIXED if i in gone else d for i, d in enumerate(x.dims)]
     return [Value(s, tuple(fixed) if len(s) == len(fixed) else without(x.dims, gone, len(s))) for s in shapes_of(node)]
+
+
+@rule("cosine_similarity")
+def similarity(trace: Trace, node: Any, a: Value, b: Value, dim: int = 1, eps: float = 1e-8) -> Value:
+    """Follow sums over products and over squares: what is zero in both tensors adds nothing."""
+    joined = broadcast(trace, node.name, [a, b], np.broadcast_shapes(a.shape, b.shape))
+    trace.sums(node, joined.dims[dim], f"{node.name} reduces it to one number")
+    return Value(shape_of(node), without(joined.dims, [dim], len(shape_of(node))))
 
 
 @rule("flip")

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fasterai.graph.labels import is_labelled, is_zeroed
-from fasterai.graph.rules.trace import Trace, Value, all_fixed, marked_as, rule, shapes_of, unmarked
+from fasterai.graph.labels import FIXED, is_zeroed, zeroed
+from fasterai.graph.rules.trace import Trace, Value, all_fixed, called, marked_as, module_of, rule, shapes_of, unmarked
 
 __all__: list[str] = []
 
@@ -21,12 +21,13 @@ def batch_norm(trace: Trace, node: Any, x: Value, weight: Any = None, bias: Any 
         if isinstance(value, Value):
             channel = trace.labels.join(channel, value.dims[0], f"{node.name} reads a dimension of fixed size")
     trace.norms(node, channel)
-    return _scaled(Value(x.shape, (x.dims[0], channel, *x.dims[2:])), 1, weight, bias)
+    return _scaled(trace, Value(x.shape, (x.dims[0], channel, *x.dims[2:])), 1, weight, bias)
 
 
-def _scaled(made: Value, d: int, weight: Any, bias: Any) -> Value:
+def _scaled(trace: Trace, made: Value, d: int, weight: Any, bias: Any) -> Value:
     """Return a norm's result, marked as zero along dimension `d` where scale and shift are; nowhere without a scale."""
     if not isinstance(weight, Value):
+        trace.shown.append(made.dims[d])
         return unmarked(made)
     flags = is_zeroed(weight.dims[0])
     return marked_as(unmarked(made), d, flags & is_zeroed(bias.dims[0]) if isinstance(bias, Value) else flags)
@@ -36,8 +37,8 @@ def _scaled(made: Value, d: int, weight: Any, bias: Any) -> Value:
 def layer_norm(
     trace: Trace, node: Any, x: Value, shape: Sequence[int], weight: Any = None, bias: Any = None, *rest: Any, **keywords: Any
 ) -> Value:
-    normed, is_stream = x.dims[-len(shape) :], len(shape) == 1 and is_labelled(x.dims[-1])
-    if not (is_stream and trace.counts(node, normed[0])):
+    normed = x.dims[-len(shape) :]
+    if not trace.counts(node, normed[0] if len(shape) == 1 else FIXED):
         trace.averages(normed, node.name)
         if len(shape) == 1:
             _rescale(trace, weight)
@@ -48,7 +49,12 @@ def layer_norm(
         if value is not None:
             for mine, its in zip(normed, value.dims, strict=True):
                 trace.labels.join(mine, its, node.name)
-    return _scaled(x, -1, weight, bias) if len(shape) == 1 else unmarked(x)
+    if len(shape) > 1:
+        return unmarked(x)
+    if "rms" in called(node):  # it takes no mean away
+        flags = is_zeroed(x.dims[-1]) | (is_zeroed(weight.dims[0]) if isinstance(weight, Value) else False)
+        return marked_as(unmarked(x), -1, flags)
+    return _scaled(trace, x, -1, weight, bias)
 
 
 @rule("native_layer_norm")
@@ -74,11 +80,13 @@ def group_norm(
         if isinstance(value, Value):
             channel = trace.labels.join(channel, value.dims[0], f"{node.name} reads a dimension of fixed size")
     if isinstance(channel, np.ndarray):
-        rows = channel.reshape(groups, -1)
+        rows = zeroed(channel, is_zeroed(x.dims[1])).reshape(groups, -1)
         # Whole groups leave the others as they are; the same channel of each changes all averages.
-        same = not trace.exact and trace.choose(f"group norm {rows.shape}", 2) == 1
-        trace.labels.unify(rows.T if same else rows)
-        if same:
+        can = module_of(node) in trace.slim or not trace.exact
+        same = can and trace.choose(f"group norm {rows.shape}", 2) == 1
+        one = trace.labels.unify(rows.T if same else rows)
+        if same and not trace.counts(node, one):
+            trace.averages([one], node.name)
             _rescale(trace, weight)
     trace.norms(node, channel)
-    return _scaled(Value(x.shape, (x.dims[0], channel, *x.dims[2:])), 1, weight, bias)
+    return _scaled(trace, Value(x.shape, (x.dims[0], channel, *x.dims[2:])), 1, weight, bias)

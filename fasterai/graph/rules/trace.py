@@ -38,6 +38,7 @@ __all__ = [
     "unmarked",
     "values_in",
     "without",
+    "zero_in_either",
     "zeros_at",
 ]
 
@@ -84,8 +85,12 @@ class Trace:
         normed: Name of a module that normalises, or calls what does -> the dimensions that it does it along.
         rescaled: Names of weights of norms that average over a dimension which may lose silent channels.
         summed: The dimensions that operations sum or average over: what is silent there adds nothing, as it is zero.
+        products: Those of them that products of two computed tensors sum over, such as the width of a head.
+        blends: Names of stacks of matrices of which blends are read.
+        roots: Operation -> the one that holds its memory: itself, or that of which it makes a view.
         slim: Names of modules that can be told how many channels there were, of which the silent ones were zero.
-        counted: Those of them that average over a dimension which may lose channels.
+        counted: Those of them that average over a dimension which may lose channels -> these dimensions.
+        shown: The dimensions where what is handed on is not zero although a channel is silent: what reads it has to be zero too.
         inputs: Argument -> the input with labels on the dimension that may lose indices.
         experts: True if experts are looked for instead of channels: a softmax, or a choice of the highest, then gates the
             dimension that it runs over and does not pin it, as one expert less is a softmax over the rest.
@@ -115,8 +120,13 @@ class Trace:
         self.normed: dict[str, list[Dim]] = {}
         self.rescaled: set[str] = set()
         self.summed: list[Dim] = []
+        self.products: list[Dim] = []
+        self.blends: set[str] = set()
+        self.roots: Mapping[Any, Any] = {}
         self.slim = slim
-        self.counted: set[str] = set()
+        self.counted: dict[str, list[Dim]] = {}
+        self._others: set[str] = set()  # names of modules that average over something else too, themselves or below them
+        self.shown: list[Dim] = []
         self.options: dict[str, int] = {}
         self.readers: set[tuple[str, int]] = set()
         self.inputs: dict[str, Value] = {}
@@ -155,22 +165,51 @@ class Trace:
         """Note a normalisation along a dimension; the module that it belongs to may hold the size, even without parameters."""
         self.normed.setdefault(module_of(node), []).append(dim)
 
-    def sums_zeros(self, dim: Dim, name: str) -> None:
+    def sums_zeros(self, node: Any, dim: Dim) -> None:
         """Note that an operation sums over a dimension; if exact, what is not known to be zero where it is silent stays."""
         if not isinstance(dim, np.ndarray):
             return
         if self.exact:
-            self.labels.pin(dim[~is_zeroed(dim)], f"{name} averages over it, and it is not zero where its channel is silent")
+            self._pin_other(node, dim, f"{node.name} averages over it")
         self.summed.append(dim[is_zeroed(dim)])
+
+    def _pin_other(self, node: Any, dim: Array, reason: str) -> None:
+        """Pin what is not known to be zero where its channel is silent, and say where it becomes something else."""
+        other = dim[~is_zeroed(dim)]
+        if other.size:
+            self.labels.pin(other, f"{reason}, and it is not zero where its channel is silent{self._culprit(node, other)}")
+
+    def _culprit(self, node: Any, labels: Array) -> str:
+        """Tell which operation or buffer makes something of what could be zero; it is looked for backwards."""
+        there, start = np.unique(plain(labels)), node
+        while True:
+            given = [(one, v) for one in node.all_input_nodes for v in values_in(self.values.get(one))]
+            carry = [
+                (one, [d for d in v.dims if isinstance(d, np.ndarray) and np.isin(plain(d), there).any()]) for one, v in given
+            ]
+            other = [one for one, dims in carry if dims and not any(is_zeroed(d).any() for d in dims)]
+            if not other:
+                is_told = node.name.startswith("b_") if node.op == "placeholder" else node is not start
+                return f" ({_words(node)})" if is_told else ""
+            node = other[0]
 
     def counts(self, node: Any, dim: Dim) -> bool:
         """Note that a module averages over a dimension, if it can be told how many channels there were; True if it can."""
-        name = module_of(node)
-        if name not in self.slim or not (self.exact or is_zeroed(dim).all()):
+        outer, name = modules_of(node)
+        self._others.update(outer)
+        if not (is_labelled(dim) and name in self.slim and (self.exact or is_zeroed(dim).all())):
+            self._others.add(name)
             return False
-        self.sums_zeros(dim, node.name)
-        self.counted.add(name)
+        self.sums_zeros(node, dim)
+        self.counted.setdefault(name, []).append(dim)
         return True
+
+    def settle(self) -> None:
+        """Pin what a module averages over if it averages over something else too, where it cannot be told how many there were."""
+        for name, dims in list(self.counted.items()):
+            if name in self._others or len({len(cast(Array, dim)) for dim in dims}) > 1:
+                self.labels.pin_all(dims, f"{name or 'the model'} averages over it, and over other dimensions too")
+                del self.counted[name]
 
     def averages(self, dims: Iterable[Dim], name: str) -> None:
         """Pin dimensions that an operation averages over, if the outputs must stay exact."""
@@ -205,10 +244,16 @@ class Trace:
         dims = zip(made.shape, made.dims, strict=True)
         return replace(made, dims=tuple(self.labels.new(n) if d is FREE and n > 1 else d for n, d in dims))
 
-    def sums(self, dim: Dim, reason: str) -> None:
-        """Pin a dimension that is summed over without a weight; not where experts are looked for, whose gates are factors."""
-        if not self.experts:
-            self.labels.pin(dim, reason)
+    def sums(self, node: Any, dim: Dim, reason: str, *, is_product: bool = False) -> None:
+        """Note that an operation sums over a dimension without a weight; what is not known to be zero where it is silent stays.
+
+        Not where experts are looked for, whose gates are factors.
+        """
+        if self.experts or not isinstance(dim, np.ndarray):
+            return
+        self._pin_other(node, dim, reason)
+        self.summed.append(dim[is_zeroed(dim)])
+        self.products += [dim[is_zeroed(dim)]] if is_product else []
 
     def request(self, node: Any, kind: str, dim: Dim) -> bool:
         """Note that an operation in a module's code has to be edited where a dimension gets shorter; False where it cannot.
@@ -223,6 +268,12 @@ class Trace:
         """Note that a weight, or a blend, multiplies a channel along its dimension `d`, and passes on something else."""
         if weight.places and is_labelled(weight.dims[d]):
             self.readers.add(weight.places[d])
+            self.blends.update([weight.places[d][0]] if weight.is_blend else [])
+
+
+def _words(node: Any) -> str:
+    name = node.name.removeprefix("b_")
+    return f"{name} is a buffer" if node.op == "placeholder" else f"{name} makes it something else"
 
 
 def called(node: Any) -> str:
@@ -233,8 +284,13 @@ def called(node: Any) -> str:
 
 def module_of(node: Any) -> str:
     """Return the name of the innermost module that runs an operation, without the marks of repeated calls."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return str(stack[-1][0]).partition("@")[0] if stack else ""
+    return modules_of(node)[1]
+
+
+def modules_of(node: Any) -> tuple[list[str], str]:
+    """Return the names of the modules that an operation runs in, without the marks of repeated calls: outer ones, innermost."""
+    names = [str(name).partition("@")[0] for name, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return (names[:-1], names[-1]) if names else ([], "")
 
 
 def is_cut(node: Any, found: Any) -> bool:
@@ -302,6 +358,16 @@ def zeros_at(value: Value, i: int, size: int) -> Flags:
     """Tell for each index of dimension `i`, counted from the right, if a value is zero there; one that is repeated is not."""
     is_there = -i <= len(value.shape) and value.shape[i] == size
     return np.broadcast_to(is_zeroed(value.dims[i]) if is_there else np.zeros(1, np.bool_), (size,))
+
+
+def zero_in_either(a: Dim, b: Dim) -> Dim:
+    """Return the labels of a dimension that a product sums over: marked where those of either factor are.
+
+    >>> is_zeroed(zero_in_either(zeroed(np.arange(2)), np.arange(2))).tolist()
+    [True, True]
+    """
+    labelled = next((d for d in (a, b) if isinstance(d, np.ndarray)), None)
+    return zeroed(labelled, is_zeroed(a) | is_zeroed(b)) if labelled is not None else FIXED
 
 
 def _marked(dim: Dim, flags: Flags) -> Dim:

@@ -46,7 +46,7 @@ def new_sizes(module: nn.Module, old: Shapes, new: Shapes, keep: Kept) -> dict[s
         return {"nf": new["weight"][1]} | ({"nx": new["weight"][0]} if hasattr(module, "nx") else {})
     shrunk: dict[Any, int] = {b: a for n in new for b, a in zip(old[n], new[n], strict=True) if b != a}
     # A filter that is a buffer keeps its channels, a table of relative positions the shape of what is read off it.
-    known = {"channels": vars(module).get("channels"), "bias_shape": vars(module).get("bias_shape")}
+    known = {name: vars(module).get(name) for name in ("channels", "bias_shape", "normalized_shape")}
     sizes = {k: tuple(shrunk.get(n, n) for n in v) if isinstance(v, tuple) else shrunk.get(v, v) for k, v in known.items()}
     return {k: v for k, v in sizes.items() if v != known[k]}
 

@@ -20,7 +20,7 @@ from fasterai.graph.inputs import InputCut
 from fasterai.graph.labels import Array, Flags
 from fasterai.model.cuts import input_place
 from fasterai.model.names import own_tensors, plain_name, unwrap, walk_tensors
-from fasterai.model.slim_norms import can_be_slim, dense_size
+from fasterai.model.slim_norms import can_be_slim
 from fasterai.prune.surgery.modules import HEADS, STREAMS, WIDTHS, new_sizes
 from fasterai.prune.surgery.rewriting import Rewrite
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention
@@ -250,8 +250,9 @@ def _sizes(
             changed += [(name, *c) for c in _differing(module, new_sizes(module, old, new, keep))]
         elif name in graph.normed:
             changed += [(name, *c) for c in _bare_sizes(module, plan, graph.normed[name])]
-        if name in graph.counted and any(at[:2] == (name, "normalized_shape") for at in changed):
-            slim[name] = dense_size(module)
+        size, places = graph.counted.get(name, (0, frozenset()))
+        if places & plan.keep.keys():
+            slim[name] = vars(module).get("dense_size", size)
         changed += [(name, *c) for c in _parent_sizes(module, dot, heads)]
     return tuple(changed), slim
 

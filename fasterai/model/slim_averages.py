@@ -1,0 +1,200 @@
+"""Averages over fewer channels than there were: the same numbers as if the others were still there, as zeros.
+
+With `n` of `N` channels left and `r = n / N`, the mean over all N is `r` times the mean over the n, and so is the mean of
+squares. The variance of all is `V = r v + r (1 - r) mean^2`, where `v` and `mean` are those of the n: a sum of what is not
+negative, so that nothing cancels.
+
+>>> x, wide = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([1.0, 3.0, 5.0, 0.0])
+>>> with Counting(4):
+...     mean, variance = x.mean(0), x.var(0)
+>>> bool(mean == wide.mean(0)), torch.allclose(variance, wide.var(0))
+(True, True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Counting", "slim_group_norm", "slim_layer_norm", "slim_rms_norm"]
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def slim_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, size: int) -> Tensor:
+    """Normalise `(..., n)` as `F.layer_norm` does `(..., size)`, of which the channels that are gone were zero.
+
+    torch's own norm makes one pass and hands its averages back; another puts it right, one number to add and one to multiply
+    by for each position.
+    """
+    given, x = x, _precise(x)
+    share = x.shape[-1] / size
+    y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+    scale = torch.rsqrt(_spread(rstd.pow(-2) - eps, mean, share) + eps)
+    y = torch.addcmul((1 - share) * mean * scale, y, scale / rstd)
+    return _affine(y, weight, bias).to(_result(given))
+
+
+def slim_rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, size: int) -> Tensor:
+    """Normalise `(..., n)` as `F.rms_norm` does `(..., size)`: with `eps / r` for `eps` and `weight / sqrt(r)`.
+
+    `r mean(x^2) + eps` is `r` times `mean(x^2) + eps / r`, so that nothing is left to do at run time.
+    """
+    share = x.shape[-1] / size
+    if eps is None:
+        eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+    grown = x.new_full(x.shape[-1:], share**-0.5) if weight is None else weight * share**-0.5
+    return F.rms_norm(x, x.shape[-1:], grown, eps / share)
+
+
+def slim_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, size: int) -> Tensor:
+    """Normalise `(B, C, ...)` as `F.group_norm` does, of which each group had `size` channels."""
+    given, x = x, _precise(x)
+    rows = x.reshape(x.shape[0], groups, -1)
+    width = x.shape[1] // groups
+    share = width / size
+    variance, mean = torch.var_mean(rows, -1, correction=0, keepdim=True)
+    scale = torch.rsqrt(_spread(variance, mean, share) + eps)
+    scale, shift = scale.expand(-1, -1, width), (-share * mean * scale).expand(-1, -1, width)
+    if weight is not None:
+        scale, shift = scale * weight.view(groups, width), shift * weight.view(groups, width)
+    if bias is not None:
+        shift = shift + bias.view(groups, width)
+    sides = (x.shape[0], x.shape[1], *[1] * (x.dim() - 2))
+    return torch.addcmul(shift.reshape(sides), x, scale.reshape(sides)).to(_result(given))
+
+
+def _spread(variance: Tensor, mean: Tensor, share: float) -> Tensor:
+    """Return the variance of all channels, of those left and of as many zeros as are gone."""
+    return share * variance + share * (1 - share) * mean.square()
+
+
+def _precise(x: Tensor) -> Tensor:
+    """Return a tensor in single precision if it is in half: torch's own norms work in single too."""
+    return x.float() if x.dtype in HALF else x
+
+
+def _result(x: Tensor) -> torch.dtype:
+    """Return the type that torch's own norm gives: on most devices autocast runs it in single precision."""
+    kind = x.device.type
+    is_wide = kind != "cpu" and x.dtype in HALF and torch.is_autocast_enabled(kind)
+    return torch.float32 if is_wide else x.dtype
+
+
+def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is None:
+        return y if bias is None else y + bias
+    return y * weight if bias is None else torch.addcmul(bias, y, weight)
+
+
+class Counting(TorchFunctionMode):
+    """Within it, averages along one dimension are those of `size` entries, of which the ones that are missing were zero.
+
+    It is for the code of norms, one pass at a time: means, variances and torch's own norms. A mean of squares of differences
+    from the mean, as norms written by hand have it, is put right as well: what is missing was `-mean` there.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self._means: list[tuple[Tensor, Tensor]] = []  # what was averaged, and the mean
+        self._held: list[tuple[Tensor, Tensor]] = []  # a tensor, and what it holds where channels are missing, if not zero
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch, or what takes its place here."""
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        if name in NORMS and not (name == "batch_norm" and args[1] is not None):
+            return NORMS[name](self.size, args, kwargs)
+        result = function(*args, **kwargs)
+        if name in AVERAGES:
+            return self._averaged(name, result, args, kwargs)
+        if name in ("sub", "__sub__", "subtract") and len(args) == 2 and not kwargs:
+            self._held += [(result, -mean) for x, mean in self._means if x is args[0] and mean is args[1]]
+        elif name in SQUARES:
+            self._hold_square(name, result, args)
+        return result
+
+    def _hold_square(self, name: str, result: Tensor, args: tuple[Any, ...]) -> None:
+        is_square = name == "square" or (args[1] is args[0] if "mul" in name else type(args[1]) in (int, float) and args[1] == 2)
+        self._held += [(result, held * held) for x, held in self._held if is_square and x is args[0]]
+
+    def _averaged(self, name: str, result: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        dim = _one(args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis")))
+        if dim is None:
+            return result
+        x = args[0]
+        share = x.shape[dim] / self.size
+        if name == "mean":
+            held = [held for y, held in self._held if y is x]
+            mean = result * share
+            if held:
+                mean = mean + held[0].reshape(result.shape) * (1 - share)
+            self._means.append((x, mean))
+            return mean
+        keeps = (result[0] if isinstance(result, tuple) else result).dim() == x.dim()
+        correction = _correction(args[2:], kwargs)
+        variance, mean = torch.var_mean(x, dim, correction=0, keepdim=keeps)
+        variance = _spread(variance, mean, share) * (self.size / (self.size - correction) if correction else 1.0)
+        variance = variance.sqrt() if name.startswith("std") else variance
+        if isinstance(result, tuple):
+            self._means.append((x, mean * share))
+            return variance, self._means[-1][1]
+        return variance
+
+
+def _one(dim: Any) -> int | None:
+    """Return the dimension that an average runs along, None if it runs along several."""
+    if isinstance(dim, tuple | list):
+        return dim[0] if len(dim) == 1 else None
+    return dim if isinstance(dim, int) and not isinstance(dim, bool) else None
+
+
+def _correction(rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+    """Return the correction of a variance: 1, unless `unbiased` or `correction` says otherwise."""
+    if kwargs.get("correction") is not None:
+        return float(kwargs["correction"])
+    unbiased = rest[0] if rest and rest[0] is not None else kwargs.get("unbiased", True)
+    return float(unbiased)
+
+
+def _called(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {**dict.fromkeys(names), **dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _layer_norm(size: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    a = _called(("input", "normalized_shape", "weight", "bias", "eps"), args, kwargs)
+    return slim_layer_norm(a["input"], a["weight"], a["bias"], 1e-5 if a["eps"] is None else a["eps"], size)
+
+
+def _rms_norm(size: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    a = _called(("input", "normalized_shape", "weight", "eps"), args, kwargs)
+    return slim_rms_norm(a["input"], a["weight"], a["eps"], size)
+
+
+def _group_norm(size: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    a = _called(("input", "num_groups", "weight", "bias", "eps"), args, kwargs)
+    return slim_group_norm(a["input"], a["num_groups"], a["weight"], a["bias"], 1e-5 if a["eps"] is None else a["eps"], size)
+
+
+def _standardised(size: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Standardise `(1, O, L)` as a batch norm without statistics does, as weight standardisation calls it."""
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    a = _called(names, args, kwargs)
+    x = a["input"]
+    return slim_group_norm(x, x.shape[1], a["weight"], a["bias"], 1e-5 if a["eps"] is None else a["eps"], size)
+
+
+#: Names of torch's norms -> what takes their place: a function of the number of entries before, and of the arguments.
+NORMS: dict[str, Callable[[int, tuple[Any, ...], Mapping[str, Any]], Tensor]] = {
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "group_norm": _group_norm,
+}
+AVERAGES = ("mean", "var", "std", "var_mean", "std_mean")
+SQUARES = ("pow", "__pow__", "square", "mul", "__mul__", "multiply")
