@@ -273,7 +273,7 @@ class Trace:
         self.products += [dim[is_zeroed(dim)]] if is_product else []
 
     def request(self, node: Any, kind: str, dim: Dim) -> bool:
-        """Ask for an edit of an operation in its module's code where a dimension gets shorter; False where none can be had.
+        """Note that an operation in a module's code has to be edited where a dimension gets shorter; False where it cannot.
 
         The kinds are those of `fasterai.prune.surgery.rewriting`: the edit gets the sizes before and after.
         """
