@@ -89,6 +89,7 @@ class Trace:
         routes: Node of a choice of the highest -> the dimension that it is made from, and how many are chosen.
         layers: The places, as (name, dimension), of outputs of linear layers.
         written: Nodes of tensors that were made to fit, as `zeros(...)` are, and into which labelled ones are written in place.
+        lengths: Places, as (name, dimension), of rows that are scaled to lengths which other parameters hold.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Trace:
         self.routes: dict[Any, tuple[Dim, int]] = {}
         self.layers: set[tuple[str, int]] = set()
         self.written: set[Any] = set()
+        self.lengths: set[tuple[str, int]] = set()
         self._labelled = labelled
 
     def input(self, argument: str, shape: tuple[int, ...]) -> Value:
