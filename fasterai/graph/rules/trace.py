@@ -103,6 +103,7 @@ class Trace:
             need not pin what they cut.
         values: The result of each operation, once it was followed.
         requests: Operations that have to be edited where a dimension gets shorter -> the kind of edit, and the dimension.
+        lengths: Places, as (name, dimension), of rows that are scaled to lengths which other parameters hold.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class Trace:
         self.routes: dict[Any, tuple[Dim, int]] = {}
         self.layers: set[tuple[str, int]] = set()
         self.written: set[Any] = set()
+        self.lengths: set[tuple[str, int]] = set()
         self._labelled = labelled
         self.sliced: dict[tuple[str, int], tuple[Array, Flags]] = {}
         self.rewrite = rewrite
