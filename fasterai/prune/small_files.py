@@ -167,9 +167,7 @@ def _selectors(selector: InputSelector | Mapping[str, InputSelector] | None) -> 
 
 def _slim(model: nn.Module) -> dict[str, int]:
     heads = {n: m.num_heads for n, m in model.named_modules() if isinstance(m, SlimMultiheadAttention)}
-    return heads | {
-        n: int(vars(m)["dense_size"]) for n, m in model.named_modules() if is_slim(m)
-    }
+    return heads | {n: int(vars(m)["dense_size"]) for n, m in model.named_modules() if is_slim(m)}
 
 
 def _traits(model: nn.Module) -> dict[str, tuple[str, dict[str, Any]]]:
