@@ -164,7 +164,7 @@ def weight_norm(trace: Trace, node: Any, v: Value, g: Value, dim: int = 0) -> Va
     dims = list(v.dims)
     for i, labels in enumerate(v.dims):
         if i != dim:
-            trace.sums_zeros(labels, node.name)
+            trace.sums_zeros(node, labels)
             continue
         dims[i] = trace.labels.join(g.dims[i], labels, node.name)
         trace.lengths.add(v.places[i])
