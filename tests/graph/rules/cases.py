@@ -187,6 +187,7 @@ def wrongly_zero(net: nn.Module, x: Tensor) -> tuple[channels.ChannelGraph, list
         name = programs[-1].names.get(node.name)
         constants = program.graph_signature.inputs_to_lifted_tensor_constants
         given.append(held[name] if name else program.constants[constants[node.name]] if node.name in constants else x.clone())
+    along = {place for group in graph.groups for place in group.along}
     run, found, count = Run(program), [], 0
     with torch.no_grad():
         run.run(*given, enable_io_processing=False)
@@ -195,7 +196,7 @@ def wrongly_zero(net: nn.Module, x: Tensor) -> tuple[channels.ChannelGraph, list
         for one, tensor in zip(value if isinstance(value, list) else [value], made, strict=False):
             for d, dim in enumerate(one.dims if hasattr(one, "dims") else ()):
                 place = one.places[d] if d < len(one.places) else None
-                if place in graph.along or (place in graph.readers and place[0] not in graph.shared):
+                if place in along or (place in graph.readers and place[0] not in graph.shared):
                     continue  # what only reads a channel need not be zero
                 marked = is_zeroed(dim) & np.isin(components.numbers(dim), list(silent)) if isinstance(dim, np.ndarray) else []
                 count += int(np.sum(marked))

@@ -26,6 +26,15 @@ both_made = {("a.weight", 0): 8, ("b.weight", 0): 8}
 CASES = [
     Case(("linear",), lambda m, x: m.b(m.a(x)), linears(), (4, 6), both, {("b.weight", 0): "output", ("a.weight", 1): "fixed"}),
     Case(
+        ("linear", "sum"),
+        lambda m, x: m.b(m.a(x)) + F.linear(m.a(x).transpose(1, 2), m.c, m.d).sum(1, keepdim=True),
+        lambda: {**linears()(), "c": nn.Parameter(torch.randn(3, 4)), "d": nn.Parameter(torch.randn(3))},
+        (2, 4, 6),
+        {},
+        {("a.weight", 0): "it is not zero where its channel is silent"},
+        "rows of zeros with a bias",
+    ),
+    Case(
         ("linear",),
         lambda m, x: m.b(F.linear(m.a(x), m.c)),
         lambda: {**linears()(), "c": torch.randn(8, 8)},
