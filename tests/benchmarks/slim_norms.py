@@ -1,6 +1,6 @@
 """One forward pass with half of every group removed, as a table in Markdown: `python tests/benchmarks/slim_norms.py`.
 
-The dense and the slim network take turns in one run, on one thread, so that what else the machine does meets both; the table
+The dense and the slim network take turns in one run, on one thread, in seconds of the processor; the table
 has the least time of each. What counts is how much of the saved MACs arrives as saved time. `--rounds` sets the turns, by
 default 5, and names of networks leave out the others.
 """
@@ -77,10 +77,10 @@ def seconds(models: tuple[nn.Module, ...], x: Tensor, rounds: int) -> list[float
     times: list[list[float]] = [[] for _ in models]
     for turn in range(rounds + 1):
         for model, found in zip(models, times, strict=True):
-            start = time.perf_counter()
+            start = time.process_time()
             model(x)
             if turn:
-                found.append(time.perf_counter() - start)
+                found.append(time.process_time() - start)
     return [min(found) for found in times]
 
 
