@@ -186,6 +186,8 @@ class Rewriter:
         for node, value in trace.values.items():
             if is_cut(node, value):
                 self._cuts.setdefault(module_of(node), []).append(ends(node, value, trace, self._graph, owners))
+            if node in trace.requests:
+                self._cuts.setdefault(module_of(node), []).append((count(trace.requests[node][1], 0, self._graph, owners),))
             mark = (node.meta.get("custom") or {}).get(MARK)
             if mark is None:
                 continue
@@ -250,7 +252,7 @@ class Rewriter:
         for name, cuts in self._cuts.items():
             if name not in found and any(one.now(kept) != one.now(whole) for ends in cuts for one in ends):
                 why = self.refused.get(name, "what it is given is not what it had at first")
-                raise ValueError(f"{name or 'its code'} cuts it at positions that are written into its code ({why})")
+                raise ValueError(f"{name or 'its code'} cuts it, or averages over it, in code of its own ({why})")
 
 
 def _requested(one: _Module, kept: Sequence[Flags]) -> Iterator[Edit]:

@@ -6,8 +6,10 @@ channel graph asks for it by `trace.request(node, kind, dim)`; the edit has the 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,6 +149,27 @@ def _mean(graph: Graph, node: Node, edit: Edit) -> None:
     with graph.inserting_after(node):
         times = graph.call_function(torch.mul, (node, edit.after / edit.before))
     node.replace_all_uses_with(times, delete_user_cb=lambda user: user is not times)
+
+
+@kind("most")
+def _most(graph: Graph, node: Node, edit: Edit) -> None:
+    """Make the greatest of n entries the greatest of N, of which the others were zero."""
+    _bounded(graph, node, torch.clamp_min)
+
+
+@kind("least")
+def _least(graph: Graph, node: Node, edit: Edit) -> None:
+    """Make the least of n entries the least of N, of which the others were zero."""
+    _bounded(graph, node, torch.clamp_max)
+
+
+def _bounded(graph: Graph, node: Node, bound: Callable[..., Any]) -> None:
+    """Bound a result by zero, or the values of one that has their numbers too."""
+    parts = [one for one in node.users if one.target in (operator.getitem, getattr) and one.args[1] in (0, "values")]
+    for one in parts or [node]:
+        with graph.inserting_after(one):
+            bounded = graph.call_function(bound, (one, 0))
+        one.replace_all_uses_with(bounded, delete_user_cb=partial(operator.is_not, bounded))
 
 
 def rooted(path: Path) -> Path:

@@ -219,7 +219,7 @@ def goes_as_it_says(case: Case) -> None:
     wanted = [y for probe in probes for y in outputs(net, probe)]
     sizes = {n: list(t.shape) for n, t in tensors(net).items()}
     for group, keep in zip(graph.groups, kept, strict=True):
-        for (name, d), indices in group.places.items():
+        for (name, d), indices in (*group.places.items(), *group.along.items()):
             sizes[name][d] -= int((~keep).sum()) * indices.shape[1]
 
     assert remove(net, x).refused == {}
