@@ -252,6 +252,23 @@ def test_what_a_trace_would_freeze_keeps_its_own_code(make: Any, why: str) -> No
     assert type(net.part) is make and agrees(net, wanted)
 
 
+class BranchingParts(Parts):
+    """Slices in code that no trace can follow: at other places they would run, and take other channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.shape[1] % 2 else super().forward(x.flip(1))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_slices_are_put_right_or_stay_even_where_outputs_may_move(exact: bool) -> None:
+    net = built(Parts)
+    removal, wanted = halved(net, exact=exact)
+    assert removal.refused == {} and agrees(net, wanted)
+    other = built(BranchingParts)
+    removal, wanted = halved(other, exact=exact)
+    assert "cannot be traced: TraceError" in removal.refused["part.a.weight"] and agrees(other, wanted)
+
+
 # --- what a traced copy is held to ---------------------------------------------------------------------------------------
 
 
