@@ -509,9 +509,7 @@ def _entering(trace: Trace, components: Components) -> dict[int, Slices]:
     return found
 
 
-def _grouped(
-    touched: Mapping[int, Slices], entering: Mapping[int, Slices], kinds: Sequence[Collection[int]]
-) -> list[Group]:
+def _grouped(touched: Mapping[int, Slices], entering: Mapping[int, Slices], kinds: Sequence[Collection[int]]) -> list[Group]:
     """Make groups of the components that are slices of the same dimensions of the same weights and inputs."""
     found: dict[tuple[Any, ...], list[tuple[Slices, Slices]]] = {}
     for number, places in touched.items():

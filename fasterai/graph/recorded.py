@@ -251,7 +251,7 @@ class _Recorder(TorchDispatchMode):
     def _call(self, func: Any, args: Any, kwargs: Any, shown: Any) -> fx.Node:
         node = self.graph.call_function(func, args, kwargs)
         node.meta["val"] = shown
-        node.meta["nn_module_stack"] = dict((path, (path, kind)) for path, kind in self.stack)
+        node.meta["nn_module_stack"] = {path: (path, kind) for path, kind in self.stack}
         return node
 
     def _argument(self, x: Any) -> Any:
