@@ -155,9 +155,9 @@ def _grid(shares: list[float], local: list[str], all_together: list[str], peers:
     return [dense, *ours, *theirs]
 
 
-LOCAL, GLOBAL = ["large_final", "fpgm"], ["large_final", "taylor", "fisher", "hessian"]
+LOCAL, GLOBAL = ["large_final", "fpgm"], ["large_final", "taylor", "fisher", "wanda"]
 THEIRS = {"local": ["magnitude"], "global": ["magnitude", "taylor"]}
-MORE_LOCAL, MORE_GLOBAL = ["random", "large_final", "taylor", "fisher", "fpgm"], [*GLOBAL, "fpgm", "wanda"]
+MORE_LOCAL, MORE_GLOBAL = ["random", "large_final", "taylor", "fisher", "fpgm"], [*GLOBAL, "hessian", "fpgm"]
 MORE_OF_THEIRS = {"local": ["magnitude", "taylor", "fpgm"], "global": ["magnitude", "taylor", "hessian"]}
 STUDY = Study(
     name="channel_criteria",

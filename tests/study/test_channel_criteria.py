@@ -43,10 +43,11 @@ def test_ours_leaves_no_more_than_the_share_and_trains_what_is_left(criterion, c
 
 
 @pytest.mark.parametrize("criterion", PEERS)
-def test_the_peers_choice_leaves_about_the_share(criterion, data):
+def test_the_peers_choice_leaves_about_the_share(criterion, data, monkeypatch):
     pytest.importorskip("torch_pruning")
+    monkeypatch.setattr(study, "LOOKS", 5)
     found = trial(settings(PEER, criterion, "global"), 0, SIZE, data)
-    assert found["left"] == pytest.approx(0.5, abs=0.04)
+    assert found["left"] == pytest.approx(0.5, abs=0.08)
 
 
 def test_the_dense_network_is_measured_as_it_is(data, trained):

@@ -149,6 +149,11 @@ def test_what_others_took_is_given_back_and_training_counts_by_its_ratio():
     assert float(scale) == 4.0
 
 
+def test_a_channel_of_which_nearly_nothing_was_left_does_not_grow_by_factors():
+    one = look(1.0, [2.0, 2.0], [0.0, 1e-3])
+    assert look_at(torch.tensor([0.5, 1.001]), None, one)[0].tolist() == [2.5, 3.0]
+
+
 def test_scores_of_data_have_the_scale_that_the_first_channels_would_have():
     # The last step has left channels of mean 5, of first ones with mean 4; now those left have mean 10.
     one = look(4.0, [], [], mean=5.0)
@@ -191,6 +196,15 @@ def test_a_broken_look_is_refused(change, error, message):
     change(one)
     with pytest.raises(error, match=message):
         check_parts({"looks": {"conv": one}}, "Sparsifier", {"looks": check_looks})
+
+
+def test_a_function_that_is_bound_to_the_shapes_still_prunes_once():
+    model = residual(8, 7).eval()
+    tables = {p.shape: torch.rand(p.shape) for p in model.parameters()}
+    pruner = Pruner(model, 0.5, "global", lambda w: w.abs() * tables[w.shape], example_inputs=X, round_to=1)
+    pruner.prune_model(measure=False)
+    assert sum(now for _, now in pruner.channels.values()) == 7  # of 15
+    assert not any(look["base"].numel() for look in pruner.state_dict()["looks"].values())
 
 
 def test_training_in_between_changes_the_choice(made):
