@@ -110,6 +110,7 @@ def test_a_whole_detector_loses_half_of_its_channels_exactly(kind: Any, tmp_path
     assert "torch.export does not follow it" in graph.recorded
     names = {g.name for g in graph.groups}
     assert {"backbone.0.weight", "backbone.3.weight"} <= names
+    assert ("backbone.0.weight", 1) in graph.pinned  # images are copied into a batch that was made to fit
     assert kind is not FasterRCNN or {"roi_heads.box_head.fc6.weight", "roi_heads.box_head.fc7.weight"} <= names
     mask_channels_(model, graph, [torch.arange(g.channels).numpy() % 2 == 0 for g in graph.groups])
     fresh = copy.deepcopy(model)

@@ -29,7 +29,9 @@ def packed(trace: Trace, node: Any, x: Value, sizes: Value, *rest: Any) -> list[
     trace.labels.pin_all([*sizes.dims, *x.dims[:lead]], f"{node.name} uses lengths of sequences")
     shapes = shapes_of(node)
     channels = x.dims[lead:]
-    return [Value(shapes[0], (*all_fixed(shapes[0][: len(shapes[0]) - len(channels)]), *channels)), Value(shapes[1], (FIXED,))]
+    made = Value(shapes[0], (*all_fixed(shapes[0][: len(shapes[0]) - len(channels)]), *channels))
+    is_filled = lead == 1 and rest[1] != 0  # with what stands behind the end of shorter sequences
+    return [unmarked(made) if is_filled else made, Value(shapes[1], (FIXED,))]
 
 
 def _recurrent(
