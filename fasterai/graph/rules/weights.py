@@ -110,6 +110,8 @@ def _sum_kernel(trace: Trace, node: Any, x: Dim, read: Dim) -> None:
     if isinstance(x, np.ndarray):
         flags = np.resize(is_zeroed(read), x.size) if isinstance(read, np.ndarray) else np.zeros(1, np.bool_)
         trace.sums(node, zeroed(x, is_zeroed(x) | flags), reason)
+    else:
+        trace.sums(node, read, reason)
     trace.labels.pin_all([x, read] if trace.experts else [], reason)
 
 
