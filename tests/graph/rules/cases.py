@@ -194,8 +194,9 @@ def wrongly_zero(net: nn.Module, x: Tensor) -> tuple[channels.ChannelGraph, list
         made = run.made[node] if isinstance(run.made[node], list | tuple) else [run.made[node]]
         for one, tensor in zip(value if isinstance(value, list) else [value], made, strict=False):
             for d, dim in enumerate(one.dims if hasattr(one, "dims") else ()):
-                if one.is_weight and one.places[d] in graph.readers and one.places[d][0] not in graph.shared:
-                    continue  # what only reads a channel need not be zero
+                place = one.places[d] if one.is_weight and one.places else None
+                if place in trace.lengths or (place in graph.readers and place[0] not in graph.shared):
+                    continue  # what only reads a channel need not be zero, nor rows whose lengths are
                 marked = is_zeroed(dim) & np.isin(components.numbers(dim), list(silent)) if isinstance(dim, np.ndarray) else []
                 count += int(np.sum(marked))
                 found += [f"{node.name}.{d}"] if np.any(marked) and tensor.movedim(d, 0)[marked].any() else []

@@ -205,7 +205,7 @@ CASES = [
         lambda: {**linears()(), "v": nn.Parameter(torch.rand(8, 8)), "g": nn.Parameter(torch.rand(8, 1))},
         (4, 6),
         {},
-        {("a.weight", 0): "without a weight"},
+        {("a.weight", 0): "fixed size"},
         "weight norm of rows that are worked out",
     ),
     Case(
