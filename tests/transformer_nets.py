@@ -24,7 +24,7 @@ class Design:
         shared: Heads of queries that share one of keys and values.
         norm: `layer`, `rms` (torch's) or `own rms` (written out).
         pre: True for norms in front of attention and MLP, False for norms of the sums.
-        positions: `learned`, `rotary` or `none`.
+        positions: `learned`, `rotary`, `waves` (a buffer that is added: no mask makes it zero) or `none`.
         reads: `tokens`, or `patches`: vectors through a linear layer.
         token: True for a class token in front, which alone is read at the end.
         tied: True for a head that is the embedding; of tokens only.
@@ -135,6 +135,8 @@ class Transformer(nn.Module):
         self.read = nn.Embedding(VOCABULARY, design.stream) if tokens else nn.Linear(FEATURES, design.stream)
         self.token = nn.Parameter(torch.randn(1, 1, design.stream)) if design.token else None
         self.places = nn.Parameter(torch.randn(1, LONGEST, design.stream)) if design.positions == "learned" else None
+        waves = torch.arange(LONGEST)[None, :, None] * 0.7 ** torch.arange(design.stream)
+        self.register_buffer("waves", waves.sin() if design.positions == "waves" else None)
         self.blocks = nn.ModuleList([Block(design) for _ in range(design.depth)])
         self.norm = _norm(design)
         classes = VOCABULARY if tokens else CLASSES
@@ -153,6 +155,8 @@ class Transformer(nn.Module):
             x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
         if self.places is not None:
             x = x + self.places[:, : x.shape[1]]
+        if self.waves is not None:
+            x = x + self.waves[:, : x.shape[1]]
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)

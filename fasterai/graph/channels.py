@@ -13,6 +13,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from fasterai.display import Shown, Table, counted
 from fasterai.graph.exported import Exported, exported, how_recorded, unmet
 from fasterai.graph.features import Asked, FeaturesLike, kept_inputs, read_features
 from fasterai.graph.inputs import input_tensors
-from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim, is_zeroed, plain, zeroed
+from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim, Packed, is_zeroed, plain, zeroed
 from fasterai.graph.reasons import summed_reasons
 from fasterai.graph.rules import RULES, Trace, Value, unknown
 from fasterai.graph.rules.trace import called, is_cut, module_of, unmarked, values_in
@@ -58,6 +59,7 @@ class Group(Shown):
         name: The first weight that makes them, or the input and its dimension, as `x.1`; a number behind it tells groups of
             one weight apart.
         inputs: Input and dimension -> the indices there, in the same way, where the channels are features of an input.
+        along: Like places, for what goes with the channels and is not masked: rows whose lengths are held elsewhere.
         is_summed: True if operations sum or average over the channels, so that a silent one has to be zero all the way.
         is_shown: True if norms without a scale hand on what is not zero for a silent channel, so that what reads it has to be.
     """
@@ -67,13 +69,14 @@ class Group(Shown):
     inputs: Mapping[Place, Array] = field(default_factory=dict)
     is_summed: bool = False
     is_shown: bool = False
+    along: Mapping[Place, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or first_maker(self.places, frozenset()))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or pickle; those of earlier versions know of no inputs."""
-        vars(self).update({"inputs": {}, "is_summed": False, "is_shown": False, **state})
+        vars(self).update({"inputs": {}, "is_summed": False, "is_shown": False, "along": {}, **state})
 
     @property
     def channels(self) -> int:
@@ -217,7 +220,7 @@ def _sized(trace: Trace, components: Components) -> Iterator[tuple[str, bool]]:
             read = values_in([trace.values.get(n) for n in node.all_input_nodes])
             labelled = [d for v in (*read, *values_in(value)) for d in v.dims if isinstance(d, np.ndarray)]
             if any(components.free(d).size for d in labelled):
-                yield module_of(node), is_cut(node, value)
+                yield module_of(node), node in trace.requests or is_cut(node, value)
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,7 @@ class _Settings:
     """Settings of a pass: the operations, the parameters that stay, and those of `Trace`."""
 
     programs: Sequence[Exported]
-    stay: Collection[str]
+    stay: Mapping[str, str]
     exact: bool
     asked: Sequence[Asked]
     experts: bool
@@ -309,10 +312,11 @@ def _follow(settings: _Settings, choices: dict[str, int]) -> tuple[Trace, dict[s
         if trace.written <= written:
             break
         written |= trace.written  # such tensors get labels from the start, so that all views of them learn what is written
+    trace.pin_untaken()
     for name in weights.keys() - {name for program in settings.programs for name in program.uses()}:
         trace.labels.pin_all(weights[name].dims, "no operation reads it")
     for name in weights.keys() & settings.stay:
-        trace.labels.pin_all(weights[name].dims, "its module recomputes its weight in each forward pass")
+        trace.labels.pin_all(weights[name].dims, settings.stay[name])
     trace.settle()
     return trace, weights
 
@@ -389,11 +393,34 @@ def _ruled(trace: Trace, rule: Callable[..., Any], node: Any, arguments: Any, ke
     if isinstance(made, torch.Tensor) and not made.dim() and not any(value.shape for value in read):
         return Value((), ())
     try:
-        return rule(trace, node, *arguments, **keywords)
+        return rule(trace, node, *_separate(trace, node, arguments), **tree_map(partial(_settle, trace), keywords))
     except Exception as error:
         note = f"{node.target} is called as its rule does not know ({node.name}, {type(error).__name__})"
         trace.labels.pin_all([dim for value in read for dim in value.dims], note)
         return unknown(trace, node, *arguments, **keywords)
+
+
+#: Operations that leave a dimension that was merged of several as it is.
+UNPACKING = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "to", "_to_copy", "contiguous")
+
+
+def _separate(trace: Trace, node: Any, arguments: Any) -> Any:
+    """Pin dimensions that were merged of several, but for views, and for the columns of a matrix that is multiplied."""
+    name = called(node)
+    if name in UNPACKING:
+        return arguments
+    if name not in ("matmul", "mm") or not isinstance(last := arguments[1].dims[-1], Packed):
+        return tree_map(partial(_settle, trace), arguments)
+    a, b = arguments
+    return _settle(trace, a), replace(b, dims=(*_settle(trace, Value(b.shape[:-1], b.dims[:-1])).dims, last))
+
+
+def _settle(trace: Trace, value: Any) -> Any:
+    """Return a value without dimensions that were merged of several: these stay as they are."""
+    if not isinstance(value, Value) or not any(isinstance(d, Packed) for d in value.dims):
+        return value
+    trace.labels.pin_all([d for d in value.dims if isinstance(d, Packed)], "")
+    return replace(value, dims=tuple(FIXED if isinstance(d, Packed) else d for d in value.dims))
 
 
 def _written(trace: Trace, node: Any, before: Value, after: Value, root: Any) -> None:
@@ -423,7 +450,7 @@ def _seen(result: Any, shown: Value | None) -> Any:
     """Return a result with the places of the weight that it is a view of; with none if it is no view."""
     if not isinstance(result, Value):
         return result
-    places = _viewed_places(shown, result) if shown is not None and shown.is_weight else ()
+    places = _viewed_places(shown, result) if shown is not None and shown.is_weight and shown.places else ()
     return replace(result, places=places, is_weight=bool(places), is_blend=bool(places) and bool(shown and shown.is_blend))
 
 
@@ -431,6 +458,8 @@ def _viewed_places(before: Value, after: Value) -> tuple[Place, ...]:
     """Find for each dimension of a view the weight's dimension with the same labels; () unless each has one."""
     places = []
     for dim in after.dims:
+        if isinstance(dim, Packed):
+            return ()
         found = [p for p, d in zip(before.places, before.dims, strict=True) if _carries(d, dim)]
         if not found:
             return ()
@@ -466,7 +495,7 @@ def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value], compone
                     touched.setdefault(number, []).append(((name, d), where))
     entering = _entering(trace, components)
     kinds = [_numbers(components, dims) for dims in (trace.summed, trace.shown)]
-    groups, readers = _grouped(touched, entering, kinds), frozenset(trace.readers)
+    groups, readers = _grouped(touched, entering, kinds, trace.lengths), frozenset(trace.readers)
     whole = {place: components.pinned.get(n, "no weight reads it") for n, slices in entering.items() for place, _ in slices}
     return ChannelGraph(
         tuple(_named(groups, readers)),
@@ -510,7 +539,10 @@ def _entering(trace: Trace, components: Components) -> dict[int, Slices]:
 
 
 def _grouped(
-    touched: Mapping[int, Slices], entering: Mapping[int, Slices], kinds: Sequence[Collection[int]]
+    touched: Mapping[int, Slices],
+    entering: Mapping[int, Slices],
+    kinds: Sequence[Collection[int]],
+    lengths: Collection[Place],
 ) -> list[Group]:
     """Make groups of the components that are slices of the same dimensions of the same weights and inputs."""
     found: dict[tuple[Any, ...], list[tuple[Slices, Slices]]] = {}
@@ -519,18 +551,19 @@ def _grouped(
         slices = (tuple((place, where.size) for place, where in slices) for slices in (places, inputs))
         flags = tuple(number in of for of in kinds)
         found.setdefault((flags, *slices), []).append((places, inputs))
-    return [_group(members, *kind[0]) for kind, members in found.items()]
+    return [_group(members, *kind[0], lengths) for kind, members in found.items()]
 
 
-def _group(members: Sequence[tuple[Slices, Slices]], is_summed: bool, is_shown: bool) -> Group:
+def _group(members: Sequence[tuple[Slices, Slices]], is_summed: bool, is_shown: bool, lengths: Collection[Place]) -> Group:
     places, inputs = _stacked([slices for slices, _ in members]), _stacked([slices for _, slices in members])
     order = np.argsort(next(iter((inputs or places).values()))[:, 0], kind="stable")
     return Group(
-        {place: indices[order] for place, indices in places.items()},
+        {place: indices[order] for place, indices in places.items() if place not in lengths},
         ".".join(map(str, next(iter(inputs), ()))),
         {place: indices[order] for place, indices in inputs.items()},
         is_summed,
         is_shown,
+        {place: indices[order] for place, indices in places.items() if place in lengths},
     )
 
 
@@ -560,7 +593,7 @@ def _normed(
 def first_maker(places: Iterable[Place], readers: frozenset[Place]) -> str:
     """Return the name of the first weight that makes the channels; if none does, the first that they run through."""
     names = [n for n, d in places if (n, d) not in readers] or [n for n, _ in places]
-    return next((n for n in names if n.endswith("weight")), names[0])
+    return next((n for n in names if n.endswith("weight")), next((n for n in names if not n.endswith("bias")), names[0]))
 
 
 def _named(groups: Iterable[Group], readers: frozenset[Place]) -> Iterator[Group]:

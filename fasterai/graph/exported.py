@@ -112,7 +112,8 @@ def exported(model: nn.Module, inputs: tuple[Any, ...]) -> list[Exported]:
         ValueError: It does not run on the inputs, or cannot be followed; the message says where, and the repair.
     """
     found = _exported_or_recorded(model, inputs)
-    unread = sorted(set[str].intersection(*(set(one.unread()) for one in found)))
+    elsewhere = [set(one.unread()) for one in found[1:]]
+    unread = [name for name in found[0].unread() if all(name in one for one in elsewhere)]
     if (is_other := _training_returns_other(model, inputs)) or unread:
         found += [one for one in _training(model, inputs, unread) if is_other or set(one.unread()) < set(unread)]
     if sizes := unmet(found):

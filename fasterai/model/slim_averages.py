@@ -121,7 +121,9 @@ class Counting(TorchFunctionMode):
         return result
 
     def _hold_square(self, name: str, result: Tensor, args: tuple[Any, ...]) -> None:
-        is_square = name == "square" or (args[1] is args[0] if "mul" in name else type(args[1]) in (int, float) and args[1] == 2)
+        is_square = name == "square" or (
+            args[1] is args[0] if "mul" in name else type(args[1]) in (int, float) and args[1] == 2
+        )
         self._held += [(result, held * held) for x, held in self._held if is_square and x is args[0]]
 
     def _averaged(self, name: str, result: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

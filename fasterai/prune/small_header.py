@@ -163,7 +163,11 @@ def _unfit(module: nn.Module, own: Mapping[str, Any], found: Mapping[str, Size],
         return f"{a} is {found[a]!r} in the file, whose weights have {' or '.join(sorted({str(way[a]) for way in ways}))}"
     known = set(ways[0])
     for a, v in found.items():
-        if a in ("normalized_shape", "num_channels") and heads is not None and not saved.keys() & {id(x) for _, x in _walk(module)}:
+        if (
+            a in ("normalized_shape", "num_channels")
+            and heads is not None
+            and not saved.keys() & {id(x) for _, x in _walk(module)}
+        ):
             continue  # a norm without a scale is over what it is given
         if a in own and a not in known and v != own[a] and not _is_shown(own[a], v, _cut(module, saved)):
             return f"{a} is {own[a]!r} here and {v!r} in the file, which its weights do not show"

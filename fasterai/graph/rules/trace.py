@@ -97,11 +97,13 @@ class Trace:
         gates: The dimensions that are gated so.
         routes: Node of a choice of the highest -> the dimension that it is made from, and how many are chosen.
         layers: The places, as (name, dimension), of outputs of linear layers.
+        sliced: Place, as (name, dimension), of a parameter or buffer that slices read -> its labels, and which are read.
         written: Nodes of tensors that were made to fit, as `zeros(...)` are, and into which labelled ones are written in place.
         rewrite: True if sizes that are written into code can be put right, so that a split into unequal parts, and a slice,
             need not pin what they cut.
         values: The result of each operation, once it was followed.
         requests: Operations that have to be edited where a dimension gets shorter -> the kind of edit, and the dimension.
+        lengths: Places, as (name, dimension), of rows that are scaled to lengths which other parameters hold.
     """
 
     def __init__(
@@ -136,7 +138,9 @@ class Trace:
         self.routes: dict[Any, tuple[Dim, int]] = {}
         self.layers: set[tuple[str, int]] = set()
         self.written: set[Any] = set()
+        self.lengths: set[tuple[str, int]] = set()
         self._labelled = labelled
+        self.sliced: dict[tuple[str, int], tuple[Array, Flags]] = {}
         self.rewrite = rewrite
         self.values: dict[Any, Any] = {}
         self.requests: dict[Any, tuple[str, Dim]] = {}
@@ -189,9 +193,15 @@ class Trace:
             ]
             other = [one for one, dims in carry if dims and not any(is_zeroed(d).any() for d in dims)]
             if not other:
-                is_told = node.name.startswith("b_") if node.op == "placeholder" else node is not start
-                return f" ({_words(node)})" if is_told else ""
+                return f" ({words})" if (words := self._words(node)) and node is not start else ""
             node = other[0]
+
+    def _words(self, node: Any) -> str:
+        held = [self.roots.get(one, one).name for one in (node, *node.all_input_nodes)]
+        buffer = next((name.removeprefix("b_") for name in held if name.startswith("b_")), None)
+        if buffer is None and node.op == "placeholder":
+            return ""  # an input
+        return f"{buffer} is a buffer" if buffer else f"{node.name} makes it something else"
 
     def counts(self, node: Any, dim: Dim) -> bool:
         """Note that a module averages over a dimension, if it can be told how many channels there were; True if it can."""
@@ -225,6 +235,15 @@ class Trace:
             self.routes[node] = (dim, count)
         return True
 
+    def takes(self, place: tuple[str, int], dim: Array, start: int | None, end: int | None) -> None:
+        """Note the part of a parameter or buffer that a slice takes."""
+        self.sliced.setdefault(place, (dim, np.zeros(len(dim), np.bool_)))[1][slice(start, end)] = True
+
+    def pin_untaken(self) -> None:
+        """Pin what all slices of a parameter or buffer leave out, such as positions beyond the length of the inputs."""
+        for dim, taken in self.sliced.values():
+            self.labels.pin(dim[~taken], "slices leave it out on these inputs, and may read it on longer ones")
+
     def route(self, node: Any, size: int) -> Dim:
         """Return the closest gate over `size` experts that chose the numbers which a node holds; `FIXED` if none did."""
         seen, level = {node}, [node]
@@ -256,7 +275,7 @@ class Trace:
         self.products += [dim[is_zeroed(dim)]] if is_product else []
 
     def request(self, node: Any, kind: str, dim: Dim) -> bool:
-        """Ask for an edit of an operation in its module's code where a dimension gets shorter; False where none can be had.
+        """Note that an operation in a module's code has to be edited where a dimension gets shorter; False where it cannot.
 
         The kinds are those of `fasterai.prune.surgery.rewriting`: the edit gets the sizes before and after.
         """
@@ -269,11 +288,6 @@ class Trace:
         if weight.places and is_labelled(weight.dims[d]):
             self.readers.add(weight.places[d])
             self.blends.update([weight.places[d][0]] if weight.is_blend else [])
-
-
-def _words(node: Any) -> str:
-    name = node.name.removeprefix("b_")
-    return f"{name} is a buffer" if node.op == "placeholder" else f"{name} makes it something else"
 
 
 def called(node: Any) -> str:

@@ -152,6 +152,25 @@ def _grouped_transposed(trace: Trace, name: str, x: Dim, weight: Value, groups: 
     return np.tile(out, groups) if isinstance(out, np.ndarray) else FIXED
 
 
+@rule("_weight_norm")
+def weight_norm(trace: Trace, node: Any, v: Value, g: Value, dim: int = 0) -> Value:
+    """Follow rows that are scaled to given lengths, `g v / |v|`: the length is what makes a channel, and is masked with it.
+
+    A row of zeros has no direction, 0 / 0, so that rows stay as they are and go with their lengths. A column adds to the
+    lengths of all rows, and so has to be zero where its channel is silent.
+    """
+    if not (v.is_weight and g.is_weight and v.places and len(g.shape) in (0, len(v.shape))):
+        return unknown_tensor(trace, node, v, g)
+    dims = list(v.dims)
+    for i, labels in enumerate(v.dims):
+        if i != dim:
+            trace.sums_zeros(labels, node.name)
+            continue
+        dims[i] = trace.labels.join(g.dims[i], labels, node.name)
+        trace.lengths.add(v.places[i])
+    return Value(v.shape, tuple(dims), (), True, True)
+
+
 @rule("embedding")
 def embedding(trace: Trace, node: Any, weight: Value, indices: Value, *rest: Any, **keywords: Any) -> Value:
     trace.labels.pin_all([weight.dims[0], *indices.dims], f"{node.name} looks rows up by number")

@@ -190,7 +190,7 @@ def wrongly_zero(net: nn.Module, x: Tensor) -> tuple[channels.ChannelGraph, list
     run, found, count = Run(program), [], 0
     with torch.no_grad():
         run.run(*given, enable_io_processing=False)
-    for node, value in trace.made.items():
+    for node, value in ((node, value) for node, value in trace.values.items() if node in run.made):
         made = run.made[node] if isinstance(run.made[node], list | tuple) else [run.made[node]]
         for one, tensor in zip(value if isinstance(value, list) else [value], made, strict=False):
             for d, dim in enumerate(one.dims if hasattr(one, "dims") else ()):
@@ -219,7 +219,7 @@ def goes_as_it_says(case: Case) -> None:
     wanted = [y for probe in probes for y in outputs(net, probe)]
     sizes = {n: list(t.shape) for n, t in tensors(net).items()}
     for group, keep in zip(graph.groups, kept, strict=True):
-        for (name, d), indices in group.places.items():
+        for (name, d), indices in (*group.places.items(), *group.along.items()):
             sizes[name][d] -= int((~keep).sum()) * indices.shape[1]
 
     assert remove(net, x).refused == {}

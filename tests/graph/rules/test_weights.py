@@ -179,6 +179,35 @@ CASES = [
         {("t.weight", 1): "width"},
         "transposed, depthwise",
     ),
+    *(
+        Case(
+            ("_weight_norm",),
+            lambda m, x, dim=dim: m.b(F.linear(m.a(x).relu(), aten._weight_norm(m.v, m.g, dim))),
+            lambda dim=dim, lengths=lengths: {
+                **linears(back=5)(),
+                "v": nn.Parameter(torch.rand(5, 8) + 0.1),
+                "g": nn.Parameter(torch.rand(lengths)),
+            },
+            (4, 6),
+            {**one, ("b.weight", 1): 5, **goes},
+            {},
+            f"weight norm along {dim}",
+        )
+        for dim, lengths, goes in (
+            (0, (5, 1), {("g", 0): 5, ("v", 1): 8}),
+            (1, (1, 8), {("g", 1): 8, ("v", 0): 5}),
+            (-1, (), {("v", 0): 5, ("v", 1): 8}),
+        )
+    ),
+    Case(
+        ("_weight_norm",),
+        lambda m, x: m.b(F.linear(m.a(x), aten._weight_norm(m.v.tanh(), m.g, 0))),
+        lambda: {**linears()(), "v": nn.Parameter(torch.rand(8, 8)), "g": nn.Parameter(torch.rand(8, 1))},
+        (4, 6),
+        {},
+        {("a.weight", 0): "without a weight"},
+        "weight norm of rows that are worked out",
+    ),
     Case(
         ("embedding",),
         lambda m, x: m.b(m.e(x.abs().long() % 7)),
@@ -362,3 +391,10 @@ def test_the_operation_stands_in_the_program(case: Case) -> None:
 def test_a_stack_reads_its_inputs_and_makes_its_outputs(case: Case) -> None:
     readers = channel_graph(case.net(), (case.inputs(),)).readers
     assert ("w", 1) in readers and ("w", 2) not in readers
+
+
+def test_rows_of_a_weight_norm_go_with_their_lengths_and_are_not_masked() -> None:
+    """A row of zeros has no direction: 0 / 0."""
+    case = next(c for c in CASES if c.name == "weight norm along 0")
+    group = next(g for g in channel_graph(case.net(), (case.inputs(),)).groups if ("g", 0) in g.places)
+    assert group.along.keys() == {("v", 0)} and ("v", 0) not in group.places

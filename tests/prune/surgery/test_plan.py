@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fasterai.graph.channels import channel_graph
+from fasterai.prune.removal import remove
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.plan import Plan, check_plan, cut_normed, make_plan, tensors_of
 
@@ -357,3 +358,28 @@ def test_a_number_that_is_known_already_is_set_once() -> None:
     net = nn.Sequential(nn.Linear(5, 8), Scale(), nn.Linear(8, 3))
     plan = make_plan(net, channel_graph(net, (torch.randn(2, 5),)), [np.arange(8) > 0], streams=True)
     assert [a for a in plan.attributes if a[0] == "1"] == [("1", "channels", 8, 7)]
+
+
+class Upsample(nn.Module):
+    """Keeps its width, and asserts it of what it reads, as blocks of diffusers do."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels, self.conv = channels, nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == self.channels
+        return self.conv(nn.functional.interpolate(x, scale_factor=2.0))
+
+
+def test_a_width_that_reads_and_makes_different_numbers_is_that_of_what_it_reads() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), Upsample(8), nn.ReLU(), nn.Conv2d(8, 2, 1)).double().eval()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        net[0].weight[:5] = net[0].bias[:5] = 0
+        net[1].conv.weight[:2] = net[1].conv.bias[:2] = 0
+        before = net(x)
+        assert not remove(net, x, measure=False).refused
+        assert torch.allclose(net(x), before, rtol=0, atol=1e-12)
+    assert (net[1].channels, tuple(net[1].conv.weight.shape)) == (3, (6, 3, 3, 3))
