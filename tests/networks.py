@@ -69,6 +69,20 @@ class Branching(nn.Module):
         return self.body(x) if x.sum() > 0 else self.body(-x)
 
 
+class Sloping(nn.Module):
+    """Its code asks for values and for a gradient: neither an export nor a record of a run can follow it."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.body(x).sum(), x)
+        return self.body(slope) if slope.sum() > 0 else self.body(-slope)
+
+
 class Counting(nn.Module):
     """Multiplies by the number of its calls, so that no two answer the same; whoever restores attributes does not know it."""
 

@@ -22,6 +22,8 @@ OTHERS = {
     "distill/test_known_defects.py": "defects of distillation elsewhere",
     "graph/rules/test_call_forms.py": "every rule, in each form of a call",
     "graph/rules/test_operations.py": "every rule, on the calls that networks make",
+    "prune/test_trained.py": "removal from networks that have been trained under masks",
+    "prune/test_transformers.py": "random transformers",
     "prune/test_zoo.py": "networks of other libraries",
     "test_docs.py": "code of the pages",
     "test_docstrings.py": "docstrings and lengths of all sources",

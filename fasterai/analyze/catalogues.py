@@ -133,7 +133,8 @@ def plot_criteria(names: Sequence[str] | None = None, kept: float = 0.5, columns
         columns: The number of panels side by side.
     """
     check_fraction("kept", kept)
-    names = list(criteria.__all__) if names is None else names
+    if names is None:  # a rule on units has no place in a picture of single weights
+        names = [name for name in criteria.__all__ if getattr(criteria, name).unit_rule is None]
     figure, panels = _panels(len(names), columns, 2.0, 2.2)
     for axes, name in zip(panels, names, strict=False):
         _draw_criterion(axes, name, getattr(criteria, name), kept)

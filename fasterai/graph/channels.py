@@ -13,6 +13,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,10 @@ from fasterai.display import Shown, Table, counted
 from fasterai.graph.exported import Exported, exported, how_recorded, unmet
 from fasterai.graph.features import Asked, FeaturesLike, kept_inputs, read_features
 from fasterai.graph.inputs import input_tensors
-from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim, plain, zeroed
+from fasterai.graph.labels import FIXED, FREE, Array, Components, Dim, Packed, is_zeroed, plain, zeroed
 from fasterai.graph.reasons import summed_reasons
 from fasterai.graph.rules import RULES, Trace, Value, unknown
-from fasterai.graph.rules.trace import called, is_cut, module_of, values_in
+from fasterai.graph.rules.trace import called, is_cut, module_of, unmarked, values_in
 from fasterai.model.dataflow import VIEWS
 from fasterai.model.inputs import positional
 from fasterai.model.names import plain_name, unwrap
@@ -58,6 +59,7 @@ class Group(Shown):
         name: The first weight that makes them, or the input and its dimension, as `x.1`; a number behind it tells groups of
             one weight apart.
         inputs: Input and dimension -> the indices there, in the same way, where the channels are features of an input.
+        along: Like places, for what goes with the channels and is not masked: rows whose lengths are held elsewhere.
         is_summed: True if operations sum or average over the channels, so that a silent one has to be zero all the way.
         is_shown: True if norms without a scale hand on what is not zero for a silent channel, so that what reads it has to be.
     """
@@ -67,13 +69,14 @@ class Group(Shown):
     inputs: Mapping[Place, Array] = field(default_factory=dict)
     is_summed: bool = False
     is_shown: bool = False
+    along: Mapping[Place, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or first_maker(self.places, frozenset()))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or pickle; those of earlier versions know of no inputs."""
-        vars(self).update({"inputs": {}, "is_summed": False, "is_shown": False, **state})
+        vars(self).update({"inputs": {}, "is_summed": False, "is_shown": False, "along": {}, **state})
 
     @property
     def channels(self) -> int:
@@ -194,9 +197,10 @@ def followed(
     graph = _graph(inner, trace, weights, components)
     may_go = {place for group in graph.groups for place in group.inputs}
     whole = kept_inputs(input_tensors(inner, inputs), may_go, graph.inputs)
-    shared: frozenset[str] = frozenset().union(*(p.shared() for p in programs))
+    summed = {name for group in graph.groups if group.is_summed for name, _ in group.places}
+    shared: frozenset[str] = frozenset(trace.blends & summed).union(*(p.shared() for p in programs))
     sized: dict[str, bool] = {}
-    for name, cuts in _sized(trace, components):
+    for name, cuts in _sized(trace, components) if rewrite else ():
         sized[name] = sized.get(name, False) or cuts
     norms, recorded = _norms(programs), how_recorded(programs)
     graph = replace(graph, norms=norms, shared=shared, inputs=whole, recorded=recorded, sized=sized)
@@ -216,7 +220,7 @@ def _sized(trace: Trace, components: Components) -> Iterator[tuple[str, bool]]:
             read = values_in([trace.values.get(n) for n in node.all_input_nodes])
             labelled = [d for v in (*read, *values_in(value)) for d in v.dims if isinstance(d, np.ndarray)]
             if any(components.free(d).size for d in labelled):
-                yield module_of(node), is_cut(node, value)
+                yield module_of(node), node in trace.requests or is_cut(node, value)
 
 
 @dataclass(frozen=True)
@@ -224,7 +228,7 @@ class _Settings:
     """Settings of a pass: the operations, the parameters that stay, and those of `Trace`."""
 
     programs: Sequence[Exported]
-    stay: Collection[str]
+    stay: Mapping[str, str]
     exact: bool
     asked: Sequence[Asked]
     experts: bool
@@ -258,6 +262,10 @@ def _tried(settings: _Settings, choices: dict[str, int]) -> tuple[Trace, dict[st
     return trace, weights
 
 
+#: What may go by products of computed tensors counts less, so that of an attention's ways heads win over widths of heads.
+BY_PRODUCTS = 0.75
+
+
 def _removable(trace: Trace, weights: Mapping[str, Value]) -> tuple[float, int]:
     """Rate a pass: the amount of weights that may be removed, then the number of channels.
 
@@ -266,13 +274,15 @@ def _removable(trace: Trace, weights: Mapping[str, Value]) -> tuple[float, int]:
     components = _components(trace, weights)
     is_free = np.ones(int(components.of.max(initial=-1)) + 1, np.bool_)
     is_free[list(components.pinned)] = False
+    counts = np.ones(is_free.size)
+    counts[components.numbers(np.concatenate([*trace.products, np.zeros(0, np.int64)]))] = BY_PRODUCTS
     total, channels = 0.0, np.zeros(is_free.size, np.bool_)
     for value in weights.values():
         stays = 1.0
         for labels in value.dims:
             if isinstance(labels, np.ndarray):
                 free = (of := components.numbers(labels))[is_free[of]]
-                stays *= 1 - free.size / labels.size / 2
+                stays *= 1 - float(counts[free].sum()) / labels.size / 2
                 channels[free] = True
         total += (1 - stays) * math.prod(value.shape)
     return total, int(channels.sum())
@@ -302,10 +312,11 @@ def _follow(settings: _Settings, choices: dict[str, int]) -> tuple[Trace, dict[s
         if trace.written <= written:
             break
         written |= trace.written  # such tensors get labels from the start, so that all views of them learn what is written
+    trace.pin_untaken()
     for name in weights.keys() - {name for program in settings.programs for name in program.uses()}:
         trace.labels.pin_all(weights[name].dims, "no operation reads it")
     for name in weights.keys() & settings.stay:
-        trace.labels.pin_all(weights[name].dims, "its module recomputes its weight in each forward pass")
+        trace.labels.pin_all(weights[name].dims, settings.stay[name])
     trace.settle()
     return trace, weights
 
@@ -314,6 +325,7 @@ def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value], size
     names, parameters = program.names, program.program.graph_signature.inputs_to_parameters
     given = program.inputs
     values = trace.values
+    trace.roots = program.roots
     idle, unused = program.idle_and_unused()
     for node in program.program.graph.nodes:
         if node in idle:
@@ -325,7 +337,7 @@ def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value], size
             for value in (v for a in node.args[0] if isinstance(v := values.get(a), Value)):
                 trace.labels.pin_all(value.dims, "it is an output of the network")
         else:
-            values[node] = _apply(trace, node, values, program.roots)
+            values[node] = _apply(trace, node, values)
         for value in values_in(values.get(node)) if sizes else ():
             _keep_fit(trace, value, sizes)
         for value in values_in(values[node]) if node in unused else ():
@@ -355,7 +367,7 @@ def _placeholder(
     return weights[name]
 
 
-def _apply(trace: Trace, node: Any, values: dict[Any, Any], roots: Mapping[Any, Any]) -> Any:
+def _apply(trace: Trace, node: Any, values: dict[Any, Any]) -> Any:
     arguments, keywords = tree_map(lambda a: values.get(a, a) if isinstance(a, torch.fx.Node) else a, (node.args, node.kwargs))
     if node.target is operator.getitem:
         return arguments[0][arguments[1]]
@@ -363,8 +375,9 @@ def _apply(trace: Trace, node: Any, values: dict[Any, Any], roots: Mapping[Any, 
     found: Callable[..., Any] | None = RULES.get(name)
     result = trace.fitted(node, _ruled(trace, found or unknown, node, arguments, keywords))
     if name.endswith("_") and not name.endswith("__") and isinstance(result, Value) and isinstance(arguments[0], Value):
-        _written(trace, node, arguments[0], result, roots[node.args[0]])
+        _written(trace, node, arguments[0], result, trace.roots[node.args[0]])
         values[node.args[0]] = result
+        _forget(trace, node, arguments[0], result, values)
     if found is None or (isinstance(result, Value) and result.is_blend and not any(result is a for a in arguments)):
         return result
     shown = arguments[0] if name.lstrip("_") in VIEWS and isinstance(arguments[0], Value) else None
@@ -380,11 +393,34 @@ def _ruled(trace: Trace, rule: Callable[..., Any], node: Any, arguments: Any, ke
     if isinstance(made, torch.Tensor) and not made.dim() and not any(value.shape for value in read):
         return Value((), ())
     try:
-        return rule(trace, node, *arguments, **keywords)
+        return rule(trace, node, *_separate(trace, node, arguments), **tree_map(partial(_settle, trace), keywords))
     except Exception as error:
         note = f"{node.target} is called as its rule does not know ({node.name}, {type(error).__name__})"
         trace.labels.pin_all([dim for value in read for dim in value.dims], note)
         return unknown(trace, node, *arguments, **keywords)
+
+
+#: Operations that leave a dimension that was merged of several as it is.
+UNPACKING = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "to", "_to_copy", "contiguous")
+
+
+def _separate(trace: Trace, node: Any, arguments: Any) -> Any:
+    """Pin dimensions that were merged of several, but for views, and for the columns of a matrix that is multiplied."""
+    name = called(node)
+    if name in UNPACKING:
+        return arguments
+    if name not in ("matmul", "mm") or not isinstance(last := arguments[1].dims[-1], Packed):
+        return tree_map(partial(_settle, trace), arguments)
+    a, b = arguments
+    return _settle(trace, a), replace(b, dims=(*_settle(trace, Value(b.shape[:-1], b.dims[:-1])).dims, last))
+
+
+def _settle(trace: Trace, value: Any) -> Any:
+    """Return a value without dimensions that were merged of several: these stay as they are."""
+    if not isinstance(value, Value) or not any(isinstance(d, Packed) for d in value.dims):
+        return value
+    trace.labels.pin_all([d for d in value.dims if isinstance(d, Packed)], "")
+    return replace(value, dims=tuple(FIXED if isinstance(d, Packed) else d for d in value.dims))
 
 
 def _written(trace: Trace, node: Any, before: Value, after: Value, root: Any) -> None:
@@ -395,16 +431,26 @@ def _written(trace: Trace, node: Any, before: Value, after: Value, root: Any) ->
     if len(before.shape) != len(after.shape):  # `unsqueeze_` and the like give the tensor another shape, and write nothing
         return
     for size, was, now in zip(before.shape, before.dims, after.dims, strict=True):
-        if size > 1 and was is FREE and isinstance(now, np.ndarray):
+        if size > 1 and was is FREE and now is not FREE:
             trace.written.add(root)
             trace.labels.pin(now, f"{node.name} writes it into another tensor")
+
+
+def _forget(trace: Trace, node: Any, before: Value, after: Value, values: dict[Any, Any]) -> None:
+    """Forget what is known to be zero of the tensor that is written in place and of its views, where that may be lost."""
+    same = len(before.shape) == len(after.shape)
+    if same and all((is_zeroed(b) <= is_zeroed(a)).all() for b, a in zip(before.dims, after.dims, strict=True)):
+        return
+    for other, value in values.items():
+        if trace.roots.get(other) is trace.roots[node.args[0]] and isinstance(value, Value | list):
+            values[other] = unmarked(value) if isinstance(value, Value) else [unmarked(v) for v in values_in(value)]
 
 
 def _seen(result: Any, shown: Value | None) -> Any:
     """Return a result with the places of the weight that it is a view of; with none if it is no view."""
     if not isinstance(result, Value):
         return result
-    places = _viewed_places(shown, result) if shown is not None and shown.is_weight else ()
+    places = _viewed_places(shown, result) if shown is not None and shown.is_weight and shown.places else ()
     return replace(result, places=places, is_weight=bool(places), is_blend=bool(places) and bool(shown and shown.is_blend))
 
 
@@ -412,6 +458,8 @@ def _viewed_places(before: Value, after: Value) -> tuple[Place, ...]:
     """Find for each dimension of a view the weight's dimension with the same labels; () unless each has one."""
     places = []
     for dim in after.dims:
+        if isinstance(dim, Packed):
+            return ()
         found = [p for p, d in zip(before.places, before.dims, strict=True) if _carries(d, dim)]
         if not found:
             return ()
@@ -447,7 +495,7 @@ def _graph(model: nn.Module, trace: Trace, weights: Mapping[str, Value], compone
                     touched.setdefault(number, []).append(((name, d), where))
     entering = _entering(trace, components)
     kinds = [_numbers(components, dims) for dims in (trace.summed, trace.shown)]
-    groups, readers = _grouped(touched, entering, kinds), frozenset(trace.readers)
+    groups, readers = _grouped(touched, entering, kinds, trace.lengths), frozenset(trace.readers)
     whole = {place: components.pinned.get(n, "no weight reads it") for n, slices in entering.items() for place, _ in slices}
     return ChannelGraph(
         tuple(_named(groups, readers)),
@@ -490,7 +538,12 @@ def _entering(trace: Trace, components: Components) -> dict[int, Slices]:
     return found
 
 
-def _grouped(touched: Mapping[int, Slices], entering: Mapping[int, Slices], kinds: Sequence[Collection[int]]) -> list[Group]:
+def _grouped(
+    touched: Mapping[int, Slices],
+    entering: Mapping[int, Slices],
+    kinds: Sequence[Collection[int]],
+    lengths: Collection[Place],
+) -> list[Group]:
     """Make groups of the components that are slices of the same dimensions of the same weights and inputs."""
     found: dict[tuple[Any, ...], list[tuple[Slices, Slices]]] = {}
     for number, places in touched.items():
@@ -498,18 +551,19 @@ def _grouped(touched: Mapping[int, Slices], entering: Mapping[int, Slices], kind
         slices = (tuple((place, where.size) for place, where in slices) for slices in (places, inputs))
         flags = tuple(number in of for of in kinds)
         found.setdefault((flags, *slices), []).append((places, inputs))
-    return [_group(members, *kind[0]) for kind, members in found.items()]
+    return [_group(members, *kind[0], lengths) for kind, members in found.items()]
 
 
-def _group(members: Sequence[tuple[Slices, Slices]], is_summed: bool, is_shown: bool) -> Group:
+def _group(members: Sequence[tuple[Slices, Slices]], is_summed: bool, is_shown: bool, lengths: Collection[Place]) -> Group:
     places, inputs = _stacked([slices for slices, _ in members]), _stacked([slices for _, slices in members])
     order = np.argsort(next(iter((inputs or places).values()))[:, 0], kind="stable")
     return Group(
-        {place: indices[order] for place, indices in places.items()},
+        {place: indices[order] for place, indices in places.items() if place not in lengths},
         ".".join(map(str, next(iter(inputs), ()))),
         {place: indices[order] for place, indices in inputs.items()},
         is_summed,
         is_shown,
+        {place: indices[order] for place, indices in places.items() if place in lengths},
     )
 
 
@@ -539,7 +593,7 @@ def _normed(
 def first_maker(places: Iterable[Place], readers: frozenset[Place]) -> str:
     """Return the name of the first weight that makes the channels; if none does, the first that they run through."""
     names = [n for n, d in places if (n, d) not in readers] or [n for n, _ in places]
-    return next((n for n in names if n.endswith("weight")), names[0])
+    return next((n for n in names if n.endswith("weight")), next((n for n in names if not n.endswith("bias")), names[0]))
 
 
 def _named(groups: Iterable[Group], readers: frozenset[Place]) -> Iterator[Group]:

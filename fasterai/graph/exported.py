@@ -25,7 +25,7 @@ from fasterai.model.names import plain_name
 from fasterai.model.running import at_rest, copies, in_mode, undisturbed, without_fast_path
 from fasterai.model.supported import check_runs, said
 
-__all__ = ["Exported", "exported", "how_recorded", "unmet"]
+__all__ = ["Exported", "exported", "how_recorded", "unmet", "used_otherwise"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,13 @@ class Exported:
         return Counter(self.names[node.name] for node in nodes for _ in node.users)
 
     def shared(self) -> frozenset[str]:
-        """Return the names of parameters and buffers that several operations read."""
-        return frozenset(name for name, count in self.uses().items() if count > 1)
+        """Return the names of parameters and buffers that several operations read, as they stand or views of them."""
+        roots, readers = self.roots, Counter[Any]()
+        for node in roots:
+            if roots[node] is node:
+                readers.update({roots[one] for one in node.all_input_nodes})
+        twice = {self.names[n.name] for n, count in readers.items() if count > 1 and n.name in self.names}
+        return frozenset(twice | {name for name, count in self.uses().items() if count > 1})
 
     def unread(self) -> list[str]:
         """List the parameters that no operation reads."""
@@ -107,7 +112,8 @@ def exported(model: nn.Module, inputs: tuple[Any, ...]) -> list[Exported]:
         ValueError: It does not run on the inputs, or cannot be followed; the message says where, and the repair.
     """
     found = _exported_or_recorded(model, inputs)
-    unread = sorted(set[str].intersection(*(set(one.unread()) for one in found)))
+    elsewhere = [set(one.unread()) for one in found[1:]]
+    unread = [name for name in found[0].unread() if all(name in one for one in elsewhere)]
     if (is_other := _training_returns_other(model, inputs)) or unread:
         found += [one for one in _training(model, inputs, unread) if is_other or set(one.unread()) < set(unread)]
     if sizes := unmet(found):
@@ -160,6 +166,16 @@ def unmet(programs: Sequence[Exported]) -> dict[int, str]:
     unread = set[str].intersection(*(set(one.unread()) for one in programs))
     nodes = {one.names[node.name]: node for one in programs for node in one.program.graph.nodes if node.name in one.names}
     return {int(n): name for name in sorted(unread) for n in nodes[name].meta["val"].shape[:2] if n > 1}
+
+
+def used_otherwise(programs: Sequence[Exported]) -> set[str]:
+    """Find the parameters that recorded runs use in different ways: what one of them reads with, another may make with."""
+    uses: dict[str, set[Any]] = {}
+    for one in (one for one in programs if one.refused):
+        for node in (node for node in one.program.graph.nodes if node.name in one.names and node.users):
+            at = [(str(u.target), tuple(i for i, a in enumerate(u.args) if a is node)) for u in node.users]
+            uses.setdefault(one.names[node.name], set()).add(frozenset(at))
+    return {name for name, several in uses.items() if len(several) > 1}
 
 
 def _training_returns_other(model: nn.Module, inputs: tuple[Any, ...]) -> bool:

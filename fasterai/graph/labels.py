@@ -37,7 +37,8 @@ from typing import Any, Final
 
 import numpy as np
 
-__all__ = ["FIXED", "FREE", "Array", "Components", "Dim", "Flags", "Labels", "is_labelled", "is_zeroed", "plain", "zeroed"]
+__all__ = ["FIXED", "FREE", "Array", "Components", "Dim", "Flags", "Labels", "Packed"]
+__all__ += ["is_labelled", "is_zeroed", "plain", "zeroed"]
 
 Array = np.ndarray[Any, np.dtype[np.int64]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
@@ -53,7 +54,24 @@ class _Kind:
 
 FIXED: Final = _Kind("FIXED")
 FREE: Final = _Kind("FREE")
-Dim = Array | _Kind
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Dimensions that were merged into one, several of which carry labels: views alone take them apart again.
+
+    Attributes:
+        dims: The dimensions.
+        sizes: Their sizes.
+        reason: The reason for which their labels stay where something else is done with it.
+    """
+
+    dims: tuple[Array | _Kind | Packed, ...]
+    sizes: tuple[int, ...]
+    reason: str
+
+
+Dim = Array | _Kind | Packed
 ZERO: Final = 1 << 60  # the mark of a label; all labels are smaller
 
 
@@ -130,6 +148,9 @@ class Labels:
                 return a
             self._edges.append((plain(a).ravel(), plain(b).ravel()))
             return a & (b | (ZERO - 1))
+        if isinstance(a, Packed) or isinstance(b, Packed):
+            self.pin_all([a, b], reason)
+            return FIXED
         if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
             labelled, other = (a, b) if isinstance(a, np.ndarray) else (b, a)
             if other is FIXED:
@@ -153,6 +174,8 @@ class Labels:
         """Pin the labels of a dimension, so that they are kept; the reason is for the user."""
         if isinstance(dim, np.ndarray):
             self._pins.append((plain(dim).ravel(), reason))
+        if isinstance(dim, Packed):
+            self.pin_all(dim.dims, dim.reason)
 
     def pin_all(self, dims: Sequence[Dim], reason: str) -> None:
         """Pin the labels of several dimensions."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["own_tensors", "plain_name", "unwrap", "walk_parameters", "walk_tensors"]
+__all__ = ["own_tensors", "owner", "plain_name", "unwrap", "walk_parameters", "walk_tensors"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -24,6 +24,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 def plain_name(name: str) -> str:
     """Return a parameter's name without the parts that `torch.compile` adds to it."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def owner(name: str) -> str:
+    """Return the name of the module that a parameter belongs to, from its name; empty for the model itself.
+
+    >>> owner("head.weight"), owner("head.parametrizations.weight.original0")
+    ('head', 'head')
+    """
+    return f".{name.rpartition('.')[0]}".partition(".parametrizations.")[0].removeprefix(".")
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

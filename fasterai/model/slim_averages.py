@@ -134,7 +134,9 @@ class Counting(TorchFunctionMode):
         share = x.shape[dim] / self.size
         if name == "mean":
             held = [held for y, held in self._held if y is x]
-            mean = result * share + (held[0].reshape(result.shape) * (1 - share) if held else 0)
+            mean = result * share
+            if held:
+                mean = mean + held[0].reshape(result.shape) * (1 - share)
             self._means.append((x, mean))
             return mean
         keeps = (result[0] if isinstance(result, tuple) else result).dim() == x.dim()

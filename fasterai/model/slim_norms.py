@@ -141,13 +141,14 @@ def is_torchs(module: nn.Module) -> bool:
     return type(module) in SLIM_NORMS or type(module) in SLIM_NORMS.values()
 
 
-def dense_size(norm: nn.Module) -> int:
-    """Return the number of channels that one of torch's norms averages over, or did before anything was removed."""
-    if "dense_size" in vars(norm):
-        return int(vars(norm)["dense_size"])
-    if isinstance(norm, nn.GroupNorm):
-        return norm.num_channels // norm.num_groups
-    return int(norm.normalized_shape[0])  # type: ignore[index,arg-type]
+def dense_size(module: nn.Module) -> int | None:
+    """Return over how many channels a norm was before anything was removed; None where its attributes do not say."""
+    if is_slim(module):
+        return int(vars(module)["dense_size"])
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels // module.num_groups
+    shape = vars(module).get("normalized_shape")
+    return shape[0] if isinstance(shape, tuple) and len(shape) == 1 else None
 
 
 def put_dense_size(module: nn.Module, size: int | None) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -19,10 +20,13 @@ __all__ = [
     "check_model",
     "check_runs",
     "check_whole",
+    "directions",
+    "is_weight_normed",
     "network_in",
     "recomputed",
     "said",
     "shapes_of_inputs",
+    "way_out",
     "where",
 ]
 
@@ -168,15 +172,60 @@ def where(error: BaseException) -> str:
     return f" ({code.co_name}, line {last.tb_lineno} of {os.path.basename(code.co_filename)})"
 
 
-def recomputed(model: nn.Module) -> frozenset[str]:
+def recomputed(model: nn.Module) -> dict[str, str]:
     """Return the parameters and buffers, by plain name, of modules that recompute their weight in each forward pass.
 
-    These are parametrised, or have a weight norm or a mask of `torch.nn.utils`: a `weight` to cut is not theirs.
+    These are parametrised, or have a mask or a spectral norm of `torch.nn.utils`: a `weight` to cut is not theirs. Weight norms
+    are followed instead.
+
+    Returns:
+        Name -> the reason for which it stays, and the way out.
     """
-    found: set[str] = set()
+    found: dict[str, str] = {}
     for prefix, module in model.named_modules():
-        own = module._parameters.keys()
-        has_hook = any(a.endswith("_orig") or (a.endswith("_g") and f"{a[:-2]}_v" in own) for a in own)
-        if has_hook or nn.utils.parametrize.is_parametrized(module):
-            found |= {plain_name(name) for name, _ in [*module.named_parameters(prefix), *module.named_buffers(prefix)]}
-    return frozenset(found)
+        way = way_out(module, "")
+        if way is not None and not is_weight_normed(module):
+            reason = f"its module recomputes its weight in each forward pass; {way} would take that away"
+            tensors = [*module.named_parameters(prefix), *module.named_buffers(prefix)]
+            found |= {plain_name(name): reason for name, _ in tensors}
+    return found
+
+
+def way_out(module: nn.Module, name: str) -> str | None:
+    """Return the call that makes a plain parameter of a weight which a module recomputes; None where it recomputes none.
+
+    >>> way_out(nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)), "model.head")
+    'torch.nn.utils.parametrize.remove_parametrizations(model.head, "weight")'
+    """
+    if nn.utils.parametrize.is_parametrized(module):
+        attribute = next(iter(module.parametrizations))  # type: ignore[arg-type]
+        return f'torch.nn.utils.parametrize.remove_parametrizations({name or "module"}, "{attribute}")'
+    own = module._parameters.keys()
+    masked = next((a.removesuffix("_orig") for a in own if a.endswith("_orig")), None)
+    if masked is not None:
+        if any(type(hook).__name__ == "SpectralNorm" for hook in module._forward_pre_hooks.values()):
+            return f'torch.nn.utils.remove_spectral_norm({name or "module"}, "{masked}")'
+        return f'torch.nn.utils.prune.remove({name or "module"}, "{masked}")'
+    normed = next((a[:-2] for a in own if a.endswith("_g") and f"{a[:-2]}_v" in own), None)
+    return None if normed is None else f'torch.nn.utils.remove_weight_norm({name or "module"}, "{normed}")'
+
+
+def is_weight_normed(module: nn.Module) -> bool:
+    """Tell if all weights that a module recomputes are rows scaled to lengths, `g v / |v|`, as torch's weight norms do."""
+    if nn.utils.parametrize.is_parametrized(module):
+        kinds = [[type(one) for one in parts] for parts in module.parametrizations.values()]  # type: ignore[operator,union-attr]
+        return all(kind == [nn.utils.parametrizations._WeightNorm] for kind in kinds)
+    hooks = [h for h in module._forward_pre_hooks.values() if type(h).__module__.startswith("torch.nn.utils.")]
+    return bool(hooks) and all(isinstance(h, WeightNorm) for h in hooks)
+
+
+def directions(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights that a module makes of rows and lengths: (attribute, rows), which have the same shape."""
+    if not is_weight_normed(module):
+        return
+    if nn.utils.parametrize.is_parametrized(module):
+        yield from ((a, parts.original1) for a, parts in module.parametrizations.items())  # type: ignore[operator,union-attr]
+        return
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            yield hook.name, getattr(module, f"{hook.name}_v")

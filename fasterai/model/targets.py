@@ -11,7 +11,8 @@ from torch import nn
 from fasterai.core.checks import unknown
 from fasterai.core.types import Target
 from fasterai.model.layouts import by_dimensions, read_module
-from fasterai.model.names import plain_name, unwrap, walk_parameters
+from fasterai.model.names import owner, plain_name, unwrap, walk_parameters
+from fasterai.model.supported import is_weight_normed, way_out
 
 __all__ = [
     "LayerTypes",
@@ -135,6 +136,7 @@ def find_targets(
     coarse: bool,
     targets: TargetsLike | None = None,
     layer_type: LayerTypes | None = None,
+    raw: bool = False,
 ) -> Selection:
     """Find the parameters to prune.
 
@@ -145,6 +147,8 @@ def find_targets(
             model without any, the linear and attention weights.
         targets: Names, globs, or a predicate of (name, parameter); default by kind.
         layer_type: Module classes whose known parameters are the targets.
+        raw: True if raw parameters, and the lengths of weight norms, are targets by default: where the data flow tells what
+            their dimensions are.
 
     Raises:
         ValueError: A name matches nothing, a named parameter does not fit, nothing is left, or a named one is parametrised
@@ -164,12 +168,13 @@ def find_targets(
     else:
         _refuse_lazy([n for n, place in lazy.items() if _would_be_chosen(*place, candidates, coarse)])
         chosen, reasons = _by_kind(candidates, coarse)
+        chosen += [t for t in candidates if raw and t.kind == "other" and t.parameter.dim() > 1]
         adapters = _adapters(model)
         reasons |= {t.name: ADAPTER for t in chosen if t.name in adapters}
         chosen = [t for t in chosen if t.name not in adapters]
-    parametrised = _parametrised(model, candidates)
+    parametrised = _parametrised(model, candidates, raw)
     if targets is not None:
-        _refuse_parametrised(chosen, parametrised)
+        _refuse_parametrised(model, chosen, parametrised)
     else:
         chosen = [t for t in chosen if t.name not in parametrised]
         reasons |= {n: f"{which} works its weight out anew in each forward pass" for n, which in parametrised.items()}
@@ -223,8 +228,8 @@ def _adapters(model: nn.Module) -> set[str]:
     for name, _, _, p in walk_parameters(model):
         parts = name.split(".")
         at = next((i for i, part in enumerate(parts) if part.lower().startswith(ADAPTERS)), None)
-        owner = "" if not at else ".".join(parts[:at]) + "."
-        if p.requires_grad and at is not None and any(other.startswith(owner) for other in frozen):
+        above = "" if not at else ".".join(parts[:at]) + "."
+        if p.requires_grad and at is not None and any(other.startswith(above) for other in frozen):
             found.add(name)
     return found
 
@@ -280,20 +285,26 @@ def _by_kind(candidates: Sequence[Target], coarse: bool) -> tuple[list[Target], 
     return chosen, {t.name: why.get(t.kind, fallback) for t in candidates if t.kind not in kinds}
 
 
-def _parametrised(model: nn.Module, candidates: Sequence[Target]) -> dict[str, str]:
-    """Find the parameters of modules that recompute their weight: name -> the module and how it does."""
-    causes = _recomputing(model)
+def _parametrised(model: nn.Module, candidates: Sequence[Target], raw: bool) -> dict[str, str]:
+    """Find the parameters of modules that recompute their weight, weight norms aside if `raw`: name -> the module and how."""
+    causes, modules = _recomputing(model), _modules(model)
     found = {}
     for target in candidates if causes else ():
-        owner = f".{target.module_name}".partition(".parametrizations.")[0].lstrip(".")
-        if owner in causes:
-            found[target.name] = f"{owner or type(model).__name__} ({causes[owner]})"
+        name = owner(target.name)
+        if name in causes and not (raw and is_weight_normed(modules[name])):
+            found[target.name] = f"{name or type(model).__name__} ({causes[name]})"
     return found
 
 
-def _refuse_parametrised(chosen: Sequence[Target], parametrised: Mapping[str, str]) -> None:
-    for which in (parametrised[target.name] for target in chosen if target.name in parametrised):
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {plain_name(name): module for name, module in model.named_modules()}
+
+
+def _refuse_parametrised(model: nn.Module, chosen: Sequence[Target], parametrised: Mapping[str, str]) -> None:
+    for target in (target for target in chosen if target.name in parametrised):
+        name = owner(target.name)
+        way = way_out(_modules(model)[name], f"model.{name}" if name else "model")
         raise ValueError(
-            f"targets must not be parametrised, got {which}: the forward pass uses a weight that is worked out anew; "
-            "remove the parametrisation first, or leave the layer out with targets="
+            f"targets must not be parametrised, got {parametrised[target.name]}: the forward pass uses a weight that is worked "
+            f"out anew; take it away first with {way}, or leave the layer out with targets="
         )

@@ -13,7 +13,7 @@ from fasterai.core.contexts import NM, Context, Local, PerTarget
 from fasterai.core.types import Target
 from fasterai.graph.channels import ChannelGraph
 from fasterai.graph.reasons import kept_shares, shares_in_words
-from fasterai.model.names import unwrap
+from fasterai.model.names import owner, unwrap
 from fasterai.model.targets import all_targets, match
 from fasterai.prune.choice.budget import Budget
 from fasterai.units.channel_pools import OVER, ChannelPool
@@ -127,7 +127,7 @@ def free_pools(
     """
     if known is not None:
         pools = [p for p in pools if p.name in known]
-    made = [{n.rpartition(".")[0] for n, d in p.group.places if (n, d) not in graph.readers} for p in pools]
+    made = [{owner(n) for n, d in p.group.places if (n, d) not in graph.readers} for p in pools]
     free = tuple(p for p, names in zip(pools, made, strict=True) if not names & ignored)
     if pools and not free:
         makers = ", ".join(sorted(p.name for p in pools)[:5])

@@ -103,13 +103,13 @@ def _silent(
 ) -> Flags | bool:
     zeros = {place: _zero(tensor_of(tensors, place[0]), place[1], indices) for place, indices in group.places.items()}
     reads = [z for place, z in zeros.items() if place in graph.readers]
-    if group.inputs:  # what enters is not zero, whatever is added to it or scales it
-        return _all(reads)
     makes = {
         place: z
         for place, z in zeros.items()
         if _is_parameter(tensors, place[0]) and (place not in graph.readers or place[0] in graph.shared)
     }
+    if group.inputs:  # what enters is not zero, whatever is added to it or scales it; its products are, which may be summed
+        return _all([*reads, *(makes.values() if group.is_summed else ())])
     by_name: dict[str, list[Place]] = {}
     for place in makes:
         by_name.setdefault(place[0], []).append(place)
@@ -120,7 +120,7 @@ def _silent(
         is_off = zeros[scale] & zeros[shift]
         if norm.is_by_channel:
             makes[scale] = zeros[scale] | _all([zeros[p] for p in (shift, (norm.mean, 0), *layer) if p in zeros])
-        for place in layer:
+        for place in layer if norm.scale.rpartition(".")[0] not in graph.counted else ():
             makes[place] = zeros[place] | is_off
     if group.is_summed and group.is_shown:
         return _all(makes.values()) & (_all(reads) if reads else True)

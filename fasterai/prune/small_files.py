@@ -23,8 +23,8 @@ from fasterai.prune.features.files import SELECTORS, read_entry
 from fasterai.prune.features.selector import InputSelector
 from fasterai.prune.small_header import SIZES, SMALL_FORMAT, Header, Shapes, read_header, sizes_of, stamp, unfit_sizes
 from fasterai.prune.surgery.dense_shapes import dense_shapes, note, put_note
-from fasterai.prune.surgery.rewriting import plain_class, rewrite_of, traced_class
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention, encoders_of
+from fasterai.prune.surgery.tracing import plain_class, rewrite_of, traced_class
 
 __all__ = ["load_small", "save_small"]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fasterai.graph.inputs import InputCut
 from fasterai.model.names import own_tensors
-from fasterai.model.slim_norms import dense_size, is_torchs
+from fasterai.model.slim_norms import dense_size, is_slim, is_torchs
 from fasterai.prune.features.files import SELECTORS
 from fasterai.prune.surgery.modules import EXPERTS, HEADS, STREAMS, WIDTHS, new_sizes
 from fasterai.prune.surgery.rewriting import Rewrite
@@ -43,7 +43,7 @@ class Header:
 
     Attributes:
         sizes: Module -> attribute -> size.
-        slim: Names of `nn.MultiheadAttention`s that have lost heads -> heads.
+        slim: Names of `nn.MultiheadAttention`s that have lost heads -> heads; of norms over fewer channels -> how many there were.
         traits: Module -> its class, and its settings.
         dense: Tensor -> its shape before the first cut, where known.
         inputs: Argument -> what the small model takes of that input, where it takes less.
@@ -138,8 +138,9 @@ def unfit_sizes(model: nn.Module, header: Header, tensors: Mapping[str, Tensor])
         yield from (f"{said}.{a} is not in the file" for a in own if a not in found and a not in EXPERTS)
         yield from (f"{said}.{a} is no size here" for a in found if a not in own and getattr(module, a, None) is not None)
         count = header.slim.get(name)
-        if is_torchs(module) and count not in (None, dense_size(module)):
-            yield f"{said} averages over {dense_size(module)} channels here and {count} in the file"
+        whole = dense_size(module) if count is not None and (is_torchs(module) or is_slim(module)) else count
+        if count != whole:
+            yield f"{said} averages over {whole} channels here and {count} in the file"
         if problem := _unfit(module, own, found, saved, header.slim.get(name)):
             yield f"{said}.{problem}"
 
@@ -162,6 +163,12 @@ def _unfit(module: nn.Module, own: Mapping[str, Any], found: Mapping[str, Size],
         return f"{a} is {found[a]!r} in the file, whose weights have {' or '.join(sorted({str(way[a]) for way in ways}))}"
     known = set(ways[0])
     for a, v in found.items():
+        if (
+            a in ("normalized_shape", "num_channels")
+            and heads is not None
+            and not saved.keys() & {id(x) for _, x in _walk(module)}
+        ):
+            continue  # a norm without a scale is over what it is given
         if a in own and a not in known and v != own[a] and not _is_shown(own[a], v, _cut(module, saved)):
             return f"{a} is {own[a]!r} here and {v!r} in the file, which its weights do not show"
     return ""

@@ -18,7 +18,7 @@ from fasterai.core import criteria as criterion_catalogue
 from fasterai.core.checks import NamesReplacements, check_count, check_fraction, entry_or_repr, from_catalogue, warn
 from fasterai.core.contexts import NM, Context, PerTarget
 from fasterai.core.criteria import Criterion, as_criterion
-from fasterai.core.granularities import Granularity
+from fasterai.core.granularities import Coupled, Granularity
 from fasterai.core.loop import Batch, Fit
 from fasterai.core.saved import settings_in_words, warn_of_settings
 from fasterai.core.schedules import Schedule, as_schedule
@@ -130,7 +130,14 @@ class Sparsifier(NamesReplacements, Masked):
         self._pace = Pace(as_schedule(from_catalogue("schedule", schedule, schedules)), check_count("max_updates", max_updates))
         check_unflattened(model)
         coarse = self.granularity.is_coarse
-        selection = find_targets(model, fits=self._misfit, coarse=coarse, targets=targets, layer_type=layer_type)
+        selection = find_targets(
+            model,
+            fits=self._misfit,
+            coarse=coarse,
+            targets=targets,
+            layer_type=layer_type,
+            raw=isinstance(self.granularity, Coupled),
+        )
         if not self.granularity.shares_weights:
             for criterion in (self.criteria, *self.rule.criteria):
                 selection = without_unwatched(selection, criterion)

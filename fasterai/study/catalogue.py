@@ -28,6 +28,7 @@ STUDIES = (
     "scratch",
     "ternary",
     "tickets",
+    "transformers",
     "variety",
 )
 

@@ -155,9 +155,10 @@ def _grid(shares: list[float], local: list[str], all_together: list[str], peers:
     return [dense, *ours, *theirs]
 
 
-LOCAL, GLOBAL = ["random", "large_final", "taylor", "fpgm"], ["large_final", "taylor", "fisher", "hessian"]
-THEIRS = {"local": ["magnitude"], "global": ["magnitude", "taylor", "hessian"]}
-FURTHER = {"local": ["magnitude", "taylor", "fpgm"], "global": ["magnitude", "taylor", "hessian"]}
+LOCAL, GLOBAL = ["large_final", "fpgm"], ["large_final", "taylor", "fisher", "wanda"]
+THEIRS = {"local": ["magnitude"], "global": ["magnitude", "taylor"]}
+MORE_LOCAL, MORE_GLOBAL = ["random", "large_final", "taylor", "fisher", "fpgm"], [*GLOBAL, "hessian", "fpgm"]
+MORE_OF_THEIRS = {"local": ["magnitude", "taylor", "fpgm"], "global": ["magnitude", "taylor", "hessian"]}
 STUDY = Study(
     name="channel_criteria",
     about="Criteria for channels at 60, 40 and 25 % of the MACs, beside torch-pruning",
@@ -165,7 +166,7 @@ STUDY = Study(
     grids={
         "tiny": _grid([0.5], ["large_final"], ["taylor"], {}),
         "small": _grid([0.6, 0.4, 0.25], LOCAL, GLOBAL, THEIRS),
-        "full": _grid([0.6, 0.4, 0.25, 0.15], [*LOCAL, "fisher"], [*GLOBAL, "fpgm", "wanda"], FURTHER),
+        "full": _grid([0.6, 0.4, 0.25, 0.15], MORE_LOCAL, MORE_GLOBAL, MORE_OF_THEIRS),
     },
     x="macs",
     lines=("by", "criterion", "context"),

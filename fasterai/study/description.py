@@ -29,7 +29,7 @@ Grid = Mapping[str, Sequence[Any]]
 
 
 Trial = Callable[[Settings, int, Size, Any], Mapping[str, float]]
-Load = Callable[[Path | None, Size], "Data | None"]
+Load = Callable[[Path | None, Size], Any]
 
 
 def _images(folder: Path | None, size: Size) -> Data | None:

@@ -158,6 +158,7 @@ class ChannelPool(Pool):
             left = indices[stay]
             # A place's indices move up where others before them have gone.
             places[place] = np.searchsorted(cut[place], left) if place in cut else left
+        along = {p: np.searchsorted(cut[p], i[stay]) if p in cut else i[stay] for p, i in self.group.along.items()}
         inputs = {}
         for place, indices in self.group.inputs.items():
             now = cut.get(input_place(*place))
@@ -167,7 +168,7 @@ class ChannelPool(Pool):
             targets=tuple(fresh[t.name] for t in self.targets if t.name in fresh),
             layout=_layout(fresh.get(self.name), int(stay.sum())),
             shape=(int(stay.sum()),),
-            group=Group(places, self.group.name, inputs),
+            group=replace(self.group, places=places, inputs=inputs, along=along),
             parameters={n: fresh[n] for n in self.parameters if n in fresh},
         )
 

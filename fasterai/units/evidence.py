@@ -143,7 +143,7 @@ def hessian_gradients(model: nn.Module, targets: Sequence[Target], source: Sourc
 
 
 def hessian_diagonal(model: nn.Module, targets: Sequence[Target], source: Source) -> dict[str, Tensor]:
-    """Estimate the second derivatives d2L/dw2 by Hutchinson's estimator, the mean of `v . (H v)` over random signs v.
+    """Compute the second derivatives d2L/dw2 by Hutchinson's estimator, the mean of `v (H v)` over random signs v.
 
     Each batch has `DRAWS` draws of signs, from a generator of its own; the loss is that of the data, averaged over batches.
     """

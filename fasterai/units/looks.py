@@ -20,10 +20,13 @@ from fasterai.core.saved import Check, check_parts, finite_tensors, mapping_of
 
 __all__ = ["Look", "check_looks", "look_at"]
 
+#: Share of its score below which what others have left of a channel tells nothing by factors: it may grow by any.
+LEAST = 0.01
+
 
 @dataclass(frozen=True)
 class Look:
-    """What is remembered of a pool.
+    """The memory of a pool.
 
     Attributes:
         scale: The mean score of its first channels.
@@ -42,7 +45,8 @@ class Look:
         if self.base.shape != scores.shape:
             return scores
         base, then = self.base.to(scores), self.then.to(scores)
-        found = torch.where(base * then > 0, base * (scores / then), base + (scores - then))
+        has_factor = (base * then > 0) & (then.abs() > LEAST * base.abs())
+        found = torch.where(has_factor, base * (scores / then), base + (scores - then))
         return torch.where(base == then, scores, found)
 
     def scale_of(self, scores: Tensor, keep: Tensor | None) -> Tensor:

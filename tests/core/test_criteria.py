@@ -25,6 +25,7 @@ KNOWN = {
     "hessian_gradient": [1.0, -1.0, 2.0, 0.5],
     "synaptic_flow": [1.0, 2.0, 3.0, 4.0],
     "activation": [1.0, 2.0, 0.5, 4.0],
+    "hessian_diagonal": [1.0, 2.0, -4.0, 0.5],
 }
 # entry -> (what it needs besides the weight, scores by hand)
 CASES = {
@@ -43,6 +44,9 @@ CASES = {
     "updating_movement": (("previous",), [4.0, 2.0, 0.5, 2.0]),
     "updating_movmag": (("previous",), [0.0, 0.0, 0.5, 2.0]),
     "taylor": (("gradient",), [1.0, 4.0, 0.25, 9.0]),
+    "fisher": (("gradient",), [1.0, 4.0, 0.25, 9.0]),
+    "fpgm": ((), [2.0, 1.0, 0.5, 3.0]),  # a rule on units does the rest, below
+    "hessian": (("hessian_diagonal",), [4.0, 2.0, -1.0, 4.5]),
     "snip": (("gradient",), [1.0, 2.0, 0.5, 3.0]),
     "grasp": (("hessian_gradient",), [2.0, 1.0, 1.0, -1.5]),
     "synflow": (("synaptic_flow",), [2.0, 2.0, 1.5, 12.0]),
@@ -109,8 +113,39 @@ def test_elementwise_scores_can_be_had_in_parts(name):
     assert part.tolist() == CASES[name][1][1:3]
 
 
-def test_wanda_and_random_cannot_be_had_in_parts():
-    assert {n for n in CASES if not entry(n).elementwise} == {"wanda", "random"}
+def test_what_cannot_be_had_in_parts():
+    assert {n for n in CASES if not entry(n).elementwise} == {"wanda", "random", "fpgm"}
+
+
+def test_only_taylor_has_parts_that_are_summed_up_and_squared():
+    assert [n for n in CASES if entry(n).joint is not None] == ["taylor"]
+    parts = criteria.taylor.of_parts()
+    assert parts(evidence(["gradient"])).flatten().tolist() == [1.0, -2.0, -0.5, -3.0]
+    assert (parts.reducer, parts.joint, parts.elementwise) == ("sum", None, True)
+    assert criteria.fisher.of_parts() is criteria.fisher
+    with pytest.raises(TypeError, match="joint must be a function of evidence, got 3"):
+        Criterion(squeezed, joint=3)
+
+
+def test_fpgm_adds_up_the_distances_to_those_that_are_left():
+    # (0, 3), (4, 0) and (4, 3) are 5, 3 and 4 apart; the pruned third unit is nobody's neighbour
+    weights = torch.tensor([[0.0, 3.0], [4.0, 0.0], [0.0, 0.0], [4.0, 3.0]])
+    assert criteria.fpgm.rank(torch.ones(4), lambda: weights).tolist() == pytest.approx([9.0, 8.0, 0.0, 7.0])
+
+
+@pytest.mark.parametrize("values", [[4.0, -1.0, 0.0, 2.0, 2.0], [0.0, 0.0], [3.0]])
+def test_fpgm_of_single_weights_is_the_same_in_one_pass(values):
+    weights = torch.tensor(values)[:, None]
+    living = (weights != 0).squeeze(1)
+    wanted = ((weights - weights.T).abs() * living).sum(1) * living
+    assert criteria.fpgm.rank(torch.ones(len(weights)), lambda: weights).tolist() == wanted.tolist()
+
+
+def test_fpgm_in_pieces_is_the_same(monkeypatch):
+    weights = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    whole = criteria.fpgm.rank(torch.ones(7), lambda: weights)
+    monkeypatch.setattr(criteria, "MOST_DISTANCES", 14)
+    assert torch.allclose(criteria.fpgm.rank(torch.ones(7), lambda: weights), whole)
 
 
 def test_those_with_a_numpy_function_give_the_same_by_it():
@@ -299,7 +334,7 @@ def test_the_page_lists_the_needs_that_the_error_lists():
         (
             lambda: from_catalogue("criteria", "large_finale", criteria),
             ValueError,
-            "criteria must be one of grasp, large_final, .*, got 'large_finale'; did you mean 'large_final'",
+            "criteria must be one of fisher, fpgm, grasp, .*, got 'large_finale'; did you mean 'large_final'",
         ),
     ],
 )

@@ -123,7 +123,7 @@ def test_two_inputs_that_meet_go_together_if_both_are_named():
     ("forward", "x", "features", "why"),
     [
         (lambda m, x: (m["a"](x), x), X, 1, "it is an output of the network"),
-        (lambda m, x: m["a"](x[:, :6]) + m["b"](x[:, 6:]), torch.randn(2, 8), 1, "cuts it at fixed positions"),
+        (lambda m, x: m["a"](x[:, ::2]) + m["b"](x[:, 10:]), torch.randn(2, 12), 1, "cuts it at fixed positions"),
         (lambda m, x: m["a"](F.softmax(x, 1)), X, 1, "mixes its entries"),
         (lambda m, x: m["a"](F.layer_norm(x, (6,))), X, 1, "averages over it"),
         (lambda m, x: m["a"](m["e"](x).mean(1)), torch.randint(0, 9, (2, 4)), 1, "looks rows up by number"),

@@ -24,7 +24,10 @@ class Auxiliary(nn.Module):
         y = self.a(x).relu()
         if not self.training:
             return self.b(y)
-        return self.b(y), self.aux(y if not self.branches or bool(y.sum() > 1e9) else y + 1)
+        if self.branches:
+            y = y.detach().requires_grad_() * (2 if bool(y.sum() > 1e9) else 1)
+            (y,) = torch.autograd.grad(y.sum(), y)
+        return self.b(y), self.aux(y)
 
 
 def test_uses_are_counted() -> None:

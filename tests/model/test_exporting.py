@@ -17,6 +17,7 @@ from fasterai.graph.channels import channel_graph
 from fasterai.model.exporting import exporting
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.sparsifier import Sparsifier
+from tests.networks import Sloping
 
 MASK = nn.Transformer.generate_square_subsequent_mask(5)
 TOKENS = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
@@ -39,18 +40,6 @@ class Seq2Seq(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
         return self.head(self.transformer(x, y, tgt_mask=mask))
-
-
-class Branches(nn.Module):
-    """A network whose branch depends on data: it cannot be exported."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.a(x)
-        return h if bool(h.sum() > 0) else -h
 
 
 def transformers() -> list[tuple[nn.Module, tuple[Tensor, ...], tuple[Tensor, ...]]]:
@@ -138,9 +127,9 @@ def test_a_failed_export_prints_nothing_and_says_where_and_what_to_do(capfd: pyt
     logging.getLogger("torch").addHandler(handler)
     try:
         with pytest.raises(
-            ValueError, match=r"(?s)torch.export can read.*line \d+ of test_exporting.py.*remove branches"
+            ValueError, match=r"(?s)torch.export can read.*line \d+ of networks.py.*remove branches"
         ) as caught:
-            channel_graph(Branches(), (torch.randn(2, 3),))
+            channel_graph(Sloping(nn.Linear(3, 3)), (torch.randn(2, 3),))
     finally:
         logging.getLogger("torch").removeHandler(handler)
     out, err = capfd.readouterr()

@@ -14,8 +14,18 @@ from torch.nn.utils.prune import l1_unstructured
 
 from fasterai.graph.channels import channel_graph
 from fasterai.model.inputs import positional
-from fasterai.model.supported import check_inputs, check_model, check_whole, recomputed, shapes_of_inputs
+from fasterai.model.supported import (
+    check_inputs,
+    check_model,
+    check_whole,
+    directions,
+    is_weight_normed,
+    recomputed,
+    shapes_of_inputs,
+    way_out,
+)
 from fasterai.prune.removal import remove
+from fasterai.sparse.sparsifier import Sparsifier
 
 X = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
 
@@ -149,23 +159,24 @@ class Asserting(nn.Linear):
         return super().forward(x)
 
 
-class Branching(nn.Module):
-    """What torch.export cannot follow."""
+class Sloping(nn.Module):
+    """What neither torch.export nor a record of a run can follow."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 0:
-            return self.inner(x)
-        return self.inner(-x)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.inner(x).sum(), x)[0] * (x.sum() > 0).item()
 
 
-def test_a_model_that_cannot_be_exported_is_told_where_and_what_would_help() -> None:
-    line = Branching.forward.__code__.co_firstlineno + 1
-    match = rf"model must be one that torch\.export can read .*\(forward, line {line} of test_supported\.py\); remove branches"
-    refused(Branching(), X, ValueError, match)
+def test_a_model_that_cannot_be_followed_is_told_where_and_what_would_help() -> None:
+    line = Sloping.forward.__code__.co_firstlineno + 3
+    place = rf"\(forward, line {line} of test_supported\.py\)"
+    match = rf"model must be one that torch\.export can read .*, or whose operations a run shows, got .*{place}; remove branches"
+    refused(Sloping(), X, ValueError, match)
 
 
 class Wordy(nn.Module):
@@ -236,5 +247,35 @@ def test_what_a_weight_is_worked_out_from_is_known() -> None:
     l1_unstructured(model[2], "weight", 0.5)
     model[0].register_parameter("key_v", nn.Parameter(torch.ones(2)))  # a name alone is none
     own = {"1.bias", "1.parametrizations.weight.original", "1.parametrizations.weight.0._u", "1.parametrizations.weight.0._v"}
-    assert recomputed(model) == own | {"2.bias", "2.weight_orig", "2.weight_mask"}
-    assert recomputed(nn.Sequential(nn.Linear(2, 2))) == frozenset()
+    found = recomputed(model)
+    assert found.keys() == own | {"2.bias", "2.weight_orig", "2.weight_mask"}
+    assert 'torch.nn.utils.parametrize.remove_parametrizations(module, "weight")' in found["1.bias"]
+    assert 'torch.nn.utils.prune.remove(module, "weight")' in found["2.bias"]
+    assert recomputed(nn.Sequential(nn.Linear(2, 2))) == {}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weight_norms_are_followed_and_have_a_way_out_all_the_same() -> None:
+    new, old = nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)), nn.utils.weight_norm(nn.Linear(2, 3))
+    spectral, both = nn.utils.spectral_norm(nn.Linear(2, 3)), nn.utils.weight_norm(nn.Linear(2, 3))
+    nn.utils.parametrizations.spectral_norm(both, "weight_g")
+    assert [is_weight_normed(m) for m in (new, old, spectral, both, nn.Linear(2, 3))] == [True, True, False, False, False]
+    assert [[(a, x.shape) for a, x in directions(m)] for m in (new, old)] == [[("weight", (3, 2))]] * 2
+    assert way_out(old, "model.a") == 'torch.nn.utils.remove_weight_norm(model.a, "weight")'
+    assert way_out(spectral, "model.a") == 'torch.nn.utils.remove_spectral_norm(model.a, "weight")'
+    assert way_out(nn.Linear(2, 3), "model.a") is None
+    assert recomputed(nn.Sequential(new, old)) == {}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm], ids=["parametrisation", "hook"])
+def test_weight_normed_layers_lose_channels_exactly_after_a_sparsifier(norm: Any) -> None:
+    torch.manual_seed(0)
+    layers = [norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), norm(nn.ConvTranspose2d(8, 6, 2)), nn.Flatten(), norm(nn.Linear(96, 4))]
+    net, x = nn.Sequential(*layers).double(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    Sparsifier(net, "coupled", example_inputs=x, round_to=1).sparsify_model(0.5)
+    wanted = net(x).detach()
+    removal = remove(net, x, measure=False)
+    assert not removal.refused and {len(net[0].bias), len(net[2].bias)} == {4, 3}
+    assert (net[0].out_channels, net[2].in_channels, net[4].in_features) == (4, 4, 48)
+    assert wanted.isfinite().all() and torch.allclose(net(x), wanted, rtol=0, atol=1e-12)

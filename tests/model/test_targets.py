@@ -568,7 +568,8 @@ def test_parametrised_weights_are_refused_if_named_and_left_out_with_a_note_else
     kind = how.partition(",")[0]
     for options in ({"targets": "1"}, {"targets": "1.*"}):
         with pytest.raises(
-            ValueError, match=rf"targets must not be parametrised, got 1 \(.*{kind}.*\): .* leave the layer out"
+            ValueError,
+            match=rf"targets must not be parametrised, got 1 \(.*{kind}.*\): .* first with torch.nn.utils.*\(model.1, .* leave",
         ):
             find(model, **options)
     assert names(model, targets="0") == ["0.weight"]
@@ -595,6 +596,26 @@ def test_parametrised_parts_of_a_recurrent_layer_take_the_layer_out():
     model = nn.utils.parametrizations.weight_norm(nn.LSTM(3, 4), name="weight_hh_l0")
     with pytest.raises(ValueError, match=r"no targets found in ParametrizedLSTM .*weight_hh_l0\) works its weight out anew"):
         find(model)
+
+
+class Raw(nn.Module):
+    """A network of raw parameters alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.scale, self.u = (nn.Parameter(torch.rand(shape)) for shape in ((6, 8), (8,), (8, 3)))
+
+    def forward(self, x):
+        return (x @ self.w).relu() * self.scale @ self.u
+
+
+def test_raw_parameters_are_targets_of_coupled_channels_without_being_named():
+    with pytest.raises(ValueError, match="raw parameters only when named"):
+        find(Raw())
+    assert names(Raw(), raw=True) == ["w", "u"]
+    net = Raw()
+    Sparsifier(net, "coupled", example_inputs=torch.rand(4, 6)).sparsify_model(0.5)
+    assert [int((p == 0).sum()) for p in net.parameters()] == [24, 4, 12]
 
 
 # --- lazy layers --------------------------------------------------------------------------------------------------------

@@ -17,15 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fasterai.analyze.cost import cost
 from fasterai.callbacks.plain import attach
 from fasterai.graph.channels import channel_graph
+from fasterai.prune.choice.budget import Budget
 from fasterai.prune.gradual import GradualPruner
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import Removal, mask_channels_, remove
 from fasterai.prune.small_files import load_small, save_small
 from fasterai.prune.surgery.operate import Surgery, apply_plan_
 from fasterai.prune.surgery.plan import Plan
-from fasterai.prune.surgery.rewriting import Edit, Rewrite, plain_class, rewrite_of
+from fasterai.prune.surgery.rewriting import Edit, Rewrite
+from fasterai.prune.surgery.tracing import plain_class, rewrite_of
 
 # --- modules with sizes written into their code ---------------------------------------------------------------------------
 
@@ -331,6 +334,16 @@ def test_the_pruner_takes_it_in_steps_and_leaves_it_if_asked() -> None:
         assert "part.qkv.weight" in stays.prune_model(measure=False).refused
 
 
+def test_a_budget_counts_heads_in() -> None:
+    net = built(Attention)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pruner = Pruner(net, Budget(macs=0.35), "local", "large_final", example_inputs=X)
+        removal = pruner.prune_model(measure=False)
+    assert removal.refused == {} and net.part.proj.in_features < 12
+    assert cost(net, X).macs <= 0.35 * cost(built(Attention), X).macs
+
+
 def test_a_gradual_pruner_resumes_on_a_fresh_model() -> None:
     def begin() -> tuple[Net, Any, GradualPruner]:
         net = built(Attention)
@@ -344,7 +357,7 @@ def test_a_gradual_pruner_resumes_on_a_fresh_model() -> None:
             net(X).square().mean().backward()
             optimizer.step()
     fresh, _, resumed = begin()
-    resumed.load_state_dict(json.loads(json.dumps(pruner.state_dict())))
+    resumed.load_state_dict(copy.deepcopy(pruner.state_dict()))
     fresh.load_state_dict(net.state_dict())
     assert agrees(fresh, [net(x) for x in OTHERS]) and rewrite_of(fresh.part) == rewrite_of(net.part)
     assert net.part.qkv.weight.shape == (18, 6)

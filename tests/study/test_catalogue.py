@@ -35,7 +35,8 @@ def test_a_run_follows_from_its_settings_and_its_seed(name):
     settings, found = study.settings("tiny")[-1], []
     for start in (1, 2):
         torch.manual_seed(start)
-        found.append(study.trial(settings, 0, size, data))
+        metrics = study.trial(settings, 0, size, data)
+        found.append({metric: value for metric, value in metrics.items() if not metric.endswith("_ms")})  # times vary
     assert found[0] == found[1]
 
 

@@ -1,7 +1,8 @@
 """Exact removal over many networks, as tables in Markdown.
 
 `python -m tests.sweep [--dtype float64] [--zoo ZOO] [NAME ...]`. Without a zoo, all of them whose library is there.
-A network passes if its outputs before and after agree to 1e-4 of their scale (1e-5 in float64) with the shapes unchanged.
+A network passes if its outputs before and after agree to 1e-4 of their scale (1e-5 in float64) with the shapes unchanged. With
+`--trained`, masks move during a training of some steps before the removal, and the loss has to go on falling after it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib.metadata
 import importlib.util
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
@@ -23,6 +24,9 @@ from torch.utils._pytree import tree_map
 
 from tests.sweep import vision
 from tests.sweep.check import Inputs, Row, check, outputs
+from tests.sweep.trained import trained
+
+Check = Callable[[nn.Module, Inputs], Row]
 
 #: Zoo -> the library, and the module of this folder that builds its networks.
 ZOOS = {
@@ -64,7 +68,7 @@ def _module(zoo: str) -> ModuleType:
     return importlib.import_module(f"tests.sweep.{ZOOS[zoo][1]}")
 
 
-def row(zoo: str, name: str, dtype: torch.dtype) -> Row:
+def row(zoo: str, name: str, dtype: torch.dtype, how: Check = check) -> Row:
     """What comes of a network, in float32 where its code insists on that; an exception is a failure."""
     try:
         model, inputs = build(zoo, name)
@@ -75,8 +79,8 @@ def row(zoo: str, name: str, dtype: torch.dtype) -> Row:
             if dtype is torch.float32 or "type" not in str(error):
                 raise
             model, wide = build(zoo, name)
-            return replace(check(model, wide), why="float32 is written into its code")
-        return check(model, wide)
+            return replace(how(model, wide), why="float32 is written into its code")
+        return how(model, wide)
     except Exception as error:
         return Row("failed", why=f"{type(error).__name__}: {error}")
 
@@ -105,13 +109,14 @@ def main() -> None:
         "--limit", type=int, default=0, help="seconds of the processor after which a network counts as failed; 0 for none"
     )
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    parser.add_argument("--trained", action="store_true", help="train each network before and after the removal")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for zoo in [arguments.zoo] if arguments.zoo else [zoo for zoo in ZOOS if _is_there(zoo)]:
         names = [n for n in names_of(zoo) if not arguments.names or n in arguments.names]
         if names:
-            table(zoo, names, getattr(torch, arguments.dtype), arguments.limit)
+            table(zoo, names, getattr(torch, arguments.dtype), arguments.limit, trained if arguments.trained else check)
 
 
 def _is_there(zoo: str) -> bool:
@@ -137,16 +142,16 @@ def _within(seconds: int) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def limited(zoo: str, name: str, dtype: torch.dtype, seconds: int) -> Row:
+def limited(zoo: str, name: str, dtype: torch.dtype, seconds: int, how: Check = check) -> Row:
     """What comes of a network within a time."""
     try:
         with _within(seconds):
-            return row(zoo, name, dtype)
+            return row(zoo, name, dtype, how)
     except _Late:
         return Row("failed", why=f"not done after {seconds} s")
 
 
-def table(zoo: str, names: list[str], dtype: torch.dtype, limit: int = 0) -> None:
+def table(zoo: str, names: list[str], dtype: torch.dtype, limit: int = 0, how: Check = check) -> None:
     """Print one zoo's table, and how many passed."""
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in dict.fromkeys(("torch", ZOOS[zoo][0])))
     print(f"\n{zoo}: {versions}, {str(dtype).removeprefix('torch.')}, one thread, seconds of the processor\n")
@@ -154,7 +159,7 @@ def table(zoo: str, names: list[str], dtype: torch.dtype, limit: int = 0) -> Non
     print("|---|---|--:|--:|--:|--:|--:|--:|---|")
     verdicts = []
     for name in names:
-        found = limited(zoo, name, dtype, limit)
+        found = limited(zoo, name, dtype, limit, how)
         verdicts.append(found.verdict)
         print(line(name, found), flush=True)
     print("\n" + ", ".join(f"{verdicts.count(v)} {v}" for v in ("pass", "refused", "failed", "blind")) + f" of {len(names)}")

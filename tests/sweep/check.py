@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fasterai.graph.channels import channel_graph
+from fasterai.model.inputs import batch_of, listed_samples
 from fasterai.prune.removal import mask_channels_, remove
 
 __all__ = ["Row", "check", "difference", "outputs", "randomize_"]
@@ -61,7 +62,7 @@ class Row:
 def check(model: nn.Module, inputs: Inputs) -> Row:
     """Silence half, remove it, compare: the row for a network; it is changed."""
     randomize_(model.eval(), inputs)
-    dense, heard = outputs(model, inputs), outputs(model, tuple(map(_another, inputs)))
+    dense, heard = outputs(model, inputs), outputs(model, tree_map(_another, inputs))
     if difference(dense, heard) < POWER:
         return Row("blind", why="the outputs do not depend on the inputs")
     trains = not _training(copy.deepcopy(model), inputs)
@@ -116,6 +117,8 @@ def difference(before: list[Tensor], after: list[Tensor]) -> float:
     for a, b in zip(before, after, strict=True):
         if a.shape != b.shape:
             return float("inf")
+        if not a.numel():
+            continue
         scale = a.abs().where(a.isfinite(), 0).max()
         moved = float((a - b).abs().where(a != b, 0).max() / scale.clamp_min(1e-30))
         worst = max(worst, float("inf") if math.isnan(moved) else moved)
@@ -124,6 +127,9 @@ def difference(before: list[Tensor], after: list[Tensor]) -> float:
 
 def others(inputs: Inputs) -> Iterator[Inputs]:
     """Other inputs: of another batch size, larger images, shorter sequences; a network need not take them all."""
+    if count := listed_samples(inputs):
+        yield batch_of(tree_map(_another, inputs), count + 1)
+        return
     yield tree_map(lambda x: torch.cat([_another(x), x]) if isinstance(x, Tensor) and x.dim() else x, inputs)
     if all(isinstance(x, Tensor) and x.dim() >= 4 and x.is_floating_point() for x in inputs):
         yield tree_map(lambda x: torch.cat([x, x.flip(-1)[..., : max(32, x.shape[-1] // 2)]], -1), inputs)

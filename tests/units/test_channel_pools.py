@@ -56,14 +56,22 @@ def test_a_channel_scores_by_its_slices(over, function, reducer):
     assert np.allclose(found.numpy(), function(np.stack(slices), axis=0), rtol=1e-5)
 
 
-def test_scores_are_held_against_the_mean_of_what_is_left_of_the_group():
+def test_scores_are_held_against_the_scale_of_the_group():
     (pool,) = (p for p in channel_pools(residual(), channel_graph(residual(), (X,)), Coupled()) if p.count == 4)
     scores = torch.tensor([1.0, 2.0, 3.0, -6.0])
-    assert pool.on_one_scale(scores, None).tolist() == pytest.approx([1 / 3, 2 / 3, 1.0, -2.0])
-    assert pool.on_one_scale(scores, torch.tensor([False, True, True, False])).tolist() == pytest.approx([0.4, 0.8, 1.2, -2.4])
-    assert pool.on_one_scale(torch.zeros(4), None).tolist() == [0.0] * 4
+    assert pool.on_one_scale(scores, torch.tensor(3.0)).tolist() == pytest.approx([1 / 3, 2 / 3, 1.0, -2.0])
+    assert pool.on_one_scale(torch.zeros(4), torch.tensor(0.0)).tolist() == [0.0] * 4
     (raw,) = (p for p in channel_pools(residual(), channel_graph(residual(), (X,)), Coupled(relative=False)) if p.count == 4)
-    assert raw.on_one_scale(scores, None).tolist() == scores.tolist()
+    assert raw.on_one_scale(scores, torch.tensor(3.0)).tolist() == scores.tolist()
+    assert pool.is_looked_at and raw.is_looked_at
+
+
+@pytest.mark.parametrize(("over", "wanted"), [("sum", [1.0, -1.0]), ("mean", [0.5, -0.5]), ("max", [3.0, 4.0])])
+def test_parts_of_either_sign_are_added_up_over_slices(over, wanted):
+    model = perceptron(1, 2, 1)
+    parts = {"0.weight": torch.tensor([[3.0], [-4.0]]), "2.weight": torch.tensor([[-2.0, 3.0]])}
+    pool = pools_of(model, torch.ones(1, 1), over)["0.weight"]
+    assert pool.score(WeightScores(lambda t: parts[t.name], "sum", is_signed=True)).tolist() == wanted
 
 
 def test_heads_score_and_round_as_heads():

@@ -11,6 +11,7 @@ from fasterai.model.inputs import as_batch
 from fasterai.model.targets import find_targets
 from fasterai.prune.pruner import Pruner
 from fasterai.sparse.sparsifier import Sparsifier
+from fasterai.units import evidence
 from fasterai.units.evidence import GATHERERS, NotYetError, Source
 from tests.networks import TwoNames, perceptron
 
@@ -155,6 +156,27 @@ def test_the_hessian_times_the_gradient_by_hand():
 
 
 # --- SynFlow -----------------------------------------------------------------------------------------------------------
+
+
+def test_second_derivatives_by_hand_where_they_have_no_others_beside_them():
+    # Inputs of one feature each: the loss is a sum of squares of single weights, whose second derivatives are 2 x^2.
+    model = nn.Linear(3, 1, bias=False)
+    batches = [(torch.diag(torch.tensor(x)), torch.zeros(3, 1)) for x in ([1.0, 2.0, 3.0], [3.0, 0.0, 1.0])]
+    source = Source(data=batches, loss=lambda o, y: (o - y).square().sum())
+    assert gather("hessian_diagonal", model, source)["weight"].tolist() == [[10.0, 4.0, 10.0]]
+
+
+def test_second_derivatives_in_the_mean_over_signs_are_those_of_the_whole_hessian(monkeypatch):
+    monkeypatch.setattr(evidence, "DRAWS", 1500)
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 3).double(), torch.randn(6, 3).double(), torch.randint(0, 3, (6,))
+    found = gather("hessian_diagonal", model, Source(data=[(x, y)], loss=F.cross_entropy))["weight"]
+
+    def loss(weight):
+        return F.cross_entropy(F.linear(x, weight, model.bias), y)
+
+    wanted = torch.autograd.functional.hessian(loss, model.weight.detach()).reshape(9, 9).diagonal().view(3, 3)
+    assert torch.allclose(found, wanted, rtol=0.15, atol=0.02)
 
 
 def test_synaptic_flow_by_hand():

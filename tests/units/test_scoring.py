@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fasterai.callbacks.plain import attach
-from fasterai.core.criteria import Criterion, large_final, variety
+from fasterai.core import granularities
+from fasterai.core.checks import from_catalogue
+from fasterai.core.criteria import Criterion, fisher, large_final, taylor, variety
 from fasterai.core.granularities import Block, Coupled, Keep, layer, weight
 from fasterai.core.schedules import OneShot
 from fasterai.graph.channels import channel_graph
@@ -493,3 +495,42 @@ def test_a_criterion_of_outputs_reads_the_batches_of_a_training():
             optimizer.zero_grad()
     assert (len(kept(sparsifier)), len(kept(sparsifier, "2.weight"))) == (4, 8)
     assert copy.deepcopy(sparsifier).criteria == by
+
+
+# --- units whose parts are summed up and squared ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("granularity", "wanted"), [("row", [[25.0], [4.0]]), ("column", [[16.0, 121.0]]), ("layer", [[49.0]])]
+)
+def test_taylor_of_a_unit_is_the_square_of_its_summed_parts(granularity, wanted):
+    model = linear([[1.0, 2.0], [3.0, -1.0]])
+    model.weight.grad = torch.tensor([[1.0, -3.0], [1.0, 5.0]])  # parts 1, -6 and 3, -5
+    found = scores_of(model, taylor, from_catalogue("granularity", granularity, granularities))["weight"]
+    assert found.tolist() == wanted
+
+
+def test_taylor_of_a_weight_and_fisher_of_a_unit_are_of_single_squares():
+    model = linear([[1.0, 2.0], [3.0, -1.0]])
+    model.weight.grad = torch.tensor([[1.0, -3.0], [1.0, 5.0]])
+    assert scores_of(model, taylor, weight)["weight"].tolist() == [[1.0, 36.0], [9.0, 25.0]]
+    assert scores_of(model, fisher, granularities.row)["weight"].tolist() == [[18.5], [17.0]]
+
+
+@pytest.mark.parametrize("over", ["sum", "mean"])
+def test_taylor_of_a_channel_is_the_squared_gradient_of_gates_averaged_over_batches(over):
+    """Against autograd: a gate on what makes a channel, and one on what reads it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    data = [(torch.randn(6, 4).double(), torch.randint(0, 3, (6,))) for _ in range(3)]
+    granularity = Coupled(over, relative=False)
+    pools = channel_pools(model, channel_graph(model, (data[0][0],)), granularity)
+    scorer = Scorer(taylor, granularity, Source(data=data, loss=F.cross_entropy), all_targets(model))
+    (found,) = scorer(model, pools, {})
+    wanted = torch.zeros(5, dtype=torch.float64)
+    for x, y in data:
+        made, read = (torch.ones(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        hidden = F.linear(x, model[0].weight * made[:, None], model[0].bias).tanh() * read
+        slopes = torch.autograd.grad(F.cross_entropy(model[2](hidden), y), (made, read))
+        wanted += (sum(slopes) / (1 if over == "sum" else 2)).square() / len(data)
+    assert torch.allclose(found.tensor(), wanted, rtol=1e-9)

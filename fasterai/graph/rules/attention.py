@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fasterai.graph.rules.trace import Trace, Value, broadcast, marked_as, rule, shape_of, zeros_at
+from fasterai.graph.rules.trace import Trace, Value, broadcast, marked_as, rule, shape_of, unmarked, zero_in_either, zeros_at
 
 __all__: list[str] = []
 
@@ -16,7 +16,12 @@ def attention(
     trace: Trace, node: Any, q: Value, k: Value, v: Value, mask: Value | None = None, *rest: Any, **keywords: Any
 ) -> Value:
     labels, name = trace.labels, node.name
-    labels.pin_all([q.dims[-1], k.dims[-1]], f"{name}'s scale depends on the width of a head")
+    if keywords.get("scale") is None:
+        labels.pin_all([q.dims[-1], k.dims[-1]], f"{name}'s scale depends on the width of a head")
+    else:
+        labels.join(q.dims[-1], k.dims[-1], f"{name} reads a dimension of fixed size")
+        width = zero_in_either(q.dims[-1], k.dims[-1])
+        trace.sums(node, width, f"{name} sums over it without a weight", is_product=True)
     labels.pin_all([q.dims[-2], k.dims[-2], v.dims[-2]], f"{name} computes across it")
     shape = shape_of(node)
     mask = mask if mask is not None else keywords.get("attn_mask")
@@ -29,7 +34,7 @@ def attention(
     given = broadcast(trace, name, heads, shape[:-2])
     for d in range(-len(given.shape), 0):  # a head whose values are zero hands on zero
         given = marked_as(given, d, zeros_at(heads[2], d, given.shape[d]))
-    return Value(shape, (*given.dims, q.dims[-2], v.dims[-1]))
+    return Value(shape, (*given.dims, unmarked(q).dims[-2], v.dims[-1]))
 
 
 def _repeat_heads(x: Value, heads: int) -> Value:

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from fasterai.graph.labels import FIXED, zeroed
+from fasterai.graph.labels import FIXED, is_labelled, is_zeroed, zeroed
 from fasterai.graph.rules.elementwise import elementwise
 from fasterai.graph.rules.trace import (
     Trace,
     Value,
     argument_of,
     blend,
+    broadcast,
     called,
     rule,
     settled,
@@ -51,13 +52,20 @@ def reduction(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: An
     dims = [d % len(x.shape) for d in dims]
     if x.is_blend and called(node) == "sum":
         return _summed(trace, x, dims, shape)
-    if called(node) == "sum":
+    if _adds_zeros(trace, node, arguments, keywords):
         for d in dims:
-            trace.sums(x.dims[d], f"{node.name} reduces it to one number")
-    elif not _counted(trace, node, x, dims) and (trace.exact or not _is_average(node)):
+            trace.sums(node, x.dims[d], f"{node.name} reduces it to one number")
+    elif not (_counted(trace, node, x, dims) or _put_right(trace, node, x, dims)) and (trace.exact or not _is_average(node)):
         trace.labels.pin_all([x.dims[d] for d in dims], f"{node.name} reduces it to one number")
     x = unmarked(x) if called(node) == "logsumexp" else x
     return Value(shape, without(x.dims, dims, len(shape)))
+
+
+def _adds_zeros(trace: Trace, node: Any, arguments: Sequence[Any], keywords: Any) -> bool:
+    """Tell if an operation gives the same without entries that are zero, as a sum does; a norm of no negative order too."""
+    order = argument_of(node, "ord", arguments, keywords) or argument_of(node, "p", arguments, keywords)
+    is_norm = called(node) in ("linalg_vector_norm", "norm") and (order is None or order > 0)
+    return called(node) == "sum" or ((called(node) == "any" or is_norm) and trace.exact and not trace.experts)
 
 
 def _summed(trace: Trace, x: Value, dims: Sequence[int], shape: tuple[int, ...]) -> Value:
@@ -76,6 +84,26 @@ def _counted(trace: Trace, node: Any, x: Value, dims: Sequence[int]) -> bool:
     if isinstance(dim, np.ndarray) and called(node) == "mean" and _squares_differences(node, dims[0], len(x.shape)):
         dim = zeroed(dim)
     return trace.counts(node, dim)
+
+
+#: Reduction -> the kind of edit that tells it of the zeros which are gone.
+TOLD = {"mean": "mean", "amax": "most", "max": "most", "amin": "least", "min": "least"}
+
+
+def _put_right(trace: Trace, node: Any, x: Value, dims: Sequence[int]) -> bool:
+    """Note a mean or an extreme over one dimension of zeros that its module's code can be told of; True if it can.
+
+    A mean over n of N entries is multiplied by n / N; no greatest entry is below zero once one of zero has gone.
+    """
+    labelled = [x.dims[d] for d in dims if is_labelled(x.dims[d])]
+    if called(node) not in TOLD or len(labelled) != 1 or not is_zeroed(labelled[0]).any() or not trace.exact or trace.experts:
+        return False
+    if any(one.args[1] != 0 and one.users for one in node.users if called(one) in ("getitem", "<built-in function getitem>")):
+        return False  # numbers of entries are read
+    if not trace.request(node, TOLD[called(node)], labelled[0]):
+        return False
+    trace.sums(node, labelled[0], f"{node.name} reduces it to one number")
+    return True
 
 
 #: Averages that `Counting` puts right in a module's own code.
@@ -124,10 +152,19 @@ def extremes(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any
     chosen = shapes_of(node)[0][gone[0]] if called(node) == "topk" else 0
     if chosen and trace.gate(node, x.dims[gone[0]], chosen):
         pass
-    elif not _counted(trace, node, x, gone) and (trace.exact or not _is_average(node)):
+    elif not (_counted(trace, node, x, gone) or _put_right(trace, node, x, gone)) and (trace.exact or not _is_average(node)):
         trace.labels.pin_all([x.dims[d] for d in gone], f"{node.name} picks entries of it by their values")
-    fixed = [FIXED if i in gone else d for i, d in enumerate(unmarked(x).dims)]
+    x = unmarked(x)  # numbers of entries are among the results
+    fixed = [FIXED if i in gone else d for i, d in enumerate(x.dims)]
     return [Value(s, tuple(fixed) if len(s) == len(fixed) else without(x.dims, gone, len(s))) for s in shapes_of(node)]
+
+
+@rule("cosine_similarity")
+def similarity(trace: Trace, node: Any, a: Value, b: Value, dim: int = 1, eps: float = 1e-8) -> Value:
+    """Follow sums over products and over squares: what is zero in both tensors adds nothing."""
+    joined = broadcast(trace, node.name, [a, b], np.broadcast_shapes(a.shape, b.shape))
+    trace.sums(node, joined.dims[dim], f"{node.name} reduces it to one number")
+    return Value(shape_of(node), without(joined.dims, [dim], len(shape_of(node))))
 
 
 @rule("flip")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fasterai.graph.labels import FREE, Dim
-from fasterai.graph.rules.trace import Trace, Value, blend, rule, shape_of
+from fasterai.graph.labels import FREE, Dim, is_labelled
+from fasterai.graph.rules.trace import Trace, Value, blend, rule, shape_of, zero_in_either
 from fasterai.graph.rules.weights import read_by
 
 __all__: list[str] = []
@@ -30,13 +30,15 @@ def einsum(trace: Trace, node: Any, equation: str, operands: Sequence[Value], **
             if value.shape[d] < sizes[letter]:
                 trace.labels.pin(dim, f"{node.name} repeats it along a larger dimension")
                 continue
-            carried[letter] = trace.labels.join(carried.get(letter, FREE), dim, f"{node.name} meets a dimension of fixed size")
+            either = zero_in_either(carried.get(letter, FREE), dim)
+            joined = trace.labels.join(carried.get(letter, FREE), dim, f"{node.name} meets a dimension of fixed size")
+            carried[letter] = either if is_labelled(joined) else joined
             if reads and letter not in output:
                 weighed.add(letter)
                 trace.reads(value, d)
     for letter, dim in carried.items():
         if letter not in output and letter not in weighed:
-            trace.sums(dim, f"{node.name} sums over it without a weight")
+            trace.sums(node, dim, f"{node.name} sums over it without a weight", is_product=True)
     made = Value(shape_of(node), tuple(carried[letter] for letter in output))
     origins = [list(_origins(letters, x, output, sizes)) for letters, x in zip(terms, operands, strict=True)]
     return blend(operands, origins, made) if all(len(set(letters)) == len(letters) for letters in terms) else made

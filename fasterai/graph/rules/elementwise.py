@@ -46,7 +46,7 @@ def elementwise(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> An
     name, shape = called(node), shape_of(node)
     made = broadcast(trace, node.name, values, shape)
     if name in KEEPS and _keeps(name, arguments[1:], keywords):
-        return _zero_as(made, arguments[0])
+        return _zero_as(made, arguments[0]) if name not in QUOTIENTS else _over(made, *arguments[:2])
     if name in SUMS and all(isinstance(a, Value) or a == 0 for a in arguments[:2]):
         return _zero_as(made, *[a for a in arguments[:2] if isinstance(a, Value)])
     if name == "addcmul" and all(isinstance(a, Value) for a in arguments[:3]):
@@ -62,6 +62,7 @@ KEEPS = frozenset((
     *("divide", "true_divide", "floor_divide", "masked_fill", "dropout", "feature_dropout", "contiguous", "clone", "alias"),
     *("detach", "lift_fresh_copy"),
 ))  # fmt: skip
+QUOTIENTS = frozenset(("div", "divide", "true_divide", "floor_divide"))
 #: Operations that are zero where both of their operands are.
 SUMS = frozenset(("add", "sub", "rsub", "subtract", "maximum", "minimum", "lerp"))
 
@@ -73,11 +74,14 @@ def _keeps(name: str, rest: Any, keywords: Any) -> bool:
         if not all(b is None or isinstance(b, int | float) for b in bounds):
             return False
         low = None if name == "clamp_max" else next(iter(rest), keywords.get("min", keywords.get("min_val")))
-        high = rest[0] if name == "clamp_max" else next(iter(rest[1:]), keywords.get("max", keywords.get("max_val")))
+        high = bounds[0] if name == "clamp_max" else next(iter(rest[1:]), keywords.get("max", keywords.get("max_val")))
         return (low is None or low <= 0) and (high is None or high >= 0)
     if name == "pow":
         return len(rest) == 1 and isinstance(rest[0], int | float) and rest[0] > 0
-    return name != "masked_fill" or (isinstance(rest[1], int | float) and rest[1] == 0)
+    if name != "masked_fill":
+        return True
+    value = rest[1] if len(rest) > 1 else keywords.get("value")
+    return isinstance(value, int | float) and value == 0
 
 
 def _zero_as(made: Value, *operands: Any) -> Value:
@@ -88,6 +92,16 @@ def _zero_as(made: Value, *operands: Any) -> Value:
         flags = [zeros_at(x, i, made.shape[i]) for x in operands]
         made = marked_as(made, i, np.logical_and.reduce(flags))
     return made
+
+
+def _over(made: Value, x: Any, divisor: Any) -> Value:
+    """Return a quotient that is zero where its first operand is, unless the divisor may be zero there too."""
+    quotient = _zero_as(made, x)
+    if isinstance(divisor, Value):
+        for i in range(-len(made.shape), 0):
+            divides = zeros_at(divisor, i, made.shape[i])
+            quotient = marked_as(quotient, i, zeros_at(quotient, i, made.shape[i]) & ~divides)
+    return quotient
 
 
 @rule("mul", "multiply")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fasterai.graph.labels import FREE, Dim
-from fasterai.graph.rules.trace import Trace, Value, rule, settled, shape_of, unknown_tensor
+from fasterai.graph.rules.trace import Trace, Value, rule, settled, shape_of, unknown_tensor, unmarked
 
 __all__: list[str] = []
 
@@ -57,12 +57,13 @@ def squeeze(trace: Trace, node: Any, x: Value, dim: Any = None) -> Value:
 @rule("expand", "expand_as", "broadcast_to")
 def expand(trace: Trace, node: Any, x: Value, *rest: Any, **keywords: Any) -> Value:
     shape = shape_of(node)
-    other = rest[0].dims if rest and isinstance(rest[0], Value) else None
+    other = unmarked(rest[0]).dims if rest and isinstance(rest[0], Value) else None
     dims: list[Dim] = [FREE] * len(shape) if other is None else list(other)
     for i in range(1, len(x.shape) + 1):
         if x.shape[-i] == shape[-i]:
             reason = f"{node.name} meets a dimension of fixed size"
-            dims[-i] = x.dims[-i] if other is None else trace.labels.join(x.dims[-i], dims[-i], reason)
+            joined = x.dims[-i] if other is None else trace.labels.join(x.dims[-i], dims[-i], reason)
+            dims[-i] = x.dims[-i] if isinstance(joined, np.ndarray) and isinstance(x.dims[-i], np.ndarray) else joined
         else:
             trace.labels.pin(x.dims[-i], f"{node.name} repeats its single entry")
     return Value(shape, tuple(dims))

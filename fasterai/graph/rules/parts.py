@@ -93,6 +93,8 @@ def slice_(trace: Trace, node: Any, x: Value, dim: int = 0, start: Any = None, e
     cut = dims[dim]
     if isinstance(cut, np.ndarray) and trace.rewrite and step == 1:  # its bounds can be put right
         dims[dim] = cut[slice(start, end)]
+        if x.places:
+            trace.takes(x.places[dim], cut, start, end)
     elif shape[dim] != x.shape[dim]:
         trace.labels.pin(dims[dim], f"{node.name} cuts it at fixed positions")
         dims[dim] = FIXED

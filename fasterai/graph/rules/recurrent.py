@@ -56,8 +56,8 @@ def single_step(
         hidden = trace.labels.join(hidden, state.dims[-1], f"{node.name} is given its states")
         batch = broadcast(trace, node.name, [batch, Value(state.shape[:-1], state.dims[:-1])], batch.shape)
     if not isinstance(node.meta["val"], list | tuple):
-        return Value(shape_of(node), (*batch.dims, hidden))
-    return [Value(shape, (*batch.dims, hidden)) for shape in shapes_of(node)]
+        return unmarked(Value(shape_of(node), (*batch.dims, hidden)))
+    return [unmarked(Value(shape, (*batch.dims, hidden))) for shape in shapes_of(node)]
 
 
 def _hidden(cell: Sequence[Value]) -> Array:

@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from fasterai.graph.labels import FIXED, FREE, Array, Dim, is_labelled, plain
+from fasterai.graph.labels import FIXED, FREE, Array, Dim, Packed, is_labelled, plain
 from fasterai.graph.rules.trace import Trace, Value, rule, shape_of, unknown_tensor
 
 __all__: list[str] = []
@@ -45,6 +45,7 @@ def reshape(trace: Trace, node: Any, x: Value, *rest: Any, **keywords: Any) -> V
     shape = shape_of(node)
     if math.prod(shape) != math.prod(x.shape):
         return unknown_tensor(trace, node, x)  # in another type
+    x = _unpacked(x)
     dims: list[Dim] = []
     for number, (before, after) in enumerate(_matching(x.shape, shape)):
         flat = _merge(trace, node.name, [x.dims[i] for i in before], [x.shape[i] for i in before])
@@ -55,6 +56,12 @@ def reshape(trace: Trace, node: Any, x: Value, *rest: Any, **keywords: Any) -> V
             for mine, its in zip(dims, rest[0].dims, strict=True)
         ]
     return Value(shape, tuple(dims))
+
+
+def _unpacked(x: Value) -> Value:
+    """Return a value with each dimension that was merged of several taken apart again."""
+    parts = [(d.sizes, d.dims) if isinstance(d, Packed) else ((n,), (d,)) for n, d in zip(x.shape, x.dims, strict=True)]
+    return Value(tuple(n for sizes, _ in parts for n in sizes), tuple(d for _, dims in parts for d in dims))
 
 
 def _matching(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -94,8 +101,7 @@ def _merge(trace: Trace, name: str, dims: Sequence[Dim], sizes: Sequence[int]) -
         labelled = made
         dims = [trace.labels.new(n) if i == made[0] else d for i, (d, n) in enumerate(zip(dims, sizes, strict=True))]
     if len(labelled) > 1:
-        trace.labels.pin_all([dims[i] for i in labelled], f"{name} merges two dimensions that could both shrink")
-        return FIXED
+        return Packed(tuple(dims), tuple(sizes), f"{name} merges two dimensions that could both shrink")
     (at,) = labelled
     shape = [1] * len(sizes)
     shape[at] = sizes[at]

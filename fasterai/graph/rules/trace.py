@@ -38,6 +38,7 @@ __all__ = [
     "unmarked",
     "values_in",
     "without",
+    "zero_in_either",
     "zeros_at",
 ]
 
@@ -84,6 +85,9 @@ class Trace:
         normed: Name of a module that normalises, or calls what does -> the dimensions that it does it along.
         rescaled: Names of weights of norms that average over a dimension which may lose silent channels.
         summed: The dimensions that operations sum or average over: what is silent there adds nothing, as it is zero.
+        products: Those of them that products of two computed tensors sum over, such as the width of a head.
+        blends: Names of stacks of matrices of which blends are read.
+        roots: Operation -> the one that holds its memory: itself, or that of which it makes a view.
         slim: Names of modules that can be told how many channels there were, of which the silent ones were zero.
         counted: Those of them that average over a dimension which may lose channels -> these dimensions.
         shown: The dimensions where what is handed on is not zero although a channel is silent: what reads it has to be zero too.
@@ -93,11 +97,13 @@ class Trace:
         gates: The dimensions that are gated so.
         routes: Node of a choice of the highest -> the dimension that it is made from, and how many are chosen.
         layers: The places, as (name, dimension), of outputs of linear layers.
+        sliced: Place, as (name, dimension), of a parameter or buffer that slices read -> its labels, and which are read.
         written: Nodes of tensors that were made to fit, as `zeros(...)` are, and into which labelled ones are written in place.
         rewrite: True if sizes that are written into code can be put right, so that a split into unequal parts, and a slice,
             need not pin what they cut.
         values: The result of each operation, once it was followed.
         requests: Operations that have to be edited where a dimension gets shorter -> the kind of edit, and the dimension.
+        lengths: Places, as (name, dimension), of rows that are scaled to lengths which other parameters hold.
     """
 
     def __init__(
@@ -116,6 +122,9 @@ class Trace:
         self.normed: dict[str, list[Dim]] = {}
         self.rescaled: set[str] = set()
         self.summed: list[Dim] = []
+        self.products: list[Dim] = []
+        self.blends: set[str] = set()
+        self.roots: Mapping[Any, Any] = {}
         self.slim = slim
         self.counted: dict[str, list[Dim]] = {}
         self._others: set[str] = set()  # names of modules that average over something else too, themselves or below them
@@ -129,7 +138,9 @@ class Trace:
         self.routes: dict[Any, tuple[Dim, int]] = {}
         self.layers: set[tuple[str, int]] = set()
         self.written: set[Any] = set()
+        self.lengths: set[tuple[str, int]] = set()
         self._labelled = labelled
+        self.sliced: dict[tuple[str, int], tuple[Array, Flags]] = {}
         self.rewrite = rewrite
         self.values: dict[Any, Any] = {}
         self.requests: dict[Any, tuple[str, Dim]] = {}
@@ -158,13 +169,39 @@ class Trace:
         """Note a normalisation along a dimension; the module that it belongs to may hold the size, even without parameters."""
         self.normed.setdefault(module_of(node), []).append(dim)
 
-    def sums_zeros(self, dim: Dim, name: str) -> None:
+    def sums_zeros(self, node: Any, dim: Dim) -> None:
         """Note that an operation sums over a dimension; if exact, what is not known to be zero where it is silent stays."""
         if not isinstance(dim, np.ndarray):
             return
         if self.exact:
-            self.labels.pin(dim[~is_zeroed(dim)], f"{name} averages over it, and it is not zero where its channel is silent")
+            self._pin_other(node, dim, f"{node.name} averages over it")
         self.summed.append(dim[is_zeroed(dim)])
+
+    def _pin_other(self, node: Any, dim: Array, reason: str) -> None:
+        """Pin what is not known to be zero where its channel is silent, and say where it becomes something else."""
+        other = dim[~is_zeroed(dim)]
+        if other.size:
+            self.labels.pin(other, f"{reason}, and it is not zero where its channel is silent{self._culprit(node, other)}")
+
+    def _culprit(self, node: Any, labels: Array) -> str:
+        """Tell which operation or buffer makes something of what could be zero; it is looked for backwards."""
+        there, start = np.unique(plain(labels)), node
+        while True:
+            given = [(one, v) for one in node.all_input_nodes for v in values_in(self.values.get(one))]
+            carry = [
+                (one, [d for d in v.dims if isinstance(d, np.ndarray) and np.isin(plain(d), there).any()]) for one, v in given
+            ]
+            other = [one for one, dims in carry if dims and not any(is_zeroed(d).any() for d in dims)]
+            if not other:
+                return f" ({words})" if (words := self._words(node)) and node is not start else ""
+            node = other[0]
+
+    def _words(self, node: Any) -> str:
+        held = [self.roots.get(one, one).name for one in (node, *node.all_input_nodes)]
+        buffer = next((name.removeprefix("b_") for name in held if name.startswith("b_")), None)
+        if buffer is None and node.op == "placeholder":
+            return ""  # an input
+        return f"{buffer} is a buffer" if buffer else f"{node.name} makes it something else"
 
     def counts(self, node: Any, dim: Dim) -> bool:
         """Note that a module averages over a dimension, if it can be told how many channels there were; True if it can."""
@@ -173,7 +210,7 @@ class Trace:
         if not (is_labelled(dim) and name in self.slim and (self.exact or is_zeroed(dim).all())):
             self._others.add(name)
             return False
-        self.sums_zeros(dim, node.name)
+        self.sums_zeros(node, dim)
         self.counted.setdefault(name, []).append(dim)
         return True
 
@@ -198,6 +235,15 @@ class Trace:
             self.routes[node] = (dim, count)
         return True
 
+    def takes(self, place: tuple[str, int], dim: Array, start: int | None, end: int | None) -> None:
+        """Note the part of a parameter or buffer that a slice takes."""
+        self.sliced.setdefault(place, (dim, np.zeros(len(dim), np.bool_)))[1][slice(start, end)] = True
+
+    def pin_untaken(self) -> None:
+        """Pin what all slices of a parameter or buffer leave out, such as positions beyond the length of the inputs."""
+        for dim, taken in self.sliced.values():
+            self.labels.pin(dim[~taken], "slices leave it out on these inputs, and may read it on longer ones")
+
     def route(self, node: Any, size: int) -> Dim:
         """Return the closest gate over `size` experts that chose the numbers which a node holds; `FIXED` if none did."""
         seen, level = {node}, [node]
@@ -217,13 +263,19 @@ class Trace:
         dims = zip(made.shape, made.dims, strict=True)
         return replace(made, dims=tuple(self.labels.new(n) if d is FREE and n > 1 else d for n, d in dims))
 
-    def sums(self, dim: Dim, reason: str) -> None:
-        """Pin a dimension that is summed over without a weight; not where experts are looked for, whose gates are factors."""
-        if not self.experts:
-            self.labels.pin(dim, reason)
+    def sums(self, node: Any, dim: Dim, reason: str, *, is_product: bool = False) -> None:
+        """Note that an operation sums over a dimension without a weight; what is not known to be zero where it is silent stays.
+
+        Not where experts are looked for, whose gates are factors.
+        """
+        if self.experts or not isinstance(dim, np.ndarray):
+            return
+        self._pin_other(node, dim, reason)
+        self.summed.append(dim[is_zeroed(dim)])
+        self.products += [dim[is_zeroed(dim)]] if is_product else []
 
     def request(self, node: Any, kind: str, dim: Dim) -> bool:
-        """Ask for an edit of an operation in its module's code where a dimension gets shorter; False where none can be had.
+        """Note that an operation in a module's code has to be edited where a dimension gets shorter; False where it cannot.
 
         The kinds are those of `fasterai.prune.surgery.rewriting`: the edit gets the sizes before and after.
         """
@@ -235,6 +287,7 @@ class Trace:
         """Note that a weight, or a blend, multiplies a channel along its dimension `d`, and passes on something else."""
         if weight.places and is_labelled(weight.dims[d]):
             self.readers.add(weight.places[d])
+            self.blends.update([weight.places[d][0]] if weight.is_blend else [])
 
 
 def called(node: Any) -> str:
@@ -319,6 +372,16 @@ def zeros_at(value: Value, i: int, size: int) -> Flags:
     """Tell for each index of dimension `i`, counted from the right, if a value is zero there; one that is repeated is not."""
     is_there = -i <= len(value.shape) and value.shape[i] == size
     return np.broadcast_to(is_zeroed(value.dims[i]) if is_there else np.zeros(1, np.bool_), (size,))
+
+
+def zero_in_either(a: Dim, b: Dim) -> Dim:
+    """Return the labels of a dimension that a product sums over: marked where those of either factor are.
+
+    >>> is_zeroed(zero_in_either(zeroed(np.arange(2)), np.arange(2))).tolist()
+    [True, True]
+    """
+    labelled = next((d for d in (a, b) if isinstance(d, np.ndarray)), None)
+    return zeroed(labelled, is_zeroed(a) | is_zeroed(b)) if labelled is not None else FIXED
 
 
 def _marked(dim: Dim, flags: Flags) -> Dim:

@@ -13,7 +13,7 @@ __all__: list[str] = []
 
 @rule(
     *("item", "is_nonzero", "equal", "allclose", "nonzero", "nonzero_numpy", "argwhere", "masked_select", "nms", "bincount"),
-    *("_unique", "_unique2", "unique_dim", "unique_consecutive", "searchsorted", "bucketize"),
+    *("_unique2", "unique_dim", "unique_consecutive"),
 )
 def looked_at(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Any:
     """Pin tensors of which the values decide what is made, in number or size."""

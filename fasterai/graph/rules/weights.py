@@ -7,8 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from fasterai.graph.labels import FIXED, Dim
-from fasterai.graph.rules.trace import Trace, Value, all_fixed, blend, broadcast, rule, shape_of, unknown_tensor, values_in
+from fasterai.graph.labels import FIXED, Dim, is_zeroed, zeroed
+from fasterai.graph.rules.trace import (
+    Trace,
+    Value,
+    all_fixed,
+    blend,
+    broadcast,
+    rule,
+    shape_of,
+    unknown_tensor,
+    unmarked,
+    values_in,
+    zero_in_either,
+)
 
 __all__ = ["read_by"]
 
@@ -17,23 +29,24 @@ __all__ = ["read_by"]
 def linear(trace: Trace, node: Any, x: Value, weight: Value, bias: Value | None = None) -> Value:
     if len(weight.shape) != 2:
         return unknown_tensor(trace, node, x, weight, bias)
-    _read(trace, x, -1, weight, 1, node.name)
+    _read(trace, x, -1, weight, 1, node)
     out = weight.dims[0]
     trace.layers.update(weight.places[:1])
     if bias is not None:
         out = trace.labels.join(out, bias.dims[0], node.name)
+        x = unmarked(x)  # where all of a row is zero, the bias is left
     return Value(shape_of(node), (*x.dims[:-1], out))
 
 
-def _read(trace: Trace, a: Value, i: int, b: Value, j: int, name: str) -> None:
-    """Join dimension `i` of `a` and `j` of `b`, which are summed over; pin them if neither `a` nor `b` is a weight.
+def _read(trace: Trace, a: Value, i: int, b: Value, j: int, node: Any) -> None:
+    """Join dimension `i` of `a` and `j` of `b`, which are summed over; where neither is a weight, one has to be zero to go.
 
     A blend is what a weight reads, where it meets one; where it meets what is none, it is the weight.
     """
-    joined = trace.labels.join(a.dims[i], b.dims[j], f"{name} reads a dimension of fixed size")
+    trace.labels.join(a.dims[i], b.dims[j], f"{node.name} reads a dimension of fixed size")
     reading = read_by([a, b])
     if not any(reading):
-        trace.sums(joined, f"{name} sums over it without a weight")
+        trace.sums(node, zero_in_either(a.dims[i], b.dims[j]), f"{node.name} sums over it without a weight", is_product=True)
     for value, dim, reads in zip((a, b), (i, j), reading, strict=True):
         if reads:
             trace.reads(value, dim)
@@ -76,7 +89,7 @@ def _convolve(
     if groups == 1 or x.shape[channel] > groups:  # not depthwise: it sums over channels
         trace.reads(weight, read)
         if not weight.is_weight:
-            labels.pin_all([x.dims[channel], weight.dims[read]], f"{name}'s weight is computed or a buffer, not a parameter")
+            _sum_kernel(trace, node, x.dims[channel], weight.dims[read])
     if groups == 1:
         labels.join(x.dims[channel], weight.dims[read], f"{name} reads a dimension of fixed size")
         produced = weight.dims[out]
@@ -86,8 +99,18 @@ def _convolve(
         produced = _grouped(trace, name, x.dims[channel], weight, groups)
     if bias is not None:
         produced = labels.join(produced, bias.dims[0], name)
+        x = unmarked(x)
     shape = shape_of(node)
     return Value(shape, (*x.dims[:channel], produced, *all_fixed(shape[channel + 1 :])))
+
+
+def _sum_kernel(trace: Trace, node: Any, x: Dim, read: Dim) -> None:
+    """Note that a convolution by a kernel that is no parameter sums over channels; `read` may serve several groups of them."""
+    reason = f"{node.name}'s weight is computed or a buffer, not a parameter"
+    if isinstance(x, np.ndarray):
+        flags = np.resize(is_zeroed(read), x.size) if isinstance(read, np.ndarray) else np.zeros(1, np.bool_)
+        trace.sums(node, zeroed(x, is_zeroed(x) | flags), reason)
+    trace.labels.pin_all([x, read] if trace.experts else [], reason)
 
 
 def _grouped(trace: Trace, name: str, x: Dim, weight: Value, groups: int) -> Dim:
@@ -129,6 +152,25 @@ def _grouped_transposed(trace: Trace, name: str, x: Dim, weight: Value, groups: 
     return np.tile(out, groups) if isinstance(out, np.ndarray) else FIXED
 
 
+@rule("_weight_norm")
+def weight_norm(trace: Trace, node: Any, v: Value, g: Value, dim: int = 0) -> Value:
+    """Follow rows that are scaled to given lengths, `g v / |v|`: the length is what makes a channel, and is masked with it.
+
+    A row of zeros has no direction, 0 / 0, so that rows stay as they are and go with their lengths. A column adds to the
+    lengths of all rows, and so has to be zero where its channel is silent.
+    """
+    if not (v.is_weight and g.is_weight and v.places and len(g.shape) in (0, len(v.shape))):
+        return unknown_tensor(trace, node, v, g)
+    dims = list(v.dims)
+    for i, labels in enumerate(v.dims):
+        if i != dim:
+            trace.sums_zeros(labels, node.name)
+            continue
+        dims[i] = trace.labels.join(g.dims[i], labels, node.name)
+        trace.lengths.add(v.places[i])
+    return Value(v.shape, tuple(dims), (), True, True)
+
+
 @rule("embedding")
 def embedding(trace: Trace, node: Any, weight: Value, indices: Value, *rest: Any, **keywords: Any) -> Value:
     trace.labels.pin_all([weight.dims[0], *indices.dims], f"{node.name} looks rows up by number")
@@ -140,7 +182,7 @@ def matmul(trace: Trace, node: Any, a: Value, b: Value) -> Value:
     shape = shape_of(node)
     rows = a.dims[-2:-1] if len(a.shape) > 1 else ()
     columns = b.dims[-1:] if len(b.shape) > 1 else ()
-    _read(trace, a, -1, b, -2 if len(b.shape) > 1 else -1, node.name)
+    _read(trace, a, -1, b, -2 if len(b.shape) > 1 else -1, node)
     trace.layers.update(b.places[1:] if len(b.shape) == 2 else ())
     batch = shape[: len(shape) - len(rows) - len(columns)]
     sides = [Value(v.shape[:-2], v.dims[:-2]) for v in (a, b)]
@@ -156,7 +198,7 @@ def grouped_matmul(trace: Trace, node: Any, x: Value, weight: Value, ends: Any =
     route = trace.route(node.kwargs.get("offs") if len(node.args) < 3 else node.args[2], weight.shape[0])
     trace.labels.pin_all([x.dims[0], *ends.dims], f"{name} sends its rows to experts")
     trace.labels.join(weight.dims[0], route, f"{name} sends its rows to experts")
-    _read(trace, x, -1, weight, -2, name)
+    _read(trace, x, -1, weight, -2, node)
     return Value(shape_of(node), (FIXED, weight.dims[-1]))
 
 
@@ -172,7 +214,7 @@ def tensordot(trace: Trace, node: Any, a: Value, b: Value, dims_a: Sequence[int]
     for i, j in ways:
         if a.shape[i] != b.shape[j]:  # a dimension of size 1 is repeated
             return unknown_tensor(trace, node, a, b)
-        _read(trace, a, i, b, j, node.name)
+        _read(trace, a, i, b, j, node)
     left = [[d for d in range(len(x.shape)) if d not in gone] for x, gone in zip((a, b), zip(*ways, strict=True), strict=True)]
     origins = [[*left[0], *[None] * len(left[1])], [*[None] * len(left[0]), *left[1]]]
     dims = (*(a.dims[d] for d in left[0]), *(b.dims[d] for d in left[1]))

@@ -7,7 +7,18 @@ from typing import Any
 
 from fasterai.graph.labels import FIXED, Dim
 from fasterai.graph.rules.parts import indexed_run
-from fasterai.graph.rules.trace import Trace, Value, broadcast, rule, settled, shape_of, unknown_tensor, values_in, without
+from fasterai.graph.rules.trace import (
+    Trace,
+    Value,
+    broadcast,
+    rule,
+    settled,
+    shape_of,
+    unknown_tensor,
+    unmarked,
+    values_in,
+    without,
+)
 
 __all__: list[str] = []
 
@@ -98,7 +109,8 @@ def index_put(
     trace.labels.pin_all(x.dims[first:last], f"{node.name} writes entries by number")
     behind = min(len(values.shape), len(x.shape) - last)  # the dimensions behind those that are indexed
     written = values.dims[len(values.shape) - behind :]
-    dims = [*x.dims[:first], *[FIXED] * (last - first), *x.dims[last:]]
+    beside = x.dims if behind == len(x.shape) - last else unmarked(x).dims  # a number is written into all of them
+    dims = [*beside[:first], *[FIXED] * (last - first), *beside[last:]]
     trace.labels.pin_all(values.dims[: len(values.shape) - behind], f"{node.name} writes it by number")
     if first:  # values may have as many dimensions in front, which are hard to tell from those of the numbers
         trace.labels.pin_all(dims[:first], f"{node.name} writes entries by number")

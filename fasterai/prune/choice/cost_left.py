@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fasterai.graph.inputs import InputCut, cut_inputs
 from fasterai.graph.labels import Flags
 from fasterai.model.names import unwrap
 from fasterai.model.running import at_rest, copies, undisturbed, without_fast_path
+from fasterai.prune.rewrites import Rewriter
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.plan import Plan, make_plan, tensors_of
 
@@ -63,7 +65,7 @@ def macs_left(
     def count(cuts: Sequence[InputCut]) -> float:
         return _count(shell, cut_inputs(shell, bare, cuts)) / max(1, whole)
 
-    return partial(_of_cut, shell, graph, count)
+    return partial(_of_cut, shell, graph, count, _Code(model, graph, inputs, bare))
 
 
 def _shell(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
@@ -87,20 +89,59 @@ def _count(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     return counter.get_total_flops() // 2
 
 
-def _of_cut(model: nn.Module, graph: ChannelGraph, cost: Callable[[Sequence[InputCut]], float], kept: Sequence[Flags]) -> float:
+@dataclass
+class _Code:
+    """Sizes in a model's code: what finds them on the model, and the inputs of the copy that is cut."""
+
+    model: nn.Module
+    graph: ChannelGraph
+    inputs: Inputs
+    bare: Inputs
+
+    @cached_property
+    def rewriter(self) -> Rewriter:
+        return Rewriter(self.model, self.graph, [self.inputs], True)
+
+    def put_right(self, surgery: Surgery, small: nn.Module, cuts: Sequence[InputCut], kept: Sequence[Flags]) -> None:
+        """Put sizes in the code of a copy without the channels right."""
+        surgery.rewrite(self.rewriter.find(cut_inputs(small, self.bare, cuts), kept, small))
+
+
+def _of_cut(
+    model: nn.Module,
+    graph: ChannelGraph,
+    cost: Callable[[Sequence[InputCut]], float],
+    code: _Code,
+    kept: Sequence[Flags],
+) -> float:
     """Return the cost of a model without the channels that are not kept; a function of what it then takes of its inputs.
 
-    As in the check of a removal, sizes that its own classes keep change too where it does not run otherwise.
+    As in the check of a removal, sizes that its own classes keep change too where it does not run otherwise, then those that
+    are written into its code.
     """
-    try:
-        return _cost_of(model, make_plan(model, graph, kept), cost)
-    except Exception:
-        return _cost_of(model, make_plan(model, graph, kept, streams=True), cost)
+    ways = [(False, None), (True, None), *([(False, code), (True, code)] if graph.sized else [])]
+    for streams, used in ways[:-1]:
+        try:
+            return _cost_of(model, make_plan(model, graph, kept, streams=streams), cost, used, kept)
+        except Exception:  # whatever the user's code raises on other sizes
+            continue
+    streams, used = ways[-1]
+    return _cost_of(model, make_plan(model, graph, kept, streams=streams), cost, used, kept)
 
 
-def _cost_of(model: nn.Module, plan: Plan, cost: Callable[[Sequence[InputCut]], float]) -> float:
+def _cost_of(
+    model: nn.Module,
+    plan: Plan,
+    cost: Callable[[Sequence[InputCut]], float],
+    code: _Code | None,
+    kept: Sequence[Flags],
+) -> float:
+    if code is not None:
+        _ = code.rewriter  # it looks at the model as it was
     surgery = Surgery(model, plan)
     try:
+        if code is not None:
+            code.put_right(surgery, model, plan.inputs, kept)
         return cost(plan.inputs)
     finally:
         surgery.undo()
@@ -118,7 +159,7 @@ def time_left(
     def time(cuts: Sequence[InputCut]) -> float:
         return _time_ratio(unwrap(dense), small, dense_inputs or inputs, cut_inputs(small, inputs, cuts))
 
-    return partial(_of_cut, small, graph, time)
+    return partial(_of_cut, small, graph, time, _Code(model, graph, inputs, inputs))
 
 
 def _time_ratio(dense: nn.Module, small: nn.Module, inputs: Inputs, less: Inputs) -> float:

@@ -21,8 +21,9 @@ from fasterai.model.optimizers import averages_of, check_optimizer, cut_entry, s
 from fasterai.model.slim_norms import can_be_slim, put_dense_size
 from fasterai.prune.surgery.dense_shapes import dense_shapes_of, note, noted_on, put_note
 from fasterai.prune.surgery.plan import Plan, check_plan, tensor_of, tensors_of
-from fasterai.prune.surgery.rewriting import Rewrite, change_rewrites
+from fasterai.prune.surgery.rewriting import Rewrite
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention, encoders_of
+from fasterai.prune.surgery.tracing import change_rewrites
 
 __all__ = ["Surgery", "apply_plan_", "operate"]
 

@@ -21,6 +21,7 @@ from fasterai.graph.labels import Array, Flags
 from fasterai.model.cuts import input_place
 from fasterai.model.names import own_tensors, plain_name, unwrap, walk_tensors
 from fasterai.model.slim_norms import can_be_slim
+from fasterai.model.supported import directions
 from fasterai.prune.surgery.modules import HEADS, STREAMS, WIDTHS, new_sizes
 from fasterai.prune.surgery.rewriting import Rewrite
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention
@@ -141,7 +142,7 @@ def make_plan(model: nn.Module, graph: ChannelGraph, kept: Sequence[Flags], *, s
     """
     gone: dict[Place, list[Array]] = {}
     for group, keep in zip(graph.groups, kept, strict=True):
-        for place, indices in group.places.items() if not keep.all() else ():
+        for place, indices in (*group.places.items(), *group.along.items()) if not keep.all() else ():
             gone.setdefault(place, []).append(indices[~keep].ravel())
     tensors = tensors_of(model)
     shapes = {n: tuple(tensor_of(tensors, n).shape) for n in dict.fromkeys(n for n, _ in gone)}
@@ -234,7 +235,8 @@ def _sizes(
     for prefix, module in unwrap(model).named_modules():
         name = plain_name(prefix)
         dot = f"{name}." if name else ""
-        own = {a: names[id(t)] for a, t in own_tensors(module) if names[id(t)] in plan.shapes}
+        held = [*own_tensors(module), *directions(module)]
+        own = {a: names[id(t)] for a, t in held if names[id(t)] in plan.shapes}
         if isinstance(module, nn.MultiheadAttention | SlimMultiheadAttention):
             made = (*heads.get(f"{dot}in_proj_weight", ()), *heads.get(f"{dot}q_proj_weight", ()))
             lost = [width for width in made if width.dim == 0]  # what it reads may come in several indices each, too
@@ -244,7 +246,7 @@ def _sizes(
                 changed += [(name, *c) for c in _differing(module, _attention_widths(dot, plan))]
             continue
         if own:
-            old = {a: tuple(t.shape) for a, t in own_tensors(module)}
+            old = {a: tuple(t.shape) for a, t in held}
             new = old | {a: plan.shape_after(n) for a, n in own.items()}
             keep = {(a, d): plan.keep[n, d] for a, n in own.items() for d in range(len(old[a])) if (n, d) in plan.keep}
             changed += [(name, *c) for c in _differing(module, new_sizes(module, old, new, keep))]

@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fasterai.graph.channels import channel_graph
+from fasterai.graph import channels
+from fasterai.graph.exported import exported
+from fasterai.graph.labels import is_zeroed
 from fasterai.prune.removal import mask_channels_, remove
 
 aten = torch.ops.aten
@@ -44,8 +47,8 @@ class Net(nn.Module):
                 self.register_buffer(name, layer)
         self.run = run
 
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.run(self, *inputs)
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,12 @@ def over_channels(op: str, f: Callable[[Tensor], Tensor], back: int = 8) -> Case
     return Case((op,), run, linears(8, back), (4, 6), {}, stays, f"{op} over channels")
 
 
+def over_zeros(op: str, f: Callable[[Tensor], Tensor], stays: str = "") -> Case:
+    """An operation that runs over channels which are zero where they are silent: they go, if nothing makes more of them."""
+    run, why = lambda m, x: m.b(f(m.a(x))), {("a.weight", 0): stays} if stays else {}
+    return Case((op,), run, linears(), (4, 6), {} if stays else both, why, f"{op} over {'others' if stays else 'zeros'}")
+
+
 def beside(op: str, f: Callable[[Tensor], Tensor]) -> Case:
     """An operation along another dimension than the channels of (N, T, C)."""
     goes = {("a.weight", 0): 8, ("b.weight", 1): 8}
@@ -130,7 +139,8 @@ def _joined(cases: Sequence[Case]) -> Case:
     assert len({case.shape for case in cases}) == 1 and all(case.layers().keys() == names for case in cases)
     goes = {(n.replace(".", f"{i}.", 1), d): count for i, case in enumerate(cases) for (n, d), count in case.goes.items()}
     ops = tuple(op for case in cases for op in case.ops)
-    return Case(ops, run, layers, cases[0].shape, goes, {}, ", ".join(map(str, cases)))
+    stays = {(n.replace(".", f"{i}.", 1), d): why for i, case in enumerate(cases) for (n, d), why in case.stays.items()}
+    return Case(ops, run, layers, cases[0].shape, goes, stays, ", ".join(map(str, cases)))
 
 
 one = {("a.weight", 0): 8}
@@ -147,12 +157,58 @@ def tensors(net: nn.Module) -> dict[str, Tensor]:
     return dict([*net.named_parameters(), *net.named_buffers()])
 
 
+class Run(torch.fx.Interpreter):
+    """A run of an exported program that notes what each operation makes."""
+
+    def __init__(self, program: Any) -> None:
+        super().__init__(program.graph_module)
+        self.made: dict[Any, Any] = {}
+
+    def run_node(self, node: Any) -> Any:
+        self.made[node] = super().run_node(node)
+        return self.made[node]
+
+
+def wrongly_zero(net: nn.Module, x: Tensor) -> tuple[channels.ChannelGraph, list[str], int]:
+    """Run with half of what makes each channel at zero; list what is marked as zero and is not, and count the marks."""
+    programs: list[Any] = []
+    with patch.object(channels, "exported", lambda *given: programs.extend(exported(*given)) or programs):
+        graph, trace, components, weights = channels.followed(net, (x,))
+    held = {name: tensor.detach().clone() for name, tensor in tensors(net).items()}
+    silent: set[int] = set()
+    for group in graph.groups:
+        for (name, d), indices in group.places.items():
+            off = indices[::2].ravel()
+            silent |= set(components.numbers(weights[name].dims[d][off]).tolist())
+            if (name, d) not in graph.readers or name in graph.shared:
+                held[name].index_fill_(d, torch.as_tensor(off), 0.0) if name in dict(net.named_parameters()) else None
+    program, given = programs[-1].program, []
+    for node in program.graph.find_nodes(op="placeholder"):
+        name = programs[-1].names.get(node.name)
+        constants = program.graph_signature.inputs_to_lifted_tensor_constants
+        given.append(held[name] if name else program.constants[constants[node.name]] if node.name in constants else x.clone())
+    run, found, count = Run(program), [], 0
+    with torch.no_grad():
+        run.run(*given, enable_io_processing=False)
+    for node, value in ((node, value) for node, value in trace.values.items() if node in run.made):
+        made = run.made[node] if isinstance(run.made[node], list | tuple) else [run.made[node]]
+        for one, tensor in zip(value if isinstance(value, list) else [value], made, strict=False):
+            for d, dim in enumerate(one.dims if hasattr(one, "dims") else ()):
+                if one.is_weight and one.places[d] in graph.readers and one.places[d][0] not in graph.shared:
+                    continue  # what only reads a channel need not be zero
+                marked = is_zeroed(dim) & np.isin(components.numbers(dim), list(silent)) if isinstance(dim, np.ndarray) else []
+                count += int(np.sum(marked))
+                found += [f"{node.name}.{d}"] if np.any(marked) and tensor.movedim(d, 0)[marked].any() else []
+    return graph, found, count
+
+
 def goes_as_it_says(case: Case) -> None:
     """What goes is not missed and computes the same without it; what stays says why."""
     net, x = case.net(), case.inputs()
-    graph = channel_graph(net, (x,))
-    channels = {place: group.channels for group in graph.groups for place in group.places}
-    assert {place: channels.get(place) for place in case.goes} == case.goes
+    graph, wrong, _ = wrongly_zero(net, x)
+    counts = {place: group.channels for group in graph.groups for place in group.places}
+    assert {place: counts.get(place) for place in case.goes} == case.goes
+    assert wrong == []
     for place, reason in case.stays.items():
         assert reason in graph.pinned[place]
 
@@ -163,7 +219,7 @@ def goes_as_it_says(case: Case) -> None:
     wanted = [y for probe in probes for y in outputs(net, probe)]
     sizes = {n: list(t.shape) for n, t in tensors(net).items()}
     for group, keep in zip(graph.groups, kept, strict=True):
-        for (name, d), indices in group.places.items():
+        for (name, d), indices in (*group.places.items(), *group.along.items()):
             sizes[name][d] -= int((~keep).sum()) * indices.shape[1]
 
     assert remove(net, x).refused == {}

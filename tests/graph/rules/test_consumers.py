@@ -3,7 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.graph.rules.cases import Case, around, aten, beside, goes_as_it_says, over_channels, stands_in_the_program
+from tests.graph.rules.cases import (
+    Case,
+    around,
+    aten,
+    beside,
+    goes_as_it_says,
+    over_channels,
+    over_zeros,
+    stands_in_the_program,
+)
 
 CASES = [
     over_channels("softmax", lambda x: x.softmax(-1)),
@@ -15,10 +24,10 @@ CASES = [
     over_channels("roll", lambda x: x.roll(1, 1)),
     over_channels("roll", lambda x: x.roll(1)),
     *(over_channels(op, lambda x, op=op: getattr(aten, op)(x, 1, True) + x) for op in ("argmax", "argmin")),
-    *(over_channels(op, lambda x, op=op: getattr(x, op)(1, keepdim=True) + x) for op in ("mean", "sum", "amax", "amin")),
+    *(over_channels(op, lambda x, op=op: getattr(x, op)(1, keepdim=True) + x) for op in ("mean", "amax", "amin")),
     *(over_channels(op, lambda x, op=op: getattr(x, op)(1, keepdim=True) + x) for op in ("var", "std", "logsumexp", "prod")),
     *(over_channels(op, lambda x, op=op: getattr(x > 0, op)(1, keepdim=True) + x) for op in ("any", "all")),
-    *(over_channels(op, lambda x, op=op: getattr(x, op)() + x) for op in ("mean", "sum", "max", "min", "median")),
+    *(over_channels(op, lambda x, op=op: getattr(x, op)() + x) for op in ("mean", "max", "min", "median")),
     *(
         over_channels(op, lambda x, op=op: getattr(torch, op)(x, 1, keepdim=True)[0] + x)
         for op in ("max", "min", "median", "mode")
@@ -28,10 +37,14 @@ CASES = [
     over_channels("kthvalue", lambda x: torch.kthvalue(x, 3, 1, keepdim=True)[0] + x),
     over_channels("aminmax", lambda x: torch.aminmax(x, dim=1, keepdim=True)[0] + x),
     *(over_channels(op, lambda x, op=op: getattr(torch, op)(x, 1, keepdim=True)[0] + x) for op in ("var_mean", "std_mean")),
-    over_channels("linalg_vector_norm", lambda x: torch.linalg.vector_norm(x, 2, 1, keepdim=True) + x),
-    over_channels("linalg_vector_norm", lambda x: torch.linalg.vector_norm(x, 2) + x),
-    over_channels("norm", lambda x: aten.norm(x, 2, [1], True) + x),
-    over_channels("norm", lambda x: aten.norm(x, 2) + x),
+    *(over_zeros(op, lambda x, op=op: getattr(x, op)(1, keepdim=True) * x) for op in ("sum", "norm")),
+    over_zeros("linalg_vector_norm", lambda x: torch.linalg.vector_norm(x, 1, 1, keepdim=True) * x),
+    over_zeros("linalg_vector_norm", lambda x: torch.linalg.vector_norm(x, float("inf")) * x),
+    over_zeros("norm", lambda x: aten.norm(x, 2) * x),
+    over_zeros("sum", lambda x: x.sigmoid().sum(1, keepdim=True) * x, "sigmoid makes it something else"),
+    over_channels("linalg_vector_norm", lambda x: torch.linalg.vector_norm(x, float("-inf"), 1, keepdim=True) * x),
+    over_zeros("cosine_similarity", lambda x: torch.cosine_similarity(x, x.sin(), 1)[:, None] * x),
+    over_zeros("cosine_similarity", lambda x: torch.cosine_similarity(x, x.cos(), 1)[:, None] * x, "cos makes it"),
     beside("softmax", lambda x: x.softmax(1)),
     beside("log_softmax", lambda x: x.log_softmax(1)),
     beside("_softmax", lambda x: aten._softmax(x, 1, False)),

@@ -19,8 +19,8 @@ CASES = [
         lambda m, x: torch.einsum("btc,bsc->bts", m.a(x), m.b(x)),
         lambda: {"a": nn.Linear(6, 8), "b": nn.Linear(6, 8)},
         (2, 4, 6),
+        {("a.weight", 0): 8, ("b.weight", 0): 8},
         {},
-        {("a.weight", 0): "without a weight"},
         "einsum of activations",
     ),
     Case(
@@ -67,8 +67,8 @@ CASES = [
         lambda m, x: torch.einsum("btc,btu->bt", m.a(x), m.w),
         lambda: {"a": nn.Linear(6, 8), "w": nn.Parameter(torch.randn(1, 4, 1))},
         (2, 4, 6),
+        one,
         {},
-        {("a.weight", 0): "without a weight"},
         "einsum whose weight does not read the channels",
     ),
 ]

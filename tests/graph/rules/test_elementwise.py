@@ -4,7 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.graph.rules.cases import Case, around, aten, both, goes_as_it_says, linears, side_by_side, stands_in_the_program
+from tests.graph.rules.cases import (
+    Case,
+    around,
+    aten,
+    both,
+    goes_as_it_says,
+    linears,
+    over_zeros,
+    side_by_side,
+    stands_in_the_program,
+)
 
 UNARY = (
     *("relu", "relu6", "sigmoid", "tanh", "gelu", "silu", "mish", "elu", "selu", "celu", "softplus", "leaky_relu", "hardtanh"),
@@ -99,7 +109,65 @@ OTHERS = [
     ),
 ]
 
-CASES = [*side_by_side([*ELEMENTWISE, *CREATED]), *OTHERS]
+#: Zero for zero, and not known to be so: a mark less keeps channels that could go, and nothing worse.
+NEEDLESSLY_OTHER = {"rrelu", "fmod", "remainder", "atan2", "minimum"}
+AT_ZERO = {
+    **{op: getattr(aten, op) for op in UNARY},
+    **{op: lambda x, op=op: getattr(aten, op)(x, x + 1) for op in BINARY},
+    **{f"{op} of zeros": lambda x, op=op: getattr(aten, op)(x, x.sin()) for op in ("add", "sub", "maximum", "minimum")},
+    "clamp": lambda x: x.clamp(-0.2, 0.3),
+    "clamp from above zero": lambda x: x.clamp(0.1, 0.3),
+    "clamp by a maximum": lambda x: torch.clamp(x, max=0.4),
+    "clamp_min": lambda x: x.clamp_min(-0.3),
+    "clamp_min above zero": lambda x: x.clamp_min(0.3),
+    "clamp_max": lambda x: x.clamp_max(0.3),
+    "clamp_max below zero": lambda x: x.clamp_max(-0.3),
+    "pow": lambda x: x.abs() ** 1.5,
+    "pow, of zero": lambda x: x**0,
+    "masked_fill": lambda x: x.masked_fill(x > 0.2, 0.0),
+    "masked_fill with one": lambda x: x.masked_fill(x > -0.2, 1.0),
+    "where": lambda x: torch.where(x > 0, x, -x),
+    "where, else one": lambda x: torch.where(x > 0, x, 1.0),
+    "addcmul": lambda x: torch.addcmul(x, x.exp(), x),
+    "addcmul with one": lambda x: torch.addcmul(x, x.exp(), x.cos()),
+    "lerp": lambda x: torch.lerp(x, x.sin(), 0.3),
+    "threshold": lambda x: F.threshold(x, 0.1, 0.2),
+    "add a number": lambda x: x + 0.2,
+    "dropout": lambda x: aten.dropout(x, 0.5, False),
+    "in place": lambda x: x.clone().mul_(2.0).relu_(),
+    "added in place": lambda x: x.clone().add_(1.0),
+    "added to a view": lambda x: added_to_a_view(x.clone()),
+    "scaled in a view": lambda x: scaled_in_a_view(x.clone()),
+    "expanded as another": lambda x: x.sum(1, keepdim=True).cos().expand_as(x),
+    "over itself": lambda x: x / (x + x.detach()).clamp_min(1.0),
+}
+
+
+def added_to_a_view(x: torch.Tensor) -> torch.Tensor:
+    x.view(x.shape).add_(1.0)
+    return x
+
+
+def scaled_in_a_view(x: torch.Tensor) -> torch.Tensor:
+    x.view(x.shape).mul_(2.0)
+    return x
+
+
+def is_zero_for_zero(op: str) -> bool:
+    return not bool(AT_ZERO[op](torch.zeros(2, 2, dtype=torch.float64)).any())
+
+
+def summed(op: str) -> Case:
+    """A sum over an operation's result: it lets channels go that are zero there, and no others."""
+    goes = is_zero_for_zero(op) and op not in NEEDLESSLY_OTHER
+    f = lambda x: AT_ZERO[op](x).sum(1, keepdim=True).nan_to_num(0.0, 0.0, 0.0) * x  # noqa: E731
+    return over_zeros("sum", f, "" if goes else "it is not zero where its channel is silent")
+
+
+ZEROS = {op: summed(op) for op in AT_ZERO}
+GONE = [case for case in ZEROS.values() if case.goes]
+STAYS = [case for case in ZEROS.values() if not case.goes]
+CASES = [*side_by_side([*ELEMENTWISE, *CREATED]), *side_by_side(GONE, 20), *side_by_side(STAYS, 20), *OTHERS]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -70,8 +70,7 @@ CASES = [
         lambda m, x: m.b(aten.split_with_sizes(m.a(x), [5, 3], 1)[0]),
         linears(back=5),
         (4, 6),
-        {},
-        {("a.weight", 0): "fixed positions"},
+        {("b.weight", 1): 5},
     ),
     Case(("unbind",), lambda m, x: m.b(sum(m.a(x).unbind(1))), linears(), (2, 4, 6), both),
     Case(
@@ -86,7 +85,7 @@ CASES = [
     beside("slice", lambda x: x[:, 1:3]),
     beside("select", lambda x: x[:, 0]),
     beside("index", lambda x: x[:, torch.tensor([0, 2])]),
-    over_channels("slice", lambda x: x[:, 2:6], 4),
+    Case(("slice",), lambda m, x: m.b(m.a(x)[:, 2:6]), linears(back=4), (4, 6), {("b.weight", 1): 4}, {}, "slice of channels"),
     over_channels("select", lambda x: x[:, 1].unsqueeze(1), 1),
     over_channels("index", lambda x: x[:, torch.tensor([1, 0])], 2),
     Case(("glu",), lambda m, x: m.b(F.glu(m.a(x))), linears(back=4), (4, 6), {("a.weight", 0): 4, ("b.weight", 1): 4}),

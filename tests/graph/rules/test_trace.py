@@ -20,6 +20,7 @@ from tests.graph.rules import (
     test_recurrent,
     test_reshaping,
     test_spatial,
+    test_values,
     test_weights,
     test_writing,
 )
@@ -117,6 +118,7 @@ ELSEWHERE = [
     test_parts.CASES,
     test_reshaping.CASES,
     test_recurrent.CASES,
+    test_values.CASES,
 ]
 
 

@@ -22,6 +22,7 @@ def blend_of(net, x):
     return torch.einsum("be,eio->bio", net.g(x).softmax(-1), net.w)
 
 
+both_made = {("a.weight", 0): 8, ("b.weight", 0): 8}
 CASES = [
     Case(("linear",), lambda m, x: m.b(m.a(x)), linears(), (4, 6), both, {("b.weight", 0): "output", ("a.weight", 1): "fixed"}),
     Case(
@@ -29,8 +30,8 @@ CASES = [
         lambda m, x: m.b(F.linear(m.a(x), m.c)),
         lambda: {**linears()(), "c": torch.randn(8, 8)},
         (4, 6),
+        {**one, ("c", 1): 8},
         {},
-        {("a.weight", 0): "without a weight"},
         "linear by a buffer",
     ),
     Case(
@@ -38,8 +39,8 @@ CASES = [
         lambda m, x: m.b(F.linear(m.a(x), m.c.tanh())),
         lambda: {**linears()(), "c": nn.Parameter(torch.randn(8, 8))},
         (4, 6),
-        {("b.weight", 1): 8},
-        {("a.weight", 0): "without a weight"},
+        {**one, ("b.weight", 1): 8, ("c", 1): 8},
+        {},
         "linear by a weight worked out",
     ),
     Case(
@@ -47,8 +48,8 @@ CASES = [
         lambda m, x: m.b(F.linear(m.a(x), m.c.softmax(0))),
         lambda: {**linears()(), "c": nn.Parameter(torch.randn(8, 8))},
         (4, 6),
+        {**one, ("c", 1): 8},
         {},
-        {("a.weight", 0): "without a weight"},
         "linear by a softmaxed weight",
     ),
     Case(
@@ -121,8 +122,8 @@ CASES = [
         lambda m, x: m.b(F.conv2d(m.a(x), m.c)),
         lambda: {**convs()(), "c": torch.randn(8, 8, 1, 1)},
         (2, 3, 6, 6),
+        {**one, ("c", 1): 8},
         {},
-        {("a.weight", 0): "a buffer"},
         "convolved with a buffer",
     ),
     Case(
@@ -178,6 +179,35 @@ CASES = [
         {("t.weight", 1): "width"},
         "transposed, depthwise",
     ),
+    *(
+        Case(
+            ("_weight_norm",),
+            lambda m, x, dim=dim: m.b(F.linear(m.a(x).relu(), aten._weight_norm(m.v, m.g, dim))),
+            lambda dim=dim, lengths=lengths: {
+                **linears(back=5)(),
+                "v": nn.Parameter(torch.rand(5, 8) + 0.1),
+                "g": nn.Parameter(torch.rand(lengths)),
+            },
+            (4, 6),
+            {**one, ("b.weight", 1): 5, **goes},
+            {},
+            f"weight norm along {dim}",
+        )
+        for dim, lengths, goes in (
+            (0, (5, 1), {("g", 0): 5, ("v", 1): 8}),
+            (1, (1, 8), {("g", 1): 8, ("v", 0): 5}),
+            (-1, (), {("v", 0): 5, ("v", 1): 8}),
+        )
+    ),
+    Case(
+        ("_weight_norm",),
+        lambda m, x: m.b(F.linear(m.a(x), aten._weight_norm(m.v.tanh(), m.g, 0))),
+        lambda: {**linears()(), "v": nn.Parameter(torch.rand(8, 8)), "g": nn.Parameter(torch.rand(8, 1))},
+        (4, 6),
+        {},
+        {("a.weight", 0): "without a weight"},
+        "weight norm of rows that are worked out",
+    ),
     Case(
         ("embedding",),
         lambda m, x: m.b(m.e(x.abs().long() % 7)),
@@ -225,8 +255,8 @@ CASES = [
         lambda m, x: m.a(x) @ m.b(x).transpose(1, 2),
         lambda: {"a": nn.Linear(6, 8), "b": nn.Linear(6, 8)},
         (2, 4, 6),
+        both_made,
         {},
-        {("a.weight", 0): "sums over it", ("b.weight", 0): "sums over it"},
         "two activations contracted",
     ),
     Case(
@@ -306,8 +336,8 @@ CASES = [
         lambda m, x: m.b(torch.bmm(m.a(x)[:, None], torch.bmm(blend_of(m, x), blend_of(m, x).mT))[:, 0]),
         lambda: {**linears()(), "g": nn.Linear(6, 3), "w": nn.Parameter(torch.randn(3, 8, 5))},
         (4, 6),
+        {**one, ("w", 1): 8, ("w", 2): 5},
         {},
-        {("w", 2): "sums over it without a weight"},
         "two blends contracted",
     ),
     Case(
@@ -315,8 +345,8 @@ CASES = [
         lambda m, x: torch.tensordot(m.a(x), m.b(x), dims=([1], [1])),
         lambda: {"a": nn.Linear(6, 8), "b": nn.Linear(6, 8)},
         (4, 6),
+        both_made,
         {},
-        {("a.weight", 0): "without a weight"},
         "tensordot of activations",
     ),
     Case(
@@ -361,3 +391,10 @@ def test_the_operation_stands_in_the_program(case: Case) -> None:
 def test_a_stack_reads_its_inputs_and_makes_its_outputs(case: Case) -> None:
     readers = channel_graph(case.net(), (case.inputs(),)).readers
     assert ("w", 1) in readers and ("w", 2) not in readers
+
+
+def test_rows_of_a_weight_norm_go_with_their_lengths_and_are_not_masked() -> None:
+    """A row of zeros has no direction: 0 / 0."""
+    case = next(c for c in CASES if c.name == "weight norm along 0")
+    group = next(g for g in channel_graph(case.net(), (case.inputs(),)).groups if ("g", 0) in g.places)
+    assert group.along.keys() == {("v", 0)} and ("v", 0) not in group.places
