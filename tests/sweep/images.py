@@ -64,7 +64,7 @@ SIZED = (
     ),
     *("shvit_s1",),
 )
-#: The smallest network of each file of timm's `models/` that none of the above is of, as `python -m tests.sweep.images` finds it.
+#: The smallest network of each file of timm's `models/` that none of the above is of (`python -m tests.sweep.images`).
 OF_FILES = (
     *(
         "cpubone_nano",
