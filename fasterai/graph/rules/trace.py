@@ -311,7 +311,9 @@ def is_cut(node: Any, found: Any) -> bool:
     """Tell if an operation is a slice, or a split into unequal parts, of what carries labels."""
     if called(node) == "slice":
         return shape_of(node) != _sizes(node.args[0].meta["val"])
-    return called(node) in ("split", "split_with_sizes", "tensor_split", "chunk") and len({v.shape for v in found}) > 1
+    name = called(node).removeprefix("unsafe_")
+    is_split = name in ("split", "split_with_sizes", "tensor_split", "chunk") and isinstance(found, list)
+    return is_split and len({v.shape for v in found}) > 1
 
 
 Rule = Callable[..., Any]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fasterai.graph import channels
 from fasterai.graph.exported import exported
 from fasterai.graph.labels import is_zeroed
+from fasterai.graph.recorded import Recording
 from fasterai.prune.removal import mask_channels_, remove
 
 aten = torch.ops.aten
@@ -174,6 +175,8 @@ def wrongly_zero(net: nn.Module, x: Tensor) -> tuple[channels.ChannelGraph, list
     programs: list[Any] = []
     with patch.object(channels, "exported", lambda *given: programs.extend(exported(*given)) or programs):
         graph, trace, components, weights = channels.followed(net, (x,))
+    if isinstance(programs[-1].program, Recording):  # it holds no constants to run with
+        return graph, [], 0
     held = {name: tensor.detach().clone() for name, tensor in tensors(net).items()}
     silent: set[int] = set()
     for group in graph.groups:
