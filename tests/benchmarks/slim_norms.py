@@ -67,7 +67,7 @@ def slim(model: nn.Module, x: Tensor) -> nn.Module:
     small = copy.deepcopy(model)
     graph, dice = channel_graph(small, (x[:2],)), np.random.default_rng(0)
     kept = [dice.permutation(group.channels) >= group.channels // 2 for group in graph.groups]
-    apply_plan_(small, make_plan(small, graph, kept))
+    apply_plan_(small, make_plan(small, graph, kept, streams=True))
     return small
 
 
