@@ -44,7 +44,7 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 SIZED = frozenset(
     (
         *("view", "reshape", "_unsafe_view", "unflatten", "expand", "repeat", "broadcast_to"),
-        *("split", "split_with_sizes", "chunk", "tensor_split", "slice", "narrow"),
+        *("split", "split_with_sizes", "chunk", "tensor_split", "slice", "narrow", "unsafe_split", "unsafe_chunk"),
     )
 )
 Place = tuple[str, int]  # a parameter's or buffer's name, and one of its dimensions
@@ -551,7 +551,7 @@ def _grouped(
         slices = (tuple((place, where.size) for place, where in slices) for slices in (places, inputs))
         flags = tuple(number in of for of in kinds)
         found.setdefault((flags, *slices), []).append((places, inputs))
-    return [_group(members, *kind[0], lengths) for kind, members in found.items()]
+    return [_group(members, kind[0][0], kind[0][1], lengths) for kind, members in found.items()]
 
 
 def _group(members: Sequence[tuple[Slices, Slices]], is_summed: bool, is_shown: bool, lengths: Collection[Place]) -> Group:

@@ -83,7 +83,14 @@ class Removal(Shown):
         said = f"asked to prune {self.asked:.0%} of the {self.units}, {gone:.0%} of the parameters went: ".replace("%", " %")
         kept = sum(self.kept_because.values())
         why = f"{kept:.0%} cannot shrink, ".replace("%", " %") + shares_in_words(self.kept_because) if kept > 0.1 else ""
-        return said + (why or f"the {self.units} that were chosen hold few of them")
+        return said + (why or f"the {self.units} that were chosen hold few of them{self._spared()}")
+
+    def _spared(self) -> str:
+        """Name the largest groups that lost less than half of what was asked for."""
+        lost = {name: before - after for name, (before, after) in self.groups.items()}
+        few = [name for name, (before, _) in self.groups.items() if lost[name] < (self.asked or 0.0) * before / 2]
+        few = sorted(few, key=lambda name: -self.groups[name][0])[:2]
+        return "".join(f"; of {name} {lost[name]} of {self.groups[name][0]} went" for name in few)
 
     @property
     def comparison(self) -> Comparison | None:

@@ -93,7 +93,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, one thread, float32; the least of {given.rounds} turns\n")
     print(
-        "| network | batch | parameters | slim norms | MACs ratio | dense, ms | slim, ms | time ratio | share of the MACs ratio |"
+        "| network | batch | parameters | slim norms | MACs ratio | dense, ms | slim, ms | time ratio | share of that of MACs |"
     )
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     for name in given.networks:

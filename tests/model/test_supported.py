@@ -175,7 +175,9 @@ class Sloping(nn.Module):
 def test_a_model_that_cannot_be_followed_is_told_where_and_what_would_help() -> None:
     line = Sloping.forward.__code__.co_firstlineno + 3
     place = rf"\(forward, line {line} of test_supported\.py\)"
-    match = rf"model must be one that torch\.export can read .*, or whose operations a run shows, got .*{place}; remove branches"
+    match = (
+        rf"model must be one that torch\.export can read .*, or whose operations a run shows, got .*{place}; remove branches"
+    )
     refused(Sloping(), X, ValueError, match)
 
 

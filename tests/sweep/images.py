@@ -64,6 +64,20 @@ SIZED = (
     ),
     *("shvit_s1",),
 )
+#: The smallest network of each file of timm's `models/` that none of the above is of (`python -m tests.sweep.images`).
+OF_FILES = (
+    *(
+        "cpubone_nano",
+        "csatv2",
+        "cspnext_tiny",
+        "deepseek_vit_412m",
+        "efficientvim_m1",
+        "gemma4_vit_167m_enc",
+        "sam2_hiera_tiny",
+    ),
+    *("iformer_t", "lowformer_b0", "mobilenetv5_base", "naflexvit_base_patch16_parfac_gap", "nasnetalarge", "pnasnet5large"),
+    *("qwen3_vit_88m", "vgg11", "vit_tiny_r_s16_p8_224"),
+)
 #: Networks with less of their depth or width, as theirs is large.
 REDUCED: dict[str, dict[str, object]] = {
     "vit_small_patch16_dinov3": {"depth": 4},
@@ -77,8 +91,25 @@ REDUCED: dict[str, dict[str, object]] = {
     "samvit_base_patch16_224": {"depth": 3, "embed_dim": 192, "num_heads": 3, "global_attn_indexes": (2,), "img_size": 224},
     "sequencer2d_s": {"layers": (1, 1, 1, 1)},
     "tnt_s_patch16_224": {"depth": 3},
+    "deepseek_vit_412m": {"depth": 2, "embed_dim": 128, "num_heads": 2, "img_size": 112},
+    "gemma4_vit_167m_enc": {"depth": 2, "embed_dim": 128, "num_heads": 2, "img_size": 96},
+    "qwen3_vit_88m": {"depth": 2, "embed_dim": 128, "num_heads": 2, "img_size": 64},
+    "naflexvit_base_patch16_parfac_gap": {"depth": 2, "embed_dim": 128, "num_heads": 2},
+    "vgg11": {"mlp_ratio": 0.125},
 }
-NAMES = (*CONVOLUTIONAL, *SIZED)
+#: Sides of images other than the network's own.
+SIDES = {
+    "csatv2": 128,
+    "gemma4_vit_167m_enc": 96,
+    "qwen3_vit_88m": 64,
+    "deepseek_vit_412m": 112,
+    "mobilenetv5_base": 128,
+    "nasnetalarge": 96,
+    "pnasnet5large": 96,
+    "naflexvit_base_patch16_parfac_gap": 128,
+    "sam2_hiera_tiny": 224,
+}
+NAMES = (*CONVOLUTIONAL, *SIZED, *OF_FILES)
 
 
 def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -87,5 +118,31 @@ def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
 
     model: nn.Module = timm.create_model(name, pretrained=False, num_classes=10, **REDUCED.get(name, {}))
     size = REDUCED.get(name, {}).get("img_size") or model.pretrained_cfg["input_size"][-1]  # type: ignore[index]
-    side = min(128, size) if name in CONVOLUTIONAL else size
+    side = SIDES.get(name, min(128, size) if name in CONVOLUTIONAL else size)
     return model, (torch.randn(1, 3, side, side),)
+
+
+def files() -> dict[str, list[str]]:
+    """timm's networks by the file that they are of."""
+    import timm
+    from timm.models._registry import _model_to_module
+
+    found: dict[str, list[str]] = {}
+    for name in timm.list_models():
+        found.setdefault(_model_to_module[name], []).append(name)
+    return found
+
+
+def smallest(names: list[str]) -> str:
+    """The network with the fewest parameters, the first by name where several have as few."""
+    import timm
+
+    with torch.device("meta"):
+        sizes = {name: sum(p.numel() for p in timm.create_model(name, num_classes=10).parameters()) for name in sorted(names)}
+    return min(sizes, key=lambda name: sizes[name])
+
+
+if __name__ == "__main__":
+    for file, names in sorted(files().items()):
+        if not set(names) & {*CONVOLUTIONAL, *SIZED}:
+            print(f"{file}: {smallest(names)}")

@@ -54,13 +54,14 @@ TABLE: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
         {
             "in_channels": 1,
             "out_channels": 2,
-            "img_size": 32,
+            "img_size": 64,
             "feature_size": 8,
             "hidden_size": 32,
             "mlp_dim": 64,
             "num_heads": 4,
+            "spatial_dims": 2,
         },
-        VOLUME,
+        IMAGE,
     ),
     "SwinUNETR": ("SwinUNETR", {"in_channels": 1, "out_channels": 2, "feature_size": 12, "spatial_dims": 2}, IMAGE),
     "ViT": (
