@@ -126,9 +126,7 @@ def test_a_failed_export_prints_nothing_and_says_where_and_what_to_do(capfd: pyt
     handler = logging.StreamHandler(sys.__stderr__)
     logging.getLogger("torch").addHandler(handler)
     try:
-        with pytest.raises(
-            ValueError, match=r"(?s)torch.export can read.*line \d+ of networks.py.*remove branches"
-        ) as caught:
+        with pytest.raises(ValueError, match=r"(?s)torch.export can read.*line \d+ of networks.py.*remove branches") as caught:
             channel_graph(Sloping(nn.Linear(3, 3)), (torch.randn(2, 3),))
     finally:
         logging.getLogger("torch").removeHandler(handler)

@@ -175,7 +175,9 @@ class Sloping(nn.Module):
 def test_a_model_that_cannot_be_followed_is_told_where_and_what_would_help() -> None:
     line = Sloping.forward.__code__.co_firstlineno + 3
     place = rf"\(forward, line {line} of test_supported\.py\)"
-    match = rf"model must be one that torch\.export can read .*, or whose operations a run shows, got .*{place}; remove branches"
+    match = (
+        rf"model must be one that torch\.export can read .*, or whose operations a run shows, got .*{place}; remove branches"
+    )
     refused(Sloping(), X, ValueError, match)
 
 
@@ -252,6 +254,27 @@ def test_what_a_weight_is_worked_out_from_is_known() -> None:
     assert 'torch.nn.utils.parametrize.remove_parametrizations(module, "weight")' in found["1.bias"]
     assert 'torch.nn.utils.prune.remove(module, "weight")' in found["2.bias"]
     assert recomputed(nn.Sequential(nn.Linear(2, 2))) == {}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_to_be_quantised_later_is_let_in_and_a_prepared_one_is_not() -> None:
+    class Prepared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.leave = torch.ao.quantization.QuantStub(), torch.ao.quantization.DeQuantStub()
+            self.body, self.add = net(), torch.ao.nn.quantized.FloatFunctional()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.leave(self.add.add(self.body(self.enter(x)), x[:, :3]))
+            return y
+
+    model = Prepared()
+    assert remove(model, X).removed == {"body.0.weight": (8, 7)}
+    model = Prepared().train()
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")
+    refused(
+        torch.ao.quantization.prepare_qat(model), X, ValueError, "which is a module of torch.ao's quantisation .*; prune first"
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
