@@ -44,7 +44,7 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 SIZED = frozenset(
     (
         *("view", "reshape", "_unsafe_view", "unflatten", "expand", "repeat", "broadcast_to"),
-        *("split", "split_with_sizes", "chunk", "tensor_split", "slice", "narrow"),
+        *("split", "split_with_sizes", "chunk", "tensor_split", "slice", "narrow", "unsafe_split", "unsafe_chunk"),
     )
 )
 Place = tuple[str, int]  # a parameter's or buffer's name, and one of its dimensions

@@ -72,7 +72,7 @@ class Recording:
 
 
 def _path(node: fx.Node) -> str:
-    return next(reversed(node.meta.get("nn_module_stack") or {"": None}))
+    return str(next(reversed(node.meta.get("nn_module_stack") or {"": None})))
 
 
 def leaving(tensor: Any) -> None:
@@ -123,8 +123,8 @@ def variations(inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
 
     yield inputs
     yield varied(torch.neg, lambda x: x.flip(-1) if x.dim() else x)
-    yield varied(torch.zeros_like, lambda x: torch.full_like(x, x.min()) if x.numel() else x)
-    yield varied(large, lambda x: torch.full_like(x, x.max()) if x.numel() else x)
+    yield varied(torch.zeros_like, lambda x: torch.full_like(x, x.min().item()) if x.numel() else x)
+    yield varied(large, lambda x: torch.full_like(x, x.max().item()) if x.numel() else x)
 
 
 def _record(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> Recording:
@@ -181,7 +181,7 @@ class _Leaving(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Record of the operations of one run.
 
     Attributes:
@@ -191,7 +191,7 @@ class _Recorder(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.stack: list[tuple[str, type]] = []
         self.graph = fx.Graph()
         self._names: dict[str, str] = {}
@@ -251,7 +251,7 @@ class _Recorder(TorchDispatchMode):
     def _call(self, func: Any, args: Any, kwargs: Any, shown: Any) -> fx.Node:
         node = self.graph.call_function(func, args, kwargs)
         node.meta["val"] = shown
-        node.meta["nn_module_stack"] = dict((path, (path, kind)) for path, kind in self.stack)
+        node.meta["nn_module_stack"] = {path: (path, kind) for path, kind in self.stack}
         return node
 
     def _argument(self, x: Any) -> Any:

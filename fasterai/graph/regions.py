@@ -40,7 +40,7 @@ def inline_(module: fx.GraphModule) -> None:
         if node.op != "call_function" or not isinstance(node.target, HigherOrderOperator):
             continue
         bodies = [found for a in node.args if isinstance(found := _body(module, a), fx.GraphModule)]
-        name = node.target.name()
+        name = node.target.__name__
         if name in ONCE and len(bodies) == 1:
             _replace(node, bodies, None)
         elif name == "cond" and len(bodies) == 2:

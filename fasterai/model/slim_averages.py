@@ -29,14 +29,15 @@ HALF = (torch.float16, torch.bfloat16)
 def slim_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, size: int) -> Tensor:
     """Normalise `(..., n)` as `F.layer_norm` does `(..., size)`, of which the channels that are gone were zero.
 
-    torch's own norm makes one pass and hands its averages back; another puts it right, one number to add and one to multiply
-    by for each position.
+    torch's own norm makes one pass and hands its averages back; two more put it right, by one number to multiply by and one to
+    add for each position. With a scale of ones it is faster than without on a CPU; so are a product and a sum than both in one.
     """
     given, x = x, _precise(x)
     share = x.shape[-1] / size
-    y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+    ones = None if weight is None else x.new_ones(x.shape[-1:])
+    y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], ones, None, eps)
     scale = torch.rsqrt(_spread(rstd.pow(-2) - eps, mean, share) + eps)
-    y = torch.addcmul((1 - share) * mean * scale, y, scale / rstd)
+    y = y * (scale / rstd) + (1 - share) * mean * scale
     return _affine(y, weight, bias).to(_result(given))
 
 
@@ -58,7 +59,9 @@ def slim_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor 
     rows = x.reshape(x.shape[0], groups, -1)
     width = x.shape[1] // groups
     share = width / size
-    variance, mean = torch.var_mean(rows, -1, correction=0, keepdim=True)
+    mean = rows.mean(-1, keepdim=True)
+    difference = rows - mean
+    variance = (difference * difference).mean(-1, keepdim=True)  # `torch.var` takes ten times as long on a CPU
     scale = torch.rsqrt(_spread(variance, mean, share) + eps)
     scale, shift = scale.expand(-1, -1, width), (-share * mean * scale).expand(-1, -1, width)
     if weight is not None:
@@ -109,14 +112,16 @@ class Counting(TorchFunctionMode):
         """Call a function of torch, or what takes its place here."""
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
+        if name not in KNOWN:
+            return function(*args, **kwargs)
         if name in NORMS and not (name == "batch_norm" and args[1] is not None):
             return NORMS[name](self.size, args, kwargs)
         result = function(*args, **kwargs)
         if name in AVERAGES:
             return self._averaged(name, result, args, kwargs)
-        if name in ("sub", "__sub__", "subtract") and len(args) == 2 and not kwargs:
+        if name in SUBTRACTIONS and len(args) == 2 and not kwargs:
             self._held += [(result, -mean) for x, mean in self._means if x is args[0] and mean is args[1]]
-        elif name in SQUARES:
+        elif self._held:
             self._hold_square(name, result, args)
         return result
 
@@ -200,3 +205,5 @@ NORMS: dict[str, Callable[[int, tuple[Any, ...], Mapping[str, Any]], Tensor]] = 
 }
 AVERAGES = ("mean", "var", "std", "var_mean", "std_mean")
 SQUARES = ("pow", "__pow__", "square", "mul", "__mul__", "multiply")
+SUBTRACTIONS = ("sub", "__sub__", "subtract")
+KNOWN = frozenset((*NORMS, *AVERAGES, *SQUARES, *SUBTRACTIONS))

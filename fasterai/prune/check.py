@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -83,13 +83,14 @@ def plan_of(model: nn.Module, graph: ChannelGraph, sound: Sound) -> Plan:
 class _Verdict:
     """Result of a trial: how far the outputs moved, the reason of a failure or None, and True if the model did not run.
 
-    It has the edits of the modules that ran a traced copy too.
+    It has the edits of the modules that ran a traced copy too, and the names of the modules in which the model failed.
     """
 
     moved: float
     reason: str | None = None
     is_structural: bool = False
     rewrites: Mapping[str, Rewrite] = field(default_factory=dict)
+    at: tuple[str, ...] = ()
 
 
 def largest_sound(
@@ -330,7 +331,14 @@ class _Trials:
                     break
         assert first is not None
         assert verdict is not None
-        return first if first.is_structural or not verdict.is_structural else verdict
+        shown = first if first.is_structural or not verdict.is_structural else verdict
+        return replace(shown, reason=f"{shown.reason}{self._why_not_traced(shown)}")
+
+    def _why_not_traced(self, verdict: _Verdict) -> str:
+        """Say why the innermost of the modules that failed does not run a traced copy of its code."""
+        refused = self._rewriter.refused if verdict.at and self._may_rewrite else {}
+        why = next((refused[name] for name in reversed(verdict.at) if name in refused), None)
+        return "" if why is None else f"; no traced copy can run instead: {why}"
 
     def _run(self, kept: Sequence[Flags], streams: bool, rewrites: bool) -> _Verdict:
         rewriter = self._rewriter if rewrites else None  # it looks at the model as it was
@@ -342,7 +350,8 @@ class _Trials:
         try:
             found: Mapping[str, Rewrite] = {}
             if rewriter is not None:
-                found = rewriter.find(cut_inputs(self._model, self._probes[0].inputs, plan.inputs), kept)
+                with self.mode():
+                    found = rewriter.find(cut_inputs(self._model, self._probes[0].inputs, plan.inputs), kept)
                 surgery.rewrite(found)
             return replace(self._compare(plan.inputs), rewrites=found)
         except ValueError as error:
@@ -362,7 +371,8 @@ class _Trials:
             found, wanted = after.outputs, before.outputs
             worst = max(worst, after.decisions.moved) if after.decisions else worst
             if isinstance(found, Exception):
-                return _Verdict(0.0, f"the model fails without them: {said(found)}", True)
+                at = tuple(_modules_in(found, unwrap(self._model)))
+                return _Verdict(0.0, f"the model fails without them: {said(found)}", True, at=at)
             if [x.shape for x in found] != [x.shape for x in wanted]:
                 return _Verdict(math.inf, "an output would get another shape", True)
             worst = max([worst, *(movement(a, b).share for a, b in zip(wanted, found, strict=True))])
@@ -371,6 +381,16 @@ class _Trials:
         if worst == math.inf:
             return _Verdict(worst, "an output would be NaN or infinite: it is not silent")
         return _Verdict(worst, f"the outputs would move by {worst:.1e} of their scale: it is not silent")
+
+
+def _modules_in(error: BaseException, model: nn.Module) -> Iterator[str]:
+    """Give the names of the modules in which an error arose, the outermost first."""
+    names, trace = {id(module): name for name, module in model.named_modules()}, error.__traceback__
+    while trace is not None:
+        name = names.get(id(trace.tb_frame.f_locals.get("self")))
+        if name is not None:
+            yield name
+        trace = trace.tb_next
 
 
 class _Run(NamedTuple):

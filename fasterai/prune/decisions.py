@@ -32,7 +32,7 @@ class Decision(NamedTuple):
     made: Any
 
 
-class Decisions(TorchDispatchMode):
+class Decisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Record of the decisions of one run; with those of another run these are repeated.
 
     Attributes:
@@ -41,7 +41,7 @@ class Decisions(TorchDispatchMode):
     """
 
     def __init__(self, others: Decisions | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.made: list[Decision] = []
         self.moved = 0.0
         self._others: Iterator[Decision] | None = None if others is None else iter(others.made)

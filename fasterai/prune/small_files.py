@@ -24,7 +24,7 @@ from fasterai.prune.features.selector import InputSelector
 from fasterai.prune.small_header import SIZES, SMALL_FORMAT, Header, Shapes, read_header, sizes_of, stamp, unfit_sizes
 from fasterai.prune.surgery.dense_shapes import dense_shapes, note, put_note
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention, encoders_of
-from fasterai.prune.surgery.tracing import plain_class, rewrite_of, traced_class
+from fasterai.prune.surgery.tracing import plain_class, put_class, rewrite_of, traced_class
 
 __all__ = ["load_small", "save_small"]
 
@@ -131,7 +131,7 @@ def _fill(inner: nn.Module, header: Header, tensors: dict[str, Tensor]) -> None:
         for attribute in sizes.keys() & sizes_of(module).keys():  # others are what a first run fills
             setattr(module, attribute, sizes[attribute])
     for name, cls in classes.items():
-        inner.get_submodule(name).__class__ = cls
+        put_class(inner.get_submodule(name), cls)
     _put(inner, tensors)
     _note(inner, own | dict(header.dense))
     put_inputs(inner, header.inputs)

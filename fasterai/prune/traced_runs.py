@@ -17,6 +17,7 @@ from fasterai.graph.labels import Flags
 from fasterai.model.running import copies, without_fast_path
 from fasterai.prune.code_sizes import Known, sized, wanted
 from fasterai.prune.surgery.rewriting import Edit, Path, nested, replaced, rooted
+from fasterai.prune.surgery.tracing import ASIDE
 
 __all__ = [
     "MARK",
@@ -40,8 +41,13 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
     """Return the forward of a module's own code, or of its traced copy where it runs one."""
     cls = type(module)
     while "_runs_for" in vars(cls):
-        cls = cls.__mro__[1]
-    return cls.forward
+        cls = vars(cls)["_runs_for"]
+    own = vars(module).get(ASIDE)
+    return (
+        cls.forward
+        if own is None
+        else cast(Callable[..., Any], getattr(own, "__func__", lambda _, *args, **kwargs: own(*args, **kwargs)))
+    )
 
 
 @contextmanager
@@ -51,10 +57,14 @@ def running(patched: Mapping[str, tuple[nn.Module, Callable[..., Any]]]) -> Iter
     try:
         for module, run in patched.values():
             module.__class__ = _patched(type(module), run)
+            if "forward" in vars(module):
+                vars(module)[ASIDE] = vars(module).pop("forward")
         yield
     finally:
         for module, cls in before:
             module.__class__ = cls
+            if ASIDE in vars(module):
+                vars(module)["forward"] = vars(module).pop(ASIDE)
 
 
 def _patched(base: type[nn.Module], run: Callable[..., Any]) -> type[nn.Module]:

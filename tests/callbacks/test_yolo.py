@@ -139,7 +139,7 @@ def test_what_the_trainer_does_not_give_is_refused() -> None:
         ParticipantCallback(Reads()).add_to(3)
     trainer = Trainer()
     ParticipantCallback(Reads()).add_to(trainer)
-    with pytest.raises(ValueError, match="participants must do without batches and the loss, .* got Reads"):
+    with pytest.raises(ValueError, match=r"participants must do without batches and the loss, .* got Reads"):
         trainer.train()
     timed = Trainer()
     timed.args.time = 0.5

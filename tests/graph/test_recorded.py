@@ -96,7 +96,7 @@ def test_what_no_run_has_met_keeps_all_that_it_may_read() -> None:
     rare = torch.full((1, 4), 1e9)
     mask_channels_(net, graph, [torch.arange(12).numpy() > 5])
     wanted = net(rare)
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="channels that they fit stay"):
         assert remove(net, X, measure=False).removed == {"more.end.weight": (12, 6)}
     torch.testing.assert_close(net(rare), wanted)
 

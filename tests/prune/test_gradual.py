@@ -552,16 +552,18 @@ def test_a_copy_that_changes_meanwhile_stops_the_run_before_the_model_is_cut():
         ([2, 3], {"criteria": "movement", "context": "global"}),
         ([2, 3], {"criteria": "variety(movement)", "context": "global"}),
         ([2], {"ratio": Budget(params=0.5), "context": "global"}),
+        ([1, 3], {"ratio": 0.7, "context": "global", "make": deep}),  # first looks at two groups
+        ([2, 3], {"ratio": 0.7, "context": "global", "make": deep, "criteria": "taylor"}),
     ],
 )
 def test_a_run_that_is_saved_and_gone_on_with_is_the_same_bit_for_bit(stops, options):
-    whole = net()
+    options = dict(options)
+    make = options.pop("make", net)
+    whole = make()
     train(whole, gradual(whole, **options), 4)
     saved = None
     for start, stop in zip([0, *stops], [*stops, 4], strict=True):
-        model = net(seed=9)
-        if saved is None:
-            model = net()
+        model = make() if saved is None or make is deep else net(seed=9)
         optimizer = adam(model)
         handle = attach(optimizer, gradual(model, **options), total_steps=4)
         if saved is not None:

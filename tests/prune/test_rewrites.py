@@ -8,6 +8,7 @@ import json
 import pickle
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,16 +147,27 @@ def agrees(net: nn.Module, wanted: list[Tensor]) -> bool:
     return all(torch.allclose(net(x), y, rtol=0, atol=1e-12) for x, y in zip(OTHERS, wanted, strict=True))
 
 
+class Chosen(Parts):
+    """Its forward is one of its methods, chosen when it is built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.in_parts  # type: ignore[method-assign]
+
+    def in_parts(self, x: Tensor) -> Tensor:
+        return Parts.forward(self, x).sin()
+
+
 CASES = {
     "attention": (Attention, "part.qkv.weight", (12, 6)),
     "batch and heads": (Batched, "part.qkv.weight", (12, 6)),
     "parts": (Parts, "part.a.weight", None),
+    "chosen": (Chosen, "part.a.weight", None),
     "spread": (Spread, "part.a.weight", (5, 6)),
 }
 
 
-@pytest.mark.parametrize("times", [1, 2])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "times"), [*((name, 1) for name in CASES), ("batch and heads", 2)])
 def test_what_has_its_sizes_in_its_code_goes_as_well(name: str, times: int) -> None:
     make, weight, _ = CASES[name]
     net = built(make, times)
@@ -218,13 +230,43 @@ class NoGradient(Attention):
             return super().forward(x)
 
 
-@pytest.mark.parametrize("make", [Branching, Noting, Told, Training, NoGradient])
-def test_what_a_trace_would_freeze_keeps_its_own_code(make: Any) -> None:
+ELSE = "does something else on other inputs"
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (Branching, "cannot be traced: TraceError"),
+        (Noting, "notes something on the module"),
+        (Told, ELSE),
+        (Training, "does other operations in training"),
+        (NoGradient, ELSE),
+    ],
+)
+def test_what_a_trace_would_freeze_keeps_its_own_code(make: Any, why: str) -> None:
     torch.manual_seed(0)
     net = (Telling if make is Told else Net)(make).double().eval()
     removal, wanted = halved(net)
-    assert "part.qkv.weight" in removal.refused and removal.plan.rewrites == {}
+    assert f"no traced copy can run instead: its code {why}" in removal.refused["part.qkv.weight"]
+    assert removal.plan.rewrites == {}
     assert type(net.part) is make and agrees(net, wanted)
+
+
+class BranchingParts(Parts):
+    """Slices in code that no trace can follow: at other places they would run, and take other channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.shape[1] % 2 else super().forward(x.flip(1))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_slices_are_put_right_or_stay_even_where_outputs_may_move(exact: bool) -> None:
+    net = built(Parts)
+    removal, wanted = halved(net, exact=exact)
+    assert removal.refused == {} and agrees(net, wanted)
+    other = built(BranchingParts)
+    removal, wanted = halved(other, exact=exact)
+    assert "cannot be traced: TraceError" in removal.refused["part.a.weight"] and agrees(other, wanted)
 
 
 # --- what a traced copy is held to ---------------------------------------------------------------------------------------
@@ -287,6 +329,22 @@ def test_a_second_removal_edits_the_code_anew(slim: tuple[Net, Removal, list[Ten
     removal = remove(net, X, measure=False)
     assert removal.removed["part.qkv.weight"] == (2, 1) and agrees(net, wanted)
     assert rewrite_of(net.part).edits[-1].after == 3
+
+
+def test_a_forward_that_a_module_has_set_itself_comes_back() -> None:
+    net = built(Chosen)
+    dense, own = [net(x) for x in OTHERS], net.part.forward
+    small = copy.deepcopy(net)
+    removal, wanted = halved(small)
+    for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert agrees(other, wanted) and "forward" not in vars(other.part)
+    surgery = Surgery(net, removal.plan)
+    assert "forward" not in vars(net.part)
+    surgery.undo()
+    assert net.part.forward == own and agrees(net, dense)
+    net.part.forward = partial(own)  # as libraries that put hooks around it do
+    with pytest.raises(ValueError, match="it has a forward that is no code of its class"):
+        Surgery(net, removal.plan)
 
 
 def test_it_trains_and_goes_on_in_other_modes(slim: tuple[Net, Removal, list[Tensor]]) -> None:

@@ -106,7 +106,8 @@ def _stays(kept_because: Mapping[str, float], least: float = 0.02) -> str:
 
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """The numbers among what a network returns."""
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # some draw numbers in eval mode too
         found = tree_leaves(model(*inputs))
     return [x.clone() for x in found if isinstance(x, Tensor) and x.is_floating_point()]
 

@@ -64,7 +64,7 @@ SIZED = (
     ),
     *("shvit_s1",),
 )
-#: The smallest network of each file of timm's `models/` that none of the above is of, as `python -m tests.sweep.images` finds it.
+#: The smallest network of each further file of timm's `models/`, as `python -m tests.sweep.images` finds it.
 OF_FILES = (
     *(
         "cpubone_nano",
@@ -99,8 +99,15 @@ REDUCED: dict[str, dict[str, object]] = {
 }
 #: Sides of images other than the network's own.
 SIDES = {
-    **{"csatv2": 128, "gemma4_vit_167m_enc": 96, "qwen3_vit_88m": 64, "deepseek_vit_412m": 112, "mobilenetv5_base": 128},
-    **{"nasnetalarge": 96, "pnasnet5large": 96, "naflexvit_base_patch16_parfac_gap": 128, "sam2_hiera_tiny": 224},
+    "csatv2": 128,
+    "gemma4_vit_167m_enc": 96,
+    "qwen3_vit_88m": 64,
+    "deepseek_vit_412m": 112,
+    "mobilenetv5_base": 128,
+    "nasnetalarge": 96,
+    "pnasnet5large": 96,
+    "naflexvit_base_patch16_parfac_gap": 128,
+    "sam2_hiera_tiny": 224,
 }
 NAMES = (*CONVOLUTIONAL, *SIZED, *OF_FILES)
 

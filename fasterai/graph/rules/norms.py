@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fasterai.graph.labels import FIXED, is_zeroed, zeroed
+from fasterai.graph.labels import FIXED, FREE, is_zeroed, zeroed
 from fasterai.graph.rules.trace import Trace, Value, all_fixed, called, marked_as, module_of, rule, shapes_of, unmarked
 
 __all__: list[str] = []
@@ -47,8 +47,9 @@ def layer_norm(
     bias = bias if isinstance(bias, Value) else None  # of an RMS norm it is eps
     for value in (weight, bias):
         if value is not None:
-            for mine, its in zip(normed, value.dims, strict=True):
-                trace.labels.join(mine, its, node.name)
+            joined = [trace.labels.join(mine, its, node.name) for mine, its in zip(normed, value.dims, strict=True)]
+            normed = tuple(its if mine is FREE else mine for mine, its in zip(normed, joined, strict=True))
+    x = Value(x.shape, (*x.dims[: -len(shape)], *normed))
     if len(shape) > 1:
         return unmarked(x)
     if "rms" in called(node):  # it takes no mean away

@@ -8,20 +8,40 @@ from typing import Any
 import numpy as np
 
 from fasterai.graph.labels import FIXED, Array, Dim, is_labelled
-from fasterai.graph.rules.trace import Trace, Value, broadcast, rule, shape_of, shapes_of, unknown, unmarked
+from fasterai.graph.rules.trace import Trace, Value, all_fixed, broadcast, rule, shape_of, shapes_of, unknown, unmarked
 
 __all__: list[str] = []
 
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
-def recurrent(
+def recurrent(trace: Trace, node: Any, x: Value, *rest: Any) -> Any:
+    """Follow a recurrent layer; of packed sequences, (steps of all, C), the sizes of batches stand behind them."""
+    if not str(node.target).endswith(".data"):
+        return _recurrent(trace, node, x, *rest)
+    trace.labels.pin_all(rest[0].dims, f"{node.name} uses its values as sizes")
+    return _recurrent(trace, node, x, *rest[1:], False)
+
+
+@rule("_pack_padded_sequence", "_pad_packed_sequence")
+def packed(trace: Trace, node: Any, x: Value, sizes: Value, *rest: Any) -> list[Value]:
+    """Carry channels from (T, N, C) to packed (steps of all, C), or back."""
+    lead = 2 if "pack_padded" in str(node.target) else 1
+    trace.labels.pin_all([*sizes.dims, *x.dims[:lead]], f"{node.name} uses lengths of sequences")
+    shapes = shapes_of(node)
+    channels = x.dims[lead:]
+    made = Value(shapes[0], (*all_fixed(shapes[0][: len(shapes[0]) - len(channels)]), *channels))
+    is_filled = lead == 1 and rest[1] != 0  # with what stands behind the end of shorter sequences
+    return [unmarked(made) if is_filled else made, Value(shapes[1], (FIXED,))]
+
+
+def _recurrent(
     trace: Trace, node: Any, x: Value, states: Any, weights: Sequence[Value], has_biases: bool, layers: int, dropout: float,
-    train: bool, bidirectional: bool, batch_first: bool | None = None,
+    train: bool, bidirectional: bool, batch_first: bool,
 ) -> Any:  # fmt: skip
     labels, name = trace.labels, node.name
     directions, per_cell = 2 if bidirectional else 1, 4 if has_biases else 2
     is_single = not all(is_labelled(w.dims[1]) for w in weights[1::per_cell])  # one hidden unit
-    if batch_first is None or is_single or len(weights) != layers * directions * per_cell:  # packed sequences, projections
+    if is_single or len(weights) != layers * directions * per_cell:  # or projections
         return unknown(trace, node, x, states, weights, has_biases)
     given = states if isinstance(states, list | tuple) else [states]
     for state in given:

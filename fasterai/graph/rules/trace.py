@@ -90,7 +90,7 @@ class Trace:
         roots: Operation -> the one that holds its memory: itself, or that of which it makes a view.
         slim: Names of modules that can be told how many channels there were, of which the silent ones were zero.
         counted: Those of them that average over a dimension which may lose channels -> these dimensions.
-        shown: The dimensions where what is handed on is not zero although a channel is silent: what reads it has to be zero too.
+        shown: The dimensions where what is handed on is not zero for a silent channel: what reads it has to be zero too.
         inputs: Argument -> the input with labels on the dimension that may lose indices.
         experts: True if experts are looked for instead of channels: a softmax, or a choice of the highest, then gates the
             dimension that it runs over and does not pin it, as one expert less is a softmax over the rest.
@@ -215,7 +215,7 @@ class Trace:
         return True
 
     def settle(self) -> None:
-        """Pin what a module averages over if it averages over something else too, where it cannot be told how many there were."""
+        """Pin what a module averages over if it averages over something else too: it cannot be told how many there were."""
         for name, dims in list(self.counted.items()):
             if name in self._others or len({len(cast(Array, dim)) for dim in dims}) > 1:
                 self.labels.pin_all(dims, f"{name or 'the model'} averages over it, and over other dimensions too")
@@ -311,7 +311,9 @@ def is_cut(node: Any, found: Any) -> bool:
     """Tell if an operation is a slice, or a split into unequal parts, of what carries labels."""
     if called(node) == "slice":
         return shape_of(node) != _sizes(node.args[0].meta["val"])
-    return called(node) in ("split", "split_with_sizes", "tensor_split", "chunk") and len({v.shape for v in found}) > 1
+    name = called(node).removeprefix("unsafe_")
+    is_split = name in ("split", "split_with_sizes", "tensor_split", "chunk") and isinstance(found, list)
+    return is_split and len({v.shape for v in found}) > 1
 
 
 Rule = Callable[..., Any]

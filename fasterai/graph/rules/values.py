@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fasterai.graph.labels import FIXED
-from fasterai.graph.rules.trace import Trace, Value, all_fixed, rule, shape_of, unknown_tensor, values_in
+from fasterai.graph.rules.trace import Trace, Value, all_fixed, rule, shape_of, unknown_tensor, unmarked, values_in
 
 __all__: list[str] = []
 
@@ -44,7 +44,8 @@ def regions(trace: Trace, node: Any, x: Value, boxes: Value, *sizes: Any) -> Any
     made = node.meta["val"]
     several = made if isinstance(made, list | tuple) else [made]
     values = [Value(tuple(one.shape), (FIXED, x.dims[1], FIXED, FIXED)) for one in several]
-    return values if isinstance(made, list | tuple) else values[0]
+    # The second result of a pool is where its maxima are: no channel of it is zero.
+    return [values[0], *map(unmarked, values[1:])] if isinstance(made, list | tuple) else values[0]
 
 
 @rule("deform_conv2d")

@@ -14,6 +14,7 @@ from fasterai.graph.rules.trace import (
     all_fixed,
     blend,
     broadcast,
+    called,
     rule,
     shape_of,
     unknown_tensor,
@@ -110,6 +111,8 @@ def _sum_kernel(trace: Trace, node: Any, x: Dim, read: Dim) -> None:
     if isinstance(x, np.ndarray):
         flags = np.resize(is_zeroed(read), x.size) if isinstance(read, np.ndarray) else np.zeros(1, np.bool_)
         trace.sums(node, zeroed(x, is_zeroed(x) | flags), reason)
+    else:
+        trace.sums(node, read, reason)
     trace.labels.pin_all([x, read] if trace.experts else [], reason)
 
 
@@ -159,12 +162,13 @@ def weight_norm(trace: Trace, node: Any, v: Value, g: Value, dim: int = 0) -> Va
     A row of zeros has no direction, 0 / 0, so that rows stay as they are and go with their lengths. A column adds to the
     lengths of all rows, and so has to be zero where its channel is silent.
     """
-    if not (v.is_weight and g.is_weight and v.places and len(g.shape) in (0, len(v.shape))):
+    alone = all(called(user) == called(node) for user in node.args[0].users)  # elsewhere rows that stay would be no zeros
+    if not (alone and v.is_weight and g.is_weight and v.places and len(g.shape) in (0, len(v.shape))):
         return unknown_tensor(trace, node, v, g)
     dims = list(v.dims)
     for i, labels in enumerate(v.dims):
         if i != dim:
-            trace.sums_zeros(labels, node.name)
+            trace.sums_zeros(node, labels)
             continue
         dims[i] = trace.labels.join(g.dims[i], labels, node.name)
         trace.lengths.add(v.places[i])

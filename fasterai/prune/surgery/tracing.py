@@ -21,10 +21,12 @@ from torch.fx import Graph, Node
 from fasterai.model.supported import said
 from fasterai.prune.surgery.rewriting import Rewrite, apply_edits
 
-__all__ = ["change_rewrites", "edited", "plain_class", "rewrite_of", "traced", "traced_class"]
+__all__ = ["ASIDE", "change_rewrites", "code_of", "edited", "plain_class", "put_class", "rewrite_of", "traced", "traced_class"]
 
 PARTS = ("_parameters", "_buffers", "_modules")
 CONTAINERS = (dict, list, set)
+ASIDE = "_forward_aside"  # the same, while something else runs for a moment
+KEPT = "_forward_before_trace"  # a module's `self.forward = self.forward_in_parts`, while a traced copy runs instead
 
 
 class _Tracer(torch.fx.Tracer):
@@ -50,6 +52,20 @@ def rewrite_of(module: nn.Module) -> Rewrite | None:
     return type(module).rewrite if isinstance(module, _Traced) else None
 
 
+def code_of(module: nn.Module) -> Callable[..., Any]:
+    """Return the forward that a module runs by itself: that of its class, or the method that it has set in its place.
+
+    Raises:
+        ValueError: It runs something else, as a function that another library has put there.
+    """
+    own = next((vars(module)[key] for key in ("forward", KEPT, ASIDE) if key in vars(module)), None)
+    if own is None:
+        return plain_class(module).forward
+    if getattr(own, "__self__", None) is not module:
+        raise ValueError("it has a forward that is no code of its class")
+    return cast(Callable[..., Any], own.__func__)
+
+
 def traced(module: nn.Module, given: Mapping[str, Any], training: bool) -> Graph:
     """Make a trace of a module's own code, with its attributes as they are now; it is not changed.
 
@@ -61,8 +77,8 @@ def traced(module: nn.Module, given: Mapping[str, Any], training: bool) -> Graph
     Raises:
         ValueError: Its code depends on the values that it is given, or notes something on the module.
     """
-    if "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
-        raise ValueError("it has a forward of its own that is no code of its class")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError("it is a script")
     stand_in = _stand_in(module, training)
     before = _attributes(stand_in, training)
     try:
@@ -97,9 +113,12 @@ def _argument(target: str, given: Mapping[str, Any], names: list[str]) -> str:
 
 def _stand_in(module: nn.Module, training: bool) -> nn.Module:
     """Make a module with the same parts that a trace may write into."""
-    stand_in = object.__new__(plain_class(module))
+    base = plain_class(module)
+    stand_in = object.__new__(type(base.__name__, (base,), {"forward": code_of(module)}))
     own = {key: copy.copy(value) if isinstance(value, CONTAINERS) else value for key, value in vars(module).items()}
     vars(stand_in).update({**own, "training": training})
+    for key in ("forward", KEPT, ASIDE):
+        vars(stand_in).pop(key, None)
     return stand_in
 
 
@@ -154,7 +173,7 @@ def _waiting(base: type[nn.Module], rewrite: Rewrite) -> Any:
     def restore(self: Any, state: dict[str, Any]) -> None:
         self.__class__ = base
         vars(self).update(state)
-        self.__class__ = traced_class(self, rewrite)
+        put_class(self, traced_class(self, rewrite))
 
     return object.__new__(type(base.__name__, (base,), {"__setstate__": restore}))
 
@@ -169,8 +188,9 @@ def traced_class(module: nn.Module, rewrite: Rewrite) -> type[nn.Module]:
     codes = [graph.python_code("self") for graph in edited(module, rewrite)]
     in_eval, in_training = (_function(code) for code in codes)
     forward = in_eval if codes[0].src == codes[1].src else _by_mode(in_eval, in_training)
-    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
-    forward.__doc__ = base.forward.__doc__
+    code = code_of(module)
+    forward.__signature__ = inspect.signature(code)  # type: ignore[attr-defined]
+    forward.__doc__ = code.__doc__
     own = {"forward": forward, "rewrite": rewrite, "__module__": base.__module__, "__doc__": base.__doc__, "_stands_for": base}
     made: Any = type(base)
     return cast(type[nn.Module], made(f"Traced{base.__name__}", (_Traced, base), own))
@@ -208,7 +228,12 @@ def change_rewrites(
 
 
 def _class_setter(module: nn.Module, to: type[nn.Module]) -> Callable[[], None]:
-    def put() -> None:
-        module.__class__ = to
+    return lambda: put_class(module, to)
 
-    return put
+
+def put_class(module: nn.Module, to: type[nn.Module]) -> None:
+    """Give a module another class; a forward that it has set itself steps aside for a traced one."""
+    module.__class__ = to
+    held, now = (KEPT, "forward") if not issubclass(to, _Traced) else ("forward", KEPT)
+    if held in vars(module):
+        vars(module)[now] = vars(module).pop(held)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fasterai.graph import channels
 from fasterai.graph.exported import exported
 from fasterai.graph.labels import is_zeroed
+from fasterai.graph.recorded import Recording
 from fasterai.prune.removal import mask_channels_, remove
 
 aten = torch.ops.aten
@@ -174,6 +175,8 @@ def wrongly_zero(net: nn.Module, x: Tensor) -> tuple[channels.ChannelGraph, list
     programs: list[Any] = []
     with patch.object(channels, "exported", lambda *given: programs.extend(exported(*given)) or programs):
         graph, trace, components, weights = channels.followed(net, (x,))
+    if isinstance(programs[-1].program, Recording):  # it holds no constants to run with
+        return graph, [], 0
     held = {name: tensor.detach().clone() for name, tensor in tensors(net).items()}
     silent: set[int] = set()
     for group in graph.groups:
@@ -187,6 +190,7 @@ def wrongly_zero(net: nn.Module, x: Tensor) -> tuple[channels.ChannelGraph, list
         name = programs[-1].names.get(node.name)
         constants = program.graph_signature.inputs_to_lifted_tensor_constants
         given.append(held[name] if name else program.constants[constants[node.name]] if node.name in constants else x.clone())
+    along = {place for group in graph.groups for place in group.along}
     run, found, count = Run(program), [], 0
     with torch.no_grad():
         run.run(*given, enable_io_processing=False)
@@ -194,7 +198,8 @@ def wrongly_zero(net: nn.Module, x: Tensor) -> tuple[channels.ChannelGraph, list
         made = run.made[node] if isinstance(run.made[node], list | tuple) else [run.made[node]]
         for one, tensor in zip(value if isinstance(value, list) else [value], made, strict=False):
             for d, dim in enumerate(one.dims if hasattr(one, "dims") else ()):
-                if one.is_weight and one.places[d] in graph.readers and one.places[d][0] not in graph.shared:
+                place = one.places[d] if d < len(one.places) else None
+                if place in along or (place in graph.readers and place[0] not in graph.shared):
                     continue  # what only reads a channel need not be zero
                 marked = is_zeroed(dim) & np.isin(components.numbers(dim), list(silent)) if isinstance(dim, np.ndarray) else []
                 count += int(np.sum(marked))

@@ -54,6 +54,15 @@ def grouped_layers() -> dict[str, Any]:
 CASES = [
     Case(
         ("scaled_dot_product_attention",),
+        lambda m, x: m.o(F.scaled_dot_product_attention(m.q(x), m.k(x), m.v(x), scale=0.5)),
+        keys(),
+        (2, 5, 6),
+        {("q.weight", 0): 8, ("k.weight", 0): 8, ("v.weight", 0): 8, ("o.weight", 1): 8},
+        {},
+        "one head, a scale of its own",
+    ),
+    Case(
+        ("scaled_dot_product_attention",),
         sdpa,
         keys(),
         (2, 5, 6),

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torchvision.ops import DeformConv2d, nms, roi_align, roi_pool
 
 from tests.graph.rules.cases import Case, both, convs, goes_as_it_says, linears, over_channels
@@ -29,6 +30,12 @@ def looks_at_inputs(m: Any, x: Tensor) -> Tensor:
 def pooled(pool: Any) -> Any:
     """A pool of two boxes of each image."""
     return lambda m, x: m.b(pool(m.a(x), [boxes(x[0, 0, :2, :2])] * len(x), 2))
+
+
+def of_lengths(m: Any, x: Tensor) -> Tensor:
+    """Sequences of 4, 2 and 1 steps."""
+    packed = pack_padded_sequence(m.a(x).tanh(), torch.tensor([4, 2, 1]), batch_first=True)
+    return m.b(pad_packed_sequence(m.r(packed)[0], batch_first=True)[0])
 
 
 READING = ("item", "is_nonzero", "equal", "allclose", "nonzero", "nonzero_numpy", "argwhere", "masked_select", "bincount")
@@ -68,6 +75,18 @@ CASES = [
         {},
         {("a.weight", 0): "leave torch"},
         "values of channels in Python",
+    ),
+    *(
+        Case(
+            ("_pack_padded_sequence", "_pad_packed_sequence"),
+            of_lengths,
+            lambda kind=kind: {"a": nn.Linear(6, 8), "r": kind(8, 5, 2, batch_first=True), "b": nn.Linear(5, 3)},
+            (3, 4, 6),
+            {("a.weight", 0): 8, ("r.weight_ih_l0", 1): 8, ("r.weight_hh_l1", 1): 5, ("b.weight", 1): 5},
+            {},
+            f"packed {kind.__name__}",
+        )
+        for kind in (nn.LSTM, nn.GRU)
     ),
     Case(("roi_align",), pooled(roi_align), convs(), (2, 3, 6, 6), both),
     Case(("roi_pool",), pooled(roi_pool), convs(), (2, 3, 6, 6), both),

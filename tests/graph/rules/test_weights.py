@@ -26,6 +26,15 @@ both_made = {("a.weight", 0): 8, ("b.weight", 0): 8}
 CASES = [
     Case(("linear",), lambda m, x: m.b(m.a(x)), linears(), (4, 6), both, {("b.weight", 0): "output", ("a.weight", 1): "fixed"}),
     Case(
+        ("linear", "sum"),
+        lambda m, x: m.b(m.a(x)) + F.linear(m.a(x).transpose(1, 2), m.c, m.d).sum(1, keepdim=True),
+        lambda: {**linears()(), "c": nn.Parameter(torch.randn(3, 4)), "d": nn.Parameter(torch.randn(3))},
+        (2, 4, 6),
+        {},
+        {("a.weight", 0): "it is not zero where its channel is silent"},
+        "rows of zeros with a bias",
+    ),
+    Case(
         ("linear",),
         lambda m, x: m.b(F.linear(m.a(x), m.c)),
         lambda: {**linears()(), "c": torch.randn(8, 8)},
@@ -101,10 +110,10 @@ CASES = [
     ),
     Case(
         ("conv2d",),
-        lambda m, x: m.b(m.g(m.s(m.a(x)))),
-        convs(g=lambda: nn.Conv2d(8, 8, 3, groups=4), s=lambda: nn.GroupNorm(4, 8)),
+        lambda m, x: m.b(m.g(m.a(x).unflatten(1, (4, 2)).softmax(2).flatten(1, 2))),
+        convs(g=lambda: nn.Conv2d(8, 8, 3, groups=4)),
         (2, 3, 6, 6),
-        {("a.weight", 0): 4, ("g.weight", 0): 4, ("b.weight", 1): 4, ("s.weight", 0): 4},
+        {("a.weight", 0): 4, ("g.weight", 0): 4, ("b.weight", 1): 4},
         {("g.weight", 1): "width of its groups"},
         "grouped, whole groups",
     ),
@@ -205,7 +214,7 @@ CASES = [
         lambda: {**linears()(), "v": nn.Parameter(torch.rand(8, 8)), "g": nn.Parameter(torch.rand(8, 1))},
         (4, 6),
         {},
-        {("a.weight", 0): "without a weight"},
+        {("a.weight", 0): "fixed size"},
         "weight norm of rows that are worked out",
     ),
     Case(

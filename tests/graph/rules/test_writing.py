@@ -52,6 +52,15 @@ def half_filled(m: Any, x: Tensor) -> Tensor:
 
 
 CASES = [
+    Case(
+        ("index_put",),
+        lambda m, x: m.b((y := m.a(x).index_put((torch.tensor([1]),), torch.tensor(1.0, dtype=x.dtype))) * y.norm()),
+        linears(),
+        (4, 6),
+        {},
+        {("a.weight", 0): "it is not zero where its channel is silent"},
+        "ones written into zeros",
+    ),
     graph("index_add", lambda h, zeros: zeros.index_add(0, TO, h)),
     graph("index_add", lambda h, zeros: zeros.index_add_(0, TO, h, alpha=2), "index_add in place"),
     graph("index_add", lambda h, zeros: torch.index_add(h[:3], -2, TO, h), "index_add, from behind"),

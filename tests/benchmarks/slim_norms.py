@@ -1,0 +1,113 @@
+"""One forward pass with half of every group removed, as a table in Markdown: `python tests/benchmarks/slim_norms.py`.
+
+The dense and the slim network take turns in one run, on one thread, in seconds of the processor; the table
+has the least time of each. What counts is how much of the saved MACs arrives as saved time. `--rounds` sets the turns, by
+default 5, and names of networks leave out the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from fasterai.analyze.cost import cost
+from fasterai.graph.channels import channel_graph
+from fasterai.model.slim_norms import is_slim
+from fasterai.prune.surgery.operate import apply_plan_
+from fasterai.prune.surgery.plan import make_plan
+
+BATCHES = (1, 8)
+TOKENS = 128
+
+
+class Logits(nn.Module):
+    """Language model that returns its logits alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Any:
+        """Return the logits `(batch, token, word)`."""
+        return self.model(input_ids=tokens).logits
+
+
+def vit() -> tuple[nn.Module, Tensor]:
+    """Make vit_b_16 at 224 x 224 pixels."""
+    return torchvision.models.vit_b_16(), torch.randn(8, 3, 224, 224)
+
+
+def llama() -> tuple[nn.Module, Tensor]:
+    """Make a Llama of about 20 million parameters, and 128 tokens for it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "vocab_size": 4000,
+        "hidden_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "intermediate_size": 1376,
+    }
+    config = LlamaConfig(**sizes, num_key_value_heads=4, use_cache=False)
+    return Logits(LlamaForCausalLM(config)), torch.randint(0, 4000, (8, TOKENS))
+
+
+NETWORKS = {"vit_b_16": vit, "llama": llama}
+
+
+def slim(model: nn.Module, x: Tensor) -> nn.Module:
+    """Return a copy without a random half of the channels of every group; weights are random, so that nothing is compared."""
+    small = copy.deepcopy(model)
+    graph, dice = channel_graph(small, (x[:2],)), np.random.default_rng(0)
+    kept = [dice.permutation(group.channels) >= group.channels // 2 for group in graph.groups]
+    apply_plan_(small, make_plan(small, graph, kept))
+    return small
+
+
+@torch.no_grad()
+def seconds(models: tuple[nn.Module, ...], x: Tensor, rounds: int) -> list[float]:
+    """Return the least time of each of several models, which take turns."""
+    times: list[list[float]] = [[] for _ in models]
+    for turn in range(rounds + 1):
+        for model, found in zip(models, times, strict=True):
+            start = time.process_time()
+            model(x)
+            if turn:
+                found.append(time.process_time() - start)
+    return [min(found) for found in times]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("networks", nargs="*", default=list(NETWORKS))
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, one thread, float32; the least of {given.rounds} turns\n")
+    print(
+        "| network | batch | parameters | slim norms | MACs ratio | dense, ms | slim, ms | time ratio | share of the MACs ratio |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for name in given.networks:
+        torch.manual_seed(0)
+        model, x = NETWORKS[name]()
+        small = slim(model.eval(), x)
+        left = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in model.parameters())
+        norms = sum(is_slim(module) for module in small.modules())
+        for batch in BATCHES:
+            macs = cost(model, x[:batch]).macs / cost(small, x[:batch]).macs
+            dense_s, slim_s = seconds((model, small), x[:batch], given.rounds)
+            row = f"{left:.3f} | {norms} | {macs:.2f} | {dense_s * 1e3:.1f} | {slim_s * 1e3:.1f} | {dense_s / slim_s:.2f}"
+            print(f"| {name} | {batch} | {row} | {dense_s / slim_s / macs:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
