@@ -64,7 +64,7 @@ SIZED = (
     ),
     *("shvit_s1",),
 )
-#: The smallest network of each file of timm's `models/` that none of the above is of (`python -m tests.sweep.images`).
+#: The smallest network of each further file of timm's `models/`, as `python -m tests.sweep.images` finds it.
 OF_FILES = (
     *(
         "cpubone_nano",
