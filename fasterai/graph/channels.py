@@ -551,7 +551,7 @@ def _grouped(
         slices = (tuple((place, where.size) for place, where in slices) for slices in (places, inputs))
         flags = tuple(number in of for of in kinds)
         found.setdefault((flags, *slices), []).append((places, inputs))
-    return [_group(members, *kind[0], lengths) for kind, members in found.items()]
+    return [_group(members, kind[0][0], kind[0][1], lengths) for kind, members in found.items()]
 
 
 def _group(members: Sequence[tuple[Slices, Slices]], is_summed: bool, is_shown: bool, lengths: Collection[Place]) -> Group:

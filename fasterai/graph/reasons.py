@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -66,7 +66,8 @@ def kept_shares(
         otherwise: The reason for what is in no group and has no reason of its own.
     """
     total = sum(_size(shape) for shape in shapes.values())
-    stayed, shares = stayed or {}, Counter[str]()
+    stayed = stayed or {}
+    shares: defaultdict[str, float] = defaultdict(float)
     in_groups: dict[tuple[str, int], list[tuple[str, int]]] = {}
     for group in graph.groups:
         for place, indices in group.places.items():
@@ -82,7 +83,7 @@ def kept_shares(
                 shares[plain_reason(why)] += part * share * count / shape[d]
             why = graph.pinned.get((name, d)) or graph.partly.get((name, d)) or otherwise
             shares[plain_reason(why)] += part * max(0.0, 1 - free)
-    return {why: share for why, share in shares.most_common() if share > 1e-9}
+    return {why: share for why, share in sorted(shares.items(), key=lambda one: -one[1]) if share > 1e-9}
 
 
 def _size(shape: Sequence[int]) -> int:

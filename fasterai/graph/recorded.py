@@ -76,15 +76,15 @@ def _path(node: fx.Node) -> str:
 
 
 def leaving(tensor: Any) -> None:
-    """Stand for values of a tensor that leave torch's operations, as by `tolist`; a node's target."""
+    """Note values of a tensor that leave torch's operations, as by `tolist`; a node's target."""
 
 
 def seen(result: Any) -> None:
-    """Stand for code that has seen a number, or a size, that depends on values; a node's target."""
+    """Note that code has seen a number, or a size, that depends on values; a node's target."""
 
 
 def recorded(model: nn.Module, inputs: tuple[Any, ...], training: bool = False) -> list[Recording]:
-    """Record the operations of runs on the inputs and, in eval mode, on others of their shapes; of equal runs the first.
+    """Find the operations of runs on the inputs and, in eval mode, on others of their shapes; of equal runs the first.
 
     Args:
         model: The model; it is left as it was.
@@ -157,15 +157,12 @@ def _paths(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
         if is_ours(module):
             recorder.stack.pop()
 
-    handles = (
-        hooks.register_module_forward_pre_hook(before),
-        hooks.register_module_forward_hook(after, always_call=True),
-    )
+    handles = [hooks.register_module_forward_pre_hook(before)]
+    handles.append(hooks.register_module_forward_hook(after, always_call=True))
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        _ = [handle.remove() for handle in handles]
 
 
 class _Leaving(TorchFunctionMode):

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-class Narrowed(TorchDispatchMode):
+class Narrowed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is on, it notes if a tensor in float64 is cast to a narrower type, as norms that insist on float32 do.
 
     Attributes:
@@ -36,7 +36,7 @@ class Narrowed(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.dtype = torch.float64
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -33,12 +33,16 @@ def slim_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
     add for each position. With a scale of ones it is faster than without on a CPU; so are a product and a sum than both in one.
     """
     given, x = x, _precise(x)
+    y, _, _ = _normalised(x, eps, size, x.new_ones(x.shape[-1:]) if weight is not None else None)
+    return _affine(y, weight, bias).to(_result(given))
+
+
+def _normalised(x: Tensor, eps: float, size: int, ones: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise without a scale, and return the mean and the reciprocal of the deviation of all channels as well."""
     share = x.shape[-1] / size
-    ones = None if weight is None else x.new_ones(x.shape[-1:])
     y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], ones, None, eps)
     scale = torch.rsqrt(_spread(rstd.pow(-2) - eps, mean, share) + eps)
-    y = y * (scale / rstd) + (1 - share) * mean * scale
-    return _affine(y, weight, bias).to(_result(given))
+    return y * (scale / rstd) + (1 - share) * mean * scale, share * mean, scale
 
 
 def slim_rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, size: int) -> Tensor:
@@ -114,7 +118,7 @@ class Counting(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if name not in KNOWN:
             return function(*args, **kwargs)
-        if name in NORMS and not (name == "batch_norm" and args[1] is not None):
+        if name in NORMS:
             return NORMS[name](self.size, args, kwargs)
         result = function(*args, **kwargs)
         if name in AVERAGES:
@@ -179,6 +183,12 @@ def _layer_norm(size: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     return slim_layer_norm(a["input"], a["weight"], a["bias"], 1e-5 if a["eps"] is None else a["eps"], size)
 
 
+def _native_layer_norm(size: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    a = _called(("input", "normalized_shape", "weight", "bias", "eps"), args, kwargs)
+    y, mean, scale = _normalised(a["input"], a["eps"], size)
+    return _affine(y, a["weight"], a["bias"]), mean, scale
+
+
 def _rms_norm(size: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     a = _called(("input", "normalized_shape", "weight", "eps"), args, kwargs)
     return slim_rms_norm(a["input"], a["weight"], a["eps"], size)
@@ -189,17 +199,10 @@ def _group_norm(size: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     return slim_group_norm(a["input"], a["num_groups"], a["weight"], a["bias"], 1e-5 if a["eps"] is None else a["eps"], size)
 
 
-def _standardised(size: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Standardise `(1, O, L)` as a batch norm without statistics does, as weight standardisation calls it."""
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-    a = _called(names, args, kwargs)
-    x = a["input"]
-    return slim_group_norm(x, x.shape[1], a["weight"], a["bias"], 1e-5 if a["eps"] is None else a["eps"], size)
-
-
 #: Names of torch's norms -> what takes their place: a function of the number of entries before, and of the arguments.
-NORMS: dict[str, Callable[[int, tuple[Any, ...], Mapping[str, Any]], Tensor]] = {
+NORMS: dict[str, Callable[[int, tuple[Any, ...], Mapping[str, Any]], Any]] = {
     "layer_norm": _layer_norm,
+    "native_layer_norm": _native_layer_norm,
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
 }

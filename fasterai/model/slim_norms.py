@@ -111,7 +111,7 @@ def _slim_class(dense: type[nn.Module]) -> type[nn.Module]:
 
 
 def _empty(dense: type[nn.Module]) -> nn.Module:
-    slim = _slim_class(dense)
+    slim: type[nn.Module] = _slim_class(dense)  # type: ignore[arg-type]
     return slim.__new__(slim)
 
 
@@ -158,5 +158,5 @@ def put_dense_size(module: nn.Module, size: int | None) -> None:
         vars(module).pop("dense_size", None)
         module.__class__ = dense
     else:
-        module.__class__ = _slim_class(dense)
+        module.__class__ = _slim_class(dense)  # type: ignore[arg-type]
         module.dense_size = size  # type: ignore[assignment]

@@ -38,6 +38,11 @@ WRAPPERS = (
     ("torch.jit.", "a TorchScript module", "prune the nn.Module that it was made of"),
     ("torch.ao.", "a module of torch.ao's quantisation", "prune first, and quantise the small model"),
 )
+#: Modules of torch.ao that compute in floats, as networks have them before they are prepared.
+FLOAT = (
+    *("torch.ao.quantization.stubs.", "torch.ao.nn.quantized.modules.functional_modules.FloatFunctional"),
+    "torch.ao.nn.intrinsic.modules.fused.",
+)
 HERE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
 TORCH = os.path.join(os.path.dirname(os.path.abspath(torch.__file__)), "")
 PYTHON = os.path.join(os.path.dirname(os.path.abspath(os.__file__)), "")
@@ -102,7 +107,8 @@ def check_whole(model: object) -> nn.Module:
 
 
 def _is_of(module: nn.Module, start: str) -> bool:
-    return any(f"{c.__module__}.{c.__qualname__}".startswith(start) for c in type(module).__mro__)
+    names = (f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__)
+    return any(name.startswith(start) and not name.startswith(FLOAT) for name in names)
 
 
 def check_inputs(model: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -1,4 +1,7 @@
-"""Targets: the parameters of a model that can be pruned, and the names that select them."""
+"""Targets: the parameters of a model that can be pruned, and the names that select them.
+
+Over 300 lines, since which parameters are targets, and what those that are not are told, is one question.
+"""
 
 from __future__ import annotations
 

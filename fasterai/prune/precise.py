@@ -14,7 +14,7 @@ __all__ = ["InFloat64"]
 LOW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
-class InFloat64(TorchDispatchMode):
+class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it lasts, every floating point number that an operation reads or makes is of float64.
 
     A tensor that the code asks for in float32, as by `x.float()` or `torch.arange(n, dtype=torch.float32)`, comes in float64.

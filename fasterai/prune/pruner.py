@@ -208,7 +208,12 @@ class Pruner(NamesReplacements, ShownChannels):
             sound, refused = self._mask_sound(graph, kept, before)
             batch = self.pruning_ratio.batch if isinstance(self.pruning_ratio, Budget) else None
             shown = batch_of(self.inputs, batch)  # what the budget is of is what is timed
-            options = {"copies": copies, "exact": self.exact, "measure": measure, "otherwise": self._otherwise()}
+            options: dict[str, Any] = {
+                "copies": copies,
+                "exact": self.exact,
+                "measure": measure,
+                "otherwise": self._otherwise(),
+            }
             removal = take_out(self.model, graph, sound, shown, optimizer=optimizer, **options)
         except BaseException:
             _restore(before)

@@ -43,7 +43,8 @@ class Header:
 
     Attributes:
         sizes: Module -> attribute -> size.
-        slim: Names of `nn.MultiheadAttention`s that have lost heads -> heads; of norms over fewer channels -> how many there were.
+        slim: Names of `nn.MultiheadAttention`s that have lost heads -> heads; of norms over fewer channels -> their number
+            before.
         traits: Module -> its class, and its settings.
         dense: Tensor -> its shape before the first cut, where known.
         inputs: Argument -> what the small model takes of that input, where it takes less.

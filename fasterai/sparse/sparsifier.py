@@ -130,14 +130,8 @@ class Sparsifier(NamesReplacements, Masked):
         self._pace = Pace(as_schedule(from_catalogue("schedule", schedule, schedules)), check_count("max_updates", max_updates))
         check_unflattened(model)
         coarse = self.granularity.is_coarse
-        selection = find_targets(
-            model,
-            fits=self._misfit,
-            coarse=coarse,
-            targets=targets,
-            layer_type=layer_type,
-            raw=isinstance(self.granularity, Coupled),
-        )
+        find = partial(find_targets, model, fits=self._misfit, raw=isinstance(self.granularity, Coupled))
+        selection = find(coarse=coarse, targets=targets, layer_type=layer_type)
         if not self.granularity.shares_weights:
             for criterion in (self.criteria, *self.rule.criteria):
                 selection = without_unwatched(selection, criterion)

@@ -140,9 +140,10 @@ STUDY = Study(
     about="A ViT and a Llama that lose half of all widths, beside dense ones and half ones from scratch",
     trial=trial,
     grids={"tiny": TINY, "small": GRID, "full": GRID},
-    x="parameters",
-    lines="what",
+    x="what",
+    lines="network",
     panels="network",
+    reference={"what": DENSE},
     sizes=SIZES,
     load=load_both,
 )

@@ -35,7 +35,7 @@ class WeightScores:
         self,
         score: Callable[[Target], Tensor],
         reducer: str,
-        by_part: Callable[[Target], Scores | None] = lambda target: None,
+        by_part: Callable[..., Scores | None] = lambda target, so_far=None: None,
         is_signed: bool = False,
     ) -> None:
         self.of = score

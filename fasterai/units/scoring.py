@@ -139,12 +139,14 @@ class Scorer:
         """
         by = self.criterion if criterion is None else criterion
         if self._is_alone(by):
-            scores = self._by_weight(model, _targets(pools), by, self.source, masks=masks)
-            parts = [scores.by_part(p.targets[0], keep.get(p.name)) for p in pools]
-            return [w or TensorScores(p.name, p.score(scores), keep.get(p.name)) for p, w in zip(pools, parts, strict=True)]
+            weighed = self._by_weight(model, _targets(pools), by, self.source, masks=masks)
+            parts = [weighed.by_part(p.targets[0], keep.get(p.name)) for p in pools]
+            return [w or TensorScores(p.name, p.score(weighed), keep.get(p.name)) for p, w in zip(pools, parts, strict=True)]
         outputs = GATHERERS["outputs"](model, _targets(pools), self.source) if by.reads_outputs else None
         units = self._units(model, pools, by, masks, outputs=outputs)
-        looks, found, chosen = self.looks if criterion is None else {}, [], {}
+        looks: Mapping[str, Look] = self.looks if criterion is None else {}
+        found: list[Scores] = []
+        chosen: dict[str, tuple[Tensor, Tensor]] = {}
         for pool, raw in zip(pools, units, strict=True):
             so_far, look = keep.get(pool.name), looks.get(pool.name)
             scores = self._ranked(pool, by, raw, so_far, outputs)

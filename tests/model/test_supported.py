@@ -257,6 +257,27 @@ def test_what_a_weight_is_worked_out_from_is_known() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_network_to_be_quantised_later_is_let_in_and_a_prepared_one_is_not() -> None:
+    class Prepared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.leave = torch.ao.quantization.QuantStub(), torch.ao.quantization.DeQuantStub()
+            self.body, self.add = net(), torch.ao.nn.quantized.FloatFunctional()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.leave(self.add.add(self.body(self.enter(x)), x[:, :3]))
+            return y
+
+    model = Prepared()
+    assert remove(model, X).removed == {"body.0.weight": (8, 7)}
+    model = Prepared().train()
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")
+    refused(
+        torch.ao.quantization.prepare_qat(model), X, ValueError, "which is a module of torch.ao's quantisation .*; prune first"
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_weight_norms_are_followed_and_have_a_way_out_all_the_same() -> None:
     new, old = nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)), nn.utils.weight_norm(nn.Linear(2, 3))
     spectral, both = nn.utils.spectral_norm(nn.Linear(2, 3)), nn.utils.weight_norm(nn.Linear(2, 3))

@@ -314,14 +314,14 @@ def test_of_an_attention_by_hand_heads_go_before_the_width_of_a_head() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
-            self.near = nn.Parameter(torch.randn(6, 4))  # positions, of the width of a head
+            self.near = nn.Parameter(torch.randn(6, 8))  # positions, of the width of a head
 
         def forward(self, x: Tensor) -> Any:
             b, t, _ = x.shape
-            q, k, v = self.qkv(x).reshape(b, t, 3, 4, 4).permute(2, 0, 3, 1, 4)
+            q, k, v = self.qkv(x).reshape(b, t, 3, 2, 8).permute(2, 0, 3, 1, 4)
             a = (q @ (k + self.near).transpose(-2, -1) / 2).softmax(-1)
             return self.proj((a @ v).transpose(1, 2).reshape(b, t, -1))
 
     graph = channel_graph(Attention(), (torch.randn(2, 6, 16),))
-    assert [group.channels for group in graph.groups if ("qkv.weight", 0) in group.places] == [4]
-    assert graph.groups[0].places["qkv.weight", 0].shape == (4, 12)  # a head's q, k and v
+    assert [group.channels for group in graph.groups if ("qkv.weight", 0) in group.places] == [2]
+    assert graph.groups[0].places["qkv.weight", 0].shape == (2, 24)  # a head's q, k and v

@@ -38,22 +38,19 @@ def torchvisions(name: str) -> nn.Module:
     return convnext.ConvNeXt(blocks, num_classes=5)
 
 
-def timms(name: str) -> nn.Module:
-    from timm.models import mlp_mixer, vision_transformer
+def timms() -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
 
-    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "num_classes": 5}
-    if name == "vit":
-        return vision_transformer.VisionTransformer(depth=1, num_heads=2, **sizes)
-    return mlp_mixer.MlpMixer(num_blocks=1, **sizes)
+    return VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=5)
 
 
-def transformers_of(name: str, layers: str = "num_hidden_layers") -> tuple[nn.Module, tuple[Any, ...]]:
+def transformers_of(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
     """Make one of the sweep's networks with a single layer."""
     import transformers
 
-    config, model, sizes, _ = texts.TABLE[name]
-    config = getattr(transformers, config)(**{**sizes, layers: 1, "return_dict": True})
-    return getattr(transformers, model)(config), (torch.randint(3, 99, (2, 12)),)
+    config, model, sizes, kind = texts.TABLE[name]
+    config = getattr(transformers, config)(**{**sizes, "num_hidden_layers": 1, "return_dict": True})
+    return getattr(transformers, model)(config), texts.INPUTS[kind]()
 
 
 def designed(design: Design) -> tuple[nn.Module, tuple[Any, ...]]:
@@ -74,10 +71,9 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
     "a BERT by hand": lambda: designed(Design(pre=False)),
     "torchvision vit": lambda: of_image(partial(torchvisions, "vit")),
     "torchvision convnext": lambda: of_image(partial(torchvisions, "convnext")),
-    "timm vit": lambda: of_image(partial(timms, "vit")),
-    "timm mixer": lambda: of_image(partial(timms, "mixer")),
+    "timm vit": lambda: of_image(timms),
     "transformers bert": lambda: transformers_of("bert-classifier"),
-    "transformers distilbert": lambda: transformers_of("distilbert", "n_layers"),
+    "transformers vit": lambda: transformers_of("vit"),
     "transformers llama": lambda: transformers_of("llama"),
 }
 

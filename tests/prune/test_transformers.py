@@ -30,7 +30,7 @@ DESIGNS = st.builds(
 
 #: Without the search for a smaller failing example: each takes an export.
 FEW = settings(
-    max_examples=3,
+    max_examples=2,
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],
@@ -42,7 +42,8 @@ FEW = settings(
 @example(Design(depth=2, pre=True, token=True, reads="patches", fused=True))  # a ViT
 @example(Design(heads=4, shared=2, norm="own rms", positions="rotary", tied=True, gated=True, bias=False, causal=True))
 @example(Design(pre=False, norm="layer", causal=True, tied=True))
-@example(Design(norm="rms", positions="waves", fused=True))
+@example(Design(norm="rms", positions="rotary", depth=2))
+@example(Design(positions="waves", fused=True))
 @given(DESIGNS)
 def test_half_of_every_group_goes_and_outputs_and_training_go_on(design):
     torch.manual_seed(0)

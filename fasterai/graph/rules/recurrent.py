@@ -19,7 +19,8 @@ def recurrent(trace: Trace, node: Any, x: Value, *rest: Any) -> Any:
     if not str(node.target).endswith(".data"):
         return _recurrent(trace, node, x, *rest)
     trace.labels.pin_all(rest[0].dims, f"{node.name} uses its values as sizes")
-    return _recurrent(trace, node, x, *rest[1:], False)
+    states_and_weights: Any = (*rest[1:], False)
+    return _recurrent(trace, node, x, *states_and_weights)
 
 
 @rule("_pack_padded_sequence", "_pad_packed_sequence")

@@ -164,7 +164,7 @@ def _least(graph: Graph, node: Node, edit: Edit) -> None:
 
 
 def _bounded(graph: Graph, node: Node, bound: Callable[..., Any]) -> None:
-    """Bound a result by zero, or the values of one that has their numbers too."""
+    """Keep a result on one side of zero, or the values of one that has their numbers too."""
     parts = [one for one in node.users if one.target in (operator.getitem, getattr) and one.args[1] in (0, "values")]
     for one in parts or [node]:
         with graph.inserting_after(one):

@@ -114,7 +114,7 @@ def _argument(target: str, given: Mapping[str, Any], names: list[str]) -> str:
 def _stand_in(module: nn.Module, training: bool) -> nn.Module:
     """Make a module with the same parts that a trace may write into."""
     base = plain_class(module)
-    stand_in = object.__new__(type(base.__name__, (base,), {"forward": code_of(module)}))
+    stand_in: nn.Module = object.__new__(type(base.__name__, (base,), {"forward": code_of(module)}))
     own = {key: copy.copy(value) if isinstance(value, CONTAINERS) else value for key, value in vars(module).items()}
     vars(stand_in).update({**own, "training": training})
     for key in ("forward", KEPT, ASIDE):

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fasterai.graph.channels import channel_graph
+from fasterai.prune.removal import silent_channels
 from tests.graph.rules.cases import Case, both, convs, goes_as_it_says, linears, stands_in_the_program
 
 CASES = [
@@ -77,17 +78,16 @@ CASES = [
         lambda m, x: m.b(torch.native_layer_norm(m.a(x), (8,), m.n.weight, m.n.bias, 1e-5)[0]),
         lambda: {**linears()(), "n": nn.LayerNorm(8)},
         (2, 4, 6),
+        {**both, ("n.weight", 0): 8},
         {},
-        {("a.weight", 0): "layer_norm", ("n.weight", 0): "layer_norm"},
-        "layer norm outside of a module that could be told",
+        "layer norm in code of one's own",
     ),
     Case(
         ("rms_norm",),
         lambda m, x: m.b(m.n(m.a(x))),
         lambda: {**linears()(), "n": nn.RMSNorm(8)},
         (2, 4, 6),
-        {},
-        {("a.weight", 0): "rms_norm"},
+        {**both, ("n.weight", 0): 8},
     ),
 ]
 
@@ -102,16 +102,40 @@ def test_the_operation_stands_in_the_program(case: Case) -> None:
     stands_in_the_program(case)
 
 
-@pytest.mark.parametrize(
-    ("exact", "channels", "rescaled"),
-    [(True, [[0, 1, 2, 3], [4, 5, 6, 7]], []), (False, [[0, 4], [1, 5], [2, 6], [3, 7]], ["1.weight"])],
-)
-def test_the_same_channel_of_each_group_goes_where_outputs_may_move(
-    exact: bool, channels: list[list[int]], rescaled: list[str]
-) -> None:
-    """That is finer than whole groups, and moves all averages, for which the norm's weight makes up."""
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_same_channel_of_each_group_goes_where_it_is_zero(exact: bool) -> None:
+    """That is finer than whole groups; the norm is told how many channels there were, and its weight stays."""
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1)).eval()
     graph = channel_graph(net, (torch.zeros(2, 3, 6, 6),), exact)
     (group,) = graph.groups
+    channels = [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert [group.places[place].tolist() for place in (("0.weight", 0), ("1.weight", 0), ("2.weight", 1))] == [channels] * 3
-    assert sorted(graph.rescaled) == rescaled
+    assert not graph.rescaled
+    assert [(name, size) for name, (size, _) in graph.counted.items()] == [("1", 4)]
+
+
+def test_a_module_that_averages_over_two_dimensions_keeps_both() -> None:
+    """`Counting` tells averages by the module they are in, so that one over something else would be changed as well."""
+
+    class Two(nn.Module):
+        def __init__(self, both: bool) -> None:
+            super().__init__()
+            self.a, self.b, self.both = nn.Linear(6, 8), nn.Linear(8, 3), both
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            x = x * x.mean(-1, keepdim=True)
+            return self.b(x * x.mean(1, keepdim=True) if self.both else x)
+
+    goes, stays = (channel_graph(Two(both).eval(), (torch.zeros(2, 4, 6),)) for both in (False, True))
+    assert [group.channels for group in goes.groups] == [8]
+    assert "over other dimensions too" in stays.pinned["a.weight", 0]
+
+
+def test_a_norm_without_scale_needs_readers_and_makers_to_be_zero() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4, elementwise_affine=False), nn.Linear(4, 2)).eval()
+    with torch.no_grad():
+        net[0].weight[:2], net[0].bias[:2] = 0.0, 0.0
+        net[2].weight[:, 1:3] = 0.0
+    graph = channel_graph(net, (torch.randn(2, 3),))
+    assert [silent.tolist() for silent in silent_channels(net, graph)] == [[False, True, False, False]]
