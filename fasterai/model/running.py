@@ -55,14 +55,29 @@ def evaluating(model: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put a model in training or eval mode for a while; every module gets its own mode back."""
+    """Put a model in training or eval mode for a while; every module gets its own mode back.
+
+    In training mode some write into parameters, as a code book that follows an average: they get their values back.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    kept = [(p, p.data, p.detach().clone()) for p in model.parameters() if training and not p.is_meta]
     model.train(training)
     try:
         yield
     finally:
         for module, before in modes:
             module.training = before
+        for parameter, data, values in kept:
+            _give_back(parameter, data, values)
+
+
+@torch.no_grad()
+def _give_back(parameter: nn.Parameter, data: Tensor, values: Tensor) -> None:
+    """Give a parameter its memory and its values back, if others were put there."""
+    if parameter.data_ptr() != data.data_ptr():
+        parameter.data = data
+    if not torch.equal(data, values):
+        data.copy_(values)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fasterai.model.inputs import positional
 from fasterai.model.running import at_rest, copies, device_of, evaluating, in_mode, undisturbed, without_fast_path
@@ -139,3 +139,28 @@ def test_the_device_is_read_off_the_first_parameter_alone():
     assert device_of(Many(), ()).type == "meta"
     assert device_of(nn.Flatten(), ({"x": torch.zeros(1, device="meta")},)).type == "meta"
     assert device_of(nn.Flatten(), ()).type == "cpu"
+
+
+class CodeBook(nn.Module):
+    """Follows what it sees while it trains, as vector quantisers do: by a new tensor, or in place."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.book, self.in_place = nn.Linear(3, 3, bias=False), in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.in_place:
+            self.book.weight.data.mul_(0.5)
+        elif self.training:
+            self.book.weight.data = self.book.weight.data * 0.5
+        return self.book(x)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_training_mode_writes_into_parameters_is_given_back(in_place: bool) -> None:
+    model = CodeBook(in_place).eval()
+    before, place = model.book.weight.detach().clone(), model.book.weight.data_ptr()
+    with in_mode(model, True), torch.no_grad():
+        model(torch.randn(2, 3))
+        assert not torch.equal(model.book.weight, before)
+    assert torch.equal(model.book.weight, before) and model.book.weight.data_ptr() == place and not model.training
