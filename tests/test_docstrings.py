@@ -22,7 +22,7 @@ VERBS = _words(
     "Add Adjust Answer Apply Bake Begin Call Carry Check Choose Clear Collect Combine Compare Compute Copy Count Cut",
     "Decide Decode Decompose Describe Distribute Divide Draw Drop End Evaluate Explain Export Factorise Find Fix Fold",
     "Follow Forget Give Go Hand Import Join Keep Lay Learn Leave Let List Listen Load Log Look Make Mask Match",
-    "Measure Move Multiply Name Note Pair Pass Pin Plan Prepare Print Prune Put Rank Rate Read Refuse Register",
+    "Measure Move Multiply Name Normalise Note Pair Pass Pin Plan Prepare Print Prune Put Rank Rate Read Refuse Register",
     "Remember Remove Renumber Repeat Replace Report Restore Resume Return Rewind Round Run Save Say Scale Score Seed",
     "Select Set Shift Shorten Show Shrink Skip Split Start Stop Sum Summarise Switch Take Tell Time Train Try Turn",
     "Undo Wait Walk Warn Work Write Yield",

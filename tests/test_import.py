@@ -167,6 +167,7 @@ LEFT_OUT = {
     "sched_lin": "fastai's",
     "Context": "an interface, for contexts of one's own",
     "ERK": "takes no settings: erk",
+    "FarFromOthers": "the rule of fpgm",
     "Global": "takes no settings: 'global'",
     "LAMP": "takes no settings: lamp",
     "Local": "takes no settings: local",

@@ -157,12 +157,12 @@ def _paths(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
         if is_ours(module):
             recorder.stack.pop()
 
-    handles = [hooks.register_module_forward_pre_hook(before)]
-    handles.append(hooks.register_module_forward_hook(after, always_call=True))
+    handles = hooks.register_module_forward_pre_hook(before), hooks.register_module_forward_hook(after, always_call=True)
     try:
         yield
     finally:
-        _ = [handle.remove() for handle in handles]
+        for handle in handles:
+            handle.remove()
 
 
 class _Leaving(TorchFunctionMode):

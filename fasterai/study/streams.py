@@ -182,7 +182,7 @@ class Both(Brief):
 
     @property
     def name(self) -> str:
-        """The images and the text, in a few words."""
+        """The images and the text in a few words."""
         train, test = self.text.train[0].numel(), self.text.test[0].numel()
         return f"{self.images.name}; topics of Python's help ({train:,} + {test:,} characters)"
 

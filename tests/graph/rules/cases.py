@@ -174,7 +174,7 @@ def wrongly_zero(net: nn.Module, x: Tensor) -> tuple[channels.ChannelGraph, list
     """Run with half of what makes each channel at zero; list what is marked as zero and is not, and count the marks."""
     programs: list[Any] = []
     with patch.object(channels, "exported", lambda *given: programs.extend(exported(*given)) or programs):
-        graph, trace, components, weights = channels.followed(net, (x,))
+        graph, trace, components, weights = channels.followed(net, (x,), rewrite=True)
     if isinstance(programs[-1].program, Recording):  # it holds no constants to run with
         return graph, [], 0
     held = {name: tensor.detach().clone() for name, tensor in tensors(net).items()}
