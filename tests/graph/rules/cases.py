@@ -57,7 +57,7 @@ class Case:
     """A network around some operations.
 
     `goes`: place -> how many channels its group has. `stays`: place -> what the reason says. `where`: which of the
-    operation's names must stand in the exported program.
+    operation's names must stand in the exported program. `rewrite`: sizes in the code may be put right.
     """
 
     ops: tuple[str, ...]
@@ -67,6 +67,7 @@ class Case:
     goes: dict[Place, int] = field(default_factory=dict)
     stays: dict[Place, str] = field(default_factory=dict)
     name: str = ""
+    rewrite: bool = False
 
     def __str__(self) -> str:
         return self.name or "-".join(self.ops[:2])
@@ -170,11 +171,11 @@ class Run(torch.fx.Interpreter):
         return self.made[node]
 
 
-def wrongly_zero(net: nn.Module, x: Tensor) -> tuple[channels.ChannelGraph, list[str], int]:
+def wrongly_zero(net: nn.Module, x: Tensor, rewrite: bool = False) -> tuple[channels.ChannelGraph, list[str], int]:
     """Run with half of what makes each channel at zero; list what is marked as zero and is not, and count the marks."""
     programs: list[Any] = []
     with patch.object(channels, "exported", lambda *given: programs.extend(exported(*given)) or programs):
-        graph, trace, components, weights = channels.followed(net, (x,), rewrite=True)
+        graph, trace, components, weights = channels.followed(net, (x,), rewrite=rewrite)
     if isinstance(programs[-1].program, Recording):  # it holds no constants to run with
         return graph, [], 0
     held = {name: tensor.detach().clone() for name, tensor in tensors(net).items()}
@@ -210,7 +211,7 @@ def wrongly_zero(net: nn.Module, x: Tensor) -> tuple[channels.ChannelGraph, list
 def goes_as_it_says(case: Case) -> None:
     """What goes is not missed and computes the same without it; what stays says why."""
     net, x = case.net(), case.inputs()
-    graph, wrong, _ = wrongly_zero(net, x)
+    graph, wrong, _ = wrongly_zero(net, x, case.rewrite)
     counts = {place: group.channels for group in graph.groups for place in group.places}
     assert {place: counts.get(place) for place in case.goes} == case.goes
     assert wrong == []
