@@ -87,7 +87,8 @@ def _draw_lines(axes: Axes, study: Study, rows: Sequence[Row], colors: Mapping[s
         places = sorted({x for row in rows for x, _ in row.course(study.x, study.y)})
     if (courses or study.x in (rows[0].settings if rows else {})) and 0 < len(places) <= TICKS:
         axes.set_xticks(places)
-    if not numbers and sum(len(str(_x(row, study.x))) for row in next(iter(lines.values()), [])) > LONGEST:
+    room = LONGEST if explained else LONGEST / 2  # of panels that share one explanation there are several in a row
+    if not numbers and sum(len(str(_x(row, study.x))) for row in next(iter(lines.values()), [])) > room:
         axes.tick_params(axis="x", rotation=25)
         for label in axes.get_xticklabels():
             label.set(horizontalalignment="right", rotation_mode="anchor")
