@@ -52,11 +52,14 @@ class Look:
     def scale_of(self, scores: Tensor, keep: Tensor | None) -> Tensor:
         """Return what scores are divided by.
 
-        It is the scale of the first look. Scores that are not of the weights alone have a scale that changes with the data:
-        it is what the mean of the first channels would be, as far as those that are left tell.
+        It is the scale of the first look, as long as nothing is trained. Training changes it, and so do other data, where scores
+        are not of the weights alone: it is what the mean of the first channels would be, as far as those that are left tell.
         """
         scale = self.scale.to(scores)
-        return scale if self.base.shape == scores.shape else scale * (mean_of(scores, keep) / self.mean.to(scores))
+        moved = scale * (mean_of(scores, keep) / self.mean.to(scores))
+        if self.base.shape != scores.shape:
+            return moved
+        return torch.where((scores == self.base.to(scores)).all(), scale, moved)  # equal bits, whatever a sum rounds to
 
     @classmethod
     def after(cls, scores: Tensor, scale: Tensor, keep: Tensor | None, then: Tensor | None) -> Look:

@@ -146,7 +146,13 @@ def test_what_others_took_is_given_back_and_training_counts_by_its_ratio():
     one = look(4.0, [3.0, 8.0, 5.0, -2.0], [1.0, 4.0, 5.0, 1.0])
     found, scale = look_at(torch.tensor([1.0, 6.0, 0.0, 2.0]), None, one)
     assert found.tolist() == [3.0, 12.0, 0.0, -1.0]
-    assert float(scale) == 4.0
+    assert float(scale) == 16.0  # their mean magnitude is 4, the last step had left 1
+
+
+def test_the_scale_follows_training_and_stays_to_the_bit_without():
+    one = look(0.1, [1.0, 3.0], [0.5, 3.0], mean=1.9)
+    assert torch.equal(look_at(torch.tensor([0.5, 3.0]), None, one)[1], one.scale)  # not 0.1 x 2 / 1.9
+    assert float(look_at(torch.tensor([0.5, 6.0]), None, one)[1]) == pytest.approx(0.1 * 3.5 / 1.9)
 
 
 def test_a_channel_of_which_nearly_nothing_was_left_does_not_grow_by_factors():
