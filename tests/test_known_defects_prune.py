@@ -33,7 +33,7 @@ from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import remove
 from fasterai.sparse.sparsifier import Sparsifier
 from tests.beside import waits_for
-from tests.networks import perceptron
+from tests.networks import Sloping, perceptron
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -71,12 +71,18 @@ def run(model: nn.Module, *inputs) -> torch.Tensor:
         return model.eval()(*inputs)
 
 
+DIRECTIONS = ("weight_v", "weight.original1")
+
+
 def masked(dense: nn.Module, removal) -> nn.Module:
-    """A copy of the dense model with zeros where the plan has nothing left: what the small one must compute."""
+    """A copy of the dense model with zeros where the plan has nothing left: what the small one must compute.
+
+    A weight norm's lengths are zeroed in place of its directions, which have none where they are zero.
+    """
     parameters = dict((twin := copy.deepcopy(dense)).named_parameters())
     with torch.no_grad():
         for (name, d), kept in removal.plan.keep.items():
-            if name in parameters:
+            if name in parameters and not (d == 0 and name.endswith(DIRECTIONS)):
                 gone = sorted(set(range(parameters[name].shape[d])) - set(kept.tolist()))
                 parameters[name].index_fill_(d, torch.tensor(gone), 0.0)
     return twin
@@ -150,11 +156,26 @@ def test_ignored_layers_that_are_none_are_named(layers, error, message):
         Pruner(net(), 0.5, "local", large_final, example_inputs=X, ignored_layers=layers)
 
 
-def test_a_model_that_cannot_be_read_is_refused_with_the_line_and_left_alone():
+def test_a_branch_on_values_keeps_the_classes():
     """D-P1: a branch on values lost half of the classes, with a printed line."""
     model = Ending(lambda y: y * 2 if y.sum() > 0 else y)
+    dense = copy.deepcopy(model)
+    removal = pruned(model)
+    assert removal.removed == {"body.0.0.weight": (8, 4), "body.1.0.weight": (16, 8)}
+    assert "recorded from runs" in str(removal)
+    for last in (model.body[4], dense.body[4]):
+        with torch.no_grad():
+            last.bias -= 100.0  # the other way
+    computes_the_same(model, dense, removal, X)
+    assert (run(model, X) < -50).all()
+
+
+def test_a_model_that_cannot_be_read_is_refused_with_the_line_and_left_alone():
+    """D-P1: neither an export nor a run shows what code does that asks for values and for a gradient."""
+    model = Ending(lambda y: y * 2 if y.sum() > 0 else y)
+    model.body = Sloping(net())
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"model must be one that torch\.export can read.*test_known_defects_prune\.py"):
+    with pytest.raises(ValueError, match=r"model must be one that torch\.export can read.*line \d+ of networks\.py"):
         pruned(model)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
@@ -622,27 +643,47 @@ class Doubled(nn.Module):
 
 
 RECOMPUTED = {
-    "new weight norm": parametrizations.weight_norm,
     "spectral norm": parametrizations.spectral_norm,
-    "old weight norm": nn.utils.weight_norm,
     "a mask of torch's own": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
     "one's own": lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", Doubled()),
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated", "ignore:The tensor attribute self.2.weight")
+def recomputing(change) -> nn.Module:
+    model = nn.Sequential(block(3, 8), block(8, 6), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 2, 1)).eval()
+    change(model[2])
+    run(model, X)  # what is worked out holds no graph of gradients, and can be copied
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute self.2.weight")
 @pytest.mark.parametrize("name", RECOMPUTED)
 @pytest.mark.parametrize("criterion", ["large_final", "updating_movement"])
 def test_weights_that_are_worked_out_anew_stay_and_others_go(name, criterion):
     """D-G7: masks on them were lost at the next forward pass."""
-    model = nn.Sequential(block(3, 8), block(8, 6), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 2, 1)).eval()
-    RECOMPUTED[name](model[2])
-    run(model, X)  # what is worked out holds no graph of gradients, and can be copied
+    model = recomputing(RECOMPUTED[name])
     dense = copy.deepcopy(model)
     removal = pruned(model, criterion=criterion)
     assert removal.removed == {"0.0.weight": (8, 4)}
     assert {name.partition(".")[0] for name, _ in removal.pinned} >= {"2"}
     computes_the_same(model, dense, removal, X)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated", "ignore:The tensor attribute self.2.weight")
+@pytest.mark.parametrize(
+    ("change", "length"),
+    [(parametrizations.weight_norm, "2.parametrizations.weight.original0"), (nn.utils.weight_norm, "2.weight_g")],
+    ids=["new", "old"],
+)
+@pytest.mark.parametrize("criterion", ["large_final", "updating_movement"])
+def test_channels_of_a_weight_norm_go_with_their_lengths(change, length, criterion):
+    """D-G7: as above; a weight norm has a length for each channel, which is zero in place of the weight."""
+    model = recomputing(change)
+    dense = copy.deepcopy(model)
+    removal = pruned(model, criterion=criterion)
+    assert removal.removed == {"0.0.weight": (8, 4), "1.0.weight": (6, 3), length: (4, 2)}
+    computes_the_same(model, dense, removal, X)
+    assert model[2].weight.shape == (2, 3, 1, 1)
 
 
 def test_wrapped_models_are_refused_with_what_to_do():

@@ -118,7 +118,7 @@ def test_the_last_channel_of_a_group_stays_where_all_are_to_go() -> None:
 
 
 class HardCoded(nn.Module):
-    """A size in its code, so that nothing of the group can go."""
+    """A size in its code, so that nothing of the group can go unless the code is rewritten."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,10 +133,15 @@ def test_where_the_model_fails_its_channels_are_not_tried_one_by_one(monkeypatch
     with torch.no_grad():
         net.b.weight[:, :16] = 0
     counted = runs(monkeypatch)
-    removal = remove(net, X)
+    with pytest.warns(UserWarning, match="nothing was removed"):
+        removal = remove(net, X, rewrite=False)
     assert "the model fails without them: RuntimeError" in removal.refused["a.weight"]
     assert removal.stayed == {"a.weight": tuple(range(16))}
     assert len(counted) == 2  # as it is, and with the model's own numbers changed
+    with torch.no_grad():
+        wanted = net(X)
+    assert remove(net, X, measure=False).removed == {"a.weight": (32, 16)}
+    torch.testing.assert_close(net(X), wanted)
 
 
 class OwnWidth(nn.Module):

@@ -159,9 +159,13 @@ def test_features_that_code_counts_on_are_refused_with_the_reason():
 
     net = Splits()
     net.a.weight.data[:, 1] = net.b.weight.data[:, 1] = 0
+    wanted = net(X)
     with pytest.warns(UserWarning, match="nothing was removed"):
-        result = remove(net, X, features=1)
+        result = remove(net, X, features=1, rewrite=False)
     assert "the model fails without them" in result.refused["x.1"] and result.inputs == {} and net(X).shape == (3, 4)
+    result = remove(net, X, features=1, measure=False)  # its code is put right
+    assert result.inputs == {"x": InputCut("x", 1, (0, 2, 3, 5), 6)}
+    assert torch.equal(net(X[:, [0, 2, 3, 5]]), wanted)
 
 
 def test_features_that_may_not_go_are_refused_before_anything_is_changed():

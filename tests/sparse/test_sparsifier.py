@@ -5,6 +5,7 @@ import io
 import itertools
 import pickle
 import random as dice
+import re
 import warnings
 
 import pytest
@@ -881,18 +882,20 @@ def test_save_model_writes_no_copy_of_another_shape(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrap", "named"),
+    ("wrap", "named", "way"),
     [
-        (nn.utils.parametrizations.weight_norm, "WeightNorm on weight"),
-        (nn.utils.parametrizations.spectral_norm, "SpectralNorm on weight"),
-        (nn.utils.weight_norm, "WeightNorm"),
-        (nn.utils.spectral_norm, "SpectralNorm"),
-        (lambda m: prune.l1_unstructured(m, "weight", 0.3), "L1Unstructured"),
+        (nn.utils.parametrizations.weight_norm, "WeightNorm on weight", "parametrize.remove_parametrizations"),
+        (nn.utils.parametrizations.spectral_norm, "SpectralNorm on weight", "parametrize.remove_parametrizations"),
+        (nn.utils.weight_norm, "WeightNorm", "remove_weight_norm"),
+        (nn.utils.spectral_norm, "SpectralNorm", "remove_spectral_norm"),
+        (lambda m: prune.l1_unstructured(m, "weight", 0.3), "L1Unstructured", "prune.remove"),
     ],
 )
-def test_a_parametrised_weight_is_refused_by_name(wrap, named):
+def test_a_parametrised_weight_is_refused_by_name(wrap, named, way):
     model = nn.Sequential(nn.Linear(4, 4), wrap(nn.Linear(4, 4)))
-    with pytest.raises(ValueError, match=rf"targets must not be parametrised, got 1 \({named}.*remove the parametrisation"):
+    told = f'targets must not be parametrised, got 1 ({named}): the forward pass uses a weight that is worked out anew; '
+    told += f'take it away first with torch.nn.utils.{way}(model.1, "weight"), or leave the layer out with targets='
+    with pytest.raises(ValueError, match=re.escape(told)):
         Sparsifier(model, "weight", targets=["0", "1"])
     sparsifier = Sparsifier(model, "weight", targets="0")
     sparsifier.sparsify_model(0.5)

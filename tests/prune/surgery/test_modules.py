@@ -65,6 +65,7 @@ CASES = [
     (nn.PReLU(8), nn.PReLU(3), {}, {"num_parameters": 3}),
     (nn.LSTM(5, 8, 2), nn.LSTM(4, 3, 2), {}, {"input_size": 4, "hidden_size": 3}),
     (nn.GRU(5, 8), nn.GRU(4, 3), {}, {"input_size": 4, "hidden_size": 3}),
+    (nn.LSTMCell(5, 8), nn.LSTMCell(4, 3), {}, {"input_size": 4, "hidden_size": 3}),
 ]
 
 
