@@ -162,7 +162,7 @@ def test_what_nothing_reads_stays() -> None:
 
 
 class GroupNormAndPixels(nn.GroupNorm):
-    """A group norm that averages over rows of pixels too: nobody can tell it of channels that are gone, only whole groups go."""
+    """A group norm that averages over rows of pixels too, so that it cannot be told of channels that are gone."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(super().forward(x), x.shape[-1:])
