@@ -12,7 +12,7 @@ from fasterai.cli.data import Data
 from fasterai.cli.output import file_of, save_weights
 from fasterai.cli.small import make_small
 from fasterai.cli.training import Recipe
-from tests.networks import Branching
+from tests.networks import Sloping
 
 RECIPE = Recipe(1, 8, 0.1, 0, torch.device("cpu"))
 
@@ -80,7 +80,7 @@ def test_nothing_silent_makes_no_small_network(tmp_path: Path) -> None:
 
 
 def test_a_network_that_cannot_be_followed_does_not_lose_the_training(tmp_path: Path) -> None:
-    found = make_small(written(tmp_path, sparse=Branching(network())), data(), RECIPE, tmp_path)
+    found = make_small(written(tmp_path, sparse=Sloping(network())), data(), RECIPE, tmp_path)
     assert found.keys() == {"why_not"}
     assert "model must be" in found["why_not"]
     assert not (tmp_path / "small.safetensors").exists()

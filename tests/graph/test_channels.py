@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fasterai.graph.channels import channel_graph
 from fasterai.prune.pruner import Pruner
+from fasterai.prune.removal import mask_channels_, remove
 from tests.networks import Sloping
 
 IMAGES = torch.randn(2, 3, 8, 8)
@@ -85,9 +87,33 @@ def test_attention_weights_that_nobody_reads_pin_neither_heads_nor_stream(positi
     assert ("positions", 2) in graph.groups[0].places or not positions
 
 
-def test_attention_weights_that_are_given_out_pin_the_heads() -> None:
-    graph = channel_graph(nn.MultiheadAttention(8, 4), (torch.randn(5, 2, 8),) * 3)
-    assert graph.groups == ()
+class Telling(nn.Module):
+    """Attention that gives out its weights too: their average over the heads, or those of each."""
+
+    def __init__(self, average: bool) -> None:
+        super().__init__()
+        self.a, self.attention, self.average = nn.Linear(8, 8), nn.MultiheadAttention(8, 4, batch_first=True), average
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.a(x)
+        found: tuple[Tensor, Tensor] = self.attention(x, x, x, average_attn_weights=self.average)
+        return found
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_attention_weights_that_are_given_out_pin_the_heads(average: bool) -> None:
+    net, x = Telling(average).eval(), torch.randn(2, 5, 8)
+    graph = channel_graph(net, (x,))
+    heads = [g.places["attention.in_proj_weight", 0] for g in graph.groups if ("attention.in_proj_weight", 0) in g.places]
+    for indices in heads:  # a width goes with the same of all other heads, in queries, keys and values
+        assert [set((row // 2).tolist()) for row in indices] == [set(range(12))] * 2
+    silence = [np.arange(g.channels) > 0 for g in graph.groups]
+    mask_channels_(net, graph, silence)
+    before = net(x)
+    remove(net, (x,), measure=False)
+    assert net.attention.num_heads == 4
+    for old, new in zip(before, net(x), strict=True):
+        torch.testing.assert_close(new, old)
 
 
 class Unheard(nn.Module):
@@ -135,11 +161,29 @@ def test_what_nothing_reads_stays() -> None:
     assert graph.pinned["spare.weight", 0] == "no operation reads it"
 
 
+class GroupNormAndPixels(nn.GroupNorm):
+    """A group norm that averages over rows of pixels too, so that it cannot be told of channels that are gone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(super().forward(x), x.shape[-1:])
+
+
 def test_all_of_a_layer_does_not_go_at_once() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(1, 4), nn.Conv2d(4, 2, 1))
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), GroupNormAndPixels(1, 4), nn.Conv2d(4, 2, 1))
     graph = channel_graph(net, (IMAGES,))
     assert graph.groups == ()
     assert graph.pinned["0.weight", 0] == "its channels can only be removed all together"
+
+
+def test_all_but_one_of_a_layer_go_behind_a_norm_that_remembers_its_size() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(1, 4), nn.Conv2d(4, 2, 1))
+    graph = channel_graph(net, (IMAGES,))
+    assert [g.channels for g in graph.groups] == [4]
+    mask_channels_(net, graph, [np.arange(4) == 2])
+    before = net(IMAGES)
+    remove(net, (IMAGES,), measure=False)
+    assert net[0].weight.shape[0] == net[2].weight.shape[1] == 1
+    torch.testing.assert_close(net(IMAGES), before)
 
 
 class Tied(nn.Module):
@@ -216,12 +260,20 @@ class Twice(nn.Module):
         return self.b(self.g(self.norm(self.a(x))))
 
 
-@pytest.mark.parametrize(("norm", "channels"), [(nn.GroupNorm(4, 8), {4}), (nn.BatchNorm2d(8), {2})])
-def test_a_grouped_convolution_goes_the_way_that_leaves_something_to_go(norm: nn.Module, channels: set[int]) -> None:
-    graph = channel_graph(Twice(norm), (IMAGES,))
-    assert graph.groups
-    if isinstance(norm, nn.GroupNorm):
-        assert {g.channels for g in graph.groups} == channels
+@pytest.mark.parametrize(
+    ("norm", "channels"),
+    [(GroupNormAndPixels(4, 8), 4), (nn.GroupNorm(4, 8), 2), (nn.BatchNorm2d(8), 2)],
+    ids=["group norm and pixels", "group norm", "batch norm"],
+)
+def test_a_grouped_convolution_goes_the_way_that_leaves_something_to_go(norm: nn.Module, channels: int) -> None:
+    net = Twice(norm).eval()
+    graph = channel_graph(net, (IMAGES,))
+    assert graph.groups and {g.channels for g in graph.groups} == {channels}
+    mask_channels_(net, graph, [np.arange(channels) % 2 == 1 for _ in graph.groups])
+    before = net(IMAGES)
+    assert remove(net, (IMAGES,), measure=False).refused == {}
+    assert len(net.a.weight) == len(net.g.weight) == 4
+    torch.testing.assert_close(net(IMAGES), before)
 
 
 def test_every_index_stands_once() -> None:

@@ -16,7 +16,7 @@ from fasterai.model.cuts import note_optimizer
 from fasterai.prune.choice.budget import Budget
 from fasterai.prune.gradual import GradualPruner
 from fasterai.sparse.sparsifier import Sparsifier
-from tests.networks import Branching, Heads, perceptron
+from tests.networks import Heads, Sloping, perceptron
 
 STEPS = 4
 
@@ -408,7 +408,7 @@ def test_a_loop_without_a_batch_needs_inputs():
 
 
 def test_a_model_that_cannot_be_followed_is_refused_before_the_first_step():
-    model = Branching(net())
+    model = Sloping(net())
     with pytest.raises(ValueError, match=r"model must be one that torch\.export can read"):
         attach(adam(model), gradual(model), total_steps=4)
 

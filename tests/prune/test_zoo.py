@@ -23,13 +23,15 @@ NETWORKS = [
     ("detection", "fasterrcnn_mobilenet_v3_large_320_fpn", 64, 30, 0.33),
     ("timm", "ghostnet_050", 64, 31, 0.27),
     ("timm", "hardcorenas_a", 64, 27, 0.27),
-    ("timm", "deit3_small_patch16_224", None, 8, 0.53),
+    ("timm", "deit3_small_patch16_224", None, 9, 0.27),
     ("transformers", "bert", None, 4, 0.79),
-    ("transformers", "gpt2", None, 5, 0.81),
-    ("transformers", "llama", None, 4, 0.64),
+    ("transformers", "gpt2", None, 5, 0.41),
+    ("transformers", "llama", None, 5, 0.33),
     ("transformers", "bart", None, 5, 0.64),
     ("transformers", "t5", None, 8, 0.55),
 ]
+#: Networks whose code casts to float32 on its way: they round as that does, also where all their weights are in float64.
+CASTING = frozenset({"llama"})
 
 
 @pytest.mark.parametrize(("zoo", "name", "side", "groups", "left"), NETWORKS, ids=lambda v: v if isinstance(v, str) else "")
@@ -40,7 +42,7 @@ def test_half_goes_and_the_outputs_stay(zoo: str, name: str, side: int | None, g
         inputs = (torch.randn(1, 3, side, side),)
     found = check(model.double(), tuple(x.double() if x is not None and x.is_floating_point() else x for x in inputs))
     assert found.verdict == "pass", found.why
-    assert found.moved <= 1e-9
+    assert found.moved <= (2e-6 if name in CASTING else 1e-9)
     assert found.left <= left
     assert found.groups >= groups and found.stayed == 0
 
@@ -66,7 +68,7 @@ class Deaf(nn.Module):
 
 
 class Shifted(nn.Module):
-    """Silent channels are not zero behind it, and no parameter reads them: what no rule may overlook."""
+    """Silent channels are not zero behind its softmax, and take from the others: what no rule may overlook."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +89,7 @@ def test_a_network_whose_outputs_hear_of_nothing_is_called_blind(of_inputs: bool
 def test_a_network_of_which_nothing_may_go_is_refused_with_the_reason() -> None:
     found = check(Shifted(), (torch.randn(4, 6),))
     assert (found.verdict, found.left) == ("refused", 1.0)
-    assert "it is not silent" in found.stays
+    assert "softmax mixes its entries" in found.stays
 
 
 def test_a_removal_that_moves_the_outputs_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

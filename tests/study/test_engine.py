@@ -166,7 +166,7 @@ def test_the_data_is_read_once_and_trials_get_it_with_the_size(run_own):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"study": "schedule"}, ValueError, "study must be one of criteria, .*did you mean 'schedules'?"),
+        ({"study": "schedule"}, ValueError, "study must be one of channel_criteria, criteria, .*did you mean 'schedules'?"),
         ({"study": 3}, TypeError, "study must be a name or a Study, got 3"),
         ({"size": "full"}, ValueError, "size must be one of tiny, small, got 'full'"),
         ({"seeds": []}, ValueError, r"seeds must be one at least, got \[\]"),
