@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fasterai.graph.labels import FIXED, FREE, is_zeroed, zeroed
+from fasterai.graph.labels import FIXED, FREE, Dim, is_zeroed, zeroed
 from fasterai.graph.rules.trace import Trace, Value, all_fixed, called, marked_as, module_of, rule, shapes_of, unmarked
 
 __all__: list[str] = []
@@ -41,7 +41,7 @@ def layer_norm(
     if not trace.counts(node, normed[0] if len(shape) == 1 else FIXED):
         trace.averages(normed, node.name)
         if len(shape) == 1:
-            _rescale(trace, weight)
+            _rescale(trace, weight, normed[0])
     if len(shape) == 1:
         trace.norms(node, normed[0])
     bias = bias if isinstance(bias, Value) else None  # of an RMS norm it is eps
@@ -65,9 +65,10 @@ def native_layer_norm(trace: Trace, node: Any, x: Value, shape: Sequence[int], *
     return [layer_norm(trace, node, x, shape, *rest), *statistics]
 
 
-def _rescale(trace: Trace, weight: Any) -> None:
-    """Note a norm's weight that must grow when silent channels are removed, since the average is then over fewer channels."""
-    if not trace.exact and isinstance(weight, Value) and weight.is_weight and weight.places:
+def _rescale(trace: Trace, weight: Any, dim: Dim) -> None:
+    """Note a norm's weight that must grow when channels that are zero are removed: the same squares are then fewer's average."""
+    is_zero = bool(np.all(is_zeroed(dim)))
+    if not trace.exact and is_zero and isinstance(weight, Value) and weight.is_weight and weight.places:
         trace.rescaled.add(weight.places[0][0])
 
 
@@ -88,6 +89,6 @@ def group_norm(
         one = trace.labels.unify(rows.T if same else rows)
         if same and not trace.counts(node, one):
             trace.averages([one], node.name)
-            _rescale(trace, weight)
+            _rescale(trace, weight, one)
     trace.norms(node, channel)
     return _scaled(trace, Value(x.shape, (x.dims[0], channel, *x.dims[2:])), 1, weight, bias)

@@ -83,7 +83,7 @@ class Trace:
         readers: The places, as (name, dimension), that multiply what a channel carries and hand on something else.
         exact: True if an operation that averages over a channel pins it, as the average would change without it.
         normed: Name of a module that normalises, or calls what does -> the dimensions that it does it along.
-        rescaled: Names of weights of norms that average over a dimension which may lose silent channels.
+        rescaled: Names of weights of norms that average over a dimension which may lose channels that are zero.
         summed: The dimensions that operations sum or average over: what is silent there adds nothing, as it is zero.
         products: Those of them that products of two computed tensors sum over, such as the width of a head.
         blends: Names of stacks of matrices of which blends are read.

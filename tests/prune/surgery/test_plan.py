@@ -297,8 +297,16 @@ def test_what_modules_without_parameters_go_with_follows_a_removal() -> None:
 
 def test_what_a_norm_averages_over_grows_by_the_root_of_the_share_that_goes() -> None:
     net = nn.Sequential(nn.Linear(5, 8), nn.RMSNorm(8), nn.Linear(8, 3))
-    plan = make_plan(net, channel_graph(net, (torch.randn(2, 5),), exact=False), [np.arange(8) < 2])
+    graph = channel_graph(net, (torch.randn(2, 5),), exact=False)
+    plan = make_plan(net, replace(graph, rescaled=frozenset({"1.weight"})), [np.arange(8) < 2])
     assert plan.scales == {"1.weight": 2.0}  # two of eight are left: the mean of squares is four times as large
+
+
+def test_a_norm_that_is_told_how_many_there_were_keeps_its_weight() -> None:
+    net = nn.Sequential(nn.Linear(5, 8), nn.RMSNorm(8), nn.Linear(8, 3))
+    for exact in (True, False):
+        plan = make_plan(net, channel_graph(net, (torch.randn(2, 5),), exact), [np.arange(8) < 2])
+        assert (plan.scales, plan.slim) == ({}, {"1": 8})
 
 
 class TwoPaths(nn.Module):
