@@ -49,6 +49,7 @@ class Header:
         dense: Tensor -> its shape before the first cut, where known.
         inputs: Argument -> what the small model takes of that input, where it takes less.
         rewrites: Module that runs a traced copy of its code -> the edits of it.
+        is_stamped: True if a stamp shows that nobody has changed it.
     """
 
     sizes: Mapping[str, Mapping[str, Size]]
@@ -57,6 +58,7 @@ class Header:
     dense: Shapes
     inputs: Mapping[str, InputCut] = field(default_factory=dict)
     rewrites: Mapping[str, Rewrite] = field(default_factory=dict)
+    is_stamped: bool = False
 
 
 def stamp(metadata: Mapping[str, str], shapes: Shapes) -> str:
@@ -93,7 +95,7 @@ def read_header(path: str, metadata: Mapping[str, str], shapes: Shapes) -> Heade
         raise ValueError(f"path must be a file that save_small wrote, got {path}, whose header is not one ({error})") from error
     own = {name: {a: tuple(v) if isinstance(v, list) else v for a, v in found.items()} for name, found in sizes.items()}
     classes, shapes_before = {n: (kind, found) for n, (kind, found) in traits.items()}, {n: tuple(s) for n, s in dense.items()}
-    return Header(own, slim, classes, shapes_before, {cut.argument: cut for cut in cuts}, rewrites)
+    return Header(own, slim, classes, shapes_before, {cut.argument: cut for cut in cuts}, rewrites, "stamp" in metadata)
 
 
 def _list(value: Any) -> list[Any]:
@@ -142,7 +144,7 @@ def unfit_sizes(model: nn.Module, header: Header, tensors: Mapping[str, Tensor])
         whole = dense_size(module) if count is not None and (is_torchs(module) or is_slim(module)) else count
         if count != whole:
             yield f"{said} averages over {whole} channels here and {count} in the file"
-        if problem := _unfit(module, own, found, saved, header.slim.get(name)):
+        if problem := _unfit(module, own, found, saved, header.slim.get(name), header.is_stamped):
             yield f"{said}.{problem}"
 
 
@@ -155,9 +157,11 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 Saved = Mapping[int, tuple[int, ...]]
 
 
-def _unfit(module: nn.Module, own: Mapping[str, Any], found: Mapping[str, Size], saved: Saved, heads: int | None) -> str:
+def _unfit(
+    module: nn.Module, own: Mapping[str, Any], found: Mapping[str, Size], saved: Saved, heads: int | None, stamped: bool
+) -> str:
     """Say which size of a module is none that it may have, or nothing."""
-    ways = _ways(module, saved, heads)
+    ways = _ways(module, saved, heads, stamped)
     wrong = [[a for a, v in way.items() if a in found and found[a] != v] for way in ways]
     if [] not in wrong:
         a = min(wrong, key=len)[0]
@@ -175,7 +179,7 @@ def _unfit(module: nn.Module, own: Mapping[str, Any], found: Mapping[str, Size],
     return ""
 
 
-def _ways(module: nn.Module, saved: Saved, heads: int | None) -> list[dict[str, Any]]:
+def _ways(module: nn.Module, saved: Saved, heads: int | None, stamped: bool) -> list[dict[str, Any]]:
     """Return the sizes that a module of torch's may have with the weights of the file; none of another module."""
     if isinstance(module, nn.MultiheadAttention | SlimMultiheadAttention):
         return [_of_attention(module, saved, heads)]
@@ -186,10 +190,25 @@ def _ways(module: nn.Module, saved: Saved, heads: int | None) -> list[dict[str, 
     new = {name: saved.get(id(x), old[name]) for name, x in own.items()}
     if not old or not any(new.values()):
         return [{}]
+    if isinstance(module, nn.GroupNorm) and "weight" in new:
+        return _of_groups(module, new["weight"][0], heads, stamped)
     ways = [new_sizes(module, old, new, {})]
     if "weight" in new:  # of groups, the same channels of each went, or whole ones
         ways.append(new_sizes(module, old, new, {("weight", 0): np.arange(new["weight"][0])}))
     return [way for way in ways if _divides(way)] or ways
+
+
+def _of_groups(module: nn.GroupNorm, channels: int, width: int | None, stamped: bool) -> list[dict[str, Any]]:
+    """Return a group norm's sizes: whole groups went, or channels of each where the file says how many each had.
+
+    Both may have gone, one after the other. Weights do not tell how, so that only a header with its stamp is taken at its word.
+    """
+    if width is None:
+        counts = [max(1, channels // (module.num_channels // module.num_groups))]
+    else:
+        counts = list(range(1, module.num_groups + 1)) if stamped else [module.num_groups]
+    fit = [n for n in counts if channels % n == 0 and (width is None or channels // n < width)]
+    return [{"num_channels": channels, "num_groups": n} for n in fit or counts]
 
 
 def _divides(way: Mapping[str, Any]) -> bool:

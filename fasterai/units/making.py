@@ -147,7 +147,8 @@ class ChannelMaker(Maker):
             raise ValueError(f"targets must make channels that can be removed, got none that do ({why})")
         self.is_seen = True
         weights = {t.name: t for p in pools for t in p.targets}
-        return Selection(tuple(weights.values()), _left_out(selection, weights, graph), selection.named), pools
+        lengths = {t.name for t in selection.targets if _goes_along(t, pools)}
+        return Selection(tuple(weights.values()), _left_out(selection, {*weights, *lengths}, graph), selection.named), pools
 
     def check_seen(self) -> None:
         if not self.is_seen:
@@ -162,9 +163,15 @@ def _is_read_by(pool: ChannelPool, chosen: Collection[str]) -> bool:
     return bool(pool.group.inputs) and any(t.name in chosen for t in pool.targets)
 
 
-def _left_out(selection: Selection, weights: Sequence[str] | dict[str, Target], graph: ChannelGraph) -> dict[str, str]:
+def _left_out(selection: Selection, weights: Collection[str], graph: ChannelGraph) -> dict[str, str]:
     pinned = {t.name: _why_pinned(t, graph) for t in selection.targets if t.name not in weights}
     return {n: why for n, why in {**selection.left_out, **pinned}.items() if n not in weights}
+
+
+def _goes_along(target: Target, pools: Sequence[ChannelPool]) -> bool:
+    """Tell if a weight that scores nothing has its outputs in a group of channels all the same, as a weight norm's has."""
+    place = target.name, 1 if target.layout.axes[0] == {"in"} else 0
+    return any(place in pool.group.places or place in pool.group.along for pool in pools)
 
 
 def _why_pinned(target: Target, graph: ChannelGraph) -> str:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fasterai.prune.pruner import Pruner
+from fasterai.prune.removal import remove
 from fasterai.prune.small_files import load_small, save_small
 from fasterai.prune.small_header import SIZES, stamp
 
@@ -243,6 +244,22 @@ def test_the_size_that_was_found_by_hand(tmp_path):
     save_file(tensors, tmp_path / "changed.safetensors", header)
     with pytest.raises(ValueError, match=r"1\.a\.num_heads is 2 in the file, whose weights have 4"):
         load_small(tmp_path / "changed.safetensors", tokens(Torchs))
+
+
+def test_groups_that_went_and_channels_of_the_others_after_them(tmp_path):
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 16, 1), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 2, 1)).eval()
+
+    model = net()
+    for gone in (range(4), (0, 1, 4, 5, 8, 9)):
+        with torch.no_grad():
+            for tensor in (*model[0].parameters(), *model[1].parameters()):
+                tensor[list(gone)] = 0
+        remove(model, IMAGES, measure=False)
+    assert (model[1].num_groups, model[1].num_channels) == (3, 6)
+    save_small(tmp_path / "small.safetensors", model)
+    assert torch.equal(load_small(tmp_path / "small.safetensors", net())(IMAGES), model(IMAGES))
 
 
 class Counting(nn.Module):

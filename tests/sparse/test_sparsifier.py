@@ -893,7 +893,7 @@ def test_save_model_writes_no_copy_of_another_shape(tmp_path):
 )
 def test_a_parametrised_weight_is_refused_by_name(wrap, named, way):
     model = nn.Sequential(nn.Linear(4, 4), wrap(nn.Linear(4, 4)))
-    told = f'targets must not be parametrised, got 1 ({named}): the forward pass uses a weight that is worked out anew; '
+    told = f"targets must not be parametrised, got 1 ({named}): the forward pass uses a weight that is worked out anew; "
     told += f'take it away first with torch.nn.utils.{way}(model.1, "weight"), or leave the layer out with targets='
     with pytest.raises(ValueError, match=re.escape(told)):
         Sparsifier(model, "weight", targets=["0", "1"])
@@ -1558,18 +1558,43 @@ def test_a_class_in_place_of_its_value_is_told_apart(options, message):
         Sparsifier(cnn(), **options)
 
 
-@pytest.mark.parametrize("granularity", ["weight", "row", "coupled"])
-def test_a_parametrised_layer_is_left_out_with_a_note(granularity):
+def with_a_recomputed_weight(how):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    nn.utils.parametrizations.weight_norm(model[2])
+    how(model[2])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("granularity", "how", "name", "by"),
+    [
+        ("weight", nn.utils.parametrizations.weight_norm, "original1", "WeightNorm"),
+        ("row", nn.utils.parametrizations.weight_norm, "original1", "WeightNorm"),
+        ("coupled", nn.utils.parametrizations.spectral_norm, "original", "SpectralNorm"),
+    ],
+    ids=["weight", "row", "coupled"],
+)
+def test_a_parametrised_layer_is_left_out_with_a_note(granularity, how, name, by):
+    model = with_a_recomputed_weight(how).eval()
     sparsifier = Sparsifier(model, granularity, "local", sparsity=0.5, example_inputs=torch.randn(2, 3))
     sparsifier.sparsify_model()
-    assert sparsifier.report().left_out["2.parametrizations.weight.original1"] == (
-        "2 (WeightNorm on weight) works its weight out anew in each forward pass"
+    assert sparsifier.report().left_out[f"2.parametrizations.weight.{name}"] == (
+        f"2 ({by} on weight) works its weight out anew in each forward pass"
     )
-    assert not (model[2].parametrizations.weight.original1 == 0).any()
+    assert not (getattr(model[2].parametrizations.weight, name) == 0).any()
     assert (model[4].weight == 0).any()
+
+
+def test_coupled_channels_of_a_weight_norm_are_masked_by_their_lengths():
+    model = with_a_recomputed_weight(nn.utils.parametrizations.weight_norm).eval()
+    sparsifier = Sparsifier(model, "coupled", "local", sparsity=0.5, example_inputs=torch.randn(2, 3))
+    sparsifier.sparsify_model()
+    assert sparsifier.report().left_out == {}
+    held = model[2].parametrizations.weight
+    gone = (held.original0 == 0).flatten()
+    assert int(gone.sum()) == 4
+    assert not (held.original1 == 0).all(1).any()  # a row that is all zero has no direction
+    assert torch.equal((model[:3](torch.randn(5, 3)) == 0).all(0), gone)
 
 
 @pytest.mark.parametrize("granularity", ["weight", "row", "coupled"])
