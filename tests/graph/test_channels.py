@@ -104,16 +104,29 @@ class Telling(nn.Module):
 def test_attention_weights_that_are_given_out_pin_the_heads(average: bool) -> None:
     net, x = Telling(average).eval(), torch.randn(2, 5, 8)
     graph = channel_graph(net, (x,))
-    heads = [g.places["attention.in_proj_weight", 0] for g in graph.groups if ("attention.in_proj_weight", 0) in g.places]
-    for indices in heads:  # a width goes with the same of all other heads, in queries, keys and values
-        assert [set((row // 2).tolist()) for row in indices] == [set(range(12))] * 2
-    silence = [np.arange(g.channels) > 0 for g in graph.groups]
-    mask_channels_(net, graph, silence)
+    assert {"attention.in_proj_weight", "attention.out_proj.weight"} <= {name for name, d in graph.pinned if d == 0}
+    assert [g.name for g in graph.groups] == ["a.weight"]
+    mask_channels_(net, graph, [np.arange(8) > 3])
     before = net(x)
-    remove(net, (x,), measure=False)
-    assert net.attention.num_heads == 4
+    removal = remove(net, (x,), measure=False)
+    assert removal.removed == {"a.weight": (8, 4)} and net.attention.num_heads == 4
     for old, new in zip(before, net(x), strict=True):
         torch.testing.assert_close(new, old)
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_heads_whose_weights_are_given_out_lose_no_width_either(average: bool) -> None:
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 4)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
+            return self.attention(q, k, v, average_attn_weights=average)
+
+    x = (torch.randn(5, 2, 8),) * 3
+    assert channel_graph(Three(), x).groups == ()
+    assert channel_graph(nn.MultiheadAttention(8, 4), x).groups == ()
 
 
 class Unheard(nn.Module):

@@ -26,6 +26,7 @@ __all__ = [
     "blend",
     "broadcast",
     "called",
+    "class_of",
     "is_cut",
     "marked_as",
     "module_of",
@@ -305,6 +306,12 @@ def modules_of(node: Any) -> tuple[list[str], str]:
     """Return the names of the modules that an operation runs in, without the marks of repeated calls: outer ones, innermost."""
     names = [str(name).partition("@")[0] for name, _ in (node.meta.get("nn_module_stack") or {}).values()]
     return (names[:-1], names[-1]) if names else ([], "")
+
+
+def class_of(node: Any) -> str:
+    """Return the full name of the class of the innermost module that runs an operation; empty where there is none."""
+    kinds = [kind for _, kind in (node.meta.get("nn_module_stack") or {}).values()]
+    return "" if not kinds else kinds[-1] if isinstance(kinds[-1], str) else f"{kinds[-1].__module__}.{kinds[-1].__qualname__}"
 
 
 def is_cut(node: Any, found: Any) -> bool:

@@ -15,6 +15,7 @@ from fasterai.graph.rules.trace import (
     blend,
     broadcast,
     called,
+    class_of,
     rule,
     shape_of,
     unknown_tensor,
@@ -39,6 +40,13 @@ def linear(trace: Trace, node: Any, x: Value, weight: Value, bias: Value | None 
     return Value(shape_of(node), (*x.dims[:-1], out))
 
 
+#: Attentions of torch, slim or not: surgery takes whole heads from them.
+ATTENTIONS = (
+    "torch.nn.modules.activation.MultiheadAttention",
+    "fasterai.prune.surgery.slim_attention.SlimMultiheadAttention",
+)
+
+
 def _read(trace: Trace, a: Value, i: int, b: Value, j: int, node: Any) -> None:
     """Join dimension `i` of `a` and `j` of `b`, which are summed over; where neither is a weight, one has to be zero to go.
 
@@ -48,6 +56,8 @@ def _read(trace: Trace, a: Value, i: int, b: Value, j: int, node: Any) -> None:
     reading = read_by([a, b])
     if not any(reading):
         trace.sums(node, zero_in_either(a.dims[i], b.dims[j]), f"{node.name} sums over it without a weight", is_product=True)
+        if class_of(node) in ATTENTIONS:
+            trace.labels.pin(a.dims[i], f"{node.name}'s scale depends on the width of a head")
     for value, dim, reads in zip((a, b), (i, j), reading, strict=True):
         if reads:
             trace.reads(value, dim)
