@@ -66,7 +66,7 @@ def native_layer_norm(trace: Trace, node: Any, x: Value, shape: Sequence[int], *
 
 
 def _rescale(trace: Trace, weight: Any, dim: Dim) -> None:
-    """Note a norm's weight that must grow when channels that are zero are removed: the same squares are then fewer's average."""
+    """Note a norm's weight that must grow when channels that are zero go: its average is then one over fewer squares."""
     is_zero = bool(np.all(is_zeroed(dim)))
     if not trace.exact and is_zero and isinstance(weight, Value) and weight.is_weight and weight.places:
         trace.rescaled.add(weight.places[0][0])
