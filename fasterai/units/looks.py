@@ -52,8 +52,8 @@ class Look:
     def scale_of(self, scores: Tensor, keep: Tensor | None) -> Tensor:
         """Return what scores are divided by.
 
-        It is the scale of the first look, as long as nothing is trained. Training changes it, and so do other data, where scores
-        are not of the weights alone: it is what the mean of the first channels would be, as far as those that are left tell.
+        It is the scale of the first look, as long as nothing is trained. Training changes it, and so do other data, where
+        scores are not of the weights alone: it is what the mean of the first channels would be, as far as those left tell.
         """
         scale = self.scale.to(scores)
         moved = scale * (mean_of(scores, keep) / self.mean.to(scores))
