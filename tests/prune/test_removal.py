@@ -833,3 +833,31 @@ def test_outputs_that_are_all_zero_are_said_to_compare_nothing():
     report = str(remove(model, torch.randn(2, 4), measure=False))
     assert "outputs are all zero, before and after: there was nothing to compare" in report
     assert "moved by" not in report
+
+
+class Encoded(nn.Module):
+    """torch's own encoder, which in eval mode has one fused kernel for a layer, norms included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+        self.embed, self.encoder, self.head = nn.Linear(5, 8), nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        return self.head(self.encoder(self.embed(x), src_key_padding_mask=padding))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+def test_torchs_fused_encoder_is_not_used_over_a_slim_stream() -> None:
+    """Its kernel knows nothing of how many channels there were; the check runs without it, a user does not."""
+    torch.manual_seed(0)
+    net, x = lively(Encoded().double()), torch.randn(3, 6, 5, dtype=torch.float64)
+    padding = torch.arange(6) >= torch.tensor([[4], [6], [5]])
+    graph = channel_graph(net, (x,))
+    mask_channels_(net, graph, [half(g) if g.name == "embed.weight" else np.ones(g.channels, bool) for g in graph.groups])
+    with torch.no_grad():
+        wanted, padded = net(x), net(x, padding)
+        removal = remove(net, x, measure=False)
+        assert removal.removed == {"embed.weight": (8, 4)}
+        assert torch.allclose(net(x), wanted, atol=1e-12, rtol=0)
+        assert torch.allclose(net(x, padding)[~padding], padded[~padding], atol=1e-12, rtol=0)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasterai.graph.channels import channel_graph
+from fasterai.graph.following import follow
 from tests.graph.rules.cases import Case, aten, goes_as_it_says, linears, side_by_side
 
 GOES = {("a.weight", 0): 8, ("b.weight", 1): 8}
@@ -186,7 +187,7 @@ def test_a_form_that_a_rule_does_not_know_keeps_what_it_reads(monkeypatch: pytes
     def narrow(*arguments: object, **keywords: object) -> None:
         raise IndexError("a form that nobody thought of")
 
-    monkeypatch.setitem(channel_graph.__globals__["RULES"], "gelu", narrow)
+    monkeypatch.setitem(follow.__globals__["RULES"], "gelu", narrow)
     net = nn.Sequential(nn.Linear(6, 8), nn.GELU(approximate="tanh"), nn.Linear(8, 3))
     graph = channel_graph(net, (torch.randn(4, 6),))
     assert graph.groups == ()
