@@ -329,7 +329,12 @@ def test_any_budget_is_met_or_refused(share: float, kind: str, context: str, rou
 
 @pytest.mark.parametrize(
     ("name", "kind", "context"),
-    [("resnet18", "macs", "global"), ("mobilenet_v2", "params", "local"), ("vit", "macs", "local"), ("vit", "params", "global")],
+    [
+        ("resnet18", "macs", "global"),
+        ("mobilenet_v2", "params", "local"),
+        ("vit", "macs", "local"),
+        ("vit", "params", "global"),
+    ],
 )
 def test_budgets_of_known_networks(name: str, kind: str, context: str) -> None:
     """Counted on a copy that is really cut, as is the number of its stream's channels that a transformer's class keeps."""
