@@ -1,0 +1,363 @@
+"""Traces of code that decides by sizes, such as `if H % window > 0`: one for each way that its decisions can go.
+
+`torch.fx` stops at such a decision. Here it is a fork: a trace is made for decisions given in advance, and ends at the first one
+that is not among them. A run starts with no decisions, goes as far as that trace does, decides by its own sizes, and goes on in
+the trace that has this decision too:
+
+    way              the trace
+    ()               x = pad(x); H = x.shape[1]; fork(H > 7, [x, H])
+    (True,)          x = pad(x); H = x.shape[1]; fork(H > 7, [x, H]); x = roll(x); ...; return x
+    (False,)         x = pad(x); H = x.shape[1]; fork(H > 7, [x, H]); ...; return x
+
+A fork hands on the values that the code still holds then. So a traced copy is made of stretches from fork to fork (`Tree`), every
+decision is taken where the code takes it, and nothing is computed twice. Decisions by sizes and plain arguments alone are taken
+like that; those by the values of tensors are refused.
+
+Ways share operations, and an edit is one of all of them. So an operation is not named by its number, as in other traces, but by
+its place: the lines and columns of the code that lead to it, and the how-manieth time it is done there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from types import CodeType, FrameType, FunctionType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node, Proxy, _symbolic_trace
+from torch.fx.proxy import TraceError
+
+from fasterai.prune.surgery.rewriting import Edit, Way, apply_edits
+from fasterai.prune.surgery.tracing import CodeTracer, Untraceable, raw_trace
+
+__all__ = ["Tree", "code_function", "fork_at_end", "holds_wholes", "traced_way"]
+
+#: What can be read of a tensor without its values.
+ATTRIBUTES = frozenset(
+    {"shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_sparse", "is_quantized", "itemsize", "nbytes"}
+)
+METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "is_complex"})
+PLAIN = frozenset({"_operator", "operator", "builtins", "math"})
+TORCH = str(Path(torch.__file__).parent)
+BETWEEN = (str(Path(torch.fx.__file__).parent), str(Path(torch.overrides.__file__)), __file__)
+
+
+def fork(choice: Any, values: Sequence[Any]) -> Any:
+    """Return a decision; the values are what is handed on."""
+    return choice
+
+
+def truth(x: Any) -> bool:
+    """Decide by a number."""
+    return bool(_plain(x))
+
+
+def number(x: Any) -> int:
+    """Return the whole number that code asks for."""
+    return int(_plain(x))
+
+
+def length(x: Any) -> int:
+    """Return how many numbers code goes through."""
+    return len(_plain(x))
+
+
+def _plain(x: Any) -> Any:
+    if isinstance(x, Tensor) and not torch.jit.is_tracing():  # there sizes are tensors too
+        raise Untraceable("its code decides by the values of tensors")
+    return x
+
+
+# --- traces ----------------------------------------------------------------------------------------------------------
+
+
+class _Undecided(BaseException):
+    """End of a trace: the next decision is not known. No `except Exception` of the code's may take it."""
+
+
+class _Value(Proxy):
+    """Stand-in of a value, which code may write into, or take for a whole number."""
+
+    def __int__(self) -> int:
+        return int(cast(_Forking, self.tracer).decide(number, self))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+class _Forking(CodeTracer):
+    """Tracer that takes the given decisions, and ends at the next one."""
+
+    def __init__(self, way: Way) -> None:
+        super().__init__()
+        self._left = iter(way)
+        self._held: list[tuple[Node, weakref.ref[Proxy]]] = []
+
+    def trace(self, root: Any, concrete_args: Any = None) -> Graph:
+        """Trace a module's code; functions that a library has given to `torch.fx.wrap` are traced as well."""
+        try:
+            with _nothing_whole():
+                return super().trace(root, concrete_args)
+        except _Undecided:
+            self.graph.output(next(iter(reversed(self.graph.nodes))))
+            return self.graph
+
+    def proxy(self, node: Node) -> Proxy:
+        """Make the stand-in of an operation's result; code that drops it cannot use it later."""
+        made = _Value(node, self)
+        self._held.append((node, weakref.ref(made)))
+        return made
+
+    def create_node(self, kind: Any, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None) -> Node:
+        """Enter an operation, named by its place in the code."""
+        if kind not in ("placeholder", "output", "get_attr"):
+            name = f"{str(getattr(target, '__name__', target)).replace('.', '_')}_at{_place()}"
+        return super().create_node(kind, target, args, kwargs, name, type_expr)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        """Decide by a size."""
+        return bool(self.decide(truth, obj))
+
+    def iter(self, obj: Proxy) -> Iterator[Any]:
+        """Go through sizes."""
+        return iter([obj[i] for i in range(self.decide(length, obj))])
+
+    def decide(self, how: Callable[[Any], Any], obj: Proxy) -> Any:
+        """Fork by what comes of a value."""
+        if not _is_size(obj.node):
+            raise TraceError("symbolically traced variables cannot be used as inputs to control flow")
+        choice = self.create_node("call_function", how, (obj.node,), {})
+        held = tuple(node for node, proxy in self._held if proxy() is not None or node.target is getattr)
+        self.create_node("call_function", fork, (choice, held), {})
+        for decision in self._left:
+            return decision
+        raise _Undecided
+
+
+def _is_size(node: Node) -> bool:
+    """Tell if a value comes of sizes and plain arguments; which argument is a tensor, a run finds out."""
+    if node.target is getattr:
+        return node.args[1] in ATTRIBUTES
+    if node.op == "call_method":
+        return node.target in METHODS
+    is_plain = node.target in (truth, number, length) or getattr(node.target, "__module__", "") in PLAIN
+    return node.op == "placeholder" or (node.op == "call_function" and is_plain and all(map(_is_size, node.all_input_nodes)))
+
+
+def _place() -> str:
+    """Return the places of the calls that lead to an operation, in the module's code, as a short sum."""
+    frame: FrameType | None = sys._getframe(2)
+    outside, all_of_it = [], []
+    while frame is not None and frame.f_code is not _TRACE:
+        file = frame.f_code.co_filename
+        if not file.startswith(BETWEEN):
+            all_of_it.append(_position(frame.f_code, frame.f_lasti))
+            if not file.startswith(TORCH):
+                outside.append(all_of_it[-1])
+        frame = frame.f_back
+    return hashlib.sha256(repr(outside or all_of_it).encode()).hexdigest()[:8]
+
+
+_TRACE = torch.fx.Tracer.trace.__code__
+
+
+@lru_cache(4096)
+def _position(code: CodeType, at: int) -> tuple[str, int | None, int | None]:
+    """Return a place in code: the function, the line counted from its first one, and the column."""
+    line, _, column, _ = next(islice(code.co_positions(), at // 2, None))
+    if line is None or column is None:  # an interpreter that was told to keep none
+        return code.co_name, None, at
+    return code.co_name, line - code.co_firstlineno, column
+
+
+def _wholes() -> dict[tuple[int, str], dict[str, Any]]:
+    """Return the functions of Python that `torch.fx` leaves whole, as it notes them."""
+    table: dict[tuple[int, str], dict[str, Any]] = getattr(_symbolic_trace, "_wrapped_fns_to_patch", {})
+    return {key: space for key, space in table.items() if isinstance(space.get(key[1]), FunctionType)}
+
+
+@contextmanager
+def _nothing_whole() -> Iterator[None]:
+    """Have `torch.fx` trace into functions of Python that libraries have given to `torch.fx.wrap`, for a while."""
+    table = getattr(_symbolic_trace, "_wrapped_fns_to_patch", {})
+    before, lifted = dict(table), _wholes()
+    patched = [(space, name, space[name]) for (_, name), space in lifted.items() if hasattr(space[name], "__fx_already_patched")]
+    for key in lifted:
+        del table[key]
+    for space, name, function in patched:  # by a trace around this one, as of an export
+        space[name] = function.__wrapped__
+    try:
+        yield
+    finally:
+        for space, name, function in patched:
+            space[name] = function
+        later = {key: space for key, space in table.items() if key not in before}
+        table.clear()
+        table.update(before | later)
+
+
+def holds_wholes(graph: Graph) -> bool:
+    """Tell if a trace calls functions that `torch.fx` leaves whole."""
+    wholes = {id(space[name]) for (_, name), space in _wholes().items()}
+    return any(id(node.target) in wholes for node in graph.nodes)
+
+
+def traced_way(module: nn.Module, given: Mapping[str, Any], training: bool, way: Way) -> Graph:
+    """Make the trace of one way through a module's code, up to the first decision that the way does not have.
+
+    Raises:
+        Untraceable: As for `traced`; or its code decides by the values of tensors.
+    """
+    tracer = _Forking(way)
+    graph = raw_trace(module, given, training, tracer)
+    made, copied = Graph(), dict[Node, Node]()
+    for node in graph.nodes:
+        copied[node] = _copy(made, node, copied)
+    return made
+
+
+def _copy(graph: Graph, node: Node, copied: Mapping[Node, Node]) -> Node:
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), copied.__getitem__)
+    return graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
+
+
+def fork_at_end(graph: Graph) -> Node | None:
+    """Return the fork at which a trace ends; None where it goes on to the result."""
+    last = graph.output_node().args[0]
+    return last if isinstance(last, Node) and last.target is fork else None
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+class _Stretch:
+    """Part of a traced copy, from one fork to the next.
+
+    Attributes:
+        way: The decisions before it.
+        run: Its code; takes the module and what the fork before it hands on, and returns the decision and what it hands on.
+        held: Names of what its fork hands on; None where it returns the result.
+        after: Decision -> what comes then.
+    """
+
+    def __init__(self, way: Way, run: Callable[..., Any], held: tuple[str, ...] | None) -> None:
+        self.way, self.run, self.held = way, run, held
+        self.after: dict[Any, _Stretch] = {}
+
+
+class Tree:
+    """Traced copy of a module's code, for one mode: stretches of code between decisions.
+
+    A way on which the edits were not checked is traced when a run comes to it. It is taken where all of its operations stand on
+    ways that were checked, as on another side of an oblong image; else the run ends with an error.
+
+    Args:
+        module: The module.
+        given: Arguments that it is traced for.
+        edits: The edits of its operations.
+        ways: The ways on which they were checked.
+        training: The mode.
+
+    Raises:
+        ValueError: The module cannot be traced, a way is none of it, or an edit does not fit.
+    """
+
+    def __init__(
+        self, module: nn.Module, given: Mapping[str, Any], edits: Sequence[Edit], ways: Sequence[Way], training: bool
+    ) -> None:
+        self._given, self._edits, self._training = dict(given), tuple(edits), training
+        self._known: set[str] | None = None
+        self._first = self._made(module, (), None)
+        known = set[str]()
+        for way in ways:
+            at = self._first
+            for i, choice in enumerate(way):
+                if at.held is None:
+                    break
+                at = at.after.get(choice) or self._grown(module, at, way[: i + 1])
+            if at.held is not None or at.way != way:
+                raise Untraceable(f"its code takes other decisions than {list(way)}")
+            known |= {node.name for node in traced_way(module, given, training, way).nodes}
+        if lost := [edit.node for edit in edits if edit.node not in known]:
+            raise ValueError(f"{lost[0]} is no operation of its code")
+        self._known = known
+
+    def run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Run it."""
+        at = self._first
+        found = at.run(module, *args, **kwargs)
+        while at.held is not None:
+            at = at.after.get(found[0]) or self._met(module, at, found[0])
+            found = at.run(module, *found[1:])
+        return found
+
+    def _met(self, module: nn.Module, at: _Stretch, choice: Any) -> _Stretch:
+        """Trace what comes after a decision that was not met before."""
+        what = type(module).__name__
+        try:
+            return self._grown(module, at, (*at.way, choice))
+        except ValueError as error:
+            raise ValueError(
+                f"inputs must have sizes at which {what} goes a way that its removal was checked on, got others ({error}); remove "
+                "its channels with example inputs of these sizes, or with rewrite=False"
+            ) from error
+
+    def _grown(self, module: nn.Module, at: _Stretch, way: Way) -> _Stretch:
+        made = self._made(module, way, at.held)
+        at.after[way[-1]] = made
+        return made
+
+    def _made(self, module: nn.Module, way: Way, held: tuple[str, ...] | None) -> _Stretch:
+        graph = traced_way(module, self._given, self._training, way)
+        nodes = {node.name: node for node in graph.nodes}
+        forks = [node for node in graph.nodes if node.target is fork]
+        if len(forks) < len(way):
+            raise Untraceable("its code takes fewer decisions now")
+        if self._known is not None and (new := [name for name in nodes if name not in self._known and name != "output"]):
+            raise Untraceable(f"{new[0]} was not met")
+        if self._known is not None and len({_base(one.name) for one in forks}) < len(forks):
+            raise Untraceable("a decision is taken over and over")
+        begin = forks[len(way) - 1] if way else None
+        if begin is not None:
+            begin.args = (begin.args[0], tuple(nodes[name] for name in held or ()))
+        end = fork_at_end(graph)
+        hands_on = None if end is None else tuple(node.name for node in cast(Sequence[Node], end.args[1]))
+        apply_edits(graph, tuple(edit for edit in self._edits if edit.node in nodes))
+        return _Stretch(way, code_function(_stretch(graph, begin, end)), hands_on)
+
+
+def _base(name: str) -> str:
+    """Return the place that an operation's name has, without the how-manieth time."""
+    return "_".join(name.rsplit("_at", maxsplit=1)[-1].split("_")[:1])
+
+
+def _stretch(graph: Graph, begin: Node | None, end: Node | None) -> Graph:
+    """Cut the part of a trace between two forks out."""
+    made, copied, nodes = Graph(), dict[Node, Node](), list(graph.nodes)
+    if begin is not None:
+        copied = {node: made.placeholder(node.name) for node in cast(Sequence[Node], begin.args[1])}
+        nodes = nodes[nodes.index(begin) + 1 :]
+    for node in nodes:
+        if node is end:
+            choice, values = cast(tuple[Node, Sequence[Node]], node.args)
+            made.output((copied[choice], *(copied[value] for value in values)))
+            break
+        copied[node] = _copy(made, node, copied)
+    return made
+
+
+def code_function(graph: Graph) -> Callable[..., Any]:
+    """Make a function of a trace: it takes the module, and what the trace takes."""
+    code = graph.python_code("self")
+    space = dict(code.globals)
+    exec(compile(code.src, "<a module's code with its sizes put right>", "exec"), space)
+    return cast(Callable[..., Any], space["forward"])
