@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,11 @@ class _Module:
     seen: dict[tuple[str, Path], set[Any]] = field(default_factory=dict)
     requests: dict[str, tuple[str, Count]] = field(default_factory=dict)
     ways: list[Way] = field(default_factory=list)
+
+    @cached_property
+    def traces(self) -> tuple[Traces, Traces]:
+        """Traces of its code for eval and for training mode."""
+        return Traces(self.module, self.given, False, self.forks), Traces(self.module, self.given, True, self.forks)
 
 
 class Rewriter:
@@ -178,7 +184,7 @@ class Rewriter:
         wrong: dict[str, str] = {}
 
         def compared(name: str, one: _Module) -> Callable[..., Any]:
-            traces = Traces(one.module, one.given, training, one.forks)
+            traces = one.traces[training]
 
             def run(module: nn.Module, args: Any, kwargs: Any) -> Any:
                 mine, own = (tree_map(apart, x) for x in ((args, kwargs), (args, kwargs)))
@@ -238,7 +244,8 @@ class Rewriter:
         calls: Counter[str] = Counter()
 
         def marked(name: str, one: _Module) -> Callable[..., Any]:
-            traces = Traces(one.module, one.given, False, one.forks, (rewrite_of(one.module) or Rewrite()).edits, one.ways or [()])
+            edits = (rewrite_of(one.module) or Rewrite()).edits
+            traces = Traces(one.module, one.given, False, one.forks, edits, one.ways) if edits else one.traces[False]
 
             def run(module: nn.Module, args: Any, kwargs: Any) -> Any:
                 calls[name] += 1
@@ -290,8 +297,7 @@ class Rewriter:
 
         def repaired(name: str, one: _Module, probe: list[int]) -> Callable[..., Any]:
             edits = [*_requested(one, kept)]
-            traces = Traces(modules[name], one.given, False, one.forks, edits)
-            traces.at(())
+            traces = Traces(modules[name], one.given, False, one.forks, edits, one.ways or [()])
             found[name] = edits
             examined = set[str]()
 
@@ -381,7 +387,7 @@ def _forks(module: nn.Module, given: Mapping[str, Any]) -> bool:
 
 def _differs_in_training(one: _Module, way: Way) -> bool:
     try:
-        first, second = (operations(traced_way(one.module, one.given, training, way)) for training in (False, True))
+        first, second = (operations(traces.at(way)) for traces in one.traces)
     except ValueError:
         return True
     return first != second

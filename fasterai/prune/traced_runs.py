@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from fasterai.graph.labels import Flags
 from fasterai.model.running import copies, without_fast_path
 from fasterai.prune.code_sizes import Known, factors, sized, wanted
-from fasterai.prune.surgery.forks import fork_at_end, traced_way
+from fasterai.prune.surgery.forks import cut_at, fork_at_end, traced_way
 from fasterai.prune.surgery.rewriting import Edit, Path, Way, apply_edits, nested, replaced, rooted
 from fasterai.prune.surgery.tracing import ASIDE, traced
 
@@ -161,24 +161,30 @@ class Traces:
         ways: Sequence[Way] = (),
     ) -> None:
         self._module, self._given, self._training, self.forks, self.edits = module, dict(given), training, forks, tuple(edits)
-        self._made: dict[Way, Graph] = {}
+        self._plain: dict[Way, Graph] = {}
+        self._edited: dict[Way, Graph] = {}
         for way in ways:
-            for i in range(len(way) + 1):
-                self.at(way[:i])
+            self.at(way)
 
     def at(self, way: Way) -> Graph:
-        """Return the trace of a way, up to the first decision that it does not have.
+        """Return the trace of a way, up to the first decision that it does not have, with the edits.
 
         Raises:
             Untraceable: There is none.
         """
-        if way not in self._made:
-            given, training = self._given, self._training
-            graph = traced_way(self._module, given, training, way) if self.forks else traced(self._module, given, training)
+        if way not in self._edited:
+            longer = next((other for other in self._plain if len(other) > len(way) and other[: len(way)] == way), None)
+            graph = self._new(way) if longer is None else cut_at(self._plain[longer], len(way))
+            self._plain[way] = graph if not self.edits else cut_at(graph)
             names = {node.name for node in graph.nodes} if self.forks else {edit.node for edit in self.edits}
             apply_edits(graph, tuple(edit for edit in self.edits if edit.node in names))
-            self._made[way] = graph
-        return self._made[way]
+            self._edited[way] = graph
+        return self._edited[way]
+
+    def _new(self, way: Way) -> Graph:
+        if not self.forks:
+            return traced(self._module, self._given, self._training)
+        return traced_way(self._module, self._given, self._training, way)
 
 
 class _Run(Interpreter):
@@ -210,7 +216,6 @@ class _Run(Interpreter):
         """List the sizes that an operation is given: where they stand, and their values."""
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         return [(path, nested((args, kwargs), rooted(path))) for path in sized(node, args)]
-
 
     def _factors(self, node: Node) -> list[tuple[Path, Any]]:
         """List the numbers, worked out of sizes, that an operation scales tensors by."""

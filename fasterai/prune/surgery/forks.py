@@ -39,7 +39,7 @@ from torch.fx.proxy import TraceError
 from fasterai.prune.surgery.rewriting import Edit, Way, apply_edits
 from fasterai.prune.surgery.tracing import CodeTracer, Untraceable, raw_trace
 
-__all__ = ["Tree", "code_function", "fork_at_end", "holds_wholes", "traced_way"]
+__all__ = ["Tree", "code_function", "cut_at", "fork_at_end", "holds_wholes", "traced_way"]
 
 #: What can be read of a tensor without its values.
 ATTRIBUTES = frozenset(
@@ -190,7 +190,9 @@ def _nothing_whole() -> Iterator[None]:
     """Have `torch.fx` trace into functions of Python that libraries have given to `torch.fx.wrap`, for a while."""
     table = getattr(_symbolic_trace, "_wrapped_fns_to_patch", {})
     before, lifted = dict(table), _wholes()
-    patched = [(space, name, space[name]) for (_, name), space in lifted.items() if hasattr(space[name], "__fx_already_patched")]
+    patched = [
+        (space, name, space[name]) for (_, name), space in lifted.items() if hasattr(space[name], "__fx_already_patched")
+    ]
     for key in lifted:
         del table[key]
     for space, name, function in patched:  # by a trace around this one, as of an export
@@ -217,11 +219,18 @@ def traced_way(module: nn.Module, given: Mapping[str, Any], training: bool, way:
     Raises:
         Untraceable: As for `traced`; or its code decides by the values of tensors.
     """
-    tracer = _Forking(way)
-    graph = raw_trace(module, given, training, tracer)
-    made, copied = Graph(), dict[Node, Node]()
+    return cut_at(raw_trace(module, given, training, _Forking(way)))
+
+
+def cut_at(graph: Graph, number: int | None = None) -> Graph:
+    """Return a trace up to a fork, by its number, or the whole of it."""
+    made, copied, forks = Graph(), dict[Node, Node](), 0
     for node in graph.nodes:
         copied[node] = _copy(made, node, copied)
+        forks += node.target is fork
+        if number is not None and forks > number:
+            made.output(copied[node])
+            break
     return made
 
 
@@ -275,18 +284,15 @@ class Tree:
         self, module: nn.Module, given: Mapping[str, Any], edits: Sequence[Edit], ways: Sequence[Way], training: bool
     ) -> None:
         self._given, self._edits, self._training = dict(given), tuple(edits), training
-        self._known: set[str] | None = None
-        self._first = self._made(module, (), None)
-        known = set[str]()
-        for way in ways:
+        graphs = {way: traced_way(module, given, training, way) for way in ways or [()]}
+        known = {node.name for graph in graphs.values() for node in graph.nodes}
+        self._first = self._made(cut_at(next(iter(graphs.values())), 0), (), None)
+        for way, graph in graphs.items():
+            if fork_at_end(graph) is not None and ways:
+                raise Untraceable(f"its code takes more decisions than {list(way)}")
             at = self._first
             for i, choice in enumerate(way):
-                if at.held is None:
-                    break
-                at = at.after.get(choice) or self._grown(module, at, way[: i + 1])
-            if at.held is not None or at.way != way:
-                raise Untraceable(f"its code takes other decisions than {list(way)}")
-            known |= {node.name for node in traced_way(module, given, training, way).nodes}
+                at = at.after.get(choice) or self._grown(at, cut_at(graph, i + 1), way[: i + 1])
         if lost := [edit.node for edit in edits if edit.node not in known]:
             raise ValueError(f"{lost[0]} is no operation of its code")
         self._known = known
@@ -304,28 +310,34 @@ class Tree:
         """Trace what comes after a decision that was not met before."""
         what = type(module).__name__
         try:
-            return self._grown(module, at, (*at.way, choice))
+            way = (*at.way, choice)
+            graph = traced_way(module, self._given, self._training, way)
+            self._check_known(graph)
+            return self._grown(at, graph, way)
         except ValueError as error:
             raise ValueError(
                 f"inputs must have sizes at which {what} goes a way that its removal was checked on, got others ({error}); remove "
                 "its channels with example inputs of these sizes, or with rewrite=False"
             ) from error
 
-    def _grown(self, module: nn.Module, at: _Stretch, way: Way) -> _Stretch:
-        made = self._made(module, way, at.held)
-        at.after[way[-1]] = made
+    def _check_known(self, graph: Graph) -> None:
+        """Check that all operations of a trace stand on ways that the edits were checked on, and which time each is done."""
+        if new := next((node.name for node in graph.nodes if node.name not in self._known and node.op != "output"), None):
+            raise Untraceable(f"{new} was not met")
+        forks = [_place_of(node.name) for node in graph.nodes if node.target is fork]
+        if len(set(forks)) < len(forks):
+            raise Untraceable("a decision is taken several times")
+
+    def _grown(self, at: _Stretch, graph: Graph, way: Way) -> _Stretch:
+        at.after[way[-1]] = made = self._made(graph, way, at.held)
         return made
 
-    def _made(self, module: nn.Module, way: Way, held: tuple[str, ...] | None) -> _Stretch:
-        graph = traced_way(module, self._given, self._training, way)
+    def _made(self, graph: Graph, way: Way, held: tuple[str, ...] | None) -> _Stretch:
+        """Make the stretch that a trace ends with."""
         nodes = {node.name: node for node in graph.nodes}
         forks = [node for node in graph.nodes if node.target is fork]
-        if len(forks) < len(way):
-            raise Untraceable("its code takes fewer decisions now")
-        if self._known is not None and (new := [name for name in nodes if name not in self._known and name != "output"]):
-            raise Untraceable(f"{new[0]} was not met")
-        if self._known is not None and len({_base(one.name) for one in forks}) < len(forks):
-            raise Untraceable("a decision is taken over and over")
+        if len(forks) < len(way) or not set(held or ()) <= nodes.keys():
+            raise Untraceable(f"its code takes other decisions than {list(way)}")
         begin = forks[len(way) - 1] if way else None
         if begin is not None:
             begin.args = (begin.args[0], tuple(nodes[name] for name in held or ()))
@@ -335,9 +347,9 @@ class Tree:
         return _Stretch(way, code_function(_stretch(graph, begin, end)), hands_on)
 
 
-def _base(name: str) -> str:
+def _place_of(name: str) -> str:
     """Return the place that an operation's name has, without the how-manieth time."""
-    return "_".join(name.rsplit("_at", maxsplit=1)[-1].split("_")[:1])
+    return name.rsplit("_at", maxsplit=1)[-1].partition("_")[0]
 
 
 def _stretch(graph: Graph, begin: Node | None, end: Node | None) -> Graph:
