@@ -45,7 +45,7 @@ def probes(inputs: tuple[Any, ...], several: bool = False) -> Iterator[tuple[Any
 
 
 def larger(inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """Give random inputs with larger sides of images, or of another length than `probes` has, for code that decides by sizes."""
+    """Give random inputs with larger sides of images, or of a further length, for code that decides by sizes."""
     generator = torch.Generator().manual_seed(1)
     tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
     for sizes in _other_sizes(tensors, _larger_size):

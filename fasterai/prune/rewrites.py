@@ -1,10 +1,11 @@
 """Sizes written into code: which modules can run a traced copy, and what has to be put right in it for a removal.
 
 1. The modules in whose code such sizes can stand, as the channel graph tells, are traced, and each trace is held against the
-   module's own code: on all probes, in training with gradients, and under autocast. What differs is not used. Where code decides
-   by sizes, or hands them to functions that `torch.fx` leaves whole, there is one trace for each way that the probes take.
-2. The model is exported again, on each probe that takes another way, with the traces run operation by operation, each exported operation marked with the one of the
-   trace that it comes from. So the labels of the channel graph say how long each dimension will be.
+   module's own code: on all probes, in training with gradients, and under autocast. What differs is not used. Where code
+   decides by sizes, or hands them to functions that `torch.fx` leaves whole, there is one trace for each way that it goes.
+2. The model is exported again, on each probe that takes a new way, with the traces run operation by operation; each exported
+   operation is marked with the one of the trace that it comes from. So the labels of the channel graph say how long each
+   dimension will be.
 3. For a removal the traces run on the model as it is without the channels. Where an operation is given another size than its
    result has to have, that argument is edited.
 
@@ -32,10 +33,10 @@ from fasterai.graph.rules.trace import is_cut, module_of
 from fasterai.model.names import plain_name, unwrap
 from fasterai.model.running import at_rest, in_mode, undisturbed
 from fasterai.prune.code_sizes import Count, Known, count, ends, known_of, owners_of
-from fasterai.prune.surgery.forks import holds_wholes, traced_way
+from fasterai.prune.surgery.forks import holds_wholes, operations, traced_way
 from fasterai.prune.surgery.rewriting import GIVEN, Edit, Path, Rewrite, Way
 from fasterai.prune.surgery.traced_copies import rewrite_of
-from fasterai.prune.surgery.tracing import Untraceable, operations, traced
+from fasterai.prune.surgery.tracing import UntraceableError, traced
 from fasterai.prune.traced_runs import (
     MARK,
     Marked,
@@ -194,7 +195,7 @@ class Rewriter:
                     try:
                         watch = Watched(module, traces, one.seen)
                         result = watch.run(*ordered(module, *mine))
-                    except Untraceable as error:
+                    except UntraceableError as error:
                         wrong[name] = str(error)
                         raise
                     _note_way(one, watch.way)

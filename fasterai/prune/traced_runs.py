@@ -170,7 +170,7 @@ class Traces:
         """Return the trace of a way, up to the first decision that it does not have, with the edits.
 
         Raises:
-            Untraceable: There is none.
+            UntraceableError: There is none.
         """
         if way not in self._edited:
             longer = next((other for other in self._plain if len(other) > len(way) and other[: len(way)] == way), None)

@@ -1,17 +1,17 @@
 """Traces of code that decides by sizes, such as `if H % window > 0`: one for each way that its decisions can go.
 
-`torch.fx` stops at such a decision. Here it is a fork: a trace is made for decisions given in advance, and ends at the first one
-that is not among them. A run starts with no decisions, goes as far as that trace does, decides by its own sizes, and goes on in
-the trace that has this decision too:
+`torch.fx` stops at such a decision. Here it is a fork: a trace is made for decisions given in advance, and ends at the first
+one that is not among them. A run starts with no decisions, goes as far as that trace does, decides by its own sizes, and goes
+on in the trace that has this decision too:
 
     way              the trace
     ()               x = pad(x); H = x.shape[1]; fork(H > 7, [x, H])
     (True,)          x = pad(x); H = x.shape[1]; fork(H > 7, [x, H]); x = roll(x); ...; return x
     (False,)         x = pad(x); H = x.shape[1]; fork(H > 7, [x, H]); ...; return x
 
-A fork hands on the values that the code still holds then. So a traced copy is made of stretches from fork to fork (`Tree`), every
-decision is taken where the code takes it, and nothing is computed twice. Decisions by sizes and plain arguments alone are taken
-like that; those by the values of tensors are refused.
+A fork hands on the values that the code still holds then. So a traced copy is made of stretches from fork to fork (`Tree`),
+every decision is taken where the code takes it, and nothing is computed twice. Decisions by sizes and plain arguments alone are
+taken like that; those by the values of tensors are refused.
 
 Ways share operations, and an edit is one of all of them. So an operation is not named by its number, as in other traces, but by
 its place: the lines and columns of the code that lead to it, and the how-manieth time it is done there.
@@ -37,9 +37,9 @@ from torch.fx import Graph, Node, Proxy, _symbolic_trace
 from torch.fx.proxy import TraceError
 
 from fasterai.prune.surgery.rewriting import Edit, Way, apply_edits
-from fasterai.prune.surgery.tracing import CodeTracer, Untraceable, raw_trace
+from fasterai.prune.surgery.tracing import READS, CodeTracer, UntraceableError, raw_trace
 
-__all__ = ["Tree", "code_function", "cut_at", "fork_at_end", "holds_wholes", "traced_way"]
+__all__ = ["Tree", "code_function", "cut_at", "fork_at_end", "holds_wholes", "operations", "traced_way"]
 
 #: What can be read of a tensor without its values.
 ATTRIBUTES = frozenset(
@@ -72,8 +72,8 @@ def length(x: Any) -> int:
 
 
 def _plain(x: Any) -> Any:
-    if isinstance(x, Tensor) and not torch.jit.is_tracing():  # there sizes are tensors too
-        raise Untraceable("its code decides by the values of tensors")
+    if isinstance(x, Tensor) and not torch._C._get_tracing_state():  # there sizes are tensors too
+        raise UntraceableError("its code decides by the values of tensors")
     return x
 
 
@@ -129,7 +129,8 @@ class _Forking(CodeTracer):
 
     def iter(self, obj: Proxy) -> Iterator[Any]:
         """Go through sizes."""
-        return iter([obj[i] for i in range(self.decide(length, obj))])
+        values: Any = obj
+        return iter([values[i] for i in range(self.decide(length, obj))])
 
     def decide(self, how: Callable[[Any], Any], obj: Proxy) -> Any:
         """Fork by what comes of a value."""
@@ -180,9 +181,17 @@ def _position(code: CodeType, at: int) -> tuple[str, int | None, int | None]:
 
 
 def _wholes() -> dict[tuple[int, str], dict[str, Any]]:
-    """Return the functions of Python that `torch.fx` leaves whole, as it notes them."""
+    """Return the functions of libraries that `torch.fx` leaves whole, as it notes them; torch's own ones stay whole."""
     table: dict[tuple[int, str], dict[str, Any]] = getattr(_symbolic_trace, "_wrapped_fns_to_patch", {})
-    return {key: space for key, space in table.items() if isinstance(space.get(key[1]), FunctionType)}
+    return {
+        key: space
+        for key, space in table.items()
+        if isinstance(space.get(key[1]), FunctionType) and not str(space.get("__name__")).startswith("torch.")
+    }
+
+
+def _is_patch(function: FunctionType) -> bool:
+    return function.__code__.co_filename == _symbolic_trace.__file__ and hasattr(function, "__wrapped__")
 
 
 @contextmanager
@@ -190,9 +199,7 @@ def _nothing_whole() -> Iterator[None]:
     """Have `torch.fx` trace into functions of Python that libraries have given to `torch.fx.wrap`, for a while."""
     table = getattr(_symbolic_trace, "_wrapped_fns_to_patch", {})
     before, lifted = dict(table), _wholes()
-    patched = [
-        (space, name, space[name]) for (_, name), space in lifted.items() if hasattr(space[name], "__fx_already_patched")
-    ]
+    patched = [(space, name, space[name]) for (_, name), space in lifted.items() if _is_patch(space[name])]
     for key in lifted:
         del table[key]
     for space, name, function in patched:  # by a trace around this one, as of an export
@@ -209,7 +216,8 @@ def _nothing_whole() -> Iterator[None]:
 
 def holds_wholes(graph: Graph) -> bool:
     """Tell if a trace calls functions that `torch.fx` leaves whole."""
-    wholes = {id(space[name]) for (_, name), space in _wholes().items()}
+    functions = [space[name] for (_, name), space in _wholes().items()]
+    wholes = {id(one.__wrapped__ if _is_patch(one) else one) for one in functions}
     return any(id(node.target) in wholes for node in graph.nodes)
 
 
@@ -217,7 +225,7 @@ def traced_way(module: nn.Module, given: Mapping[str, Any], training: bool, way:
     """Make the trace of one way through a module's code, up to the first decision that the way does not have.
 
     Raises:
-        Untraceable: As for `traced`; or its code decides by the values of tensors.
+        UntraceableError: As for `traced`; or its code decides by the values of tensors.
     """
     return cut_at(raw_trace(module, given, training, _Forking(way)))
 
@@ -237,6 +245,16 @@ def cut_at(graph: Graph, number: int | None = None) -> Graph:
 def _copy(graph: Graph, node: Node, copied: Mapping[Node, Node]) -> Node:
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), copied.__getitem__)
     return graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
+
+
+def operations(graph: Graph) -> list[tuple[str, str, str]]:
+    """List what a trace does, without sizes and devices that nobody reads."""
+    unread = set[Node]()
+    for node in reversed(graph.nodes):
+        users = [user for user in node.users if user.target is not fork or user.args[0] is node]
+        if (node.op == "get_attr" or node.target in READS) and unread.issuperset(users):
+            unread.add(node)
+    return [(n.name, n.op, str(n.target)) for n in graph.nodes if n not in unread]
 
 
 def fork_at_end(graph: Graph) -> Node | None:
@@ -289,7 +307,7 @@ class Tree:
         self._first = self._made(cut_at(next(iter(graphs.values())), 0), (), None)
         for way, graph in graphs.items():
             if fork_at_end(graph) is not None and ways:
-                raise Untraceable(f"its code takes more decisions than {list(way)}")
+                raise UntraceableError(f"its code takes more decisions than {list(way)}")
             at = self._first
             for i, choice in enumerate(way):
                 at = at.after.get(choice) or self._grown(at, cut_at(graph, i + 1), way[: i + 1])
@@ -316,17 +334,17 @@ class Tree:
             return self._grown(at, graph, way)
         except ValueError as error:
             raise ValueError(
-                f"inputs must have sizes at which {what} goes a way that its removal was checked on, got others ({error}); remove "
-                "its channels with example inputs of these sizes, or with rewrite=False"
+                f"inputs must have sizes at which {what} goes a way that its removal was checked on, got others ({error}); "
+                "remove its channels with example inputs of these sizes, or with rewrite=False"
             ) from error
 
     def _check_known(self, graph: Graph) -> None:
         """Check that all operations of a trace stand on ways that the edits were checked on, and which time each is done."""
         if new := next((node.name for node in graph.nodes if node.name not in self._known and node.op != "output"), None):
-            raise Untraceable(f"{new} was not met")
+            raise UntraceableError(f"{new} was not met")
         forks = [_place_of(node.name) for node in graph.nodes if node.target is fork]
         if len(set(forks)) < len(forks):
-            raise Untraceable("a decision is taken several times")
+            raise UntraceableError("a decision is taken several times")
 
     def _grown(self, at: _Stretch, graph: Graph, way: Way) -> _Stretch:
         at.after[way[-1]] = made = self._made(graph, way, at.held)
@@ -337,7 +355,7 @@ class Tree:
         nodes = {node.name: node for node in graph.nodes}
         forks = [node for node in graph.nodes if node.target is fork]
         if len(forks) < len(way) or not set(held or ()) <= nodes.keys():
-            raise Untraceable(f"its code takes other decisions than {list(way)}")
+            raise UntraceableError(f"its code takes other decisions than {list(way)}")
         begin = forks[len(way) - 1] if way else None
         if begin is not None:
             begin.args = (begin.args[0], tuple(nodes[name] for name in held or ()))

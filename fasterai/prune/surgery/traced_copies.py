@@ -16,9 +16,9 @@ from typing import Any, cast
 from torch import nn
 from torch.fx import Graph
 
-from fasterai.prune.surgery.forks import Tree, code_function
+from fasterai.prune.surgery.forks import Tree, code_function, operations
 from fasterai.prune.surgery.rewriting import Rewrite, Way, apply_edits
-from fasterai.prune.surgery.tracing import KEPT, code_of, operations, plain_class, traced
+from fasterai.prune.surgery.tracing import KEPT, code_of, plain_class, traced
 
 __all__ = ["change_rewrites", "edited", "put_class", "rewrite_of", "traced_class"]
 

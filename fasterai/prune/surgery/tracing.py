@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 
 from fasterai.model.supported import said
 
-__all__ = ["ASIDE", "KEPT", "CodeTracer", "Untraceable", "code_of", "operations", "plain_class", "raw_trace", "traced"]
+__all__ = ["ASIDE", "KEPT", "READS", "CodeTracer", "UntraceableError", "code_of", "plain_class", "raw_trace", "traced"]
 
 PARTS = ("_parameters", "_buffers", "_modules")
 CONTAINERS = (dict, list, set)
@@ -23,7 +23,7 @@ READS = (getattr, operator.getitem)
 KEPT = "_forward_before_trace"  # a module's `self.forward = self.forward_in_parts`, while a traced copy runs instead
 
 
-class Untraceable(ValueError):
+class UntraceableError(ValueError):
     """Code that no trace can stand for."""
 
 
@@ -49,13 +49,13 @@ def code_of(module: nn.Module) -> Callable[..., Any]:
     """Return the forward that a module runs by itself: that of its class, or the method that it has set in its place.
 
     Raises:
-        Untraceable: It runs something else, as a function that another library has put there.
+        UntraceableError: It runs something else, as a function that another library has put there.
     """
     own = next((vars(module)[key] for key in ("forward", KEPT, ASIDE) if key in vars(module)), None)
     if own is None:
         return plain_class(module).forward
     if getattr(own, "__self__", None) is not module:
-        raise Untraceable("it has a forward that is no code of its class")
+        raise UntraceableError("it has a forward that is no code of its class")
     return cast(Callable[..., Any], own.__func__)
 
 
@@ -68,7 +68,7 @@ def traced(module: nn.Module, given: Mapping[str, Any], training: bool) -> Graph
         training: The mode.
 
     Raises:
-        Untraceable: Its code depends on the values that it is given, or notes something on the module.
+        UntraceableError: Its code depends on the values that it is given, or notes something on the module.
     """
     return _tidy(raw_trace(module, given, training, CodeTracer()))
 
@@ -76,15 +76,15 @@ def traced(module: nn.Module, given: Mapping[str, Any], training: bool) -> Graph
 def raw_trace(module: nn.Module, given: Mapping[str, Any], training: bool, tracer: CodeTracer) -> Graph:
     """Make a trace by a tracer, as it comes; arguments and errors as for `traced`."""
     if isinstance(module, torch.jit.ScriptModule):
-        raise Untraceable("it is a script")
+        raise UntraceableError("it is a script")
     stand_in = _stand_in(module, training)
     before = _attributes(stand_in, training)
     try:
         graph = tracer.trace(stand_in, dict(given) or None)
     except Exception as error:  # whatever code of the user's makes of a proxy
-        raise Untraceable(f"its code cannot be traced: {said(error)}") from error
+        raise UntraceableError(f"its code cannot be traced: {said(error)}") from error
     if _attributes(stand_in, training) != before:
-        raise Untraceable("its code notes something on the module in each forward pass")
+        raise UntraceableError("its code notes something on the module in each forward pass")
     for node in graph.nodes:
         if node.op == "placeholder" and given:
             node.target = _argument(str(node.target), given, [*inspect.signature(type(stand_in).forward).parameters])
@@ -102,11 +102,6 @@ def _tidy(graph: Graph) -> Graph:
         base = node.name.rstrip("0123456789").removesuffix("_") or node.name
         copied[node] = tidy.create_node(node.op, node.target, args, kwargs, base, node.type)
     return tidy
-
-
-def operations(graph: Graph) -> list[tuple[str, str, str]]:
-    """List what a trace does, without sizes and devices that nobody reads."""
-    return [(n.name, n.op, str(n.target)) for n in graph.nodes if n.users or (n.op != "get_attr" and n.target not in READS)]
 
 
 def _argument(target: str, given: Mapping[str, Any], names: list[str]) -> str:
