@@ -338,6 +338,8 @@ class Tree:
                 "remove its channels with example inputs of these sizes, or with rewrite=False"
             ) from error
 
+    _met._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compile leaves it to Python
+
     def _check_known(self, graph: Graph) -> None:
         """Check that all operations of a trace stand on ways that the edits were checked on, and which time each is done."""
         if new := next((node.name for node in graph.nodes if node.name not in self._known and node.op != "output"), None):
@@ -377,7 +379,7 @@ def _stretch(graph: Graph, begin: Node | None, end: Node | None) -> Graph:
         copied = {node: made.placeholder(node.name) for node in cast(Sequence[Node], begin.args[1])}
         nodes = nodes[nodes.index(begin) + 1 :]
     for node in nodes:
-        if node is end:
+        if end is not None and node is end:
             choice, values = cast(tuple[Node, Sequence[Node]], node.args)
             made.output((copied[choice], *(copied[value] for value in values)))
             break
