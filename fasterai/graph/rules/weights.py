@@ -191,7 +191,19 @@ def embedding(trace: Trace, node: Any, weight: Value, indices: Value, *rest: Any
     return Value(shape_of(node), (*all_fixed(indices.shape), weight.dims[1]))
 
 
-@rule("matmul", "bmm", "mm")
+@rule("bilinear")
+def bilinear(trace: Trace, node: Any, a: Value, b: Value, weight: Value, bias: Value | None = None) -> Value:
+    """Follow `a W b` for each matrix of a stack (out, channels of a, channels of b), which reads both of its inputs."""
+    _read(trace, a, -1, weight, 1, node)
+    _read(trace, b, -1, weight, 2, node)
+    sides = [Value(v.shape[:-1], v.dims[:-1]) for v in (a, b)]
+    made, out = broadcast(trace, node.name, sides, a.shape[:-1], product=True), weight.dims[0]
+    if bias is not None:
+        made, out = unmarked(made), trace.labels.join(out, bias.dims[0], node.name)
+    return Value(shape_of(node), (*made.dims, out))
+
+
+@rule("matmul", "bmm", "mm", "mv", "dot", "vdot")
 def matmul(trace: Trace, node: Any, a: Value, b: Value) -> Value:
     shape = shape_of(node)
     rows = a.dims[-2:-1] if len(a.shape) > 1 else ()

@@ -23,8 +23,21 @@ from tests.sweep.operations import Call, form, merged, read
 CALLS = read()
 #: Forms that no network of the sweep has happened to use.
 MORE: list[Call] = [
+    ["aten._conj.default", ["@complex64 2x3"], {}],
+    ["aten._fft_c2c.default", ["@complex64 2x3x4", [1], 0, True], {}],
+    ["aten._fft_c2r.default", ["@complex64 2x3x4", [1, 2], 0, 6], {}],
+    ["aten._fft_r2c.default", ["@float32 2x3x4", [2], 0, True], {}],
+    ["aten.angle.default", ["@complex64 2x3"], {}],
+    ["aten.bilinear.default", ["@float32 2x3x4", "@float32 2x3x5", "@float32 6x4x5"], {}],
     ["aten.cat.default", [["@float32 2x3", "@float32 2x5"]], {"dim": -1}],
     ["aten.chunk.default", ["@float32 6x4"], {"chunks": 3}],
+    ["aten.complex.default", ["@float32 2x3", "@float32 2x3"], {}],
+    ["aten.dot.default", ["@float32 3", "@float32 3"], {}],
+    ["aten.fft_fft.default", ["@float32 2x3x4"], {"dim": 1}],
+    ["aten.fft_fftn.default", ["@float32 2x3x4", [3, 4]], {}],
+    ["aten.fft_fftshift.default", ["@float32 2x3x4", [-1]], {}],
+    ["aten.fft_irfft2.default", ["@complex64 2x3x4"], {"dim": [0, -1]}],
+    ["aten.fft_rfft2.default", ["@float32 2x3x4", [4, 8]], {}],
     ["aten.flatten.using_ints", ["@float32 2x3x4x5", -3, -2], {}],
     ["aten.index.Tensor", ["@float32 3x4x5", [None, "@bool 4x5"]], {}],
     ["aten.index.Tensor", ["@float32 3x4x5", [None, "@int64 2x3", None]], {}],
@@ -35,9 +48,11 @@ MORE: list[Call] = [
     ["aten.max.dim", ["@float32 2x3x4", -2], {"keepdim": True}],
     ["aten.mean.dim", ["@float32 2x3x4", None], {"keepdim": True}],
     ["aten.movedim.intlist", ["@float32 2x3x4", [-1, 0], [0, -1]], {}],
+    ["aten.mv.default", ["@float32 2x3", "@float32 3"], {}],
     ["aten.narrow.default", ["@float32 6x4", 0, 1, 3], {}],
     ["aten.permute.default", ["@float32 2x3x4x5", [0, -1, -3, -2]], {}],
     ["aten.pixel_shuffle.default", ["@float32 2x8x3x3", 2], {}],
+    ["aten.polar.default", ["@float32 2x3", "@float32 2x3"], {}],
     ["aten.rsub.Scalar", ["@float32 2x3", 1.0, 2], {}],
     ["aten.select.int", ["@float32 2x3x4"], {"dim": -2, "index": -1}],
     ["aten.slice.Tensor", ["@float32 6x4", 0], {"start": -4, "end": 9223372036854775807, "step": 2}],
@@ -46,6 +61,9 @@ MORE: list[Call] = [
     ["aten.sum.dim_IntList", ["@float32 2x3x4", []], {}],
     ["aten.swapdims.default", ["@float32 2x3x4", -1, 0], {}],
     ["aten.unflatten.int", ["@float32 2x12x3", -2, [3, -1]], {}],
+    ["aten.vdot.default", ["@float32 3", "@float32 3"], {}],
+    ["aten.view_as_complex.default", ["@float32 3x4x2"], {}],
+    ["aten.view_as_real.default", ["@complex64 3x4"], {}],
     ["aten.where.ScalarSelf", ["@bool 2x3", 1.0, "@float32 2x3"], {}],
 ]
 #: They only move numbers: each keeps its label wherever it goes, and none is pinned where one dimension alone has labels.
