@@ -18,6 +18,7 @@ from fasterai.graph.rules.trace import (
     class_of,
     rule,
     shape_of,
+    shapes_of,
     unknown_tensor,
     unmarked,
     values_in,
@@ -189,6 +190,20 @@ def weight_norm(trace: Trace, node: Any, v: Value, g: Value, dim: int = 0) -> Va
 def embedding(trace: Trace, node: Any, weight: Value, indices: Value, *rest: Any, **keywords: Any) -> Value:
     trace.labels.pin_all([weight.dims[0], *indices.dims], f"{node.name} looks rows up by number")
     return Value(shape_of(node), (*all_fixed(indices.shape), weight.dims[1]))
+
+
+@rule("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(trace: Trace, node: Any, weight: Value, *rest: Any, **keywords: Any) -> list[Value]:
+    """Follow sums, means and maxima of rows, which are zero where the rows are; what else it gives is numbers of bags."""
+    given = [dim for value in values_in([rest, keywords]) for dim in value.dims]
+    trace.labels.pin_all([weight.dims[0], *given], f"{node.name} looks rows up by number")
+    shapes = shapes_of(node)
+    return [Value(shapes[0], (FIXED, weight.dims[1])), *(Value(shape, all_fixed(shape)) for shape in shapes[1:])]
+
+
+@rule("outer", "ger")
+def outer(trace: Trace, node: Any, a: Value, b: Value) -> Value:
+    return Value(shape_of(node), (a.dims[0], b.dims[0]))
 
 
 @rule("bilinear")

@@ -19,6 +19,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from fasterai.model.supported import said
+from fasterai.prune.surgery.makers import traced_makers
 from fasterai.prune.surgery.rewriting import Rewrite, apply_edits
 
 __all__ = ["ASIDE", "change_rewrites", "code_of", "edited", "plain_class", "put_class", "rewrite_of", "traced", "traced_class"]
@@ -82,7 +83,8 @@ def traced(module: nn.Module, given: Mapping[str, Any], training: bool) -> Graph
     stand_in = _stand_in(module, training)
     before = _attributes(stand_in, training)
     try:
-        graph = _Tracer().trace(stand_in, dict(given) or None)
+        with traced_makers():
+            graph = _Tracer().trace(stand_in, dict(given) or None)
     except Exception as error:  # whatever code of the user's makes of a proxy
         raise ValueError(f"its code cannot be traced: {said(error)}") from error
     if _attributes(stand_in, training) != before:
