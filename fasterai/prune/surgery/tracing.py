@@ -20,6 +20,7 @@ from torch.fx import Graph, Node
 
 from fasterai.model.supported import said
 from fasterai.prune.surgery.makers import traced_makers
+from fasterai.prune.surgery.rearranging import can_be_written_out, rearranged
 from fasterai.prune.surgery.rewriting import Rewrite, apply_edits
 
 __all__ = ["ASIDE", "change_rewrites", "code_of", "edited", "plain_class", "put_class", "rewrite_of", "traced", "traced_class"]
@@ -61,7 +62,7 @@ def code_of(module: nn.Module) -> Callable[..., Any]:
     """
     own = next((vars(module)[key] for key in ("forward", KEPT, ASIDE) if key in vars(module)), None)
     if own is None:
-        return plain_class(module).forward
+        return rearranged if can_be_written_out(module) else plain_class(module).forward
     if getattr(own, "__self__", None) is not module:
         raise ValueError("it has a forward that is no code of its class")
     return cast(Callable[..., Any], own.__func__)
