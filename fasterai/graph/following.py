@@ -236,7 +236,7 @@ MEETINGS = frozenset(("cat", "add", "sub", "mul", "lstm", "gru", "lstm_cell", "g
 
 
 def _note_made(trace: Trace, node: Any, values: Mapping[Any, Any], result: Any) -> None:
-    """Note tensors made to fit, as first states are, that meet what may shrink: the next pass labels them, and so their sizes."""
+    """Note tensors made to fit, as first states are, that meet what may shrink: the next pass gives them labels."""
     if not trace.rewrite or called(node) not in MEETINGS:
         return
     for one in node.all_input_nodes:

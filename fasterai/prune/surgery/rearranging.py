@@ -29,7 +29,7 @@ def can_be_written_out(module: Any) -> bool:
 
 
 def rearranged(self: Any, input: Any) -> Any:
-    """Rearrange a tensor by a layer's pattern."""
+    """Return a tensor rearranged by a layer's pattern."""
     left, right = (_groups(side) for side in self.pattern.split("->"))
     shape, sizes = input.shape, {"1": 1, **self.axes_lengths}
     for i, group in enumerate(left):
