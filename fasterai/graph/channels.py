@@ -19,7 +19,7 @@ from torch import nn
 from fasterai.display import Shown, Table, counted
 from fasterai.graph.exported import Exported, exported, how_recorded
 from fasterai.graph.features import FeaturesLike, kept_inputs, read_features
-from fasterai.graph.following import Place, Settings, choose, components_of, follow
+from fasterai.graph.following import MADE, Place, Settings, choose, components_of, follow
 from fasterai.graph.inputs import input_tensors
 from fasterai.graph.labels import FIXED, Array, Components, Dim
 from fasterai.graph.reasons import summed_reasons
@@ -40,6 +40,7 @@ SIZED = frozenset(
     (
         *("view", "reshape", "_unsafe_view", "unflatten", "expand", "repeat", "broadcast_to"),
         *("split", "split_with_sizes", "chunk", "tensor_split", "slice", "narrow", "unsafe_split", "unsafe_chunk"),
+        *MADE,
     )
 )
 

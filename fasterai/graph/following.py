@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,17 +17,20 @@ from fasterai.graph.exported import Exported, unmet
 from fasterai.graph.features import Asked
 from fasterai.graph.labels import FIXED, FREE, Components, Dim, Packed, is_zeroed, plain, zeroed
 from fasterai.graph.rules import RULES, Trace, Value, unknown
-from fasterai.graph.rules.trace import called, unmarked, values_in
+from fasterai.graph.rules.trace import called, shape_of, unmarked, values_in
 from fasterai.model.dataflow import VIEWS
 
-__all__ = ["Place", "Settings", "choose", "components_of", "follow"]
+__all__ = ["MADE", "Place", "Settings", "choose", "components_of", "follow"]
 
 Place = tuple[str, int]  # a parameter's or buffer's name, and one of its dimensions
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a pass: the operations, the parameters that stay, and those of `Trace`."""
+    """Settings of a pass: the operations, the parameters that stay, and those of `Trace`.
+
+    `fitted` holds the tensors made to fit that need labels, as passes have found: each begins with what the others know.
+    """
 
     programs: Sequence[Exported]
     stay: Mapping[str, str]
@@ -36,6 +39,7 @@ class Settings:
     experts: bool
     slim: Collection[str]
     rewrite: bool = False
+    fitted: set[Any] = field(default_factory=set)
 
 
 def choose(settings: Settings) -> dict[str, int]:
@@ -104,7 +108,7 @@ def components_of(trace: Trace, weights: Mapping[str, Value]) -> Components:
 def follow(settings: Settings, choices: dict[str, int]) -> tuple[Trace, dict[str, Value]]:
     """Run over the operations once, and return the labels and the values of the parameters and buffers."""
     asked = {one.argument: one for one in settings.asked}
-    written: set[Any] = set()
+    written = settings.fitted
     sizes = unmet(settings.programs)
     while True:
         trace = Trace(choices, settings.exact, asked, settings.experts, settings.slim, settings.rewrite, frozenset(written))
@@ -176,6 +180,7 @@ def _apply(trace: Trace, node: Any, values: dict[Any, Any]) -> Any:
     name = getattr(node.target, "__name__", "").partition(".")[0]
     found: Callable[..., Any] | None = RULES.get(name)
     result = trace.fitted(node, _ruled(trace, found or unknown, node, arguments, keywords))
+    _note_made(trace, node, values, result)
     if name.endswith("_") and not name.endswith("__") and isinstance(result, Value) and isinstance(arguments[0], Value):
         _written(trace, node, arguments[0], result, trace.roots[node.args[0]])
         values[node.args[0]] = result
@@ -223,6 +228,24 @@ def _settle(trace: Trace, value: Any) -> Any:
         return value
     trace.labels.pin_all([d for d in value.dims if isinstance(d, Packed)], "")
     return replace(value, dims=tuple(FIXED if isinstance(d, Packed) else d for d in value.dims))
+
+
+#: Operations that make a tensor of a size that code gives, and those in which it meets others.
+MADE = frozenset(("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"))
+MEETINGS = frozenset(("cat", "add", "sub", "mul", "lstm", "gru", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"))
+
+
+def _note_made(trace: Trace, node: Any, values: Mapping[Any, Any], result: Any) -> None:
+    """Note tensors made to fit, as first states are, that meet what may shrink: the next pass gives them labels."""
+    if not trace.rewrite or called(node) not in MEETINGS:
+        return
+    for one in node.all_input_nodes:
+        root, found, dims = trace.roots[one], values_in(values.get(one)), values_in(result)[0].dims
+        value = found[0] if found and called(root) in MADE else Value((), ())
+        for d in range(-len(value.dims), 0):
+            is_met = isinstance(dims[d], np.ndarray) or (called(node) == "cat" and value.shape[d] != shape_of(node)[d])
+            if is_met and value.dims[d] is FREE and value.shape[d] > 1:
+                trace.written.add(root)
 
 
 def _written(trace: Trace, node: Any, before: Value, after: Value, root: Any) -> None:

@@ -29,7 +29,7 @@ SMALL_FORMAT = "fasterai-small-1"
 SIZES = (
     *("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels", "num_groups"),
     *("normalized_shape", "embedding_dim", "num_parameters", "input_size", "hidden_size", *HEADS, *WIDTHS, *STREAMS),
-    *("nf", "nx", "bias_shape", "kdim", "vdim", *EXPERTS),
+    *("nf", "nx", "in1_features", "in2_features", "bias_shape", "kdim", "vdim", *EXPERTS),
 )
 PARTS = ("sizes", "slim", "traits", "dense")
 LATER = ("inputs", SELECTORS, "rewrites")
