@@ -34,10 +34,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, _symbolic_trace
-from torch.fx.proxy import TraceError
+from torch.fx.proxy import Attribute, TraceError
 
 from fasterai.prune.surgery.rewriting import Edit, Way, apply_edits
-from fasterai.prune.surgery.tracing import READS, CodeTracer, UntraceableError, raw_trace
+from fasterai.prune.surgery.tracing import READS, CodeTracer, UntraceableError, filled, plain_class, raw_trace
 
 __all__ = ["Tree", "code_function", "cut_at", "fork_at_end", "holds_wholes", "operations", "traced_way"]
 
@@ -85,7 +85,13 @@ class _Undecided(BaseException):
 
 
 class _Value(Proxy):
-    """Stand-in of a value, which code may write into, or take for a whole number."""
+    """Stand-in of a value, which code may write into, count, or take for a whole number."""
+
+    def __getattr__(self, k: str) -> Attribute:
+        return _Part(self, k)
+
+    def __len__(self) -> int:
+        return int(cast(_Forking, self.tracer).decide(length, self))
 
     def __int__(self) -> int:
         return int(cast(_Forking, self.tracer).decide(number, self))
@@ -101,6 +107,10 @@ class _Value(Proxy):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+class _Part(_Value, Attribute):
+    """Stand-in of an attribute, as a tensor's shape."""
 
 
 class _Forking(CodeTracer):
@@ -282,11 +292,12 @@ class _Stretch:
         way: The decisions before it.
         run: Its code; takes the module and what the fork before it hands on, and returns the decision and what it hands on.
         held: Names of what its fork hands on; None where it returns the result.
+        is_bare: True where all that was done up to its end is to read sizes.
         after: Decision -> what comes then.
     """
 
-    def __init__(self, way: Way, run: Callable[..., Any], held: tuple[str, ...] | None) -> None:
-        self.way, self.run, self.held = way, run, held
+    def __init__(self, way: Way, run: Callable[..., Any], held: tuple[str, ...] | None, is_bare: bool) -> None:
+        self.way, self.run, self.held, self.is_bare = way, run, held, is_bare
         self.after: dict[Any, _Stretch] = {}
 
 
@@ -326,28 +337,38 @@ class Tree:
 
     def run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Run it."""
-        at = self._first
+        at, may_fill = self._first, True
         found = at.run(module, *args, **kwargs)
         while at.held is not None:
-            at = at.after.get(found[0]) or self._met(module, at, found[0])
-            found = at.run(module, *found[1:])
+            after = at.after.get(found[0]) or self._new(module, at, found[0], (args, kwargs), may_fill)
+            if after is None:  # its attributes are filled now: once more
+                at, may_fill = self._first, False
+                found = at.run(module, *args, **kwargs)
+            else:
+                at = after
+                found = at.run(module, *found[1:])
         return found
 
-    def _met(self, module: nn.Module, at: _Stretch, choice: Any) -> _Stretch:
-        """Trace what comes after a decision that was not met before."""
-        what = type(module).__name__
+    def _new(self, module: nn.Module, at: _Stretch, choice: Any, given: tuple[Any, Any], may_fill: bool) -> _Stretch | None:
+        """Trace what comes after a decision that was not met before.
+
+        Where that cannot be, the module's own code may fill attributes, such as a table for these sizes: None if it has.
+        """
+        way = (*at.way, choice)
         try:
-            way = (*at.way, choice)
             graph = traced_way(module, self._given, self._training, way)
             self._check_known(graph)
             return self._grown(at, graph, way)
         except ValueError as error:
+            if may_fill and at.is_bare and filled(module, *given):
+                return None
+            what = plain_class(module).__name__
             raise ValueError(
                 f"inputs must have sizes at which {what} goes a way that its removal was checked on, got others ({error}); "
                 "remove its channels with example inputs of these sizes, or with rewrite=False"
             ) from error
 
-    _met._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compile leaves it to Python
+    _new._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compile leaves it to Python
 
     def _check_known(self, graph: Graph) -> None:
         """Check that all operations of a trace stand on ways that the edits were checked on, and which time each is done."""
@@ -373,7 +394,8 @@ class Tree:
         end = fork_at_end(graph)
         hands_on = None if end is None else tuple(node.name for node in cast(Sequence[Node], end.args[1]))
         apply_edits(graph, tuple(edit for edit in self._edits if edit.node in nodes))
-        return _Stretch(way, code_function(_stretch(graph, begin, end)), hands_on)
+        is_bare = all(node.op in ("get_attr", "output") or node.target is fork or _is_size(node) for node in graph.nodes)
+        return _Stretch(way, code_function(_stretch(graph, begin, end)), hands_on, is_bare)
 
 
 def _place_of(name: str) -> str:

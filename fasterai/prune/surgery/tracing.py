@@ -6,6 +6,7 @@ import copy
 import inspect
 import operator
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,18 @@ from torch.fx import Graph, Node
 from fasterai.model.supported import said
 from fasterai.prune.surgery.makers import traced_makers
 
-__all__ = ["ASIDE", "KEPT", "READS", "CodeTracer", "UntraceableError", "code_of", "plain_class", "raw_trace", "traced"]
+__all__ = [
+    "ASIDE",
+    "KEPT",
+    "READS",
+    "CodeTracer",
+    "UntraceableError",
+    "code_of",
+    "filled",
+    "plain_class",
+    "raw_trace",
+    "traced",
+]
 
 PARTS = ("_parameters", "_buffers", "_modules")
 CONTAINERS = (dict, list, set)
@@ -120,6 +132,28 @@ def _stand_in(module: nn.Module, training: bool) -> nn.Module:
     for key in ("forward", KEPT, ASIDE):
         vars(stand_in).pop(key, None)
     return stand_in
+
+
+def filled(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Run a module's own code for the attributes that it sets, whatever else comes of it; tell if it has set any.
+
+    Neither random numbers nor what norms count are moved by it.
+    """
+    other = _stand_in(module, module.training)
+    other._buffers = dict(other._buffers)
+    before = [(b, b.detach().clone()) for b in module.buffers()]
+    parts = (vars(module), module._buffers), (vars(other), other._buffers)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with suppress(Exception):  # sizes in the code are not those of the weights
+            other(*args, **kwargs)
+        for buffer, values in before:
+            buffer.copy_(values)
+    found = False
+    for own, new in zip(*parts, strict=True):
+        for key in new.keys() - {*PARTS, "training"}:
+            if own.get(key) is not new[key] and not isinstance(new[key], CONTAINERS):
+                own[key], found = new[key], True
+    return found
 
 
 def _attributes(module: nn.Module, training: bool) -> dict[str, Any]:
