@@ -29,7 +29,7 @@ from fasterai.model.inputs import positional
 from fasterai.model.names import plain_name, unwrap
 from fasterai.model.norms import Norm, norms_behind
 from fasterai.model.slim_norms import slimmable
-from fasterai.model.supported import check_model, recomputed
+from fasterai.model.supported import check_model, kernels, recomputed
 
 __all__ = ["ChannelGraph", "Group", "Place", "channel_graph"]
 
@@ -185,7 +185,8 @@ def followed(
     inner, inputs = unwrap(check_model(model)), positional(inputs)
     asked = read_features(features, inner, inputs) if features is not None else ()
     programs = exported(inner, inputs)
-    settings = Settings(programs, recomputed(inner), exact, asked, experts, slimmable(inner), rewrite)
+    bare = frozenset(plain_name(f"{n}.{own}" if n else own) for n, module in inner.named_modules() for own in kernels(module))
+    settings = Settings(programs, recomputed(inner), exact, asked, experts, slimmable(inner), rewrite, bare)
     choices = choose(settings)
     trace, weights = follow(settings, choices)
     components = components_of(trace, weights)

@@ -1,4 +1,7 @@
-"""Pass over a network's operations: labels of every tensor's dimensions, by the rules, in the ways that leave most to go."""
+"""Pass over a network's operations: labels of every tensor's dimensions, by the rules, in the ways that leave most to go.
+
+Over 300 lines, since what a pass notes beside the rules stands in one place.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from fasterai.graph.exported import Exported, unmet
 from fasterai.graph.features import Asked
 from fasterai.graph.labels import FIXED, FREE, Components, Dim, Packed, is_zeroed, plain, zeroed
 from fasterai.graph.rules import RULES, Trace, Value, unknown
-from fasterai.graph.rules.trace import called, shape_of, unmarked, values_in
+from fasterai.graph.rules.trace import all_fixed, called, shape_of, unmarked, values_in
 from fasterai.model.dataflow import VIEWS
 
 __all__ = ["MADE", "Place", "Settings", "choose", "components_of", "follow"]
@@ -29,7 +32,8 @@ Place = tuple[str, int]  # a parameter's or buffer's name, and one of its dimens
 class Settings:
     """Settings of a pass: the operations, the parameters that stay, and those of `Trace`.
 
-    `fitted` holds the tensors made to fit that need labels, as passes have found: each begins with what the others know.
+    `kernels` are parameters that convolutions make weights of, whose further dimensions stay. `fitted` are the tensors made to
+    fit that need labels, as passes have found: each begins with what the others know.
     """
 
     programs: Sequence[Exported]
@@ -39,6 +43,7 @@ class Settings:
     experts: bool
     slim: Collection[str]
     rewrite: bool = False
+    kernels: Collection[str] = ()
     fitted: set[Any] = field(default_factory=set)
 
 
@@ -114,7 +119,7 @@ def follow(settings: Settings, choices: dict[str, int]) -> tuple[Trace, dict[str
         trace = Trace(choices, settings.exact, asked, settings.experts, settings.slim, settings.rewrite, frozenset(written))
         weights: dict[str, Value] = {}
         for program in settings.programs:
-            _follow_one(trace, program, weights, sizes)
+            _follow_one(trace, program, weights, sizes, settings.kernels)
         if trace.written <= written:
             break
         written |= trace.written  # such tensors get labels from the start, so that all views of them learn what is written
@@ -127,7 +132,9 @@ def follow(settings: Settings, choices: dict[str, int]) -> tuple[Trace, dict[str
     return trace, weights
 
 
-def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value], sizes: Mapping[int, str]) -> None:
+def _follow_one(
+    trace: Trace, program: Exported, weights: dict[str, Value], sizes: Mapping[int, str], kernels: Collection[str]
+) -> None:
     names, parameters = program.names, program.program.graph_signature.inputs_to_parameters
     given = program.inputs
     values = trace.values
@@ -138,7 +145,8 @@ def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value], size
             continue
         if node.op == "placeholder":
             name, is_parameter = names.get(node.name), node.name in parameters
-            values[node] = _placeholder(trace, node, name, weights, is_parameter, given.get(node.name, ""))
+            value = _placeholder(trace, node, name, weights, is_parameter, given.get(node.name, ""))
+            values[node] = _without_kernel(trace, node, value) if name in kernels else value
         elif node.op == "output":
             for value in (v for a in node.args[0] if isinstance(v := values.get(a), Value)):
                 trace.labels.pin_all(value.dims, "it is an output of the network")
@@ -171,6 +179,11 @@ def _placeholder(
         dims: tuple[Dim, ...] = tuple(zeroed(x) if is_parameter and isinstance(x, np.ndarray) else x for x in fresh)
         weights[name] = Value(shape, dims, tuple((name, d) for d in range(len(shape))), is_parameter)
     return weights[name]
+
+
+def _without_kernel(trace: Trace, node: Any, weight: Value) -> Value:
+    trace.labels.pin_all(weight.dims[2:], f"{node.name}'s kernel size")
+    return replace(weight, dims=(*weight.dims[:2], *all_fixed(weight.shape[2:])))
 
 
 def _apply(trace: Trace, node: Any, values: dict[Any, Any]) -> Any:
