@@ -43,13 +43,13 @@ class AsTransformers(nn.Module):
 
 
 class AlmostAsTransformers(AsTransformers):
-    """One that takes fourth powers: its code has the same names in the same order."""
+    """One that multiplies by eps: its code has the same names and numbers in the same order."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         given = hidden.dtype
         hidden = hidden.to(torch.float32)
-        square = hidden.pow(4).mean(-1, keepdim=True)
-        hidden = hidden * torch.rsqrt(square + self.variance_epsilon)
+        square = hidden.pow(2).mean(-1, keepdim=True)
+        hidden = hidden * torch.rsqrt(square * self.variance_epsilon)
         return self.weight * hidden.to(given)
 
 
@@ -122,6 +122,17 @@ def test_a_slim_module_of_ones_own_runs_in_every_other_form() -> None:
     net.zero_grad()
     net(x).square().sum().backward()
     torch.testing.assert_close(first, [p.grad for p in net.parameters() if p.grad is not None])
+
+
+def test_an_exported_program_has_their_gradients_and_takes_other_sizes() -> None:
+    net = nn.Sequential(small(nn.LayerNorm(6), 10), small(nn.GroupNorm(2, 4), 3))
+    x, other = (torch.randn(2, 4, 6, requires_grad=True), torch.randn(5, 4, 6, requires_grad=True))
+    with torch.no_grad():
+        program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False).module()
+    (wanted,) = torch.autograd.grad(net(other).sin().sum(), other)
+    found = program(other)
+    torch.testing.assert_close(found, net(other))
+    torch.testing.assert_close(torch.autograd.grad(found.sin().sum(), other)[0], wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
