@@ -130,7 +130,7 @@ def main() -> None:
             dense_ms, slim_ms = (1000 * statistics.median(run[i] for run in runs) for i in (0, 1))
             shares = sorted(run[0] / run[1] / macs for run in runs)
             bare = statistics.median(run[0] / run[2] / macs for run in runs)
-            row = f"{left:.3f} | {norms} | {macs:.2f} | {dense_ms:.1f} | {slim_ms:.1f} | {dense_ms / slim_ms:.2f}"
+            row = f"{left:.3f} | {norms} | {macs:.2f} | {dense_ms:.4g} | {slim_ms:.4g} | {dense_ms / slim_ms:.2f}"
             between = f"{statistics.median(shares):.2f} ({shares[0]:.2f} to {shares[-1]:.2f})"
             print(f"| {name} | {batch} | {row} | {between} | {bare:.2f} |", flush=True)
 
