@@ -255,7 +255,7 @@ def _note_made(trace: Trace, node: Any, values: Mapping[Any, Any], result: Any) 
     for one in node.all_input_nodes:
         root, found, dims = trace.roots[one], values_in(values.get(one)), values_in(result)[0].dims
         value = found[0] if found and called(root) in MADE else Value((), ())
-        for d in range(-len(value.dims), 0):
+        for d in range(-min(len(value.dims), len(dims)), 0):
             is_met = isinstance(dims[d], np.ndarray) or (called(node) == "cat" and value.shape[d] != shape_of(node)[d])
             if is_met and value.dims[d] is FREE and value.shape[d] > 1:
                 trace.written.add(root)
