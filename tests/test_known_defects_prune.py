@@ -31,6 +31,7 @@ from fasterai.core.schedules import OneShot, agp, cos, lin, one_shot
 from fasterai.prune.gradual import GradualPruner
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.removal import remove
+from fasterai.prune.small_files import load_small, save_small
 from fasterai.sparse.sparsifier import Sparsifier
 from tests.beside import waits_for
 from tests.networks import Sloping, perceptron
@@ -638,14 +639,25 @@ def test_grouped_transposed_convolutions():
 
 
 class Doubled(nn.Module):
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.shift = shift
+
     def forward(self, weight):
-        return 2 * weight
+        return 2 * weight + self.shift
 
 
 RECOMPUTED = {
-    "spectral norm": parametrizations.spectral_norm,
     "a mask of torch's own": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
-    "one's own": lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", Doubled()),
+    "one's own": lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", Doubled(0.1)),
+}
+FOLLOWED = {
+    "spectral norm": (parametrizations.spectral_norm, "2.parametrizations.weight.original"),
+    "old spectral norm": (nn.utils.spectral_norm, "2.weight_orig"),
+    "one's own": (
+        lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", Doubled(0.0)),
+        "2.parametrizations.weight.original",
+    ),
 }
 
 
@@ -667,6 +679,23 @@ def test_weights_that_are_worked_out_anew_stay_and_others_go(name, criterion):
     assert removal.removed == {"0.0.weight": (8, 4)}
     assert {name.partition(".")[0] for name, _ in removal.pinned} >= {"2"}
     computes_the_same(model, dense, removal, X)
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_channels_of_a_weight_that_is_worked_out_channel_by_channel_go(name, tmp_path):
+    """D-G7: as above; where what is worked out is zero where the weight is, its own channels go, in training too."""
+    change, weight = FOLLOWED[name]
+    model, fresh = recomputing(change), recomputing(change)
+    dense = copy.deepcopy(model)
+    removal = pruned(model)
+    assert removal.removed == {"0.0.weight": (8, 4), "1.0.weight": (6, 3), weight: (4, 2)}
+    computes_the_same(model, dense, removal, X)
+    assert model[2].weight.shape == (2, 3, 1, 1) and (model[2].in_channels, model[2].out_channels) == (3, 2)
+    save_small(tmp_path / "small.safetensors", model)
+    again = load_small(tmp_path / "small.safetensors", fresh)
+    assert torch.equal(run(again, X), run(model, X))
+    model(X).sum().backward()
+    assert model.train()(X).shape == (*run(model, X).shape,)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated", "ignore:The tensor attribute self.2.weight")

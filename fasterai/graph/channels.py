@@ -19,7 +19,7 @@ from torch import nn
 from fasterai.display import Shown, Table, counted
 from fasterai.graph.exported import Exported, exported, how_recorded
 from fasterai.graph.features import FeaturesLike, kept_inputs, read_features
-from fasterai.graph.following import Place, Settings, choose, components_of, follow
+from fasterai.graph.following import MADE, Place, Settings, choose, components_of, follow
 from fasterai.graph.inputs import input_tensors
 from fasterai.graph.labels import FIXED, Array, Components, Dim
 from fasterai.graph.reasons import summed_reasons
@@ -29,7 +29,7 @@ from fasterai.model.inputs import positional
 from fasterai.model.names import plain_name, unwrap
 from fasterai.model.norms import Norm, norms_behind
 from fasterai.model.slim_norms import slimmable
-from fasterai.model.supported import check_model, recomputed
+from fasterai.model.supported import check_model, kernels, recomputed
 
 __all__ = ["ChannelGraph", "Group", "Place", "channel_graph"]
 
@@ -40,6 +40,7 @@ SIZED = frozenset(
     (
         *("view", "reshape", "_unsafe_view", "unflatten", "expand", "repeat", "broadcast_to"),
         *("split", "split_with_sizes", "chunk", "tensor_split", "slice", "narrow", "unsafe_split", "unsafe_chunk"),
+        *MADE,
     )
 )
 
@@ -159,7 +160,7 @@ def channel_graph(
     Args:
         model: The model, wrapped or not.
         inputs: Its positional arguments.
-        exact: True if channels that a norm, or a mean, averages over must stay: without them the average moves.
+        exact: True if channels must stay that are averaged over where they are not zero: without them the average moves.
         features: The dimensions of inputs that may lose indices, by argument, as `{"x": 1}`; by default all inputs stay whole.
         rewrite: False if sizes that are written into code stay as they are, so that unequal splits and slices pin.
 
@@ -184,7 +185,8 @@ def followed(
     inner, inputs = unwrap(check_model(model)), positional(inputs)
     asked = read_features(features, inner, inputs) if features is not None else ()
     programs = exported(inner, inputs)
-    settings = Settings(programs, recomputed(inner), exact, asked, experts, slimmable(inner), rewrite)
+    bare = frozenset(plain_name(f"{n}.{own}" if n else own) for n, module in inner.named_modules() for own in kernels(module))
+    settings = Settings(programs, recomputed(inner), exact, asked, experts, slimmable(inner), rewrite, bare)
     choices = choose(settings)
     trace, weights = follow(settings, choices)
     components = components_of(trace, weights)

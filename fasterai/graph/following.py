@@ -1,11 +1,14 @@
-"""Pass over a network's operations: labels of every tensor's dimensions, by the rules, in the ways that leave most to go."""
+"""Pass over a network's operations: labels of every tensor's dimensions, by the rules, in the ways that leave most to go.
+
+Over 300 lines, since what a pass notes beside the rules stands in one place.
+"""
 
 from __future__ import annotations
 
 import math
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,17 +20,21 @@ from fasterai.graph.exported import Exported, unmet
 from fasterai.graph.features import Asked
 from fasterai.graph.labels import FIXED, FREE, Components, Dim, Packed, is_zeroed, plain, zeroed
 from fasterai.graph.rules import RULES, Trace, Value, unknown
-from fasterai.graph.rules.trace import called, unmarked, values_in
+from fasterai.graph.rules.trace import all_fixed, called, shape_of, unmarked, values_in
 from fasterai.model.dataflow import VIEWS
 
-__all__ = ["Place", "Settings", "choose", "components_of", "follow"]
+__all__ = ["MADE", "Place", "Settings", "choose", "components_of", "follow"]
 
 Place = tuple[str, int]  # a parameter's or buffer's name, and one of its dimensions
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a pass: the operations, the parameters that stay, and those of `Trace`."""
+    """Settings of a pass: the operations, the parameters that stay, and those of `Trace`.
+
+    `kernels` are parameters that convolutions make weights of, whose further dimensions stay. `fitted` are the tensors made to
+    fit that need labels, as passes have found: each begins with what the others know.
+    """
 
     programs: Sequence[Exported]
     stay: Mapping[str, str]
@@ -36,6 +43,8 @@ class Settings:
     experts: bool
     slim: Collection[str]
     rewrite: bool = False
+    kernels: Collection[str] = ()
+    fitted: set[Any] = field(default_factory=set)
 
 
 def choose(settings: Settings) -> dict[str, int]:
@@ -104,13 +113,13 @@ def components_of(trace: Trace, weights: Mapping[str, Value]) -> Components:
 def follow(settings: Settings, choices: dict[str, int]) -> tuple[Trace, dict[str, Value]]:
     """Run over the operations once, and return the labels and the values of the parameters and buffers."""
     asked = {one.argument: one for one in settings.asked}
-    written: set[Any] = set()
+    written = settings.fitted
     sizes = unmet(settings.programs)
     while True:
         trace = Trace(choices, settings.exact, asked, settings.experts, settings.slim, settings.rewrite, frozenset(written))
         weights: dict[str, Value] = {}
         for program in settings.programs:
-            _follow_one(trace, program, weights, sizes)
+            _follow_one(trace, program, weights, sizes, settings.kernels)
         if trace.written <= written:
             break
         written |= trace.written  # such tensors get labels from the start, so that all views of them learn what is written
@@ -123,7 +132,9 @@ def follow(settings: Settings, choices: dict[str, int]) -> tuple[Trace, dict[str
     return trace, weights
 
 
-def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value], sizes: Mapping[int, str]) -> None:
+def _follow_one(
+    trace: Trace, program: Exported, weights: dict[str, Value], sizes: Mapping[int, str], kernels: Collection[str]
+) -> None:
     names, parameters = program.names, program.program.graph_signature.inputs_to_parameters
     given = program.inputs
     values = trace.values
@@ -134,7 +145,8 @@ def _follow_one(trace: Trace, program: Exported, weights: dict[str, Value], size
             continue
         if node.op == "placeholder":
             name, is_parameter = names.get(node.name), node.name in parameters
-            values[node] = _placeholder(trace, node, name, weights, is_parameter, given.get(node.name, ""))
+            value = _placeholder(trace, node, name, weights, is_parameter, given.get(node.name, ""))
+            values[node] = _without_kernel(trace, node, value) if name in kernels else value
         elif node.op == "output":
             for value in (v for a in node.args[0] if isinstance(v := values.get(a), Value)):
                 trace.labels.pin_all(value.dims, "it is an output of the network")
@@ -169,6 +181,11 @@ def _placeholder(
     return weights[name]
 
 
+def _without_kernel(trace: Trace, node: Any, weight: Value) -> Value:
+    trace.labels.pin_all(weight.dims[2:], f"{node.name}'s kernel size")
+    return replace(weight, dims=(*weight.dims[:2], *all_fixed(weight.shape[2:])))
+
+
 def _apply(trace: Trace, node: Any, values: dict[Any, Any]) -> Any:
     arguments, keywords = tree_map(lambda a: values.get(a, a) if isinstance(a, torch.fx.Node) else a, (node.args, node.kwargs))
     if node.target is operator.getitem:
@@ -176,6 +193,7 @@ def _apply(trace: Trace, node: Any, values: dict[Any, Any]) -> Any:
     name = getattr(node.target, "__name__", "").partition(".")[0]
     found: Callable[..., Any] | None = RULES.get(name)
     result = trace.fitted(node, _ruled(trace, found or unknown, node, arguments, keywords))
+    _note_made(trace, node, values, result)
     if name.endswith("_") and not name.endswith("__") and isinstance(result, Value) and isinstance(arguments[0], Value):
         _written(trace, node, arguments[0], result, trace.roots[node.args[0]])
         values[node.args[0]] = result
@@ -223,6 +241,24 @@ def _settle(trace: Trace, value: Any) -> Any:
         return value
     trace.labels.pin_all([d for d in value.dims if isinstance(d, Packed)], "")
     return replace(value, dims=tuple(FIXED if isinstance(d, Packed) else d for d in value.dims))
+
+
+#: Operations that make a tensor of a size that code gives, and those in which it meets others.
+MADE = frozenset(("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"))
+MEETINGS = frozenset(("cat", "add", "sub", "mul", "lstm", "gru", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"))
+
+
+def _note_made(trace: Trace, node: Any, values: Mapping[Any, Any], result: Any) -> None:
+    """Note tensors made to fit, as first states are, that meet what may shrink: the next pass gives them labels."""
+    if not trace.rewrite or called(node) not in MEETINGS:
+        return
+    for one in node.all_input_nodes:
+        root, found, dims = trace.roots[one], values_in(values.get(one)), values_in(result)[0].dims
+        value = found[0] if found and called(root) in MADE else Value((), ())
+        for d in range(-len(value.dims), 0):
+            is_met = isinstance(dims[d], np.ndarray) or (called(node) == "cat" and value.shape[d] != shape_of(node)[d])
+            if is_met and value.dims[d] is FREE and value.shape[d] > 1:
+                trace.written.add(root)
 
 
 def _written(trace: Trace, node: Any, before: Value, after: Value, root: Any) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
@@ -21,7 +23,9 @@ __all__ = [
     "check_runs",
     "check_whole",
     "directions",
+    "is_followed",
     "is_weight_normed",
+    "kernels",
     "network_in",
     "recomputed",
     "said",
@@ -181,8 +185,8 @@ def where(error: BaseException) -> str:
 def recomputed(model: nn.Module) -> dict[str, str]:
     """Return the parameters and buffers, by plain name, of modules that recompute their weight in each forward pass.
 
-    These are parametrised, or have a mask or a spectral norm of `torch.nn.utils`: a `weight` to cut is not theirs. Weight norms
-    are followed instead.
+    These are parametrised, or have a mask of `torch.nn.utils`: a `weight` to cut is not theirs. What works channel by channel,
+    as weight norms and spectral norms do, is followed instead.
 
     Returns:
         Name -> the reason for which it stays, and the way out.
@@ -190,7 +194,7 @@ def recomputed(model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for prefix, module in model.named_modules():
         way = way_out(module, "")
-        if way is not None and not is_weight_normed(module):
+        if way is not None and not is_followed(module):
             reason = f"its module recomputes its weight in each forward pass; {way} would take that away"
             tensors = [*module.named_parameters(prefix), *module.named_buffers(prefix)]
             found |= {plain_name(name): reason for name, _ in tensors}
@@ -225,13 +229,48 @@ def is_weight_normed(module: nn.Module) -> bool:
     return bool(hooks) and all(isinstance(h, WeightNorm) for h in hooks)
 
 
+def is_followed(module: nn.Module) -> bool:
+    """Tell if what a module makes its weight of is zero where its weight is, channel by channel: rows, and columns, may go."""
+    if is_weight_normed(module):
+        return True
+    if nn.utils.parametrize.is_parametrized(module):
+        lists = [*module.parametrizations.values()]  # type: ignore[operator,union-attr]
+        return all(_keeps_zeros(one) for one in lists)
+    hooks = [h for h in module._forward_pre_hooks.values() if type(h).__module__.startswith("torch.nn.utils.")]
+    return bool(hooks) and all(isinstance(h, SpectralNorm) for h in hooks)
+
+
+@torch.no_grad()
+def _keeps_zeros(parts: Any) -> bool:
+    """Tell if a parametrisation keeps the shape, and makes zeros of a row of zeros, and of a column of zeros."""
+    whole = getattr(parts, "original", None)
+    if whole is None or whole.dim() < 2 or whole.is_meta:
+        return False
+    trial = copy.deepcopy(parts).eval()
+    for d in (0, 1):
+        trial.original.copy_(whole)
+        trial.original.select(d, 0).zero_()
+        made = trial()
+        if made.shape != whole.shape or bool(made.select(d, 0).any()):
+            return False
+    return True
+
+
+def kernels(module: nn.Module) -> Iterator[str]:
+    """Yield the names, within a convolution that recomputes its weight, of the parameters that have the weight's shape."""
+    if isinstance(module, nn.modules.conv._ConvNd) and is_followed(module):
+        held = {id(tensor): name for name, tensor in module.named_parameters()}
+        yield from (held[id(tensor)] for _, tensor in directions(module) if id(tensor) in held)
+
+
 def directions(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights that a module makes of rows and lengths: (attribute, rows), which have the same shape."""
-    if not is_weight_normed(module):
+    """Yield the weights that a module makes of others: (attribute, rows of the weight before), which have the same shape."""
+    if not is_followed(module):
         return
     if nn.utils.parametrize.is_parametrized(module):
-        yield from ((a, parts.original1) for a, parts in module.parametrizations.items())  # type: ignore[operator,union-attr]
+        lists = module.parametrizations.items()  # type: ignore[operator,union-attr]
+        yield from ((a, parts.original1 if hasattr(parts, "original1") else parts.original) for a, parts in lists)
         return
     for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm):
-            yield hook.name, getattr(module, f"{hook.name}_v")
+        if isinstance(hook, WeightNorm | SpectralNorm):
+            yield hook.name, getattr(module, f"{hook.name}_{'v' if isinstance(hook, WeightNorm) else 'orig'}")

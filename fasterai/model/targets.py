@@ -15,7 +15,7 @@ from fasterai.core.checks import unknown
 from fasterai.core.types import Target
 from fasterai.model.layouts import by_dimensions, read_module
 from fasterai.model.names import owner, plain_name, unwrap, walk_parameters
-from fasterai.model.supported import is_weight_normed, way_out
+from fasterai.model.supported import is_followed, way_out
 
 __all__ = [
     "LayerTypes",
@@ -294,7 +294,7 @@ def _parametrised(model: nn.Module, candidates: Sequence[Target], raw: bool) -> 
     found = {}
     for target in candidates if causes else ():
         name = owner(target.name)
-        if name in causes and not (raw and is_weight_normed(modules[name])):
+        if name in causes and not (raw and is_followed(modules[name])):
             found[target.name] = f"{name or type(model).__name__} ({causes[name]})"
     return found
 

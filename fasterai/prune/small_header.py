@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fasterai.graph.inputs import InputCut
 from fasterai.model.names import own_tensors
 from fasterai.model.slim_norms import dense_size, is_slim, is_torchs
+from fasterai.model.supported import directions
 from fasterai.prune.features.files import SELECTORS
 from fasterai.prune.surgery.modules import EXPERTS, HEADS, STREAMS, WIDTHS, new_sizes
 from fasterai.prune.surgery.rewriting import Rewrite
@@ -29,7 +30,7 @@ SMALL_FORMAT = "fasterai-small-1"
 SIZES = (
     *("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels", "num_groups"),
     *("normalized_shape", "embedding_dim", "num_parameters", "input_size", "hidden_size", *HEADS, *WIDTHS, *STREAMS),
-    *("nf", "nx", "bias_shape", "kdim", "vdim", *EXPERTS),
+    *("nf", "nx", "in1_features", "in2_features", "bias_shape", "kdim", "vdim", *EXPERTS),
 )
 PARTS = ("sizes", "slim", "traits", "dense")
 LATER = ("inputs", SELECTORS, "rewrites")
@@ -185,7 +186,7 @@ def _ways(module: nn.Module, saved: Saved, heads: int | None, stamped: bool) -> 
         return [_of_attention(module, saved, heads)]
     if not (type(module).__module__.startswith("torch.nn.") or hasattr(module, "nf")):
         return [{}]
-    own = dict(own_tensors(module))
+    own = dict([*own_tensors(module), *directions(module)])
     old = {name: tuple(x.shape) for name, x in own.items()}
     new = {name: saved.get(id(x), old[name]) for name, x in own.items()}
     if not old or not any(new.values()):

@@ -19,6 +19,7 @@ from fasterai.model.supported import (
     check_model,
     check_whole,
     directions,
+    is_followed,
     is_weight_normed,
     recomputed,
     shapes_of_inputs,
@@ -245,15 +246,42 @@ def test_quantised_parameters_are_refused() -> None:
 
 def test_what_a_weight_is_worked_out_from_is_known() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
-    nn.utils.parametrizations.spectral_norm(model[1])
+    nn.utils.parametrizations.orthogonal(model[1], use_trivialization=False)
     l1_unstructured(model[2], "weight", 0.5)
     model[0].register_parameter("key_v", nn.Parameter(torch.ones(2)))  # a name alone is none
-    own = {"1.bias", "1.parametrizations.weight.original", "1.parametrizations.weight.0._u", "1.parametrizations.weight.0._v"}
+    own = {"1.bias", "1.parametrizations.weight.original"}
     found = recomputed(model)
     assert found.keys() == own | {"2.bias", "2.weight_orig", "2.weight_mask"}
     assert 'torch.nn.utils.parametrize.remove_parametrizations(module, "weight")' in found["1.bias"]
     assert 'torch.nn.utils.prune.remove(module, "weight")' in found["2.bias"]
     assert recomputed(nn.Sequential(nn.Linear(2, 2))) == {}
+
+
+class Worked(nn.Module):
+    def __init__(self, out: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.out = out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x)
+
+
+@pytest.mark.parametrize(
+    ("out", "expected"),
+    [
+        (lambda x: x / x.abs().sum(1, keepdim=True).clamp_min(1e-6), True),
+        (lambda x: x + 1, False),
+        (lambda x: x - x.mean(0), False),
+        (lambda x: x @ x.T, False),
+    ],
+    ids=["scaled", "shifted", "centred", "squared"],
+)
+def test_a_parametrisation_is_followed_where_zeros_stay_zeros(out: Callable[[Tensor], Tensor], expected: bool) -> None:
+    layer = nn.Linear(3, 3)
+    before = layer.weight.detach().clone()
+    nn.utils.parametrize.register_parametrization(layer, "weight", Worked(out))
+    assert is_followed(layer) is expected
+    assert torch.equal(layer.parametrizations.weight.original, before)
 
 
 @pytest.mark.filterwarnings("ignore")

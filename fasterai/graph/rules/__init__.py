@@ -18,6 +18,7 @@ from fasterai.graph.rules import (  # noqa: F401
     recurrent,
     reshaping,
     spatial,
+    spectral,
     values,
     weights,
     writing,

@@ -28,7 +28,7 @@ from fasterai.graph.rules.trace import (
 __all__: list[str] = []
 
 
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "argmax", "argmin")
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "argmax", "argmin")
 def along_one(trace: Trace, node: Any, x: Value, dim: int | None = None, *rest: Any, **keywords: Any) -> Any:
     if dim is None:
         return reduction(trace, node, x)
@@ -40,7 +40,7 @@ def along_one(trace: Trace, node: Any, x: Value, dim: int | None = None, *rest: 
     if not is_gate:
         trace.labels.pin(x.dims[dim], f"{node.name} mixes its entries")
     shape = shape_of(node)
-    x = x if called(node) == "cumsum" else unmarked(x)
+    x = x if called(node) in ("cumsum", "cumprod") else unmarked(x)
     return settled(x, [dim]) if shape == x.shape else Value(shape, without(x.dims, [dim], len(shape)))
 
 
@@ -165,6 +165,24 @@ def similarity(trace: Trace, node: Any, a: Value, b: Value, dim: int = 1, eps: f
     joined = broadcast(trace, node.name, [a, b], np.broadcast_shapes(a.shape, b.shape))
     trace.sums(node, joined.dims[dim], f"{node.name} reduces it to one number")
     return Value(shape_of(node), without(joined.dims, [dim], len(shape_of(node))))
+
+
+@rule("cdist", "_cdist_forward", "_euclidean_dist")
+def distances(trace: Trace, node: Any, a: Value, b: Value, *rest: Any, **keywords: Any) -> Value:
+    """Follow sums over differences of rows: what is zero in both tensors adds nothing."""
+    width = trace.labels.join(a.dims[-1], b.dims[-1], f"{node.name} meets a dimension of fixed size")
+    trace.sums(node, width, f"{node.name} reduces it to one number")
+    shape = shape_of(node)
+    sides = [Value(v.shape[:-2], v.dims[:-2]) for v in (a, b)]
+    batch = broadcast(trace, node.name, sides, shape[:-2]).dims
+    return unmarked(Value(shape, (*batch, a.dims[-2], b.dims[-2])))
+
+
+@rule("tril", "triu")
+def triangle(trace: Trace, node: Any, x: Value, *rest: Any, **keywords: Any) -> Value:
+    for d in (-2, -1):
+        trace.labels.pin(x.dims[d], f"{node.name} tells its entries by their positions")
+    return settled(x, [-2, -1])
 
 
 @rule("flip")

@@ -37,7 +37,22 @@ __all__ = ["elementwise"]
     *("dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach"),
     *("lift_fresh_copy", "copy", "fill", "zero", "divide", "subtract", "true_divide", "floor_divide", "clip"),
     *("log2", "log10", "exp2", "tan", "atan", "sinh", "cosh", "isfinite", "logical_xor", "bitwise_xor", "addcdiv", "atan2"),
-    *("erfc", "__and__", "__or__", "__xor__"),
+    *(
+        "erfc",
+        "__and__",
+        "__or__",
+        "__xor__",
+        "asin",
+        "acos",
+        "asinh",
+        "acosh",
+        "atanh",
+        "erfinv",
+        "lgamma",
+        "digamma",
+        "logit",
+    ),
+    *("sinc", "hypot", "logaddexp", "xlogy", "fmax", "fmin", "heaviside", "copysign", "sgn", "frac"),
 )
 def elementwise(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Any:
     """Join the dimensions of the operands that meet in an elementwise operation."""
@@ -143,7 +158,7 @@ def created(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Value:
     return Value(shape, (FREE,) * len(shape))
 
 
-@rule("arange")
+@rule("arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices")
 def counted(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> Value:
     """Fix the dimension of a range: its numbers differ from index to index, so what meets it must keep its size."""
     return Value(shape_of(node), all_fixed(shape_of(node)))

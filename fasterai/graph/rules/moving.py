@@ -7,8 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from fasterai.graph.labels import FREE, Dim
-from fasterai.graph.rules.trace import Trace, Value, rule, settled, shape_of, unknown_tensor, unmarked
+from fasterai.graph.labels import FIXED, FREE, Dim
+from fasterai.graph.rules.trace import (
+    Trace,
+    Value,
+    broadcast,
+    marked_as,
+    rule,
+    settled,
+    shape_of,
+    shapes_of,
+    unknown_tensor,
+    unmarked,
+    zeros_at,
+)
 
 __all__: list[str] = []
 
@@ -67,6 +79,24 @@ def expand(trace: Trace, node: Any, x: Value, *rest: Any, **keywords: Any) -> Va
         else:
             trace.labels.pin(x.dims[-i], f"{node.name} repeats its single entry")
     return Value(shape, tuple(dims))
+
+
+@rule("broadcast_tensors")
+def broadcast_tensors(trace: Trace, node: Any, values: Sequence[Value]) -> list[Value]:
+    """Join what meets; each result is zero where its own tensor is."""
+    shape = shapes_of(node)[0]
+    made = unmarked(broadcast(trace, node.name, values, shape))
+    results = [made] * len(values)
+    for i in range(-len(shape), 0):
+        results = [marked_as(v, i, zeros_at(x, i, shape[i])) for v, x in zip(results, values, strict=True)]
+    return results
+
+
+@rule("unfold")
+def unfold(trace: Trace, node: Any, x: Value, dim: int, *sizes: int) -> Value:
+    """Follow windows along a dimension, which stay; what stands in one becomes the last dimension."""
+    trace.labels.pin(x.dims[dim], f"{node.name} takes windows of it")
+    return Value(shape_of(node), (*settled(x, [dim]).dims, FIXED))
 
 
 @rule("repeat", "tile")

@@ -29,6 +29,15 @@ def spatial(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any)
     return [unmarked(x) for x in results] if has_several else results[0]
 
 
+@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+def sampled(trace: Trace, node: Any, x: Value, grid: Value, *rest: Any, **keywords: Any) -> Value:
+    """Carry channels along; the places where they are looked up stay."""
+    trace.labels.pin_all([*x.dims[2:], *grid.dims[1:]], f"{node.name} computes across it")
+    batch = trace.labels.join(x.dims[0], grid.dims[0], f"{node.name} meets a dimension of fixed size")
+    shape = shape_of(node)
+    return Value(shape, (batch, x.dims[1], *all_fixed(shape[2:])))
+
+
 @rule("pad", "constant_pad_nd")
 def pad(trace: Trace, node: Any, x: Value, padding: Sequence[int], *rest: Any, **keywords: Any) -> Value:
     shape = shape_of(node)

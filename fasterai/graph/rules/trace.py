@@ -99,7 +99,7 @@ class Trace:
         routes: Node of a choice of the highest -> the dimension that it is made from, and how many are chosen.
         layers: The places, as (name, dimension), of outputs of linear layers.
         sliced: Place, as (name, dimension), of a parameter or buffer that slices read -> its labels, and which are read.
-        written: Nodes of tensors that were made to fit, as `zeros(...)` are, and into which labelled ones are written in place.
+        written: Nodes of tensors that were made to fit, as `zeros(...)` are, and meet labelled ones, or are written in place.
         rewrite: True if sizes that are written into code can be put right, so that a split into unequal parts, and a slice,
             need not pin what they cut.
         values: The result of each operation, once it was followed.
@@ -258,11 +258,12 @@ class Trace:
         return FIXED
 
     def fitted(self, node: Any, made: Any) -> Any:
-        """Return what a node makes, with labels instead of `FREE` where something labelled is known to be written into it."""
+        """Return what a node makes, with labels instead of `FREE` where it is known to meet, or to take, what has labels."""
         if node not in self._labelled or not isinstance(made, Value):
             return made
         dims = zip(made.shape, made.dims, strict=True)
-        return replace(made, dims=tuple(self.labels.new(n) if d is FREE and n > 1 else d for n, d in dims))
+        fresh = replace(made, dims=tuple(self.labels.new(n) if d is FREE and n > 1 else d for n, d in dims))
+        return marked_all(fresh) if called(node) in ("zeros", "new_zeros") else fresh
 
     def sums(self, node: Any, dim: Dim, reason: str, *, is_product: bool = False) -> None:
         """Note that an operation sums over a dimension without a weight; what is not known to be zero where it is silent stays.
@@ -400,6 +401,11 @@ def _marked(dim: Dim, flags: Flags) -> Dim:
 def unmarked(value: Value) -> Value:
     """Return a value of which nothing is known to be zero."""
     return replace(value, dims=tuple(plain(d) if isinstance(d, np.ndarray) else d for d in value.dims))
+
+
+def marked_all(value: Value) -> Value:
+    """Return a value that is zero everywhere, marked so."""
+    return replace(value, dims=tuple(zeroed(d) if isinstance(d, np.ndarray) else d for d in value.dims))
 
 
 def marked_as(value: Value, d: int, flags: Flags | bool) -> Value:

@@ -18,6 +18,7 @@ from fasterai.graph.rules.trace import (
     class_of,
     rule,
     shape_of,
+    shapes_of,
     unknown_tensor,
     unmarked,
     values_in,
@@ -191,7 +192,33 @@ def embedding(trace: Trace, node: Any, weight: Value, indices: Value, *rest: Any
     return Value(shape_of(node), (*all_fixed(indices.shape), weight.dims[1]))
 
 
-@rule("matmul", "bmm", "mm")
+@rule("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(trace: Trace, node: Any, weight: Value, *rest: Any, **keywords: Any) -> list[Value]:
+    """Follow sums, means and maxima of rows, which are zero where the rows are; what else it gives is numbers of bags."""
+    given = [dim for value in values_in([rest, keywords]) for dim in value.dims]
+    trace.labels.pin_all([weight.dims[0], *given], f"{node.name} looks rows up by number")
+    shapes = shapes_of(node)
+    return [Value(shapes[0], (FIXED, weight.dims[1])), *(Value(shape, all_fixed(shape)) for shape in shapes[1:])]
+
+
+@rule("outer", "ger")
+def outer(trace: Trace, node: Any, a: Value, b: Value) -> Value:
+    return Value(shape_of(node), (a.dims[0], b.dims[0]))
+
+
+@rule("bilinear")
+def bilinear(trace: Trace, node: Any, a: Value, b: Value, weight: Value, bias: Value | None = None) -> Value:
+    """Follow `a W b` for each matrix of a stack (out, channels of a, channels of b), which reads both of its inputs."""
+    _read(trace, a, -1, weight, 1, node)
+    _read(trace, b, -1, weight, 2, node)
+    sides = [Value(v.shape[:-1], v.dims[:-1]) for v in (a, b)]
+    made, out = broadcast(trace, node.name, sides, a.shape[:-1], product=True), weight.dims[0]
+    if bias is not None:
+        made, out = unmarked(made), trace.labels.join(out, bias.dims[0], node.name)
+    return Value(shape_of(node), (*made.dims, out))
+
+
+@rule("matmul", "bmm", "mm", "mv", "dot", "vdot")
 def matmul(trace: Trace, node: Any, a: Value, b: Value) -> Value:
     shape = shape_of(node)
     rows = a.dims[-2:-1] if len(a.shape) > 1 else ()

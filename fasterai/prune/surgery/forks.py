@@ -96,6 +96,15 @@ class _Value(Proxy):
     def __int__(self) -> int:
         return int(cast(_Forking, self.tracer).decide(number, self))
 
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions, which code looks things up by."""
+        return int(cast(Any, self.tracer.create_proxy("call_function", getattr, (self, "ndim"), {})))
+
+    def dim(self) -> int:
+        """Return the number of dimensions."""
+        return self.ndim
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 

@@ -66,6 +66,11 @@ def _(module: nn.Linear, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]
     return {"in_features": new["weight"][1], "out_features": new["weight"][0]}
 
 
+@new_sizes.register(nn.Bilinear)
+def _(module: nn.Bilinear, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
+    return dict(zip(("out_features", "in1_features", "in2_features"), new["weight"], strict=True))
+
+
 @new_sizes.register(nn.modules.batchnorm._NormBase)
 def _(module: nn.modules.batchnorm._NormBase, old: Shapes, new: Shapes, keep: Kept) -> dict[str, Any]:
     return {"num_features": next((s[0] for s in new.values() if s), module.num_features)}

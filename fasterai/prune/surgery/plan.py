@@ -322,32 +322,49 @@ def _heads(plan: Plan, graph: ChannelGraph, kept: Sequence[Flags]) -> dict[str, 
     return found
 
 
+def _parts_of(module: nn.Module, depth: int = 3) -> Iterator[str]:
+    """Give the names of the modules below one, but for lists of blocks and for what keeps numbers of its own."""
+    for name, child in module.named_children():
+        yield name
+        if depth > 1 and not isinstance(child, nn.ModuleList) and not any(isinstance(vars(child).get(n), int) for n in HEADS):
+            yield from (f"{name}.{inner}" for inner in _parts_of(child, depth - 1))
+
+
 def _parent_sizes(module: nn.Module, dot: str, heads: Mapping[str, Sequence[_Width]]) -> list[tuple[str, Any, Any]]:
-    """Find the numbers of heads and widths that a module keeps about the layers directly below it."""
+    """Find the numbers of heads that a module keeps about the layers below it, and widths of those directly below it."""
     changed: dict[str, tuple[str, Any, Any]] = {}
-    below = [f"{dot}{child}{inner}.weight" for child in module._modules for inner in ("", ".conv")]
-    for width in (w for name in below for w in heads.get(name, ())):
+    parts = sorted(_parts_of(module), key=lambda name: name.count("."))
+    found = [(name, width) for name in parts for width in heads.get(f"{dot}{name}.weight", ())]
+    for name, width in found:
+        is_direct = "." not in name.removesuffix(".conv")
         for names, (before, after) in ((HEADS, width.channels), (WIDTHS, width.sizes)):
-            for attribute in names:
+            for attribute in names if is_direct or names is HEADS else ():
                 if vars(module).get(attribute) == before:
                     changed.setdefault(attribute, (attribute, before, after))
     return list(changed.values())
+
+
+def _stream_holders(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules whose weights show a stream's width that a module keeps; none for torch's but `nn.Transformer`."""
+    if isinstance(module, nn.Transformer):
+        return {f"{name}.": inner for name, inner in module.named_modules() if name.endswith("linear1")}
+    if type(module).__module__.startswith("torch.nn."):
+        return {}
+    return {"": module} | {f"{key}.": child for key, child in module._modules.items() if child is not None}
 
 
 def _stream_sizes(model: nn.Module, plan: Plan, known: set[tuple[str, str]]) -> Iterator[tuple[str, str, Any, Any]]:
     """Find the widths that modules other than torch's keep, where all parameters of that width get the same new one."""
     for prefix, module in model.named_modules():
         widths = {a: n for a in STREAMS if isinstance(n := vars(module).get(a), int) and not isinstance(n, bool)}
-        if not widths or type(module).__module__.startswith("torch.nn."):
+        holders = _stream_holders(module)
+        if not (widths and holders):
             continue
         name = plain_name(prefix)
         dot = f"{name}." if name else ""
         after: dict[int, set[int]] = {}
         by_role: dict[tuple[int, bool], set[int]] = {}
-        for path, holder in (
-            ("", module),
-            *((f"{key}.", child) for key, child in module._modules.items() if child is not None),
-        ):
+        for path, holder in holders.items():
             for own, tensor in holder._parameters.items():
                 for d, n in enumerate(tensor.shape if tensor is not None else ()):
                     left = len(plan.keep.get((f"{dot}{path}{own}", d), range(n)))

@@ -14,6 +14,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from fasterai.model.supported import said
+from fasterai.prune.surgery.makers import traced_makers
 
 __all__ = [
     "ASIDE",
@@ -92,7 +93,8 @@ def raw_trace(module: nn.Module, given: Mapping[str, Any], training: bool, trace
     stand_in = _stand_in(module, training)
     before = _attributes(stand_in, training)
     try:
-        graph = tracer.trace(stand_in, dict(given) or None)
+        with traced_makers():
+            graph = tracer.trace(stand_in, dict(given) or None)
     except Exception as error:  # whatever code of the user's makes of a proxy
         raise UntraceableError(f"its code cannot be traced: {said(error)}") from error
     if _attributes(stand_in, training) != before:

@@ -258,6 +258,20 @@ CASES = [
         {**one, ("w", 0): 8},
         {("w", 1): "output"},
     ),
+    Case(
+        ("bilinear",),
+        lambda m, x: m.b(m.c(m.a(x).relu(), m.d(x)).relu()),
+        lambda: {**linears(back=5)(), "d": nn.Linear(6, 7), "c": nn.Bilinear(8, 7, 5)},
+        (4, 6),
+        {**one, ("d.weight", 0): 7, ("c.weight", 0): 5, ("c.weight", 1): 8, ("c.weight", 2): 7, ("b.weight", 1): 5},
+    ),
+    Case(
+        ("mv",),
+        lambda m, x: m.b(m.a(x) * torch.mv(m.a(x), m.v)[:, None]),
+        lambda: {**linears()(), "v": nn.Parameter(torch.randn(8))},
+        (4, 6),
+        {**both, ("v", 0): 8},
+    ),
     Case(("bmm",), lambda m, x: m.b(torch.bmm(x @ x.transpose(1, 2), m.a(x))), linears(), (2, 4, 6), both),
     Case(
         ("matmul",),

@@ -212,3 +212,24 @@ def test_a_trace_keeps_no_module_alive() -> None:
     del module
     gc.collect()
     assert gone() is None and tree is not None
+
+
+class ByDims(nn.Module):
+    """A recipe for each number of dimensions, as einops' layers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recipes = {2: (0, 1), 3: (0, 2, 1)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(self.recipes[x.dim()]).reshape(x.shape[0], self.recipes[x.ndim][-1] * 4, -1)
+
+
+def test_things_looked_up_by_the_number_of_dimensions_are_decisions() -> None:
+    (graph,) = ways(ByDims(), (3, 3))
+    x = torch.randn(2, 5, 4)
+    assert fork_at_end(graph) is None
+    assert torch.equal(Interpreter(nn.Module(), graph=graph).run(x), ByDims()(x))
+    tree = Tree(ByDims(), {}, [], [(3, 3), (2, 2)], False)
+    for inputs in (x, torch.randn(3, 8)):
+        assert torch.equal(tree.run(ByDims(), (inputs,), {}), ByDims()(inputs))

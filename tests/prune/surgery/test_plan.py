@@ -391,3 +391,49 @@ def test_a_width_that_reads_and_makes_different_numbers_is_that_of_what_it_reads
         assert not remove(net, x, measure=False).refused
         assert torch.allclose(net(x), before, rtol=0, atol=1e-12)
     assert (net[1].channels, tuple(net[1].conv.weight.shape)) == (3, (6, 3, 3, 3))
+
+
+class Heads(nn.Module):
+    """A module that keeps the number of the heads which a layer two levels below it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.dim = 4, 8
+        self.to_v = nn.Sequential(nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU()))
+        self.out = nn.Sequential(nn.Linear(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.to_v(x).view(x.shape[0], x.shape[1], self.heads, -1).transpose(1, 2)
+        return self.out((x @ x.transpose(1, 2)).softmax(-1)[:, None].matmul(v).transpose(1, 2).flatten(2))
+
+
+def test_the_number_of_heads_of_layers_further_below_becomes_less_and_widths_do_not() -> None:
+    net, x = Heads().eval(), torch.randn(2, 3, 6)
+    with torch.no_grad():
+        net.to_v[0][0].weight.view(4, 2, 6)[1::2] = 0.0
+    wanted = net(x)
+    assert remove(net, x, measure=False, rewrite=False).refused == {}
+    assert (net.heads, net.dim, net.out[0].in_features) == (2, 8, 4)
+    torch.testing.assert_close(net(x), wanted)
+
+
+def test_the_width_of_an_encoder_and_decoder_becomes_that_of_its_stream() -> None:
+    net = nn.Transformer(8, 2, 1, 1, 12, dropout=0.0, batch_first=True).eval()
+    inner = nn.Sequential(OrderedDict(a=nn.Linear(3, 8), b=nn.Linear(8, 2)))
+    model = EncodedDecoded(net, inner).eval()
+    x = torch.randn(2, 4, 3)
+    graph = channel_graph(model, (x,))
+    stream = next(i for i, g in enumerate(graph.groups) if ("inner.a.weight", 0) in g.places)
+    kept = [np.arange(g.channels) % 2 == 0 if i == stream else np.ones(g.channels, bool) for i, g in enumerate(graph.groups)]
+    plan = make_plan(model, graph, kept, streams=True)
+    assert ("net", "d_model", 8, 4) in plan.attributes
+
+
+class EncodedDecoded(nn.Module):
+    def __init__(self, net: nn.Module, inner: nn.Sequential) -> None:
+        super().__init__()
+        self.net, self.inner = net, inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner.a(x)
+        return self.inner.b(self.net(y, y[:, :2]))
