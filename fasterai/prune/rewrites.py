@@ -256,10 +256,13 @@ class Rewriter:
 
         features = dict(self._graph.input_sizes.keys())
         patched = {name: (one.module, marked(name, one)) for name, one in self.modules.items()}
-        with running(patched), traceback.preserve_node_meta():
-            _, trace, components, weights = followed(
-                self._model, self.looked_at[probe], exact, features=features or None, rewrite=True
-            )
+        inputs = self.looked_at[probe]
+        with undisturbed(self._model):
+            with torch.no_grad(), in_mode(self._model, False):
+                quietly(self._model, inputs)  # what a first run fills is filled
+            with running(patched), traceback.preserve_node_meta():
+                found = followed(self._model, inputs, exact, features=features or None, rewrite=True)
+        _, trace, components, weights = found
         owners = owners_of(self._graph, trace, components, weights)
         first: dict[str, int] = {}
         for node, value in trace.values.items():

@@ -18,7 +18,7 @@ from fasterai.model.running import copies, without_fast_path
 from fasterai.prune.code_sizes import Known, factors, sized, wanted
 from fasterai.prune.surgery.forks import cut_at, fork_at_end, traced_way
 from fasterai.prune.surgery.rewriting import Edit, Path, Way, apply_edits, nested, replaced, rooted
-from fasterai.prune.surgery.tracing import ASIDE, traced
+from fasterai.prune.surgery.tracing import ASIDE, UntraceableError, filled, traced
 
 __all__ = [
     "MARK",
@@ -200,7 +200,15 @@ class _Run(Interpreter):
         self.way: Way = ()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run it from decision to decision."""
+        """Run it from decision to decision; attributes that the module's own code has to fill are filled first."""
+        try:
+            return self._run(args, kwargs)
+        except UntraceableError:
+            if not filled(self.module, args, {}):
+                raise
+            return self._run(args, kwargs)
+
+    def _run(self, args: Any, kwargs: Any) -> Any:
         done: dict[str, Any] = {}
         self.way = ()
         while True:

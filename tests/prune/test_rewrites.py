@@ -75,9 +75,7 @@ class Branching(Attention):
     """Control flow by values, which a trace cannot follow."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        if x.shape[1] % 2:
-            return super().forward(F.pad(x, (0, 0, 0, 1)))[:, : x.shape[1]]
-        return super().forward(x)
+        return super().forward(x) if x.mean() > -1e9 else x
 
 
 class Parts(nn.Module):
@@ -257,7 +255,7 @@ class BranchingParts(Parts):
     """Slices in code that no trace can follow: at other places they would run, and take other channels."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if x.shape[1] % 2 else super().forward(x.flip(1))
+        return super().forward(x) if x.mean() > -1e9 else super().forward(x.flip(1))
 
 
 @pytest.mark.parametrize("exact", [True, False])
