@@ -80,6 +80,8 @@ CHECKS = {
     "assert min(report.scores['accuracy'].values()) > 0.9 and training.report().layers['7.weight'].error > 0",
     "text": SAME + HALVED,
     "timm": SAME + "assert run.sparsity.overall == 0.5 and removal.removed",
+    "transformers": HALVED + "assert same and moved < 1e-4 and removal.removed['patch_embed.proj.weight'] == (64, 32)\n"
+    "assert report.scores['accuracy']['small'] > max(before, 0.8) and (onnx - wanted).abs().max() < 1e-4",
     "what-a-mask-brings": SAME + "assert files['weights masked'][0] == files['dense'][0]\n"
     "assert files['weights masked'][1] < 0.5 * files['dense'][1]\n"
     "assert bytes_of(weights) == bytes_of(dense) > bytes_of(small)",

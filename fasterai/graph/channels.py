@@ -160,7 +160,7 @@ def channel_graph(
     Args:
         model: The model, wrapped or not.
         inputs: Its positional arguments.
-        exact: True if channels that a norm, or a mean, averages over must stay: without them the average moves.
+        exact: True if channels must stay that are averaged over where they are not zero: without them the average moves.
         features: The dimensions of inputs that may lose indices, by argument, as `{"x": 1}`; by default all inputs stay whole.
         rewrite: False if sizes that are written into code stay as they are, so that unequal splits and slices pin.
 

@@ -102,12 +102,44 @@ class _SlimModule(nn.Module):
         return (_empty, (self.dense_class,), *object.__reduce_ex__(self, protocol)[2:])
 
 
+def _as_written(self: Any, x: Tensor) -> Any:  # an RMS norm as most of the transformers have it, letter by letter
+    dtype = x.dtype
+    x = x.to(torch.float32)
+    variance = x.pow(2).mean(-1, keepdim=True)
+    x = x * torch.rsqrt(variance + self.variance_epsilon)
+    return self.weight * x.to(dtype)
+
+
+def _is_as_written(dense: type[nn.Module]) -> bool:
+    """Tell if a class's code is that of `_as_written`, whatever its variables are called."""
+    code, mine = getattr(dense.forward, "__code__", None), _as_written.__code__
+    parts = ("co_code", "co_names", "co_consts", "co_argcount", "co_kwonlyargcount")
+    return all(getattr(code, part, None) == getattr(mine, part) for part in parts) and (
+        dense.forward.__globals__.get("torch") is torch
+    )
+
+
+class _SlimAsWritten(_SlimModule):
+    """Module whose code is `_as_written`: what `Counting` makes of it, without its watch, which takes as long again."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        x = x.to(torch.float32)
+        variance = x.pow(2).mean(-1, keepdim=True) * (x.shape[-1] / self.dense_size)
+        x = x * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * x.to(dtype)
+
+
 @cache
 def _slim_class(dense: type[nn.Module]) -> type[nn.Module]:
     """Return the class that takes the place of a norm's, made once."""
     if dense in SLIM_NORMS:
         return SLIM_NORMS[dense]
-    return type(f"Slim{dense.__name__}", (_SlimModule, dense), {"__doc__": dense.__doc__, "dense_class": dense})
+    slim = _SlimAsWritten if _is_as_written(dense) else _SlimModule
+    return type(f"Slim{dense.__name__}", (slim, dense), {"__doc__": dense.__doc__, "dense_class": dense})
 
 
 def _empty(dense: type[nn.Module]) -> nn.Module:

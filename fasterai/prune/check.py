@@ -39,7 +39,7 @@ from fasterai.model.running import Narrowed, at_rest, copies, without_fast_path
 from fasterai.model.supported import check_inputs, said
 from fasterai.prune.decisions import Decisions
 from fasterai.prune.precise import InFloat64
-from fasterai.prune.probes import probes
+from fasterai.prune.probes import larger, probes
 from fasterai.prune.rewrites import Rewriter
 from fasterai.prune.surgery.operate import Surgery
 from fasterai.prune.surgery.plan import Plan, make_plan
@@ -291,8 +291,8 @@ class _Trials:
         self._rewrites = self._may_rewrite and not exact and any(graph.sized.values())
         self._model, self._inputs, self._exact = model, inputs, exact
         with Narrowed() as narrowed:
-            runs = [_run(model, one, Decisions() if graph.recorded else None) for one in probes(inputs, bool(graph.recorded))]
-        self._probes = [one for one in runs if not isinstance(one.outputs, Exception) and not _has_nan(one.outputs)]
+            runs = [self._ran(one) for one in probes(inputs, bool(graph.recorded))]
+        self._probes = [one for one in runs if _holds_numbers(one)]
         self._probes = self._probes or [one for one in runs[:1] if not isinstance(one.outputs, Exception)]
         self.is_blank = not any(bool(x.any()) for one in self._probes for x in one.outputs)
         dtypes = [x.dtype for x in self._probes[0].outputs if x.is_floating_point()] if self._probes else []
@@ -300,6 +300,9 @@ class _Trials:
         self._limit = max(tolerance("removal", dtypes[0]), tolerance("removal", narrowed.dtype)) if dtypes else 0.0
         self.rounding = tolerance("doubtful", dtypes[0]) if dtypes else 0.0
         self.is_float64 = bool(dtypes) and all(dtype is torch.float64 for dtype in dtypes)
+
+    def _ran(self, inputs: tuple[Any, ...]) -> _Run:
+        return _run(self._model, inputs, Decisions() if self.graph.recorded else None)
 
     def run(self, kept: Sequence[Flags]) -> _Verdict:
         """Remove the channels that are not kept, compare the outputs, and restore the model."""
@@ -315,7 +318,13 @@ class _Trials:
 
     @cached_property
     def _rewriter(self) -> Rewriter:
-        return Rewriter(self._model, self.graph, [one.inputs for one in self._probes], self._exact)
+        return Rewriter(self._model, self.graph, [one.inputs for one in self._probes], self._exact, self._further)
+
+    def _further(self) -> list[tuple[Any, ...]]:
+        """Take more probes, of larger sizes, where code decides by sizes."""
+        runs = [one for inputs in larger(self._inputs) if _holds_numbers(one := self._ran(inputs))]
+        self._probes += runs
+        return [one.inputs for one in runs]
 
     def _try(self, kept: Sequence[Flags]) -> _Verdict:
         """Try as the model's code is, then with further sizes of its classes changed, then with its code put right."""
@@ -351,7 +360,7 @@ class _Trials:
             found: Mapping[str, Rewrite] = {}
             if rewriter is not None:
                 with self.mode():
-                    found = rewriter.find(cut_inputs(self._model, self._probes[0].inputs, plan.inputs), kept)
+                    found = rewriter.find([cut_inputs(self._model, x, plan.inputs) for x in rewriter.looked_at], kept)
                 surgery.rewrite(found)
             return replace(self._compare(plan.inputs), rewrites=found)
         except ValueError as error:
@@ -414,6 +423,10 @@ def outputs_of(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor] | Exce
         except Exception as error:
             return error
         return [x.detach().clone() for x in tree_leaves(output) if isinstance(x, Tensor)]
+
+
+def _holds_numbers(run: _Run) -> bool:
+    return not isinstance(run.outputs, Exception) and not _has_nan(run.outputs)
 
 
 def _has_nan(outputs: Sequence[Tensor]) -> bool:

@@ -13,9 +13,9 @@ from torch.fx import Node
 from fasterai.graph.channels import ChannelGraph
 from fasterai.graph.labels import Array, Components, Dim, Flags, plain
 from fasterai.graph.rules.trace import Trace, Value, called
-from fasterai.prune.surgery.rewriting import Path
+from fasterai.prune.surgery.rewriting import Path, nested, rooted
 
-__all__ = ["Count", "Known", "count", "ends", "known_of", "owners_of", "sized", "wanted"]
+__all__ = ["Count", "Known", "count", "ends", "factors", "known_of", "owners_of", "sized", "wanted"]
 
 #: Operations -> where their sizes start, as `x.view(2, 3)` and `torch.zeros(2, 3)`.
 SIZES = {
@@ -24,6 +24,8 @@ SIZES = {
     "unflatten": 2,
 }
 SPLITS = ("split", "split_with_sizes")
+#: Operations that reckon with a number beside a tensor.
+SUMS = frozenset({"mul", "div", "truediv", "true_divide", "add", "sub", "pow", "scaled_dot_product_attention"})
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,20 @@ def sized(node: Node, args: Sequence[Any]) -> list[Path]:
         slices = [path for path, one in zip(where, index, strict=True) if isinstance(one, slice) and one.step in (None, 1)]
         return [(*path, end) for path in slices for end in ("start", "stop")]
     return []
+
+
+def factors(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Path]:
+    """List where numbers that are worked out of sizes scale tensors, as in `q * (C // heads) ** -0.5`."""
+    name = _operation(node) if node.op in ("call_method", "call_function") else ""
+    if name.strip("_").removeprefix("i") not in SUMS or not any(isinstance(x, Tensor) for x in args):
+        return []
+    places: list[Path] = [("args", i) for i in range(len(args))] + [("kwargs", key) for key in kwargs]
+    there = (node.args, node.kwargs)
+    return [
+        path
+        for path in places
+        if isinstance(nested(there, rooted(path)), Node) and isinstance(nested((args, kwargs), rooted(path)), int | float)
+    ]
 
 
 def wanted(n: Node, args: Any, kwargs: Any, path: Path, value: Any, known: Sequence[Known], kept: Sequence[Flags]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fasterai.model.inputs import batch_of, listed_samples
 
-__all__ = ["probes"]
+__all__ = ["larger", "probes"]
 
 #: How much larger the numbers of one probe are, as what is dead at scale 1 may come alive. In float64 alone: products and
 #: powers in a network make more of float32's rounding there than of what is to be found.
@@ -40,8 +40,22 @@ def probes(inputs: tuple[Any, ...], several: bool = False) -> Iterator[tuple[Any
         yield tree_map(lambda x: _random(x, _shape(x), generator).abs() if _is_real(x) else x, inputs)
     if {x.dtype for x in tensors if x.is_floating_point()} == {torch.float64}:
         yield tree_map(lambda x: _random(x, _shape(x), generator, LARGE), inputs)
-    for sizes in _other_sizes(tensors):
+    for sizes in _other_sizes(tensors, _other_size):
         yield tree_map(lambda x, s=sizes: _random(x, _resized(x, s), generator), inputs)
+
+
+def larger(inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Give random inputs with larger sides of images, or of a further length, for code that decides by sizes."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
+    for sizes in _other_sizes(tensors, _larger_size):
+        yield tree_map(lambda x, s=sizes: _random(x, _resized(x, s), generator), inputs)
+
+
+def _larger_size(n: int, may_grow: bool) -> int:
+    if not may_grow:
+        return 0
+    return n + STEP if n >= 2 * STEP else 2 * n if n >= STEP // 2 else n // 2
 
 
 def _is_real(x: Any) -> bool:
@@ -62,7 +76,7 @@ def _resized(x: Any, sizes: dict[int, int]) -> tuple[int, ...]:
     return (*shape[:1], *(sizes.get(n, n) for n in shape[1:]))
 
 
-def _other_sizes(tensors: list[Tensor]) -> list[dict[int, int]]:
+def _other_sizes(tensors: list[Tensor], other: Callable[[int, bool], int]) -> list[dict[int, int]]:
     """Find other sizes to try for images and lengths: size now -> size of the probe.
 
     The first input decides: `(N, C, H, W)`, `(N, C, L)` or `(N, L, C)`, `(N, L)`.
@@ -75,7 +89,7 @@ def _other_sizes(tensors: list[Tensor]) -> list[dict[int, int]]:
     if any(is_index) and not is_index[0]:
         return []
     sides = [shape[2:]] if len(shape) > 3 else [(n,) for n in dict.fromkeys(shape[:0:-1]) if len(shape) == 3 or any(is_index)]
-    others = [{n: _other_size(n, may_grow) for n in side} for side in sides]
+    others = [{n: other(n, may_grow) for n in side} for side in sides]
     return [sizes for sizes in others if all(sizes.values()) and sizes]
 
 

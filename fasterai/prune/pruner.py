@@ -82,7 +82,8 @@ class Pruner(NamesReplacements, ShownChannels):
             for exact counts. With a `Budget` the counts are exact unless it is given.
         data: Batches `(x, y)` for criteria that need data.
         loss: The loss function for criteria that need gradients of `data`.
-        exact: True to keep all channels that a norm averages over. If False they may be removed, which changes the outputs.
+        exact: True to keep channels that are averaged over where they are not zero. If False they may be removed, which changes
+            the outputs. Streams under norms are zero where they are silent, and go exactly.
         features: The dimensions of inputs that may lose indices as channels do, by argument, as `{"x": 1}`, or `Features` with
             indices that stay all the same. Each is a group of its own, `x.1`. The small model takes the inputs cut alike: the
             result's `inputs` says how.

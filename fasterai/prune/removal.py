@@ -54,8 +54,8 @@ def remove(
         optimizer: The optimizer whose state is cut alike; torch's or fastai's. One that a sparsifier has seen train the model
             is known.
         copies: Models of the same structure, such as moving averages of the weights, that lose the same channels.
-        exact: True if the outputs have to stay the same. If not, channels that a norm averages over may go as well: the
-            average is then one of fewer channels, and the outputs move; the result says how far.
+        exact: True if the outputs have to stay the same. If not, channels may go as well that are averaged over where they are
+            not zero: the average is then one of fewer channels, and the outputs move; the result says how far.
         measure: True to count and time the model before and after, which takes about 0.2 seconds or ten forward passes.
         features: The dimensions of inputs that may lose what no layer reads any more, by argument, as `{"x": 1}`, or `Features`
             with indices that stay all the same. The small model takes the inputs cut alike: the result's `inputs` says how.

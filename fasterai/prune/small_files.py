@@ -24,7 +24,8 @@ from fasterai.prune.features.selector import InputSelector
 from fasterai.prune.small_header import SIZES, SMALL_FORMAT, Header, Shapes, read_header, sizes_of, stamp, unfit_sizes
 from fasterai.prune.surgery.dense_shapes import dense_shapes, note, put_note
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention, encoders_of
-from fasterai.prune.surgery.tracing import plain_class, put_class, rewrite_of, traced_class
+from fasterai.prune.surgery.traced_copies import put_class, rewrite_of, traced_class
+from fasterai.prune.surgery.tracing import plain_class
 
 __all__ = ["load_small", "save_small"]
 

@@ -15,14 +15,16 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from fasterai.graph.labels import Flags
 from fasterai.model.running import copies, without_fast_path
-from fasterai.prune.code_sizes import Known, sized, wanted
-from fasterai.prune.surgery.rewriting import Edit, Path, nested, replaced, rooted
-from fasterai.prune.surgery.tracing import ASIDE
+from fasterai.prune.code_sizes import Known, factors, sized, wanted
+from fasterai.prune.surgery.forks import cut_at, fork_at_end, traced_way
+from fasterai.prune.surgery.rewriting import Edit, Path, Way, apply_edits, nested, replaced, rooted
+from fasterai.prune.surgery.tracing import ASIDE, traced
 
 __all__ = [
     "MARK",
     "Marked",
     "Repaired",
+    "Traces",
     "Watched",
     "alike",
     "bound",
@@ -137,37 +139,111 @@ def put_back(module: nn.Module, buffers: Sequence[Tensor]) -> None:
         buffer.copy_(before)
 
 
-class _Run(Interpreter):
-    """Run of a trace operation by operation, on a module that may not be the one that it was made on."""
+class Traces:
+    """Traces of a module's own code in one mode, of each way that its decisions by sizes can go; made as they are asked for.
 
-    def __init__(self, module: nn.Module, graph: Graph) -> None:
-        super().__init__(module, graph=graph)
+    Args:
+        module: The module.
+        given: Arguments that it is traced for.
+        training: The mode.
+        forks: True where its code decides by sizes; else there is one trace, whatever the decisions.
+        edits: The edits of its operations.
+        ways: Ways whose traces are made at once.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        given: Mapping[str, Any],
+        training: bool,
+        forks: bool,
+        edits: Sequence[Edit] = (),
+        ways: Sequence[Way] = (),
+    ) -> None:
+        self._module, self._given, self._training, self.forks, self.edits = module, dict(given), training, forks, tuple(edits)
+        self._plain: dict[Way, Graph] = {}
+        self._edited: dict[Way, Graph] = {}
+        for way in ways:
+            self.at(way)
+
+    def at(self, way: Way) -> Graph:
+        """Return the trace of a way, up to the first decision that it does not have, with the edits.
+
+        Raises:
+            UntraceableError: There is none.
+        """
+        if way not in self._edited:
+            longer = next((other for other in self._plain if len(other) > len(way) and other[: len(way)] == way), None)
+            graph = self._new(way) if longer is None else cut_at(self._plain[longer], len(way))
+            self._plain[way] = graph if not self.edits else cut_at(graph)
+            names = {node.name for node in graph.nodes} if self.forks else {edit.node for edit in self.edits}
+            apply_edits(graph, tuple(edit for edit in self.edits if edit.node in names))
+            self._edited[way] = graph
+        return self._edited[way]
+
+    def _new(self, way: Way) -> Graph:
+        if not self.forks:
+            return traced(self._module, self._given, self._training)
+        return traced_way(self._module, self._given, self._training, way)
+
+
+class _Run(Interpreter):
+    """Run of a trace operation by operation, on a module that may not be the one that it was made on.
+
+    Attributes:
+        way: The decisions that it has taken.
+    """
+
+    def __init__(self, module: nn.Module, traces: Traces) -> None:
+        super().__init__(module, garbage_collect_values=not traces.forks, graph=traces.at(()))
+        self._traces = traces
+        self.way: Way = ()
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it from decision to decision."""
+        done: dict[str, Any] = {}
+        self.way = ()
+        while True:
+            self.graph = self._traces.at(self.way)
+            before = {node: done[node.name] for node in self.graph.nodes if node.name in done and node.op != "output"}
+            result = super().run(*args, initial_env=before, **kwargs)
+            if not self._traces.forks or fork_at_end(self.graph) is None:
+                return result
+            done = {node.name: value for node, value in self.env.items()}
+            self.way = (*self.way, result)
 
     def _numbers(self, node: Node) -> list[tuple[Path, Any]]:
         """List the sizes that an operation is given: where they stand, and their values."""
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         return [(path, nested((args, kwargs), rooted(path))) for path in sized(node, args)]
 
+    def _factors(self, node: Node) -> list[tuple[Path, Any]]:
+        """List the numbers, worked out of sizes, that an operation scales tensors by."""
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        return [(path, nested((args, kwargs), rooted(path))) for path in factors(node, args, kwargs)]
+
 
 class Watched(_Run):
     """Run that notes the sizes that operations are given."""
 
-    def __init__(self, module: nn.Module, graph: Graph, seen: dict[tuple[str, Path], set[Any]]) -> None:
-        super().__init__(module, graph)
+    def __init__(self, module: nn.Module, traces: Traces, seen: dict[tuple[str, Path], set[Any]]) -> None:
+        super().__init__(module, traces)
         self._seen = seen
 
     def run_node(self, n: Node) -> Any:
         """Run an operation."""
         for path, value in self._numbers(n):
             self._seen.setdefault((n.name, path), set()).add(value if isinstance(value, int) else None)
+        for path, value in self._factors(n):
+            self._seen.setdefault((n.name, path), set()).add(value)
         return super().run_node(n)
 
 
 class Marked(_Run):
     """Run that marks what it exports with the operations of the trace."""
 
-    def __init__(self, module: nn.Module, graph: Graph, call: str) -> None:
-        super().__init__(module, graph)
+    def __init__(self, module: nn.Module, traces: Traces, call: str) -> None:
+        super().__init__(module, traces)
         self._call = call
 
     def run_node(self, n: Node) -> Any:
@@ -182,15 +258,15 @@ class Repaired(_Run):
     def __init__(
         self,
         module: nn.Module,
-        graph: Graph,
+        traces: Traces,
         seen: Mapping[tuple[str, Path], set[Any]],
         expected: Mapping[str, Sequence[Known]],
         kept: Sequence[Flags],
         edits: list[Edit],
-        is_again: bool,
+        examined: set[str],
     ) -> None:
-        super().__init__(module, graph)
-        self._seen, self._expected, self._kept, self._edits, self._is_again = seen, expected, kept, edits, is_again
+        super().__init__(module, traces)
+        self._seen, self._expected, self._kept, self._edits, self._examined = seen, expected, kept, edits, examined
 
     def run_node(self, n: Node) -> Any:
         """Run an operation with the sizes that its result has to have."""
@@ -201,6 +277,13 @@ class Repaired(_Run):
             if right is not None:
                 self._note(n, path, value, right)
                 args, kwargs = replaced((args, kwargs), rooted(path), right)
+        for path, value in self._factors(n):
+            before = self._seen.get((n.name, path), ())
+            if len(before) == 1 and value not in before:  # what depends on channels alone is as it was with all of them
+                (right,) = before
+                self._enter(n, Edit(n.name, "factor", path, None, right))
+                args, kwargs = replaced((args, kwargs), rooted(path), right)
+        self._examined.add(n.name)
         return getattr(self, n.op)(n.target, args, kwargs)
 
     def _note(self, n: Node, path: Path, value: Any, right: Any) -> None:
@@ -212,7 +295,10 @@ class Repaired(_Run):
         else:
             shared = math.gcd(value, right)
             edit = Edit(n.name, "share", path, value // shared, right // shared)
-        if self._is_again and edit not in self._edits:
+        self._enter(n, edit)
+
+    def _enter(self, n: Node, edit: Edit) -> None:
+        if n.name in self._examined and edit not in self._edits:
             raise ValueError("it is called again with other sizes")
         if edit not in self._edits:
             self._edits.append(edit)

@@ -11,6 +11,7 @@ from torch import nn
 
 from fasterai.export import onnx as exporting
 from fasterai.export.onnx import ONNXModel, export_onnx, verify_onnx
+from fasterai.model.slim_norms import put_dense_size
 from tests.networks import Branching, Counting
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -49,6 +50,15 @@ def test_the_file_computes_what_the_model_does_in_eval_mode(exported):
 def test_it_runs_on_any_batch_size(exported, size):
     model, path, _ = exported
     assert verify_onnx(model, path, torch.randn(size, 3, 8, 8))
+
+
+def test_norms_over_fewer_channels_run_on_another_batch(tmp_path):
+    net = nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.RMSNorm(6), nn.GroupNorm(2, 4))
+    for norm, size in zip(net[1:], (10, 9, 3), strict=True):
+        put_dense_size(norm, size)
+    path = export_onnx(net, torch.randn(2, 4, 3), tmp_path / "m.onnx")
+    x = torch.randn(5, 4, 3)
+    torch.testing.assert_close(ONNXModel(path)(x), net(x))
 
 
 def test_the_model_stays_as_it_was(exported):

@@ -3,12 +3,14 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fasterai.model.slim_averages import Counting
 from fasterai.model.slim_norms import can_be_slim, dense_size, is_slim, put_dense_size, slimmable
 
 
@@ -24,15 +26,44 @@ class ByHand(nn.Module):
         return self.weight * (x - mean) / torch.sqrt((x - mean).pow(2).mean(-1, keepdim=True) + 1e-5)
 
 
+class AsTransformers(nn.Module):
+    """An RMS norm as most of the transformers have it, but for the names of variables."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 2, width))
+        self.variance_epsilon = 1e-3
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        given = hidden.dtype
+        hidden = hidden.to(torch.float32)
+        square = hidden.pow(2).mean(-1, keepdim=True)
+        hidden = hidden * torch.rsqrt(square + self.variance_epsilon)
+        return self.weight * hidden.to(given)
+
+
+class AlmostAsTransformers(AsTransformers):
+    """One that multiplies by eps: its code has the same names and numbers in the same order."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        given = hidden.dtype
+        hidden = hidden.to(torch.float32)
+        square = hidden.pow(2).mean(-1, keepdim=True)
+        hidden = hidden * torch.rsqrt(square * self.variance_epsilon)
+        return self.weight * hidden.to(given)
+
+
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "layer": nn.LayerNorm,
     "layer without scale": lambda n: nn.LayerNorm(n, elementwise_affine=False),
     "rms": nn.RMSNorm,
     "by hand": ByHand,
+    "as transformers": AsTransformers,
+    "almost": AlmostAsTransformers,
 }
 
 
-def small(norm: nn.Module, size: int) -> nn.Module:
+def small(norm: nn.Module, size: int | None) -> nn.Module:
     put_dense_size(norm, size)
     return norm
 
@@ -55,6 +86,17 @@ def test_a_slim_norm_is_as_good_as_the_wide_one(kind: str) -> None:
     put_dense_size(norm, None)
     assert type(norm) is dense and not is_slim(norm) and "dense_size" not in vars(norm)
     assert torch.equal(norm(x), before)
+
+
+@pytest.mark.parametrize("kind", [AsTransformers, AlmostAsTransformers])
+def test_code_that_is_known_is_not_watched_and_gives_the_same_bits(kind: type[nn.Module], monkeypatch: Any) -> None:
+    norm, x = kind(6), torch.randn(2, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with Counting(10):
+        wanted = norm(x)
+    watched: list[int] = []
+    monkeypatch.setattr("fasterai.model.slim_norms.Counting", lambda size: watched.append(size) or Counting(size))
+    assert torch.equal(small(norm, 10)(x), wanted) and not torch.equal(small(norm, None)(x), wanted)
+    assert watched == ([] if kind is AsTransformers else [10])
 
 
 def test_a_slim_group_norm_remembers_the_channels_of_a_group() -> None:
@@ -80,6 +122,17 @@ def test_a_slim_module_of_ones_own_runs_in_every_other_form() -> None:
     net.zero_grad()
     net(x).square().sum().backward()
     torch.testing.assert_close(first, [p.grad for p in net.parameters() if p.grad is not None])
+
+
+def test_an_exported_program_has_their_gradients_and_takes_other_sizes() -> None:
+    net = nn.Sequential(small(nn.LayerNorm(6), 10), small(nn.GroupNorm(2, 4), 3))
+    x, other = (torch.randn(2, 4, 6, requires_grad=True), torch.randn(5, 4, 6, requires_grad=True))
+    with torch.no_grad():
+        program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False).module()
+    (wanted,) = torch.autograd.grad(net(other).sin().sum(), other)
+    found = program(other)
+    torch.testing.assert_close(found, net(other))
+    torch.testing.assert_close(torch.autograd.grad(found.sin().sum(), other)[0], wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -13,10 +13,12 @@ from fasterai.callbacks.plain import attach
 from fasterai.core.loop import Batch, Fit, Loop, Participant
 from fasterai.core.schedules import Linear, OneShot, Piecewise, agp, cos, lin
 from fasterai.model.cuts import note_optimizer
+from fasterai.model.slim_norms import dense_size
 from fasterai.prune.choice.budget import Budget
 from fasterai.prune.gradual import GradualPruner
 from fasterai.sparse.sparsifier import Sparsifier
 from tests.networks import Heads, Sloping, perceptron
+from tests.transformer_nets import Design, Transformer
 
 STEPS = 4
 
@@ -85,6 +87,21 @@ def test_follows_the_schedule_in_its_window(schedule, steps, seen):
     assert pruner.sparsity == pytest.approx(1 - seen[-1] / 10)
     assert pruner.channels == {"0.weight": (10, seen[-1])}
     assert model(X).shape == (8, 4)
+
+
+def test_the_stream_of_a_transformer_goes_step_by_step_under_its_norms():
+    torch.manual_seed(0)
+    vit = Transformer(Design(reads="patches", token=True, fused=True))
+    x, optimizer, seen = vit.inputs(4, 6), adam(vit), []
+    with attach(optimizer, gradual(vit, example_inputs=x), total_steps=STEPS):
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            vit(x).square().sum().backward()
+            optimizer.step()
+            norms = [m for m in vit.modules() if isinstance(m, nn.LayerNorm)]
+            seen.append({(*norm.normalized_shape, dense_size(norm)) for norm in norms})
+    # 1.5, 3, 4.5 and 6 of 12 channels; halves round to even
+    assert seen == [{(10, 12)}, {(9, 12)}, {(8, 12)}, {(6, 12)}]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ from fasterai.prune.small_files import load_small, save_small
 from fasterai.prune.surgery.operate import Surgery, apply_plan_
 from fasterai.prune.surgery.plan import Plan
 from fasterai.prune.surgery.rewriting import Edit, Rewrite
-from fasterai.prune.surgery.tracing import plain_class, rewrite_of
+from fasterai.prune.surgery.traced_copies import rewrite_of
+from fasterai.prune.surgery.tracing import plain_class
 
 # --- modules with sizes written into their code ---------------------------------------------------------------------------
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from fasterai.graph.labels import FREE
+from fasterai.graph.labels import FREE, zeroed
 from fasterai.graph.rules.trace import (
     Trace,
     Value,
@@ -60,6 +61,8 @@ def elementwise(trace: Trace, node: Any, *arguments: Any, **keywords: Any) -> An
     values = [a for a in (*arguments, *keywords.values()) if isinstance(a, Value)]
     name, shape = called(node), shape_of(node)
     made = broadcast(trace, node.name, values, shape)
+    if name == "zero":
+        return replace(made, dims=tuple(zeroed(d) if isinstance(d, np.ndarray) else d for d in made.dims))
     if name in KEEPS and _keeps(name, arguments[1:], keywords):
         return _zero_as(made, arguments[0]) if name not in QUOTIENTS else _over(made, *arguments[:2])
     if name in SUMS and all(isinstance(a, Value) or a == 0 for a in arguments[:2]):

@@ -14,6 +14,7 @@ from fasterai.graph.rules.trace import (
     Value,
     blend,
     broadcast,
+    called,
     rule,
     shape_of,
     shapes_of,
@@ -93,12 +94,19 @@ def slice_(trace: Trace, node: Any, x: Value, dim: int = 0, start: Any = None, e
     cut = dims[dim]
     if isinstance(cut, np.ndarray) and trace.rewrite and step == 1:  # its bounds can be put right
         dims[dim] = cut[slice(start, end)]
-        if x.places:
+        if x.places and not _is_written(node):
             trace.takes(x.places[dim], cut, start, end)
     elif shape[dim] != x.shape[dim]:
         trace.labels.pin(dims[dim], f"{node.name} cuts it at fixed positions")
         dims[dim] = FIXED
     return Value(shape, tuple(dims))
+
+
+def _is_written(node: Any) -> bool:
+    """Tell if a slice is written into and not read, while the whole of the tensor is."""
+    writes = [str(user.target).partition(".")[2].partition(".")[0] for user in node.users]
+    alone = all(name.endswith("_") and not user.users for name, user in zip(writes, node.users, strict=True))
+    return bool(writes) and alone and any(called(user) != "slice" for user in node.args[0].users)
 
 
 @rule("select")

@@ -104,7 +104,7 @@ class _Code:
 
     def put_right(self, surgery: Surgery, small: nn.Module, cuts: Sequence[InputCut], kept: Sequence[Flags]) -> None:
         """Put sizes in the code of a copy without the channels right."""
-        surgery.rewrite(self.rewriter.find(cut_inputs(small, self.bare, cuts), kept, small))
+        surgery.rewrite(self.rewriter.find([cut_inputs(small, self.bare, cuts)], kept, small))
 
 
 def _of_cut(

@@ -91,7 +91,7 @@ def search_from_scratch(
         loss: The loss function `(output, *targets) -> scalar`; if left out, cross-entropy or the loss that the network returns.
         ignored_layers: Modules, or their names, whose outputs keep their number.
         round_to: A multiple that the kept channels of a group are rounded up to.
-        exact: False if channels that a norm averages over may go as well, as those of a `LayerNorm`.
+        exact: False if channels may go as well that are averaged over where they are not zero, which moves the outputs.
         reset: A function of a network that sets its weights as its maker does. It is called after the `reset_parameters` of all
             modules, and needed where these leave any weight out.
         seed: All random numbers follow from it: weights, the data's order where it is torch's, numpy's or Python's. The

@@ -23,7 +23,7 @@ from fasterai.prune.surgery.dense_shapes import dense_shapes_of, note, noted_on,
 from fasterai.prune.surgery.plan import Plan, check_plan, tensor_of, tensors_of
 from fasterai.prune.surgery.rewriting import Rewrite
 from fasterai.prune.surgery.slim_attention import SlimMultiheadAttention, encoders_of
-from fasterai.prune.surgery.tracing import change_rewrites
+from fasterai.prune.surgery.traced_copies import change_rewrites
 
 __all__ = ["Surgery", "apply_plan_", "operate"]
 

@@ -6,6 +6,7 @@ channel graph asks for it by `trace.request(node, kind, dim)`; the edit has the 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-__all__ = ["GIVEN", "KINDS", "Edit", "Path", "Rewrite", "apply_edits", "kind", "nested", "replaced", "rooted"]
+__all__ = ["GIVEN", "KINDS", "Edit", "Path", "Rewrite", "Way", "apply_edits", "kind", "nested", "replaced", "rooted"]
 
 #: Types of arguments that a trace is made for, where a module is called with the same ones each time.
 GIVEN = (type(None), bool, str)
 Path = tuple[int | str, ...]
+Way = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Edit:
         node, name, path, before, after = data
         if not isinstance(path, list | tuple) or not all(isinstance(key, str) or _is_count(key) for key in path):
             raise ValueError(f"an edit's path must be a list of names and indices, got {path!r}")
-        if not (before is None or _is_sizes(before)) or not _is_sizes(after):
+        is_number = name == "factor" and isinstance(after, int | float) and math.isfinite(after)
+        if not (before is None or _is_sizes(before)) or not (is_number or _is_sizes(after)):
             raise ValueError(f"an edit's numbers must be whole numbers from 0 on, got {before!r} and {after!r}")
         return cls(node, name, tuple(path), _tupled(before), _tupled(after))
 
@@ -68,14 +71,18 @@ class Rewrite:
     Attributes:
         given: Arguments that it is traced for, by name; called with others it raises an error.
         edits: The changes of its trace.
+        ways: For code that decides by sizes the ways on which the edits were checked, each by its decisions, in order; None
+            for code that is traced in one.
     """
 
     given: tuple[tuple[str, Any], ...] = ()
     edits: tuple[Edit, ...] = ()
+    ways: tuple[Way, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON."""
-        return {"given": [list(pair) for pair in self.given], "edits": [edit.to_list() for edit in self.edits]}
+        data: dict[str, Any] = {"given": [list(pair) for pair in self.given], "edits": [edit.to_list() for edit in self.edits]}
+        return data if self.ways is None else data | {"ways": [list(way) for way in self.ways]}
 
     @classmethod
     def from_dict(cls, data: Any) -> Rewrite:
@@ -89,7 +96,11 @@ class Rewrite:
         for pair in data["given"]:
             if not isinstance(pair, list) or len(pair) != 2 or not (isinstance(pair[0], str) and isinstance(pair[1], GIVEN)):
                 raise ValueError(f"what a rewrite is given must be [argument, None, bool or text], got {pair!r}")
-        return cls(tuple((name, value) for name, value in data["given"]), tuple(map(Edit.from_list, data["edits"])))
+        ways = data.get("ways")
+        if ways is not None and not (isinstance(ways, list) and all(map(_is_way, ways))):
+            raise ValueError(f"the ways of a rewrite must be lists of truth values and whole numbers, got {ways!r}")
+        edits, given = tuple(map(Edit.from_list, data["edits"])), tuple((name, value) for name, value in data["given"])
+        return cls(given, edits, None if ways is None else tuple(map(tuple, ways)))
 
 
 def _listed(value: Any) -> Any:
@@ -102,6 +113,10 @@ def _tupled(value: Any) -> Any:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_way(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(choice, int) for choice in value)
 
 
 def _is_sizes(value: Any) -> bool:
@@ -130,12 +145,19 @@ def _size(graph: Graph, node: Node, edit: Edit) -> None:
     _put(node, edit.path, edit.after)
 
 
+@kind("factor")
+def _factor(graph: Graph, node: Node, edit: Edit) -> None:
+    """Put the number that a tensor was scaled by before in the place of one that is worked out of sizes."""
+    _put(node, edit.path, edit.after)
+
+
 @kind("share")
 def _share(graph: Graph, node: Node, edit: Edit) -> None:
     """Take a share of what is worked out, as of `B * heads` where heads are fewer: times `after`, divided by `before`."""
     with graph.inserting_before(node):
         worked_out = nested((node.args, node.kwargs), rooted(edit.path))
-        times = graph.call_function(_times, (worked_out, edit.after, edit.before))
+        name = "_".join(map(str, (edit.node, *edit.path)))  # the same in each trace that holds the operation
+        times = graph.create_node("call_function", _times, (worked_out, edit.after, edit.before), name=name)
     _put(node, edit.path, times)
 
 
@@ -147,7 +169,7 @@ def _times(x: int, after: int, before: int) -> int:
 def _mean(graph: Graph, node: Node, edit: Edit) -> None:
     """Make a mean over n of N entries, of which the others were zero, the mean over all N: times n / N."""
     with graph.inserting_after(node):
-        times = graph.call_function(torch.mul, (node, edit.after / edit.before))
+        times = graph.create_node("call_function", torch.mul, (node, edit.after / edit.before), name=f"{node.name}_of_all")
     node.replace_all_uses_with(times, delete_user_cb=lambda user: user is not times)
 
 
@@ -168,7 +190,7 @@ def _bounded(graph: Graph, node: Node, bound: Callable[..., Any]) -> None:
     parts = [one for one in node.users if one.target in (operator.getitem, getattr) and one.args[1] in (0, "values")]
     for one in parts or [node]:
         with graph.inserting_after(one):
-            bounded = graph.call_function(bound, (one, 0))
+            bounded = graph.create_node("call_function", bound, (one, 0), name=f"{one.name}_bounded")
         one.replace_all_uses_with(bounded, delete_user_cb=partial(operator.is_not, bounded))
 
 

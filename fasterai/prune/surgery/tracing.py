@@ -1,17 +1,12 @@
-"""Traced copies of modules, which run a trace of their code with edits instead of the code.
-
-Code such as `x.reshape(B, N, C)`, with the width of its input where that of its heads is meant, cannot lose heads. So the
-module's `forward` is traced by `torch.fx`, for training and for eval mode, the numbers in it are edited, and the module gets a
-class of its own whose `forward` is the result. It stays the same object: parameters, names, hooks and attributes are as before,
-and undoing is to give it its class back.
-"""
+"""Traces of modules' own code by `torch.fx`: the modules that it calls stay calls, and nothing is noted on the module."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -20,18 +15,32 @@ from torch.fx import Graph, Node
 
 from fasterai.model.supported import said
 from fasterai.prune.surgery.makers import traced_makers
-from fasterai.prune.surgery.rearranging import can_be_written_out, rearranged
-from fasterai.prune.surgery.rewriting import Rewrite, apply_edits
 
-__all__ = ["ASIDE", "change_rewrites", "code_of", "edited", "plain_class", "put_class", "rewrite_of", "traced", "traced_class"]
+__all__ = [
+    "ASIDE",
+    "KEPT",
+    "READS",
+    "CodeTracer",
+    "UntraceableError",
+    "code_of",
+    "filled",
+    "plain_class",
+    "raw_trace",
+    "traced",
+]
 
 PARTS = ("_parameters", "_buffers", "_modules")
 CONTAINERS = (dict, list, set)
 ASIDE = "_forward_aside"  # the same, while something else runs for a moment
+READS = (getattr, operator.getitem)
 KEPT = "_forward_before_trace"  # a module's `self.forward = self.forward_in_parts`, while a traced copy runs instead
 
 
-class _Tracer(torch.fx.Tracer):
+class UntraceableError(ValueError):
+    """Code that no trace can stand for."""
+
+
+class CodeTracer(torch.fx.Tracer):
     """Tracer of a module's own code; the modules that it calls stay as they are."""
 
     trace_asserts = True
@@ -49,22 +58,17 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return cls
 
 
-def rewrite_of(module: nn.Module) -> Rewrite | None:
-    """Return how a module was rewritten; None where it runs its own code."""
-    return type(module).rewrite if isinstance(module, _Traced) else None
-
-
 def code_of(module: nn.Module) -> Callable[..., Any]:
     """Return the forward that a module runs by itself: that of its class, or the method that it has set in its place.
 
     Raises:
-        ValueError: It runs something else, as a function that another library has put there.
+        UntraceableError: It runs something else, as a function that another library has put there.
     """
     own = next((vars(module)[key] for key in ("forward", KEPT, ASIDE) if key in vars(module)), None)
     if own is None:
-        return rearranged if can_be_written_out(module) else plain_class(module).forward
+        return plain_class(module).forward
     if getattr(own, "__self__", None) is not module:
-        raise ValueError("it has a forward that is no code of its class")
+        raise UntraceableError("it has a forward that is no code of its class")
     return cast(Callable[..., Any], own.__func__)
 
 
@@ -77,29 +81,34 @@ def traced(module: nn.Module, given: Mapping[str, Any], training: bool) -> Graph
         training: The mode.
 
     Raises:
-        ValueError: Its code depends on the values that it is given, or notes something on the module.
+        UntraceableError: Its code depends on the values that it is given, or notes something on the module.
     """
+    return _tidy(raw_trace(module, given, training, CodeTracer()))
+
+
+def raw_trace(module: nn.Module, given: Mapping[str, Any], training: bool, tracer: CodeTracer) -> Graph:
+    """Make a trace by a tracer, as it comes; arguments and errors as for `traced`."""
     if isinstance(module, torch.jit.ScriptModule):
-        raise ValueError("it is a script")
+        raise UntraceableError("it is a script")
     stand_in = _stand_in(module, training)
     before = _attributes(stand_in, training)
     try:
         with traced_makers():
-            graph = _Tracer().trace(stand_in, dict(given) or None)
+            graph = tracer.trace(stand_in, dict(given) or None)
     except Exception as error:  # whatever code of the user's makes of a proxy
-        raise ValueError(f"its code cannot be traced: {said(error)}") from error
+        raise UntraceableError(f"its code cannot be traced: {said(error)}") from error
     if _attributes(stand_in, training) != before:
-        raise ValueError("its code notes something on the module in each forward pass")
+        raise UntraceableError("its code notes something on the module in each forward pass")
     for node in graph.nodes:
         if node.op == "placeholder" and given:
             node.target = _argument(str(node.target), given, [*inspect.signature(type(stand_in).forward).parameters])
-    return _tidy(graph)
+    return graph
 
 
 def _tidy(graph: Graph) -> Graph:
     """Return a graph without sizes and devices that nobody reads, numbered anew: so both modes have the same names."""
     for node in reversed(graph.nodes):
-        if not node.users and (node.op == "get_attr" or node.target in (getattr, operator.getitem)):
+        if not node.users and (node.op == "get_attr" or node.target in READS):
             graph.erase_node(node)
     tidy, copied = Graph(), dict[Node, Node]()
     for node in graph.nodes:
@@ -125,6 +134,28 @@ def _stand_in(module: nn.Module, training: bool) -> nn.Module:
     return stand_in
 
 
+def filled(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Run a module's own code for the attributes that it sets, whatever else comes of it; tell if it has set any.
+
+    Neither random numbers nor what norms count are moved by it.
+    """
+    other = _stand_in(module, module.training)
+    other._buffers = dict(other._buffers)
+    before = [(b, b.detach().clone()) for b in module.buffers()]
+    parts = (vars(module), module._buffers), (vars(other), other._buffers)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with suppress(Exception):  # sizes in the code are not those of the weights
+            other(*args, **kwargs)
+        for buffer, values in before:
+            buffer.copy_(values)
+    found = False
+    for own, new in zip(*parts, strict=True):
+        for key in new.keys() - {*PARTS, "training"}:
+            if own.get(key) is not new[key] and not isinstance(new[key], CONTAINERS):
+                own[key], found = new[key], True
+    return found
+
+
 def _attributes(module: nn.Module, training: bool) -> dict[str, Any]:
     """Return what tells if a module was changed: its attributes and their entries.
 
@@ -138,105 +169,3 @@ def _attributes(module: nn.Module, training: bool) -> dict[str, Any]:
 def _entries(container: Any) -> list[Any]:
     pairs = container.items() if isinstance(container, dict) else enumerate(container)
     return [(key, id(value)) for key, value in pairs]
-
-
-def edited(module: nn.Module, rewrite: Rewrite) -> tuple[Graph, Graph]:
-    """Return a module's traces for eval and training mode, edited.
-
-    Raises:
-        ValueError: It cannot be traced, does other operations in training, or an edit does not fit.
-    """
-    graphs = tuple(traced(module, dict(rewrite.given), training) for training in (False, True))
-    first, second = ([(n.name, n.op, str(n.target)) for n in graph.nodes] for graph in graphs)
-    if first != second:
-        raise ValueError("its code does other operations in training")
-    for graph in graphs:
-        apply_edits(graph, rewrite.edits)
-    return graphs[0], graphs[1]
-
-
-class _Traced:
-    """Parts that the classes of traced copies share: the rewrite, and how they are copied and pickled."""
-
-    rewrite: Rewrite
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        made = object.__new__(type(self))
-        memo[id(self)] = made
-        vars(made).update(copy.deepcopy(vars(self), memo))
-        return made
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _waiting, (plain_class(cast(nn.Module, self)), self.rewrite), vars(self)
-
-
-def _waiting(base: type[nn.Module], rewrite: Rewrite) -> Any:
-    """Return a module that is traced once a pickle has given it its parts."""
-
-    def restore(self: Any, state: dict[str, Any]) -> None:
-        self.__class__ = base
-        vars(self).update(state)
-        put_class(self, traced_class(self, rewrite))
-
-    return object.__new__(type(base.__name__, (base,), {"__setstate__": restore}))
-
-
-def traced_class(module: nn.Module, rewrite: Rewrite) -> type[nn.Module]:
-    """Make the class of a module's traced copy; to give it to the module is what puts the copy in its place.
-
-    Raises:
-        ValueError: The module cannot be traced, or an edit does not fit.
-    """
-    base = plain_class(module)
-    codes = [graph.python_code("self") for graph in edited(module, rewrite)]
-    in_eval, in_training = (_function(code) for code in codes)
-    forward = in_eval if codes[0].src == codes[1].src else _by_mode(in_eval, in_training)
-    code = code_of(module)
-    forward.__signature__ = inspect.signature(code)  # type: ignore[attr-defined]
-    forward.__doc__ = code.__doc__
-    own = {"forward": forward, "rewrite": rewrite, "__module__": base.__module__, "__doc__": base.__doc__, "_stands_for": base}
-    made: Any = type(base)
-    return cast(type[nn.Module], made(f"Traced{base.__name__}", (_Traced, base), own))
-
-
-def _function(code: Any) -> Callable[..., Any]:
-    space = dict(code.globals)
-    exec(compile(code.src, "<a module's code with its sizes put right>", "exec"), space)
-    return cast(Callable[..., Any], space["forward"])
-
-
-def _by_mode(in_eval: Callable[..., Any], in_training: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return in_training(self, *args, **kwargs) if self.training else in_eval(self, *args, **kwargs)
-
-    return forward
-
-
-def change_rewrites(
-    model: nn.Module, rewrites: Mapping[str, Rewrite]
-) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
-    """Give for each module a function that puts its traced copy in its place, and one that takes it back.
-
-    Raises:
-        ValueError: There is no such module, it cannot be traced, or an edit does not fit.
-    """
-    for name, rewrite in rewrites.items():
-        try:
-            module = model.get_submodule(name)
-            before, after = type(module), traced_class(module, rewrite)
-        except (AttributeError, ValueError) as error:
-            which = name or "the model itself"
-            raise ValueError(f"plan must be for this model, got one with edits of {which}, but {error}") from error
-        yield _class_setter(module, after), _class_setter(module, before)
-
-
-def _class_setter(module: nn.Module, to: type[nn.Module]) -> Callable[[], None]:
-    return lambda: put_class(module, to)
-
-
-def put_class(module: nn.Module, to: type[nn.Module]) -> None:
-    """Give a module another class; a forward that it has set itself steps aside for a traced one."""
-    module.__class__ = to
-    held, now = (KEPT, "forward") if not issubclass(to, _Traced) else ("forward", KEPT)
-    if held in vars(module):
-        vars(module)[now] = vars(module).pop(held)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fasterai.model.cuts import follow
+from fasterai.model.slim_norms import dense_size
 from fasterai.prune.pruner import Pruner
 from fasterai.prune.small_files import load_small, save_small
 from fasterai.prune.surgery.plan import Plan
@@ -62,6 +63,19 @@ def test_attention_loses_its_heads_again(tmp_path):
     assert torch.equal(other.eval()(x), small.eval()(x))
     save_small(tmp_path / "small.safetensors", small)
     assert shapes_of(load_small(tmp_path / "small.safetensors", Attention())) == shapes_of(other)
+
+
+def test_norms_of_a_stream_are_told_again_how_many_there_were():
+    def stream() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.Linear(8, 8, bias=False), nn.RMSNorm(8), nn.Linear(8, 2))
+
+    small, other = stream(), stream()
+    plans = [Plan.from_dict(json.loads(json.dumps(p.to_dict()))) for p in pruned(small, X)]
+    replay(other, plans, shapes_of(small), None, list)
+    other.load_state_dict(small.state_dict())
+    assert [(n, dense_size(other[n]), other[n].normalized_shape) for n in (1, 3)] == [(1, 8, (2,)), (3, 8, (2,))]
+    assert torch.equal(other(X), small(X))
 
 
 def test_optimizer_and_copies_are_cut_alike():
