@@ -21,6 +21,10 @@ KINDS = ("convolution", "linear", "attention", "recurrent", "embedding", "other"
 KERNEL_AXES: dict[int, tuple[str, ...]] = {1: ("width",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
 
+#: The linear layer of Hugging Face's GPT-2, which holds its weight turned.
+TURNED = ("transformers.pytorch_utils", "Conv1D")
+
+
 @dataclass(frozen=True)
 class Reading:
     """Kind of a module, and the layouts of its parameters.
@@ -54,6 +58,8 @@ def read_module(module: nn.Module) -> Reading | None:
     A wrapper that holds a weight of its inner module as `<name>_raw`, and sets the inner one anew at each pass, is read as the
     inner module is: fastai's `WeightDropout` does so with `weight_hh_l0` of an LSTM.
     """
+    if any((c.__module__, c.__name__) == TURNED for c in type(module).__mro__):
+        return _matrices(module, "linear", ("in", "out"), ["weight"])
     inner = module._modules.get("module")
     raw = [n for n in module._parameters if n.endswith("_raw") and hasattr(inner, n.removesuffix("_raw"))]
     if not raw or not isinstance(inner, nn.RNNBase | nn.Linear):
@@ -122,8 +128,8 @@ def register_axes(module_type: type[nn.Module], *, kind: str = "linear", **axes:
         ValueError: `kind` or an axis is not known. Where a module of the class is first read: it has no such parameter, or one
             of other dimensions.
 
-    >>> class Conv1D(nn.Module): ...           # Hugging Face's linear layer holds (in, out)
-    >>> register_axes(Conv1D, weight=("in", "out"))
+    >>> class Turned(nn.Module): ...           # a linear layer that holds (in, out)
+    >>> register_axes(Turned, weight=("in", "out"))
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise TypeError(f"module_type must be a subclass of torch.nn.Module, got {module_type!r}")

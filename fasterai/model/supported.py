@@ -25,6 +25,7 @@ __all__ = [
     "directions",
     "is_followed",
     "is_weight_normed",
+    "lengths_of",
     "kernels",
     "network_in",
     "recomputed",
@@ -274,3 +275,10 @@ def directions(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm | SpectralNorm):
             yield hook.name, getattr(module, f"{hook.name}_{'v' if isinstance(hook, WeightNorm) else 'orig'}")
+
+
+def lengths_of(module: nn.Module, attribute: str) -> Tensor | None:
+    """Return the lengths that a weight norm gives the rows of a weight; None where there is none."""
+    if nn.utils.parametrize.is_parametrized(module, attribute):
+        return getattr(module.parametrizations[attribute], "original0", None)  # type: ignore[index]
+    return module._parameters.get(f"{attribute}_g")

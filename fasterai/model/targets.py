@@ -15,7 +15,7 @@ from fasterai.core.checks import unknown
 from fasterai.core.types import Target
 from fasterai.model.layouts import by_dimensions, read_module
 from fasterai.model.names import owner, plain_name, unwrap, walk_parameters
-from fasterai.model.supported import is_followed, way_out
+from fasterai.model.supported import directions, is_followed, lengths_of, way_out
 
 __all__ = [
     "LayerTypes",
@@ -56,12 +56,14 @@ class Selection:
 def all_targets(model: nn.Module) -> list[Target]:
     """List every parameter that could be a target, tied ones once, under their first name."""
     found: dict[int, Target] = {}
+    worked_out = _worked_out(model)
     for name, module, attribute, parameter in walk_parameters(model):
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             continue
         reading = read_module(module)
         known = reading.layouts.get(attribute) if reading else None
         kind = reading.kind if reading and known else "other"
+        weight, weights_kind = worked_out.get(name, ("", kind))
         if id(parameter) in found:
             first = found[id(parameter)]
             kind = kind if first.kind == "other" or kind == "embedding" else first.kind
@@ -70,8 +72,26 @@ def all_targets(model: nn.Module) -> list[Target]:
             found[id(parameter)] = Target(first.name, first.module, first.attribute, kind, layout, aliases)
         elif known or 1 <= parameter.dim() <= 5:
             layout = known or by_dimensions(parameter.shape)
-            found[id(parameter)] = Target(name, module, attribute, kind, layout)
+            aliases = (weight,) if weight else ()
+            found[id(parameter)] = Target(name, module, attribute, weights_kind, layout, aliases)
     return list(found.values())
+
+
+def _worked_out(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """Find the parameters of which layers make weights channel by channel: name -> the weight's name, the layer's kind.
+
+    So a layer with a weight norm is known by its own name, as any other.
+    """
+    names = {id(p): name for name, _, _, p in walk_parameters(model)}
+    found: dict[str, tuple[str, str]] = {}
+    for prefix, module in model.named_modules():
+        if not is_followed(module) or (reading := read_module(module)) is None:
+            continue
+        for attribute, rows in directions(module):
+            lengths = lengths_of(module, attribute)
+            weight = plain_name(f"{prefix}.{attribute}" if prefix else attribute)
+            found |= {names[id(p)]: (weight, reading.kind) for p in (rows, lengths) if p is not None and p.dim() > 1}
+    return found
 
 
 def _recomputing(model: nn.Module) -> dict[str, str]:

@@ -194,7 +194,7 @@ def _channel_pool(group: Group, graph: ChannelGraph, known: Mapping[str, Target]
     parameters = {n: known[n] for n in dict.fromkeys(n for n, _ in group.places) if n in known}
     matrices = [t for t in parameters.values() if t.parameter.dim() > 1]
     scored = [t for t in matrices if t.kind != "other"] or matrices or list(parameters.values())
-    making = {n for n, d in group.places if (n, d) not in graph.readers and n in parameters}
+    making = {n for n, d in group.places if (n, d) not in graph.readers and n in parameters and not _reads(parameters[n], d)}
     makers = frozenset(t.name for t in scored if t.name in making)
     if not (makers or group.inputs):
         makers = frozenset(t.name for t in scored)
@@ -209,6 +209,12 @@ def _channel_pool(group: Group, graph: ChannelGraph, known: Mapping[str, Target]
         granularity=granularity,
         parameters=parameters,
     )
+
+
+def _reads(target: Target, d: int) -> bool:
+    """Tell if a dimension of what a layer makes its weight of is that of its inputs."""
+    axes = target.layout.axes
+    return bool(target.aliases) and target.kind != "embedding" and len(axes) == target.parameter.dim() and axes[d] == {"in"}
 
 
 def _outputs_dim(target: Target) -> int:

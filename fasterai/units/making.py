@@ -141,7 +141,9 @@ class ChannelMaker(Maker):
         if graph is None:
             return selection, ()
         chosen = {t.name for t in selection.targets}
-        pools = tuple(p for p in channel_pools(model, graph, self.granularity) if p.makers & chosen or _is_read_by(p, chosen))
+        found = channel_pools(model, graph, self.granularity)
+        raw = set() if selection.named else {t.name for t in selection.targets if t.kind == "other"}
+        pools = tuple(p for p in found if p.makers & chosen or _is_read_by(p, chosen) or _makes(p, graph) & raw)
         if not pools:
             why = "; ".join(f"{t.name}: {_why_pinned(t, graph)}" for t in selection.targets[:3])
             raise ValueError(f"targets must make channels that can be removed, got none that do ({why})")
@@ -156,6 +158,11 @@ class ChannelMaker(Maker):
                 "example_inputs must be given for granularity 'coupled', got None: the channels are found by following them "
                 "through the model; a callback of fastai or Lightning has a batch for it"
             )
+
+
+def _makes(pool: ChannelPool, graph: ChannelGraph) -> set[str]:
+    """Return the names of all parameters that make a pool's channels, such as raw ones beside embeddings."""
+    return {name for name, d in pool.group.places if (name, d) not in graph.readers}
 
 
 def _is_read_by(pool: ChannelPool, chosen: Collection[str]) -> bool:

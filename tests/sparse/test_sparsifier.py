@@ -1586,6 +1586,17 @@ def test_a_parametrised_layer_is_left_out_with_a_note(granularity, how, name, by
     assert (model[4].weight == 0).any()
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("how", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm], ids=["new", "old"])
+@pytest.mark.parametrize("key", ["2", "2.weight"])
+def test_a_layer_with_a_weight_norm_is_known_by_its_own_name(how, key):
+    model = with_a_recomputed_weight(how).eval()
+    sparsifier = Sparsifier(model, "coupled", "local", sparsity={key: 0.5, "0": 0.25}, example_inputs=torch.randn(2, 3))
+    sparsifier.sparsify_model()
+    model(torch.randn(2, 3))
+    assert int((model[2].weight == 0).all(1).sum()) == 4 and int((model[0].weight == 0).all(1).sum()) == 2
+
+
 def test_coupled_channels_of_a_weight_norm_are_masked_by_their_lengths():
     model = with_a_recomputed_weight(nn.utils.parametrizations.weight_norm).eval()
     sparsifier = Sparsifier(model, "coupled", "local", sparsity=0.5, example_inputs=torch.randn(2, 3))

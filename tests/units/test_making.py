@@ -143,3 +143,24 @@ def test_a_further_granularity_is_one_more_maker():
     assert [t.name for t in sparsifier.targets] == ["3.weight"]
     assert sparsifier.sparsity["3.weight"] == 0.4
     assert int(sparsifier.masks["3.weight"].flatten(1).any(1).sum()) == 3
+
+
+class OfWords(nn.Module):
+    """A stream that an embedding and a raw parameter make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.out = nn.Embedding(5, 8), nn.Linear(8, 2)
+        self.raw = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        y = self.words(x)
+        return self.out(y + y.relu() @ self.raw)
+
+
+def test_a_raw_parameter_brings_the_channels_of_an_embedding_with_it() -> None:
+    model = OfWords()
+    sparsifier = Sparsifier(model, "coupled", "local", sparsity=0.5, example_inputs=torch.tensor([[0, 1, 2]]))
+    sparsifier.sparsify_model()
+    gone = (model.words.weight == 0).all(0)
+    assert int(gone.sum()) == 4 and torch.equal(gone, (model.raw == 0).all(0))
