@@ -20,6 +20,7 @@ from fasterai.graph.inputs import input_names
 from fasterai.graph.recorded import Recording, recorded
 from fasterai.graph.regions import inline_, is_transformed
 from fasterai.model.exporting import exporting
+from fasterai.model.followed import as_followed
 from fasterai.model.inputs import batch_of, listed_samples
 from fasterai.model.names import plain_name
 from fasterai.model.running import at_rest, copies, in_mode, undisturbed, without_fast_path
@@ -111,16 +112,22 @@ def exported(model: nn.Module, inputs: tuple[Any, ...]) -> list[Exported]:
     Raises:
         ValueError: It does not run on the inputs, or cannot be followed; the message says where, and the repair.
     """
-    found = _exported_or_recorded(model, inputs)
-    elsewhere = [set(one.unread()) for one in found[1:]]
-    unread = [name for name in found[0].unread() if all(name in one for one in elsewhere)]
-    if (is_other := _training_returns_other(model, inputs)) or unread:
-        found += [one for one in _training(model, inputs, unread) if is_other or set(one.unread()) < set(unread)]
+    with as_followed(model):
+        found = _found(model, inputs)
     if sizes := unmet(found):
         warn(
             f"the way through the model's code depends on values, and no recorded run has met all parameters, such as "
             f"{next(iter(sizes.values()))}: channels that they fit stay"
         )
+    return found
+
+
+def _found(model: nn.Module, inputs: tuple[Any, ...]) -> list[Exported]:
+    found = _exported_or_recorded(model, inputs)
+    elsewhere = [set(one.unread()) for one in found[1:]]
+    unread = [name for name in found[0].unread() if all(name in one for one in elsewhere)]
+    if (is_other := _training_returns_other(model, inputs)) or unread:
+        found += [one for one in _training(model, inputs, unread) if is_other or set(one.unread()) < set(unread)]
     return found
 
 

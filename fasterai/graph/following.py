@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from fasterai.graph.exported import Exported, unmet
 from fasterai.graph.features import Asked
+from fasterai.graph.kernels import computed_weights, kernels_in
 from fasterai.graph.labels import FIXED, FREE, Components, Dim, Packed, is_zeroed, plain, zeroed
 from fasterai.graph.rules import RULES, Trace, Value, unknown
 from fasterai.graph.rules.trace import all_fixed, called, shape_of, unmarked, values_in
@@ -140,13 +141,16 @@ def _follow_one(
     values = trace.values
     trace.roots = program.roots
     idle, unused = program.idle_and_unused()
-    for node in program.program.graph.nodes:
+    nodes = list(program.program.graph.nodes)
+    trace.computed = computed_weights(nodes, names)
+    computed = kernels_in(nodes, trace.computed)
+    for node in nodes:
         if node in idle:
             continue
         if node.op == "placeholder":
             name, is_parameter = names.get(node.name), node.name in parameters
             value = _placeholder(trace, node, name, weights, is_parameter, given.get(node.name, ""))
-            values[node] = _without_kernel(trace, node, value) if name in kernels else value
+            values[node] = _without_kernel(trace, node, value) if name in kernels or node in computed else value
         elif node.op == "output":
             for value in (v for a in node.args[0] if isinstance(v := values.get(a), Value)):
                 trace.labels.pin_all(value.dims, "it is an output of the network")

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["Counting", "slim_group_norm", "slim_layer_norm", "slim_rms_norm"]
+__all__ += ["correction_in", "precise", "result_of", "spread"]
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -32,8 +33,8 @@ def slim_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
     torch's own norm gives `y`, with the weight; two passes put it right, by a number to multiply by and one to add for each
     position. Its averages have no gradient: a training, and an exported program that may be trained, takes them by themselves.
     """
-    given, x = x, _precise(x)
-    weight, bias = (None if v is None else _precise(v) for v in (weight, bias))
+    given, x = x, precise(x)
+    weight, bias = (None if v is None else precise(v) for v in (weight, bias))
     share = x.shape[-1] / size
     if torch.is_grad_enabled() or torch.compiler.is_exporting():
         y = F.layer_norm(x, x.shape[-1:], weight, None, eps / share)
@@ -43,7 +44,7 @@ def slim_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
     scale, shift = _correction_of(mean * rstd, share)
     shift = shift if weight is None else shift * weight if bias is None else torch.addcmul(bias, shift, weight)
     shift = shift if bias is None or weight is not None else shift + bias
-    return torch.addcmul(shift, y, scale).to(_result(given))
+    return torch.addcmul(shift, y, scale).to(result_of(given))
 
 
 def _averages(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -77,34 +78,34 @@ def slim_rms_norm(x: Tensor, weight: Tensor | None, eps: float | None, size: int
 
 def slim_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, size: int) -> Tensor:
     """Normalise `(B, C, ...)` as `F.group_norm` does, of which each group had `size` channels."""
-    given, x = x, _precise(x)
+    given, x = x, precise(x)
     rows = x.reshape(x.shape[0], groups, -1)
     width = x.shape[1] // groups
     share = width / size
     mean = rows.mean(-1, keepdim=True)
     difference = rows - mean
     variance = (difference * difference).mean(-1, keepdim=True)  # `torch.var` takes ten times as long on a CPU
-    scale = torch.rsqrt(_spread(variance, mean, share) + eps)
+    scale = torch.rsqrt(spread(variance, mean, share) + eps)
     scale, shift = scale.expand(-1, -1, width), (-share * mean * scale).expand(-1, -1, width)
     if weight is not None:
         scale, shift = scale * weight.view(groups, width), shift * weight.view(groups, width)
     if bias is not None:
         shift = shift + bias.view(groups, width)
     sides = (x.shape[0], x.shape[1], *[1] * (x.dim() - 2))
-    return torch.addcmul(shift.reshape(sides), x, scale.reshape(sides)).to(_result(given))
+    return torch.addcmul(shift.reshape(sides), x, scale.reshape(sides)).to(result_of(given))
 
 
-def _spread(variance: Tensor, mean: Tensor, share: float) -> Tensor:
+def spread(variance: Tensor, mean: Tensor, share: float) -> Tensor:
     """Return the variance of all channels, of those left and of as many zeros as are gone."""
     return share * variance + share * (1 - share) * mean.square()
 
 
-def _precise(x: Tensor) -> Tensor:
+def precise(x: Tensor) -> Tensor:
     """Return a tensor in single precision if it is in half: torch's own norms work in single too."""
     return x.float() if x.dtype in HALF else x
 
 
-def _result(x: Tensor) -> torch.dtype:
+def result_of(x: Tensor) -> torch.dtype:
     """Return the type that torch's own norm gives: on most devices autocast runs it in single precision."""
     kind = x.device.type
     is_wide = kind != "cpu" and x.dtype in HALF and torch.is_autocast_enabled(kind)
@@ -161,9 +162,9 @@ class Counting(TorchFunctionMode):
             self._means.append((x, mean))
             return mean
         keeps = (result[0] if isinstance(result, tuple) else result).dim() == x.dim()
-        correction = _correction(args[2:], kwargs)
+        correction = correction_in(args[2:], kwargs)
         variance, mean = torch.var_mean(x, dim, correction=0, keepdim=keeps)
-        variance = _spread(variance, mean, share) * (self.size / (self.size - correction) if correction else 1.0)
+        variance = spread(variance, mean, share) * (self.size / (self.size - correction) if correction else 1.0)
         variance = variance.sqrt() if name.startswith("std") else variance
         if isinstance(result, tuple):
             self._means.append((x, mean * share))
@@ -178,7 +179,7 @@ def _one(dim: Any) -> int | None:
     return dim if isinstance(dim, int) and not isinstance(dim, bool) else None
 
 
-def _correction(rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+def correction_in(rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
     """Return the correction of a variance: 1, unless `unbiased` or `correction` says otherwise."""
     if kwargs.get("correction") is not None:
         return float(kwargs["correction"])

@@ -13,9 +13,10 @@ from torch.fx import Node
 from fasterai.graph.channels import ChannelGraph
 from fasterai.graph.labels import Array, Components, Dim, Flags, plain
 from fasterai.graph.rules.trace import Trace, Value, called
-from fasterai.prune.surgery.rewriting import Path, nested, rooted
+from fasterai.prune.surgery.rewriting import Edit, Path, nested, rooted
 
-__all__ = ["Count", "Known", "count", "ends", "factors", "known_of", "owners_of", "sized", "wanted"]
+__all__ = ["Asked", "Count", "Known", "Places", "asked_of", "count", "edit_of", "ends", "factors", "known_of", "owners_of"]
+__all__ += ["sized", "wanted"]
 
 #: Operations -> where their sizes start, as `x.view(2, 3)` and `torch.zeros(2, 3)`.
 SIZES = {
@@ -73,6 +74,44 @@ def count(dim: Dim, size: int, graph: ChannelGraph, owners: tuple[Array, Array])
         (int(g), np.bincount(channels[groups == g], minlength=graph.groups[g].channels)) for g in np.unique(groups) if g >= 0
     ]
     return Count(int((groups < 0).sum()), tuple(free))
+
+
+@dataclass(frozen=True)
+class Places:
+    """Places of a dimension, each with the number of its group, or -1, and its channel there; and what `Trace.spreads` has."""
+
+    groups: Array
+    channels: Array
+    result: tuple[int, int, int]
+
+    def now(self, kept: Sequence[Flags]) -> tuple[int, ...]:
+        """Return the places that are left where only some channels of each group are kept."""
+        left = [g < 0 or bool(kept[g][c]) for g, c in zip(self.groups.tolist(), self.channels.tolist(), strict=True)]
+        return tuple(np.flatnonzero(left).tolist())
+
+
+Asked = Count | Places
+
+
+def asked_of(node: Any, trace: Trace, graph: ChannelGraph, owners: tuple[Array, Array]) -> Asked:
+    """Return what the edit of an operation that a rule has asked for has to know."""
+    _, dim = trace.requests[node]
+    if node in trace.spreads and isinstance(dim, np.ndarray):
+        return Places(owners[0][plain(dim)], owners[1][plain(dim)], trace.spreads[node])
+    return count(dim, 0, graph, owners)
+
+
+def edit_of(node: str, kind: str, asked: Asked, kept: Sequence[Flags], earlier: Edit | None) -> Edit | None:
+    """Return the edit that a rule has asked for, counted from what there was at first; None where nothing has changed."""
+    before: Any = asked.now([np.ones_like(k) for k in kept])
+    after: Any = asked.now(kept)
+    if isinstance(asked, Places):
+        d, start, size = asked.result
+        before = earlier.before if earlier else (d, len(before), start, size)
+        after = tuple(earlier.after[place] for place in after) if earlier else after
+        return None if len(after) == before[1] else Edit(node, kind, (), before, after)
+    before = earlier.before if earlier else before
+    return None if before == after else Edit(node, kind, (), before, after)
 
 
 def ends(node: Any, found: Any, trace: Trace, graph: ChannelGraph, owners: tuple[Array, Array]) -> tuple[Count, ...]:

@@ -145,8 +145,8 @@ class Removal(Shown):
         yield from (f"takes less of its input {cut.words}" for cut in self.inputs.values())
         stays = [f"{name}: {'' if name in self.removed else 'stays, '}{why}" for name, why in self.refused.items()]
         yield from _listed(stays, "groups have to keep silent channels")
-        for name in self.plan.rewrites:
-            yield f"{name or 'the model itself'}: its code had sizes written into it; it runs a traced copy now"
+        for name, rewrite in self.plan.rewrites.items():
+            yield f"{name or 'the model itself'}: {rewrite.why}; it runs a traced copy now"
         yield from summed_reasons([why for why in self.pinned.values() if not why.endswith("kernel size")])
         if self.shortfall:
             yield self.shortfall

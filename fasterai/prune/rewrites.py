@@ -32,7 +32,7 @@ from fasterai.graph.labels import Flags
 from fasterai.graph.rules.trace import is_cut, module_of
 from fasterai.model.names import plain_name, unwrap
 from fasterai.model.running import at_rest, in_mode, undisturbed
-from fasterai.prune.code_sizes import Count, Known, count, ends, known_of, owners_of
+from fasterai.prune.code_sizes import Asked, Known, asked_of, edit_of, ends, known_of, owners_of
 from fasterai.prune.surgery.forks import holds_wholes, operations, traced_way
 from fasterai.prune.surgery.rewriting import GIVEN, Edit, Path, Rewrite, Way
 from fasterai.prune.surgery.traced_copies import rewrite_of
@@ -75,7 +75,7 @@ class _Module:
     forks: bool
     known: dict[tuple[int, int, str], list[Known]] = field(default_factory=dict)
     seen: dict[tuple[str, Path], set[Any]] = field(default_factory=dict)
-    requests: dict[str, tuple[str, Count]] = field(default_factory=dict)
+    requests: dict[str, tuple[str, Asked]] = field(default_factory=dict)
     ways: list[Way] = field(default_factory=list)
 
     @cached_property
@@ -112,7 +112,7 @@ class Rewriter:
         self.looked_at = [probes[0]]
         self.modules: dict[str, _Module] = {}
         self.refused: dict[str, str] = {}
-        self._cuts: dict[str, list[tuple[Count, ...]]] = {}
+        self._cuts: dict[str, list[tuple[Asked, ...]]] = {}
         held = {plain_name(name): module for name, module in self._model.named_modules()}
         candidates = {name: held[name] for name in sorted(graph.sized) if name in held}
         candidates |= {name: module for name, module in held.items() if rewrite_of(module)}
@@ -245,7 +245,7 @@ class Rewriter:
         calls: Counter[str] = Counter()
 
         def marked(name: str, one: _Module) -> Callable[..., Any]:
-            edits = (rewrite_of(one.module) or Rewrite()).edits
+            edits = (rewrite_of(one.module) or Rewrite()).followed().edits
             traces = Traces(one.module, one.given, False, one.forks, edits, one.ways) if edits else one.traces[False]
 
             def run(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -269,7 +269,7 @@ class Rewriter:
             if is_cut(node, value):
                 self._cuts.setdefault(module_of(node), []).append(ends(node, value, trace, self._graph, owners))
             if node in trace.requests:
-                self._cuts.setdefault(module_of(node), []).append((count(trace.requests[node][1], 0, self._graph, owners),))
+                self._cuts.setdefault(module_of(node), []).append((asked_of(node, trace, self._graph, owners),))
             mark = (node.meta.get("custom") or {}).get(MARK)
             if mark is None:
                 continue
@@ -278,8 +278,7 @@ class Rewriter:
             one = self.modules[name]
             one.known.setdefault((probe, number, operation), []).append(known_of(node, value, trace, self._graph, owners))
             if node in trace.requests:
-                kind, dim = trace.requests[node]
-                one.requests[operation] = (kind, count(dim, 0, self._graph, owners))
+                one.requests[operation] = (trace.requests[node][0], asked_of(node, trace, self._graph, owners))
 
     # --- the edits of a removal --------------------------------------------------------------------------------------
 
@@ -348,12 +347,10 @@ class Rewriter:
 def _requested(one: _Module, kept: Sequence[Flags]) -> Iterator[Edit]:
     """Give the edits that rules asked for, of dimensions that get shorter, counted from the size at first."""
     earlier = {(edit.node, edit.kind): edit for edit in (rewrite_of(one.module) or Rewrite()).edits}
-    for node, (kind, length) in one.requests.items():
-        before, after = length.now([np.ones_like(k) for k in kept]), length.now(kept)
-        if (node, kind) in earlier:
-            before = earlier[node, kind].before
-        if before != after:
-            yield Edit(node, kind, (), before, after)
+    for node, (kind, asked) in one.requests.items():
+        edit = edit_of(node, kind, asked, kept, earlier.get((node, kind)))
+        if edit is not None:
+            yield edit
 
 
 DIFFERS = "its code does other operations in training"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from fasterai.graph.channels import channel_graph
 from fasterai.prune.removal import mask_channels_, remove, silent_channels
+from fasterai.prune.small_files import load_small, save_small
 
 
 class CBAM(nn.Module):
@@ -41,6 +43,18 @@ class GCT(nn.Module):
         e = (x.square().sum((2, 3), keepdim=True) + 1e-5).sqrt() * self.alpha
         n = self.gamma / (e.square().mean(1, keepdim=True) + 1e-5).sqrt()
         return x * (1 + torch.tanh(e * n + self.beta))
+
+
+class ECA(nn.Module):
+    """A gate by a convolution along the channels of what is pooled (Wang et al. 2020)."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x.mean((2, 3)).view(x.shape[0], 1, -1)).sigmoid()
+        return x * y.view(x.shape[0], -1, 1, 1).expand_as(x)
 
 
 class NAF(nn.Module):
@@ -175,6 +189,7 @@ PICTURES = (2, 3, 8, 8)
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], float]] = {
     "CBAM": (lambda: of_pictures(CBAM), PICTURES, 0.36),
     "GCT": (lambda: of_pictures(GCT), PICTURES, 0.36),
+    "ECA": (lambda: of_pictures(ECA), PICTURES, 0.35),
     "NAFNet": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), NAF(8), NAF(8), nn.Conv2d(8, 3, 3)), PICTURES, 0.43),
     "CondConv": (lambda: of_pictures(CondConv), PICTURES, 0.32),
     "DyConv": (lambda: of_pictures(DyConv), PICTURES, 0.33),
@@ -225,9 +240,10 @@ def test_half_of_every_group_goes_and_the_outputs_stay(name: str) -> None:
     assert size(net) <= NETWORKS[name][2] * dense
 
 
-def test_a_mean_and_a_maximum_are_told_of_all_that_has_gone_again_and_again() -> None:
-    """8 channels, then 4, then 2: the mean is one of 8 still, and the copy of the code is copied and trained."""
-    net, x = made("CBAM")
+@pytest.mark.parametrize("name", ["CBAM", "ECA"])
+def test_what_is_told_of_all_that_has_gone_is_told_again(name: str) -> None:
+    """8 channels, then 4, then 2: a mean is one of 8 still, 8 stand along a convolution, and copies are copied and trained."""
+    net, x = made(name)
     for _ in range(2):
         halved(net, x)
         wanted = on(net, [x])
@@ -239,9 +255,22 @@ def test_a_mean_and_a_maximum_are_told_of_all_that_has_gone_again_and_again() ->
     assert all(p.grad is not None for p in net.parameters())
 
 
-def test_without_rewriting_what_is_chosen_from_stays() -> None:
-    net, x = made("CBAM")
-    assert "max" in channel_graph(net, (x,), rewrite=False).pinned["0.weight", 0]
+@pytest.mark.parametrize(("name", "why"), [("CBAM", "max"), ("ECA", "conv1d computes across it")])
+def test_without_rewriting_what_is_chosen_from_or_has_neighbours_stays(name: str, why: str) -> None:
+    net, x = made(name)
+    assert why in channel_graph(net, (x,), rewrite=False).pinned["0.weight", 0]
+
+
+def test_places_along_a_convolution_are_data_and_go_into_a_file(tmp_path: Path) -> None:
+    net, x = made("ECA")
+    for _ in range(2):
+        halved(net, x)
+        removal = remove(net, x, measure=False)
+    (edit,) = removal.plan.rewrites["3.conv"].edits
+    assert edit.to_list() == ["conv1d", "spread", [], [1, 8, 0, 8], [0, 4]]  # of 0 2 4 6
+    assert "3.conv: its code goes by all channels that there were; it runs a traced copy now" in str(removal)
+    save_small(tmp_path / "small.safetensors", net)
+    assert torch.equal(load_small(tmp_path / "small.safetensors", made("ECA")[0])(x), net(x))
 
 
 class Norms(nn.Module):

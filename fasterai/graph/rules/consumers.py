@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fasterai.graph.labels import FIXED, is_labelled, is_zeroed, zeroed
+from fasterai.graph.rules.centred import is_centred, squared
 from fasterai.graph.rules.elementwise import elementwise
 from fasterai.graph.rules.trace import (
     Trace,
@@ -16,6 +17,7 @@ from fasterai.graph.rules.trace import (
     blend,
     broadcast,
     called,
+    marked_as,
     rule,
     settled,
     shape_of,
@@ -32,6 +34,9 @@ __all__: list[str] = []
 def along_one(trace: Trace, node: Any, x: Value, dim: int | None = None, *rest: Any, **keywords: Any) -> Any:
     if dim is None:
         return reduction(trace, node, x)
+    if called(node) == "cumsum" and isinstance(x.dims[dim], np.ndarray) and trace.exact and not trace.experts:
+        trace.sums(node, x.dims[dim], f"{node.name} mixes its entries")
+        return marked_as(x, dim, False)
     if called(node) in ("softmax", "_softmax") and trace.gate(node, x.dims[dim]):
         return unmarked(x)
     is_gate = False
@@ -52,7 +57,9 @@ def reduction(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: An
     dims = [d % len(x.shape) for d in dims]
     if x.is_blend and called(node) == "sum":
         return _summed(trace, x, dims, shape)
-    if _adds_zeros(trace, node, arguments, keywords):
+    if _is_told(trace, node, x, dims):
+        pass
+    elif _adds_zeros(trace, node, arguments, keywords):
         for d in dims:
             trace.sums(node, x.dims[d], f"{node.name} reduces it to one number")
     elif not (_counted(trace, node, x, dims) or _put_right(trace, node, x, dims)) and (trace.exact or not _is_average(node)):
@@ -90,20 +97,39 @@ def _counted(trace: Trace, node: Any, x: Value, dims: Sequence[int]) -> bool:
 TOLD = {"mean": "mean", "amax": "most", "max": "most", "amin": "least", "min": "least"}
 
 
+#: Reductions of what a mean was taken away from -> True for those that read its squares.
+OF_CENTRED = {"var": False, "std": False, "mean": True, "sum": True}
+
+
+def _is_told(trace: Trace, node: Any, x: Value, dims: Sequence[int]) -> bool:
+    """Note an average of entries of a weight that its code can be told of; True if it can.
+
+    Zeros are gone, or what is left of zeros once a mean was taken away: by that all entries sum to zero, so that what is left
+    of them says what the others were.
+    """
+    labelled = [dim for d in dims if isinstance(dim := x.dims[d], np.ndarray)]
+    name = called(node)
+    if len(labelled) != 1 or not (node in trace.computed or len(dims) > 1):
+        return False
+    if not is_zeroed(labelled[0]).any() or name in OF_CENTRED:
+        source = squared(node.args[0]) if OF_CENTRED.get(name) else node.args[0] if name in OF_CENTRED else None
+        if source is not None and is_centred(source, dims):
+            return trace.told(node, "centred", zeroed(labelled[0]), "")
+    kind = "mean" if name == "mean" else "variance" if name in AVERAGES else ""
+    return bool(kind) and trace.told(node, kind, labelled[0], f"{node.name} reduces it to one number")
+
+
 def _put_right(trace: Trace, node: Any, x: Value, dims: Sequence[int]) -> bool:
     """Note a mean or an extreme over one dimension of zeros that its module's code can be told of; True if it can.
 
     A mean over n of N entries is multiplied by n / N; no greatest entry is below zero once one of zero has gone.
     """
     labelled = [x.dims[d] for d in dims if is_labelled(x.dims[d])]
-    if called(node) not in TOLD or len(labelled) != 1 or not is_zeroed(labelled[0]).any() or not trace.exact or trace.experts:
+    if called(node) not in TOLD or len(labelled) != 1:
         return False
     if any(one.args[1] != 0 and one.users for one in node.users if called(one) in ("getitem", "<built-in function getitem>")):
         return False  # numbers of entries are read
-    if not trace.request(node, TOLD[called(node)], labelled[0]):
-        return False
-    trace.sums(node, labelled[0], f"{node.name} reduces it to one number")
-    return True
+    return trace.told(node, TOLD[called(node)], labelled[0], f"{node.name} reduces it to one number")
 
 
 #: Averages that `Counting` puts right in a module's own code.
@@ -113,10 +139,8 @@ AVERAGES = ("mean", "var", "std", "var_mean", "std_mean")
 def _squares_differences(node: Any, d: int, rank: int) -> bool:
     """Tell if a mean is one of squared differences from the mean along the same dimension, as a variance written by hand."""
     square = node.args[0]
-    if called(square) not in ("pow", "square", "mul") or (called(square) == "pow" and square.args[1] != 2):
-        return False
-    difference = square.args[0]
-    if called(square) == "mul" and square.args[1] is not difference:
+    difference = squared(square)
+    if difference is None:
         return False
     if called(difference) != "sub" or len(difference.args) != 2 or difference.kwargs:
         return False
@@ -152,9 +176,11 @@ def extremes(trace: Trace, node: Any, x: Value, *arguments: Any, **keywords: Any
     chosen = shapes_of(node)[0][gone[0]] if called(node) == "topk" else 0
     if chosen and trace.gate(node, x.dims[gone[0]], chosen):
         pass
-    elif not (_counted(trace, node, x, gone) or _put_right(trace, node, x, gone)) and (trace.exact or not _is_average(node)):
+    elif not (_is_told(trace, node, x, gone) or _counted(trace, node, x, gone) or _put_right(trace, node, x, gone)) and (
+        trace.exact or not _is_average(node)
+    ):
         trace.labels.pin_all([x.dims[d] for d in gone], f"{node.name} picks entries of it by their values")
-    x = unmarked(x)  # numbers of entries are among the results
+    x = x if called(node) in AVERAGES else unmarked(x)  # numbers of entries are among the results
     fixed = [FIXED if i in gone else d for i, d in enumerate(x.dims)]
     return [Value(s, tuple(fixed) if len(s) == len(fixed) else without(x.dims, gone, len(s))) for s in shapes_of(node)]
 
@@ -187,6 +213,5 @@ def triangle(trace: Trace, node: Any, x: Value, *rest: Any, **keywords: Any) -> 
 
 @rule("flip")
 def flip(trace: Trace, node: Any, x: Value, dims: Sequence[int]) -> Value:
-    for d in dims:
-        trace.labels.pin(x.dims[d], f"{node.name} reverses its order")
-    return settled(x, dims)
+    turned = {d % len(x.shape): dim[::-1] for d in dims if isinstance(dim := x.dims[d], np.ndarray)}
+    return Value(x.shape, tuple(turned.get(i, d) for i, d in enumerate(settled(x, dims).dims)))

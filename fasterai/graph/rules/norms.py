@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fasterai.graph.labels import FIXED, FREE, Dim, is_zeroed, zeroed
+from fasterai.graph.labels import FIXED, FREE, Dim, is_labelled, is_zeroed, zeroed
 from fasterai.graph.rules.trace import Trace, Value, all_fixed, called, marked_as, module_of, rule, shapes_of, unmarked
 
 __all__: list[str] = []
@@ -15,13 +15,23 @@ __all__: list[str] = []
 
 @rule("batch_norm", "instance_norm")
 def batch_norm(trace: Trace, node: Any, x: Value, weight: Any = None, bias: Any = None, *rest: Any, **keywords: Any) -> Value:
-    channel = x.dims[1]
-    trace.labels.pin_all([x.dims[0], *x.dims[2:]], f"{node.name} averages over it")
+    """Follow a norm of each channel by itself; one by averages of its input alone may lose zeros that it averages over."""
+    channel, others = x.dims[1], [x.dims[0], *x.dims[2:]]
+    alone = called(node) == "batch_norm" and len(rest) > 2 and rest[:2] == (None, None) and bool(rest[2])
+    labelled = [dim for dim in others if is_labelled(dim)]
+    if not (alone and len(labelled) == 1 and trace.told(node, "standard", labelled[0], f"{node.name} averages over it")):
+        trace.labels.pin_all(others, f"{node.name} averages over it")
     for value in (weight, bias, *rest, *keywords.values()):
         if isinstance(value, Value):
             channel = trace.labels.join(channel, value.dims[0], f"{node.name} reads a dimension of fixed size")
     trace.norms(node, channel)
-    return _scaled(trace, Value(x.shape, (x.dims[0], channel, *x.dims[2:])), 1, weight, bias)
+    made = Value(x.shape, (x.dims[0], channel, *x.dims[2:]))
+    zeros = is_zeroed(x.dims[1])
+    if not (alone and zeros.any()):
+        return _scaled(trace, made, 1, weight, bias)
+    # What is zero has a mean of zero.
+    zeros = zeros | is_zeroed(weight.dims[0]) if isinstance(weight, Value) else zeros
+    return marked_as(unmarked(made), 1, zeros & is_zeroed(bias.dims[0]) if isinstance(bias, Value) else zeros)
 
 
 def _scaled(trace: Trace, made: Value, d: int, weight: Any, bias: Any) -> Value:

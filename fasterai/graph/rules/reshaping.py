@@ -37,7 +37,7 @@ import numpy as np
 from fasterai.graph.labels import FIXED, FREE, Array, Dim, Packed, is_labelled, plain
 from fasterai.graph.rules.trace import Trace, Value, rule, shape_of, unknown_tensor
 
-__all__: list[str] = []
+__all__ = ["matching"]
 
 
 @rule("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as")
@@ -47,7 +47,7 @@ def reshape(trace: Trace, node: Any, x: Value, *rest: Any, **keywords: Any) -> V
         return unknown_tensor(trace, node, x)  # in another type
     x = _unpacked(x)
     dims: list[Dim] = []
-    for number, (before, after) in enumerate(_matching(x.shape, shape)):
+    for number, (before, after) in enumerate(matching(x.shape, shape)):
         flat = _merge(trace, node.name, [x.dims[i] for i in before], [x.shape[i] for i in before])
         dims += _split(trace, f"{node.name}/{number}", flat, [shape[j] for j in after])
     if rest and isinstance(rest[0], Value):  # `view_as(other)` takes the other's sizes
@@ -64,10 +64,10 @@ def _unpacked(x: Value) -> Value:
     return Value(tuple(n for sizes, _ in parts for n in sizes), tuple(d for _, dims in parts for d in dims))
 
 
-def _matching(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def matching(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Pair the smallest runs of dimensions, before and after, that hold the same number of elements.
 
-    >>> _matching([4, 2, 3], [4, 6])  # 4 stays, 2 x 3 becomes 6
+    >>> matching([4, 2, 3], [4, 6])  # 4 stays, 2 x 3 becomes 6
     [([0], [0]), ([1, 2], [1])]
     """
     runs = []
@@ -120,7 +120,7 @@ def _split(trace: Trace, name: str, flat: Dim, sizes: Sequence[int]) -> list[Dim
     rows = [np.moveaxis(flat.reshape(sizes), k, 0).reshape(sizes[k], -1) for k in factors]
     # Where labels only repeat along the other factors, nothing is lost and nothing is to be decided.
     repeated = [i for i, r in enumerate(rows) if (plain(r) == plain(r[:, :1])).all()]
-    way = repeated[0] if repeated else trace.choose(f"split {tuple(sizes)}", len(factors))
+    way = repeated[0] if repeated else trace.choose(f"split {tuple(sizes[k] for k in factors)}", len(factors))
     dims: list[Dim] = [FIXED] * len(sizes)
     dims[factors[way]] = trace.labels.unify(rows[way])
     return dims

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fasterai.graph.labels import FIXED
+from fasterai.graph.labels import FIXED, zeroed
 from fasterai.graph.rules.trace import Trace, Value, all_fixed, argument_of, rule, shape_of, shapes_of, unmarked
 
 __all__: list[str] = []
@@ -40,15 +40,23 @@ def sampled(trace: Trace, node: Any, x: Value, grid: Value, *rest: Any, **keywor
 
 @rule("pad", "constant_pad_nd")
 def pad(trace: Trace, node: Any, x: Value, padding: Sequence[int], *rest: Any, **keywords: Any) -> Value:
-    shape = shape_of(node)
-    dims = []
-    for before, after, dim in zip(x.shape, shape, x.dims, strict=True):
-        if before != after:
+    """Keep the labels of what is padded; what is put next to them stays."""
+    dims = list(x.dims)
+    given = (padding, *rest)
+    is_constant = argument_of(node, "mode", given, keywords) in (None, "constant")
+    for i, (low, high) in enumerate(zip(padding[::2], padding[1::2], strict=True), 1):
+        dim = dims[-i]
+        if (low, high) == (0, 0):
+            continue
+        dims[-i] = FIXED
+        if is_constant and isinstance(dim, np.ndarray) and low >= 0 and high >= 0:
+            sides = [zeroed(trace.labels.new(n)) for n in (low, high)]
+            trace.labels.pin_all(sides, f"{node.name} pads it")
+            dims[-i] = np.concatenate([sides[0], dim, sides[1]])
+        else:
             trace.labels.pin(dim, f"{node.name} pads it")
-        dims.append(dim if before == after else FIXED)
-    value = argument_of(node, "value", (padding, *rest), keywords)
-    made = Value(shape, tuple(dims))
-    return made if not value else unmarked(made)
+    made = Value(shape_of(node), tuple(dims))
+    return made if not argument_of(node, "value", given, keywords) else unmarked(made)
 
 
 @rule("pixel_shuffle")

@@ -104,6 +104,9 @@ class Trace:
             need not pin what they cut.
         values: The result of each operation, once it was followed.
         requests: Operations that have to be edited where a dimension gets shorter -> the kind of edit, and the dimension.
+        spreads: Those of them whose result is along a dimension what they read -> the dimension, counted from the right, where
+            the result begins in what is read, and its size.
+        computed: Operations that read nothing but parameters and each other: no module that averages is told of these.
         lengths: Places, as (name, dimension), of rows that are scaled to lengths which other parameters hold.
     """
 
@@ -145,6 +148,8 @@ class Trace:
         self.rewrite = rewrite
         self.values: dict[Any, Any] = {}
         self.requests: dict[Any, tuple[str, Dim]] = {}
+        self.spreads: dict[Any, tuple[int, int, int]] = {}
+        self.computed: Collection[Any] = ()
 
     def input(self, argument: str, shape: tuple[int, ...]) -> Value:
         """Return an input's value, with labels on the dimension that was asked for, the same in each of several programs."""
@@ -284,6 +289,32 @@ class Trace:
         if self.rewrite:
             self.requests[node] = (kind, dim)
         return self.rewrite
+
+    def told(self, node: Any, kind: str, dim: Dim, reason: str) -> bool:
+        """Note that an operation over zeros goes on without those that go, if its code can be told; False if not."""
+        if not isinstance(dim, np.ndarray) or not is_zeroed(dim).any() or not self.exact or self.experts:
+            return False
+        if not self.request(node, kind, dim):
+            return False
+        self.sums(node, dim, reason)
+        return True
+
+    def spread(self, node: Any, dim: Dim, d: int, start: int, size: int) -> Dim:
+        """Return the dimension of a result that goes with one of zeros entry by entry, though it mixes them; `FIXED` if not.
+
+        In a traced copy of the code what is left is put to its places among all, and of the result the same places are taken.
+
+        Args:
+            node: The operation.
+            dim: The dimension of what it reads.
+            d: The number of that dimension and of the result's, counted from the right.
+            start: Which entry the first one of the result goes with.
+            size: The size of the result.
+        """
+        if not self.told(node, "spread", dim, f"{node.name} mixes its entries"):
+            return FIXED
+        self.spreads[node] = (d, start, size)
+        return plain(cast(Array, dim)[start : start + size])
 
     def reads(self, weight: Value, d: int) -> None:
         """Note that a weight, or a blend, multiplies a channel along its dimension `d`, and passes on something else."""

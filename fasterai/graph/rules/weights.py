@@ -80,7 +80,8 @@ def convolution(
         return _convolve(trace, node, x, weight, bias, rest[3], read=0, out=1)
     if groups is None:
         groups = rest[-1] if len(rest) > 1 else 1
-    return _convolve(trace, node, x, weight, bias, groups, read=1, out=0)
+    steps = stride if isinstance(stride, int) else max(stride, default=1)
+    return _convolve(trace, node, x, weight, bias, groups, read=1, out=0, is_dense=steps == 1)
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -92,12 +93,14 @@ def transposed_convolution(
 
 
 def _convolve(
-    trace: Trace, node: Any, x: Value, weight: Value, bias: Value | None, groups: int, read: int, out: int
+    trace: Trace, node: Any, x: Value, weight: Value, bias: Value | None, groups: int, read: int, out: int, *,
+    is_dense: bool = False,
 ) -> Value:  # fmt: skip
     labels, name = trace.labels, node.name
     channel = len(x.dims) - len(weight.dims) + 1  # 1, or 0 without a batch
     labels.pin_all(weight.dims[2:], f"{name}'s kernel size")
-    labels.pin_all(x.dims[channel + 1 :], f"{name} computes across it")
+    kernel = enumerate(weight.shape[2:], channel + 1)
+    across = tuple(_across(trace, node, x, i, width if is_dense else 0) for i, width in kernel)
     if groups == 1 or x.shape[channel] > groups:  # not depthwise: it sums over channels
         trace.reads(weight, read)
         if not weight.is_weight:
@@ -111,9 +114,24 @@ def _convolve(
         produced = _grouped(trace, name, x.dims[channel], weight, groups)
     if bias is not None:
         produced = labels.join(produced, bias.dims[0], name)
-        x = unmarked(x)
-    shape = shape_of(node)
-    return Value(shape, (*x.dims[:channel], produced, *all_fixed(shape[channel + 1 :])))
+        x, across = unmarked(x), unmarked(Value(x.shape[channel + 1 :], across)).dims
+    return Value(shape_of(node), (*x.dims[:channel], produced, *across))
+
+
+def _across(trace: Trace, node: Any, x: Value, i: int, width: int) -> Dim:
+    """Return a dimension of places behind a convolution, whose entries go with those of the input that they stand at.
+
+    A kernel of width 1 leaves it as it is. A wider one reads neighbours: channels that stand there, as those of pooled
+    pictures do in ECA, go where they are zero. Width 0 stands for steps over several places.
+    """
+    dim, size, made = x.dims[i], x.shape[i], shape_of(node)[i]
+    if width == 1 and size == made and isinstance(dim, np.ndarray):
+        return dim
+    result: Dim = FIXED
+    if 0 <= size - made < width:
+        result = trace.spread(node, dim, len(x.shape) - i, (size - made) // 2, made)
+    trace.labels.pin(dim if result is FIXED else FIXED, f"{node.name} computes across it")
+    return result
 
 
 def _sum_kernel(trace: Trace, node: Any, x: Dim, read: Dim) -> None:

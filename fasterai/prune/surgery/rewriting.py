@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
+
+from fasterai.model.slim_weights import told_batch_norm, told_centred, told_variance
+from fasterai.model.spreading import put_back, taken_out
 
 __all__ = ["GIVEN", "KINDS", "Edit", "Path", "Rewrite", "Way", "apply_edits", "kind", "nested", "replaced", "rooted"]
 
@@ -32,8 +35,9 @@ class Edit:
         node: The operation, by its name in the trace.
         kind: What is done to it, by its name in `KINDS`.
         path: Which argument: `args` or `kwargs`, then indices, keys, or a slice's bound; empty where the operation is meant.
-        before: The number before; None where it was worked out in each forward pass.
-        after: The number after; for the parts of a split all of them.
+        before: The number before; None where it was worked out in each forward pass. For what is spread the dimension, counted
+            from the right, its size before, where the result begins in it, and the size of the result.
+        after: The number after; for the parts of a split all of them; for what is spread the places that are left.
     """
 
     node: str
@@ -78,6 +82,16 @@ class Rewrite:
     given: tuple[tuple[str, Any], ...] = ()
     edits: tuple[Edit, ...] = ()
     ways: tuple[Way, ...] | None = None
+
+    @property
+    def why(self) -> str:
+        """The reason for it, for reports."""
+        sizes = not self.edits or any(edit.kind in ("size", "share") for edit in self.edits)
+        return "its code had sizes written into it" if sizes else "its code goes by all channels that there were"
+
+    def followed(self) -> Rewrite:
+        """Return it without edits that put other operations in the place of those which the channel graph follows."""
+        return replace(self, edits=tuple(edit for edit in self.edits if edit.kind not in REPLACING))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON."""
@@ -192,6 +206,53 @@ def _bounded(graph: Graph, node: Node, bound: Callable[..., Any]) -> None:
         with graph.inserting_after(one):
             bounded = graph.create_node("call_function", bound, (one, 0), name=f"{one.name}_bounded")
         one.replace_all_uses_with(bounded, delete_user_cb=partial(operator.is_not, bounded))
+
+
+#: Kinds that put other operations in the place of one.
+REPLACING = ("standard", "variance", "centred", "spread")
+
+
+@kind("standard")
+def _standard(graph: Graph, node: Node, edit: Edit) -> None:
+    """Make a batch norm by averages over n of N entries, of which the others were zero, one by those over all N."""
+    _replace(graph, node, told_batch_norm, (edit.before, edit.after, *node.args), node.kwargs)
+
+
+@kind("variance")
+def _variance(graph: Graph, node: Node, edit: Edit) -> None:
+    """Make a variance or deviation of n of N entries, of which the others were zero, that of all N."""
+    _replace(graph, node, told_variance, (_name(node), edit.before, edit.after, *node.args), node.kwargs)
+
+
+@kind("centred")
+def _centred(graph: Graph, node: Node, edit: Edit) -> None:
+    """Make a variance of n of N entries whose mean was taken away, or a mean or sum of their squares, that of all N."""
+    name = _name(node)
+    x = cast(Node, cast(Node, node.args[0]).args[0]) if name in ("mean", "sum") else node.args[0]
+    _replace(graph, node, told_centred, (name, edit.before, edit.after, x, *node.args[1:]), node.kwargs)
+
+
+def _name(node: Node) -> str:
+    return str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", ""))
+
+
+def _replace(graph: Graph, node: Node, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> None:
+    with graph.inserting_before(node):
+        node.replace_all_uses_with(graph.call_function(function, args, dict(kwargs)))
+    graph.erase_node(node)
+
+
+@kind("spread")
+def _spread(graph: Graph, node: Node, edit: Edit) -> None:
+    """Put what an operation reads to its places among all that there were, and take out again what is left of its result."""
+    d, size, start, length = edit.before
+    left = tuple(place - start for place in edit.after if start <= place < start + length)
+    with graph.inserting_before(node):
+        wide = graph.call_function(put_back, (node.args[0], d, size, edit.after))
+    node.args = (wide, *node.args[1:])
+    with graph.inserting_after(node):
+        taken = graph.call_function(taken_out, (node, d, left))
+    node.replace_all_uses_with(taken, delete_user_cb=lambda user: user is not taken)
 
 
 def rooted(path: Path) -> Path:

@@ -79,6 +79,8 @@ def traced_class(module: nn.Module, rewrite: Rewrite) -> type[nn.Module]:
     forward.__signature__ = inspect.signature(code)  # type: ignore[attr-defined]
     forward.__doc__ = code.__doc__
     own = {"forward": forward, "rewrite": rewrite, "__module__": base.__module__, "__doc__": base.__doc__, "_stands_for": base}
+    if (followed := rewrite.followed()) != rewrite:
+        own["follows"] = traced_class(module, followed)
     made: Any = type(base)
     return cast(type[nn.Module], made(f"Traced{base.__name__}", (_Traced, base), own))
 

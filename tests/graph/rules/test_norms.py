@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasterai.graph.channels import channel_graph
@@ -40,6 +41,18 @@ CASES = [
         {},
         {("a.weight", 0): "averages over it"},
         "instance norm over channels that stand last",
+    ),
+    *(
+        Case(
+            ("batch_norm",),
+            lambda m, x, shift=shift: m.b((y := F.batch_norm(m.a(x), None, None, m.g.exp(), shift(m), True)) / y.norm()),
+            lambda: {**linears()(), "g": nn.Parameter(torch.randn(8))},
+            (4, 6),
+            both if name == "zeros" else {},
+            {} if name == "zeros" else {("a.weight", 0): "not zero where its channel is silent"},
+            f"batch norm of {name}",
+        )
+        for name, shift in (("zeros", lambda m: None), ("others", lambda m: m.g.cos()))
     ),
     Case(
         ("group_norm",),

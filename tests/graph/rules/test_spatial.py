@@ -3,7 +3,17 @@ from __future__ import annotations
 import pytest
 import torch.nn.functional as F
 
-from tests.graph.rules.cases import Case, aten, convs, goes_as_it_says, on_images, over_channels, stands_in_the_program
+from tests.graph.rules.cases import (
+    Case,
+    aten,
+    both,
+    convs,
+    goes_as_it_says,
+    linears,
+    on_images,
+    over_channels,
+    stands_in_the_program,
+)
 
 CASES = [
     *(on_images(f"max_pool{d}d", lambda x, d=d: getattr(F, f"max_pool{d}d")(x, 2), d) for d in (1, 2, 3)),
@@ -31,7 +41,8 @@ CASES = [
     over_channels("avg_pool1d", lambda x: F.avg_pool1d(x.unsqueeze(1), 2).squeeze(1), 4),
     over_channels("max_pool1d", lambda x: F.max_pool1d(x.unsqueeze(1), 2).squeeze(1), 4),
     over_channels("upsample_nearest1d", lambda x: F.interpolate(x.unsqueeze(1), scale_factor=0.5).squeeze(1), 4),
-    over_channels("pad", lambda x: F.pad(x, (0, 1)), 9),
+    Case(("pad",), lambda m, x: m.b(F.pad(m.a(x), (2, 1))), linears(back=11), (4, 6), both, {}, "pad beside channels"),
+    over_channels("pad", lambda x: F.pad(x, (-1, 1)), 8),
     *(
         Case(
             (op,),

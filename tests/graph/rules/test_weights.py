@@ -23,7 +23,38 @@ def blend_of(net, x):
 
 
 both_made = {("a.weight", 0): 8, ("b.weight", 0): 8}
+
+
+def slides(f, slide, goes, stays):
+    """A convolution along channels, whose result is a gate of them."""
+    run = lambda m, x: m.b((y := f(m.a(x))) * m.s(y[:, None])[:, 0].sigmoid())  # noqa: E731
+    return Case(("conv1d",), run, lambda: {**linears()(), "s": slide()}, (4, 6), goes, stays, "conv along channels", True)
+
+
 CASES = [
+    slides(torch.tanh, lambda: nn.Conv1d(1, 1, 3, padding=1, bias=False), both, {}),
+    slides(torch.tanh, lambda: nn.Sequential(nn.Conv1d(1, 3, 1), nn.Tanh(), nn.Conv1d(3, 1, 1)), both, {}),
+    slides(torch.sigmoid, lambda: nn.Conv1d(1, 1, 3, padding=1), {}, {("a.weight", 0): "conv1d computes across it"}),
+    Case(
+        ("conv1d",),
+        lambda m, x: m.b(m.s(m.a(x)[:, None])[:, 0]),
+        lambda: {**linears(back=4)(), "s": nn.Conv1d(1, 1, 3, 2, 1, bias=False)},
+        (4, 6),
+        {},
+        {("a.weight", 0): "computes across it"},
+        "conv along channels by steps",
+        True,
+    ),
+    Case(
+        ("conv1d",),
+        lambda m, x: m.b(m.s(m.a(x)[:, None])[:, 0]),
+        lambda: {**linears(back=6)(), "s": nn.Conv1d(1, 1, 3)},
+        (4, 6),
+        {("a.weight", 0): 6, ("b.weight", 1): 6},
+        {},
+        "conv along channels without an edge",
+        True,
+    ),
     Case(("linear",), lambda m, x: m.b(m.a(x)), linears(), (4, 6), both, {("b.weight", 0): "output", ("a.weight", 1): "fixed"}),
     Case(
         ("linear", "sum"),
