@@ -259,7 +259,10 @@ def test_the_figures_of_the_guide_are_those_of_the_tables() -> None:
     faster = column(bench, r"\| resnet18 \| \w+ \| \d+ \| 0.5 \|", 8)
     arrives = column(bench, r"\| (resnet18|vgg16_bn) \| \w+ \| \d+ \| 0.5 \|", 9)
     last = column(bench, r"\| (resnet18|vgg16_bn) \| channels_last \| \d+ \| 0.5 \|", 9)
-    (left,), (macs,) = column("network-tables.md", r"\| resnet18 \| pass \| 5e", 4), column(bench, r"\| resnet18 \| local \| fast", 5)
+    (left,), (macs,) = (
+        column("network-tables.md", r"\| resnet18 \| pass \| 5e", 4),
+        column(bench, r"\| resnet18 \| local \| fast", 5),
+    )
     one, all_ = (column(bench, classifiers + context + r" \| fasterai", 4) for context in ("local", "global"))
     (vit,), (convnext,) = (column("network-tables.md", rf"\| {name} \| pass", 4) for name in ("vit_b_16", "convnext_tiny"))
     texts = (ROOT / "docs/network-tables.md").read_text().partition("| bert | pass")[2].partition("| whisper |")[0]
