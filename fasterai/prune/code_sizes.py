@@ -153,7 +153,7 @@ def sized(node: Node, args: Sequence[Any]) -> list[Path]:
         return [("args", k) for k in range(at, len(args)) if isinstance(args[k], int)]
     if name in SPLITS and len(args) > 1:
         return [("args", 1, k) for k in range(len(args[1]))] if isinstance(args[1], list | tuple) else [("args", 1)]
-    if name == "getitem" and isinstance(args[0], Tensor):
+    if name in ("getitem", "setitem") and isinstance(args[0], Tensor):
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
         where: list[Path] = [("args", 1, i) for i in range(len(index))] if isinstance(args[1], tuple) else [("args", 1)]
         slices = [path for path, one in zip(where, index, strict=True) if isinstance(one, slice) and one.step in (None, 1)]
@@ -180,7 +180,7 @@ def wanted(n: Node, args: Any, kwargs: Any, path: Path, value: Any, known: Seque
     name = _operation(n)
     if name in SPLITS:
         return _wanted_part(args, kwargs, path, value, known, kept)
-    if name == "getitem":
+    if name in ("getitem", "setitem"):
         return _wanted_bound(args, path, value, known, kept)
     first = SIZES[name] if len(path) == 2 else 0
     at = int(path[-1]) - first + (args[1] % (args[0].dim() + 1) if name == "unflatten" else 0)

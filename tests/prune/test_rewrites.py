@@ -418,3 +418,29 @@ def test_a_gradual_pruner_resumes_on_a_fresh_model() -> None:
     fresh.load_state_dict(net.state_dict())
     assert agrees(fresh, [net(x) for x in OTHERS]) and rewrite_of(fresh.part) == rewrite_of(net.part)
     assert net.part.qkv.weight.shape == (18, 6)
+
+
+class InPart(nn.Module):
+    """Code that adds to the first four of eight channels in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(5, 8), nn.Linear(8, 4), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x).relu()
+        z = y.clone()
+        z[:, :4] += self.b(y)
+        return self.out(z)
+
+
+def test_parts_that_are_written_in_place_get_shorter():
+    net, x = InPart().double().eval(), torch.randn(3, 5, dtype=torch.float64)
+    with torch.no_grad():
+        for name in ("a", "b"):
+            for tensor in getattr(net, name).parameters():
+                tensor[[0, 2]] = 0.0
+    wanted = net(x)
+    assert remove(net, x, measure=False).refused == {}
+    assert (net.a.out_features, net.b.out_features) == (6, 2)
+    torch.testing.assert_close(net(x), wanted, rtol=0, atol=1e-12)
