@@ -2,6 +2,8 @@
 
 To add a kind of edit: a function `(graph, node, edit)` that changes the graph of a trace, registered by `kind`. A rule of the
 channel graph asks for it by `trace.request(node, kind, dim)`; the edit has the sizes of that dimension before and after.
+
+Over 300 lines, since all kinds of edits stand beside what an edit is.
 """
 
 from __future__ import annotations
