@@ -40,6 +40,9 @@ BINARY = (
     *("atan2",),
 )
 
+#: Functions of numbers within one.
+WITHIN_ONE = ("asin", "acos", "asinh", "atanh", "erfinv", "lgamma", "digamma", "logit", "sinc", "sgn", "frac")
+
 ELEMENTWISE = [
     *(around(op, getattr(aten, op)) for op in UNARY),
     *(around(op, lambda x, op=op: getattr(aten, op)(x, x.flip(0).cos() + 2)) for op in BINARY),
@@ -47,6 +50,10 @@ ELEMENTWISE = [
     *(around(op, lambda x, op=op: getattr(aten, op)(x > 1, x > 0.8).to(x.dtype) + x) for op in LOGICAL),
     *(around(op, lambda x, op=op: getattr(aten, op)(x > 1).to(x.dtype) + x) for op in ("logical_not", "bitwise_not")),
     *(around(op, lambda x, op=op: getattr(aten, op)(x).to(x.dtype) + x) for op in ("isnan", "isinf", "isfinite")),
+    *(around(op, lambda x, op=op: getattr(torch, op)(x / 2)) for op in WITHIN_ONE),
+    around("acosh", lambda x: torch.acosh(x + 1)),
+    *(around(op, lambda x, op=op: getattr(torch, op)(x, x.exp())) for op in ("hypot", "logaddexp", "xlogy", "fmax", "fmin")),
+    *(around(op, lambda x, op=op: getattr(torch, op)(x, x.exp()) + x) for op in ("heaviside", "copysign")),
     around("rsub", lambda x: aten.rsub(x, 1.0)),
     around("floor_divide", lambda x: aten.floor_divide(x, 0.3)),
     around("pow", lambda x: aten.pow(x, 1.7)),
@@ -97,6 +104,24 @@ OTHERS = [
         {},
         {("a.weight", 0): "mul"},
         "arange differs from index to index",
+    ),
+    *(
+        Case(
+            (op,),
+            lambda m, x, make=make: m.b(m.a(x) * make()),
+            linears(),
+            (4, 6),
+            {},
+            {("a.weight", 0): "mul"},
+            f"{op} differs from index to index",
+        )
+        for op, make in {
+            "linspace": lambda: torch.linspace(0, 1, 8, dtype=torch.float64),
+            "logspace": lambda: torch.logspace(0, 1, 8, dtype=torch.float64),
+            "eye": lambda: torch.eye(8, dtype=torch.float64)[2],
+            "tril_indices": lambda: torch.tril_indices(2, 5)[0][:8],
+            "triu_indices": lambda: torch.triu_indices(2, 5)[1][:8],
+        }.items()
     ),
     Case(
         ("zeros", "copy"),

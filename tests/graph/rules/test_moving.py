@@ -29,6 +29,8 @@ CASES = [
     beside("squeeze", lambda x: x.unsqueeze(0).squeeze()),
     beside("expand", lambda x: x.unsqueeze(1).expand(-1, 3, -1, -1)),
     beside("broadcast_to", lambda x: x.unsqueeze(1).broadcast_to(x.shape[0], 3, *x.shape[1:])),
+    beside("broadcast_tensors", lambda x: torch.broadcast_tensors(x, x[:, :1].exp())[0]),
+    beside("unfold", lambda x: x.unfold(1, 2, 1).sum(-1)),
     beside("expand_as", lambda x: x[:, :1].expand_as(x)),
     Case(("repeat",), lambda m, x: m.b(m.a(x).repeat(1, 2)), linears(back=16), (4, 6), both),
     Case(("tile",), lambda m, x: m.b(m.a(x).tile(2)), linears(back=16), (4, 6), both),

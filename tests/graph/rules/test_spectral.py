@@ -4,7 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from tests.graph.rules.cases import Case, both, goes_as_it_says, linears, on_images, over_channels, stands_in_the_program
+from tests.graph.rules.cases import (
+    Case,
+    around,
+    aten,
+    beside,
+    both,
+    goes_as_it_says,
+    linears,
+    on_images,
+    over_channels,
+    stands_in_the_program,
+)
 
 
 def turned(x):
@@ -19,6 +30,8 @@ def mixing(m, x):
     return m.b(y + torch.fft.fft(y, dim=1).real * 0.1)
 
 
+KINDS = ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")
+COMPLEX = ("conj", "conj_physical", "resolve_conj", "resolve_neg")
 CASES = [
     Case(("fft_fft", "real"), mixing, linears(), (2, 4, 6), both),
     on_images("fft_rfft2", lambda x: torch.fft.irfft2(torch.fft.rfft2(x) * 0.5)),
@@ -39,6 +52,17 @@ CASES = [
         (4, 6),
         {**both, ("c.weight", 0): 8},
     ),
+    *(beside(f"fft_{kind}", lambda x, kind=kind: getattr(torch.fft, kind)(x, dim=1).abs()) for kind in KINDS),
+    *(on_images(f"fft_{kind}2", lambda x, kind=kind: getattr(torch.fft, f"{kind}2")(x).abs()) for kind in KINDS),
+    *(on_images(f"fft_{kind}n", lambda x, kind=kind: getattr(torch.fft, f"{kind}n")(x, dim=(2, 3)).abs()) for kind in KINDS),
+    *(beside(f"fft_{name}", lambda x, name=name: getattr(torch.fft, name)(x, dim=1)) for name in ("fftshift", "ifftshift")),
+    beside("_fft_c2c", lambda x: aten._fft_c2c(torch.complex(x, x), [1], 0, True).abs()),
+    beside("_fft_r2c", lambda x: aten._fft_r2c(x, [1], 0, True).abs()),
+    beside("_fft_c2r", lambda x: aten._fft_c2r(torch.complex(x, x), [1], 0, 4)),
+    *(around(op, lambda x, op=op: getattr(torch, op)(torch.complex(x, x)).abs()) for op in COMPLEX),
+    around("imag", lambda x: torch.complex(x, x * 2).imag),
+    around("angle", lambda x: torch.complex(x, x * 2).angle()),
+    around("polar", lambda x: torch.polar(x, x).real),
 ]
 
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fasterai.graph.channels import channel_graph
 from tests.graph.rules.cases import (
@@ -29,6 +31,14 @@ def slides(f, slide, goes, stays):
     """A convolution along channels, whose result is a gate of them."""
     run = lambda m, x: m.b((y := f(m.a(x))) * m.s(y[:, None])[:, 0].sigmoid())  # noqa: E731
     return Case(("conv1d",), run, lambda: {**linears()(), "s": slide()}, (4, 6), goes, stays, "conv along channels", True)
+
+
+def rows(x: Tensor) -> Tensor:
+    return (x[:, :2].abs() * 3).long() % 5
+
+
+def bags(op: Any, m: Any, x: Tensor) -> Tensor:
+    return op(m.e.weight, rows(x).ravel(), torch.arange(0, 2 * len(x), 2))[0]
 
 
 CASES = [
@@ -302,6 +312,30 @@ CASES = [
         lambda: {**linears()(), "v": nn.Parameter(torch.randn(8))},
         (4, 6),
         {**both, ("v", 0): 8},
+    ),
+    Case(
+        ("dot", "vdot"),
+        lambda m, x: m.b(m.a(x) * torch.dot(m.a(x)[0], m.v) * torch.vdot(m.a(x)[1], m.v)),
+        lambda: {**linears()(), "v": nn.Parameter(torch.randn(8))},
+        (4, 6),
+        {**both, ("v", 0): 8},
+    ),
+    Case(
+        ("outer", "ger"),
+        lambda m, x: m.b(m.a(x) * torch.outer(x[:, 0], m.v) * torch.ger(x[:, 1], m.v)),
+        lambda: {**linears()(), "v": nn.Parameter(torch.randn(8))},
+        (4, 6),
+        {**both, ("v", 0): 8},
+    ),
+    Case(
+        ("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only"),
+        lambda m, x: m.b(
+            m.a(x) + m.e(rows(x)) + bags(aten._embedding_bag, m, x) + bags(aten._embedding_bag_forward_only, m, x)
+        ),
+        lambda: {**linears()(), "e": nn.EmbeddingBag(5, 8, mode="sum")},
+        (4, 6),
+        {**both, ("e.weight", 1): 8},
+        {("e.weight", 0): "looks rows up by number"},
     ),
     Case(("bmm",), lambda m, x: m.b(torch.bmm(x @ x.transpose(1, 2), m.a(x))), linears(), (2, 4, 6), both),
     Case(

@@ -57,6 +57,7 @@ CASES = [
     (nn.BatchNorm2d(8, affine=False), nn.BatchNorm2d(3, affine=False), {}, {"num_features": 3}),
     (nn.InstanceNorm2d(8, affine=True), nn.InstanceNorm2d(3, affine=True), {}, {"num_features": 3}),
     (nn.GroupNorm(4, 8), nn.GroupNorm(3, 6), kept(0, 1, 2, 3, 6, 7), {"num_channels": 6, "num_groups": 3}),
+    (nn.Bilinear(5, 8, 4), nn.Bilinear(3, 8, 2), {}, {"in1_features": 3, "in2_features": 8, "out_features": 2}),
     (nn.GroupNorm(4, 8), nn.GroupNorm(4, 4), kept(0, 2, 4, 6), {"num_channels": 4, "num_groups": 4}),
     (nn.LayerNorm(8), nn.LayerNorm(3), {}, {"normalized_shape": (3,)}),
     (nn.RMSNorm(8), nn.RMSNorm(3), {}, {"normalized_shape": (3,)}),
