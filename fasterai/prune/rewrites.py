@@ -10,6 +10,8 @@
    result has to have, that argument is edited.
 
 Nothing of it is trusted: the check of the removal has the last word.
+
+Over 300 lines, since these are three steps of one class.
 """
 
 from __future__ import annotations
@@ -184,51 +186,13 @@ class Rewriter:
         fresh = {name: one for name, one in modules.items() if name in self.modules}
         wrong: dict[str, str] = {}
 
-        def compared(name: str, one: _Module) -> Callable[..., Any]:
-            traces = one.traces[training]
-
-            def run(module: nn.Module, args: Any, kwargs: Any) -> Any:
-                mine, own = (tree_map(apart, x) for x in ((args, kwargs), (args, kwargs)))
-                state = torch.get_rng_state()
-
-                def watched() -> Any:
-                    try:
-                        watch = Watched(module, traces, one.seen)
-                        result = watch.run(*ordered(module, *mine))
-                    except UntraceableError as error:
-                        wrong[name] = str(error)
-                        raise
-                    _note_way(one, watch.way)
-                    return result
-
-                with undisturbed(module):
-                    found = outcome(watched, module, mine)
-                torch.set_rng_state(state)
-                buffers = [b.detach().clone() for b in module.buffers()]
-                wanted = outcome(lambda: forward_of(module)(module, *own[0], **own[1]), module, own)
-                if training:  # what a norm has counted, it counts once
-                    put_back(module, buffers)
-                if not alike(found, wanted):
-                    wrong.setdefault(name, "its code does something else on other inputs, or in training, than its trace")
-                torch.set_rng_state(state)
-                return forward_of(module)(module, *args, **kwargs)
-
-            return run
-
-        def followed(one: _Module, rewrite: Rewrite) -> Callable[..., Any]:
-            traces = Traces(one.module, one.given, training, one.forks, rewrite.edits)
-
-            def run(module: nn.Module, args: Any, kwargs: Any) -> Any:
-                watch = Watched(module, traces, one.seen)
-                try:
-                    return watch.run(*ordered(module, args, kwargs))
-                finally:
-                    _note_way(one, watch.way)
-
-            return run
-
         patched = {
-            name: (one.module, compared(name, one) if (rewrite := rewrite_of(one.module)) is None else followed(one, rewrite))
+            name: (
+                one.module,
+                _compared(name, one, training, wrong)
+                if (rewrite := rewrite_of(one.module)) is None
+                else _followed(one, training, rewrite),
+            )
             for name, one in fresh.items()
         }
         with at_rest(self._model), in_mode(self._model, training), torch.set_grad_enabled(training), running(patched):
@@ -392,6 +356,53 @@ def _differs_in_training(one: _Module, way: Way) -> bool:
     except ValueError:
         return True
     return first != second
+
+
+def _compared(name: str, one: _Module, training: bool, wrong: dict[str, str]) -> Callable[..., Any]:
+    """Make the run that holds a module's trace against its own code, and goes on with the latter."""
+    traces = one.traces[training]
+
+    def run(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        mine, own = (tree_map(apart, x) for x in ((args, kwargs), (args, kwargs)))
+        state = torch.get_rng_state()
+
+        def watched() -> Any:
+            try:
+                watch = Watched(module, traces, one.seen)
+                result = watch.run(*ordered(module, *mine))
+            except UntraceableError as error:
+                wrong[name] = str(error)
+                raise
+            _note_way(one, watch.way)
+            return result
+
+        with undisturbed(module):
+            found = outcome(watched, module, mine)
+        torch.set_rng_state(state)
+        buffers = [b.detach().clone() for b in module.buffers()]
+        wanted = outcome(lambda: forward_of(module)(module, *own[0], **own[1]), module, own)
+        if training:  # what a norm has counted, it counts once
+            put_back(module, buffers)
+        if not alike(found, wanted):
+            wrong.setdefault(name, "its code does something else on other inputs, or in training, than its trace")
+        torch.set_rng_state(state)
+        return forward_of(module)(module, *args, **kwargs)
+
+    return run
+
+
+def _followed(one: _Module, training: bool, rewrite: Rewrite) -> Callable[..., Any]:
+    """Make the run of a module that runs a traced copy already, which notes its numbers and its way."""
+    traces = Traces(one.module, one.given, training, one.forks, rewrite.edits)
+
+    def run(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        watch = Watched(module, traces, one.seen)
+        try:
+            return watch.run(*ordered(module, args, kwargs))
+        finally:
+            _note_way(one, watch.way)
+
+    return run
 
 
 def _note_way(one: _Module, way: Way) -> None:

@@ -1,4 +1,7 @@
-"""Runs of traces in the place of modules' code: watched, marked for an export, or put right on the way."""
+"""Runs of traces in the place of modules' code: watched, marked for an export, or put right on the way.
+
+Over 300 lines, since the three kinds of runs share their helpers.
+"""
 
 from __future__ import annotations
 

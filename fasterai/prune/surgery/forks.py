@@ -15,6 +15,8 @@ taken like that; those by the values of tensors are refused.
 
 Ways share operations, and an edit is one of all of them. So an operation is not named by its number, as in other traces, but by
 its place: the lines and columns of the code that lead to it, and the how-manieth time it is done there.
+
+Over 300 lines, since traces and the tree of stretches that they are cut into share the forks.
 """
 
 from __future__ import annotations
@@ -122,7 +124,7 @@ class _Forking(CodeTracer):
         self._held: list[tuple[Node, weakref.ref[Proxy]]] = []
 
     def trace(self, root: Any, concrete_args: Any = None) -> Graph:
-        """Trace a module's code; functions that a library has given to `torch.fx.wrap` are traced as well."""
+        """Make a trace of a module's code, and of functions that a library has given to `torch.fx.wrap`."""
         try:
             with _nothing_whole():
                 return super().trace(root, concrete_args)
@@ -137,7 +139,7 @@ class _Forking(CodeTracer):
         return made
 
     def create_node(self, kind: Any, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None) -> Node:
-        """Enter an operation, named by its place in the code."""
+        """Add an operation, named by its place in the code."""
         if kind not in ("placeholder", "output", "get_attr"):
             name = f"{str(getattr(target, '__name__', target)).replace('.', '_')}_at{_place()}"
         return super().create_node(kind, target, args, kwargs, name, type_expr)
@@ -152,7 +154,7 @@ class _Forking(CodeTracer):
         return iter([values[i] for i in range(self.decide(length, obj))])
 
     def decide(self, how: Callable[[Any], Any], obj: Proxy) -> Any:
-        """Fork by what comes of a value."""
+        """Return the decision by a value, or end the trace there."""
         if not _is_size(obj.node):
             raise TraceError("symbolically traced variables cannot be used as inputs to control flow")
         choice = self.create_node("call_function", how, (obj.node,), {})
@@ -215,7 +217,7 @@ def _is_patch(function: FunctionType) -> bool:
 
 @contextmanager
 def _nothing_whole() -> Iterator[None]:
-    """Have `torch.fx` trace into functions of Python that libraries have given to `torch.fx.wrap`, for a while."""
+    """Let `torch.fx` go into functions of Python that libraries have given to `torch.fx.wrap`, for a while."""
     table = getattr(_symbolic_trace, "_wrapped_fns_to_patch", {})
     before, lifted = dict(table), _wholes()
     patched = [(space, name, space[name]) for (_, name), space in lifted.items() if _is_patch(space[name])]
@@ -350,7 +352,7 @@ class Tree:
         return found
 
     def _new(self, module: nn.Module, at: _Stretch, choice: Any, given: tuple[Any, Any], may_fill: bool) -> _Stretch | None:
-        """Trace what comes after a decision that was not met before.
+        """Make what comes after a decision that was not met before.
 
         Where that cannot be, the module's own code may fill attributes, such as a table for these sizes: None if it has.
         """
