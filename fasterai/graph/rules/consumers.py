@@ -193,7 +193,7 @@ def similarity(trace: Trace, node: Any, a: Value, b: Value, dim: int = 1, eps: f
     return Value(shape_of(node), without(joined.dims, [dim], len(shape_of(node))))
 
 
-@rule("cdist", "_cdist_forward", "_euclidean_dist")
+@rule("cdist", "_cdist_forward")
 def distances(trace: Trace, node: Any, a: Value, b: Value, *rest: Any, **keywords: Any) -> Value:
     """Follow sums over differences of rows: what is zero in both tensors adds nothing."""
     width = trace.labels.join(a.dims[-1], b.dims[-1], f"{node.name} meets a dimension of fixed size")

@@ -38,7 +38,7 @@ def as_real(trace: Trace, node: Any, x: Value) -> Value:
     return Value(shape_of(node), (*x.dims, FIXED))
 
 
-@rule("real", "imag", "conj", "_conj", "conj_physical", "resolve_conj", "resolve_neg")
+@rule("real", "imag", "_conj", "conj_physical", "resolve_conj", "resolve_neg")
 def part(trace: Trace, node: Any, x: Value) -> Value:
     return Value(shape_of(node), x.dims)
 

@@ -26,7 +26,6 @@ CASES = [
     over_channels("triu", lambda x: x.triu()),
     over_zeros("cdist", lambda x: x * torch.cdist(x, x.flip(0)).mean()),
     over_zeros("_cdist_forward", lambda x: x * aten._cdist_forward(x, x.flip(0), 2.0, None).mean()),
-    over_zeros("_euclidean_dist", lambda x: x * aten._euclidean_dist(x, x.flip(0)).mean()),
     over_channels("tril", lambda x: x.tril()),
     over_zeros("cdist", lambda x: x * aten.cdist(x, x.flip(0)).mean()),
     over_zeros("cdist", lambda x: x * aten.cdist(x.sigmoid(), x).mean(), "it is not zero where its channel is silent"),

@@ -119,8 +119,8 @@ OTHERS = [
             "linspace": lambda: torch.linspace(0, 1, 8, dtype=torch.float64),
             "logspace": lambda: torch.logspace(0, 1, 8, dtype=torch.float64),
             "eye": lambda: torch.eye(8, dtype=torch.float64)[2],
-            "tril_indices": lambda: torch.tril_indices(2, 5)[0][:8],
-            "triu_indices": lambda: torch.triu_indices(2, 5)[1][:8],
+            "tril_indices": lambda: torch.tril_indices(4, 4)[0][:8],
+            "triu_indices": lambda: torch.triu_indices(4, 4)[1][:8],
         }.items()
     ),
     Case(

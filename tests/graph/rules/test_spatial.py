@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tests.graph.rules.cases import (
     Case,
@@ -16,7 +17,12 @@ from tests.graph.rules.cases import (
     stands_in_the_program,
 )
 
-SAMPLERS = {"grid_sampler": torch.grid_sampler, "grid_sampler_2d": torch.ops.aten.grid_sampler_2d}
+
+def sampled(op: str, x: Tensor, dims: int) -> Tensor:
+    grid = torch.zeros(len(x), *(4, 4, 2)[:dims], dims, dtype=x.dtype)
+    return getattr(torch.ops.aten, op)(x, grid, 0, 0, False)
+
+
 CASES = [
     *(on_images(f"max_pool{d}d", lambda x, d=d: getattr(F, f"max_pool{d}d")(x, 2), d) for d in (1, 2, 3)),
     *(on_images(f"avg_pool{d}d", lambda x, d=d: getattr(F, f"avg_pool{d}d")(x, 2), d) for d in (1, 2, 3)),
@@ -31,11 +37,8 @@ CASES = [
     on_images("upsample_linear1d", lambda x: F.interpolate(x, scale_factor=2, mode="linear"), 1),
     on_images("upsample_bilinear2d", lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")),
     on_images("upsample_bicubic2d", lambda x: F.interpolate(x, scale_factor=2, mode="bicubic")),
-    *(
-        on_images(op, lambda x, f=f: f(x, torch.zeros(len(x), 4, 4, 2, dtype=x.dtype), 0, 0, False))
-        for op, f in SAMPLERS.items()
-    ),
-    on_images("grid_sampler_3d", lambda x: F.grid_sample(x, torch.zeros(len(x), 2, 4, 4, 3, dtype=x.dtype)), 3),
+    *(on_images(op, lambda x, op=op: sampled(op, x, 2), 2) for op in ("grid_sampler", "grid_sampler_2d")),
+    on_images("grid_sampler_3d", lambda x: sampled("grid_sampler_3d", x, 3), 3),
     on_images("upsample_trilinear3d", lambda x: F.interpolate(x, scale_factor=2, mode="trilinear"), 3),
     on_images("_upsample_bilinear2d_aa", lambda x: F.interpolate(x, (4, 4), mode="bilinear", antialias=True)),
     on_images("_upsample_bicubic2d_aa", lambda x: F.interpolate(x, (4, 4), mode="bicubic", antialias=True)),

@@ -31,7 +31,7 @@ def mixing(m, x):
 
 
 KINDS = ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")
-COMPLEX = ("conj", "conj_physical", "resolve_conj", "resolve_neg")
+COMPLEX = ("conj_physical", "resolve_conj", "resolve_neg")
 CASES = [
     Case(("fft_fft", "real"), mixing, linears(), (2, 4, 6), both),
     on_images("fft_rfft2", lambda x: torch.fft.irfft2(torch.fft.rfft2(x) * 0.5)),
