@@ -35,12 +35,13 @@ __all__ = ["ChannelGraph", "Group", "Place", "channel_graph"]
 
 #: Modules that know the size of what they normalise, also where they have no parameters.
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-#: Operations whose sizes code gives as numbers.
+#: Operations whose sizes code gives as numbers, or whose results it divides by them.
 SIZED = frozenset(
     (
         *("view", "reshape", "_unsafe_view", "unflatten", "expand", "repeat", "broadcast_to"),
         *("split", "split_with_sizes", "chunk", "tensor_split", "slice", "narrow", "unsafe_split", "unsafe_chunk"),
         *MADE,
+        *("sum", "norm", "linalg_vector_norm"),
     )
 )
 

@@ -354,3 +354,29 @@ def test_of_an_attention_by_hand_heads_go_before_the_width_of_a_head() -> None:
     graph = channel_graph(Attention(), (torch.randn(2, 6, 16),))
     assert [group.channels for group in graph.groups if ("qkv.weight", 0) in group.places] == [2]
     assert graph.groups[0].places["qkv.weight", 0].shape == (2, 24)  # a head's q, k and v
+
+
+class BySum(nn.Module):
+    """A norm that divides a sum by the width of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / x.size(-1) + 1e-6) * self.g
+
+
+class ByLength(BySum):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5 + 1e-6) * self.g
+
+
+@pytest.mark.parametrize("norm", [BySum, ByLength])
+def test_a_norm_that_divides_by_a_width_in_its_code_is_told_the_dense_one(norm: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 8), norm(), nn.Linear(8, 3)).double().eval(), torch.randn(4, 6).double()
+    halved(net, x)
+    wanted = on(net, [x, x[:1]])
+    assert remove(net, x, measure=False).refused == {}
+    assert net[0].out_features == 4 and alike(wanted, on(net, [x, x[:1]]))
