@@ -394,10 +394,19 @@ class Tree:
         if begin is not None:
             begin.args = (begin.args[0], tuple(nodes[name] for name in held or ()))
         end = fork_at_end(graph)
+        if begin is not None and end is not None:
+            _hand_on_what_is_there(graph, begin, end)
         hands_on = None if end is None else tuple(node.name for node in cast(Sequence[Node], end.args[1]))
         apply_edits(graph, tuple(edit for edit in self._edits if edit.node in nodes))
         is_bare = all(node.op in ("get_attr", "output") or node.target is fork or _is_size(node) for node in graph.nodes)
         return _Stretch(way, code_function(_stretch(graph, begin, end)), hands_on, is_bare)
+
+
+def _hand_on_what_is_there(graph: Graph, begin: Node, end: Node) -> None:
+    """Drop from what a fork hands on what the one before did not: Python held it by chance, in a cycle not collected yet."""
+    order = list(graph.nodes)
+    there = {*cast(Sequence[Node], begin.args[1]), *order[order.index(begin) + 1 :]}
+    end.args = (end.args[0], tuple(node for node in cast(Sequence[Node], end.args[1]) if node in there))
 
 
 def _place_of(name: str) -> str:

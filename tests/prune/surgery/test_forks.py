@@ -233,3 +233,30 @@ def test_things_looked_up_by_the_number_of_dimensions_are_decisions() -> None:
     tree = Tree(ByDims(), {}, [], [(3, 3), (2, 2)], False)
     for inputs in (x, torch.randn(3, 8)):
         assert torch.equal(tree.run(ByDims(), (inputs,), {}), ByDims()(inputs))
+
+
+class Cyclic(nn.Module):
+    """A size in a cycle, which Python collects at some time or other: here in the first trace alone."""
+
+    traces = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        box = [x.shape[0] < 3]
+        box.append(box)  # type: ignore[arg-type]
+        del box
+        Cyclic.traces += 1
+        if Cyclic.traces == 1:
+            gc.collect()
+        y = x * 2 if x.shape[1] > 4 else x
+        return y + 1 if x.shape[1] > 2 else y
+
+
+def test_what_is_held_by_chance_is_not_handed_on() -> None:
+    gc.disable()
+    try:
+        tree = Tree(Cyclic(), {}, [], [(True, True), (False, True), (False, False)], False)
+    finally:
+        gc.enable()
+    for width in (6, 3, 2):
+        x = torch.randn(2, width)
+        assert torch.equal(tree.run(Cyclic(), (x,), {}), Cyclic()(x))
