@@ -9,7 +9,7 @@ is left of the mean. So the mean of all squares is `r` times that of the rest pl
 
 >>> wide = torch.tensor([1.0, 3.0, 5.0, 0.0])
 >>> centred = wide - wide.mean()
->>> bool(told_centred("var", 4, 3, centred[:3], 0) == wide.var())
+>>> torch.allclose(told_centred("var", 4, 3, centred[:3], 0), wide.var())
 True
 """
 
